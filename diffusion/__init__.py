@@ -1,0 +1,1 @@
+"""UNet and DiT backbones through diffusers."""

@@ -1,0 +1,44 @@
+"""mmpeft: parameter-efficient fine-tuning for every kind of large model.
+
+Names are loaded when first used: `import mmpeft` imports neither torch nor any domain library.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "attach": "surgery",
+    "use": "surgery",
+    "detach": "surgery",
+    "Tuning": "tuning",
+    "tunings": "tuning",
+    "load": "formats.native",
+    "Site": "sites",
+    "select": "sites",
+    "list_methods": "methods",
+}
+_MODULES = {"sites", "methods", "embedded", "parts", "functional", "errors", "training", "vision", "bench", "formats"}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return import_module(f"mmpeft.{name}")
+    if name in _HOME:
+        return getattr(import_module(f"mmpeft.{_HOME[name]}"), name)
+    if name.startswith("_"):
+        raise AttributeError(f"module 'mmpeft' has no attribute {name!r}")
+    methods = import_module("mmpeft.methods")
+    if hasattr(methods, name):
+        return getattr(methods, name)
+    from mmpeft.errors import nearest
+
+    known = [*methods.METHODS, *_HOME, *_MODULES]
+    raise AttributeError(f"module 'mmpeft' has no attribute {name!r}.{nearest(name, known)}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOME, *_MODULES, *import_module("mmpeft.methods").METHODS})

@@ -1,0 +1,37 @@
+"""Errors a user can act on: each says what was expected, what was received, where, and the remedy."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+class MMPEFTError(ValueError):
+    """Base of every error this suite raises on purpose."""
+
+
+class ConfigError(MMPEFTError):
+    """An option, name or selector is wrong."""
+
+
+class SiteError(MMPEFTError):
+    """A selector matches nothing, or a model has no known anatomy."""
+
+
+class Refused(MMPEFTError):
+    """A method cannot work at a site; the message carries the reason."""
+
+
+class DataError(MMPEFTError):
+    """A data set, file or label is not what a task needs."""
+
+
+class AdapterFileError(MMPEFTError):
+    """An adapter file is partial, foreign, tampered with, or made for another base."""
+
+
+def nearest(name: str, names: Iterable[str]) -> str:
+    """Return `" Did you mean 'x'?"` for the closest known name, or an empty string."""
+    known = [str(n) for n in names]
+    close = get_close_matches(name, known, n=1, cutoff=0.4) or [n for n in known if name and name in n][:1]
+    return f" Did you mean {close[0]!r}?" if close else ""

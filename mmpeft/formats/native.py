@@ -1,0 +1,197 @@
+"""The suite's own adapter folder: `adapter.json` (manifest) and the safetensors file it names.
+
+The tensors' file carries its own hash in its name and the manifest is renamed into place last, so a folder
+that is overwritten holds the old adapter or the new one at every moment. Nothing but JSON and safetensors is
+ever read: no pickle, no code.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as dump_tensors
+from torch import Tensor, nn
+
+from mmpeft.errors import AdapterFileError, ConfigError, MMPEFTError
+from mmpeft.files import write_atomic
+from mmpeft.methods.spec import from_spec, to_spec
+from mmpeft.parts.mask import Mask
+from mmpeft.surgery import attach, base_parameters
+from mmpeft.tuning import Tuning
+
+FORMAT, VERSION = "mmpeft", 1
+MANIFEST = "adapter.json"
+LIBRARIES = ("mmpeft", "torch", "timm", "open_clip_torch", "diffusers", "transformers")
+SAMPLE = 256
+"""Elements of each base tensor that enter its fingerprint."""
+
+
+def save(tuning: Tuning, folder: str | Path) -> Path:
+    """Write a tuning's trainable tensors and its manifest; return the folder.
+
+    Raises:
+        ConfigError: the tuning is merged, so the base is not itself.
+        MMPEFTError: the disk is full; a former adapter in the folder stays whole.
+    """
+    folder = Path(folder)
+    if tuning._state.merged:
+        raise ConfigError(f"unmerge() {list(tuning._state.merged)} before saving: the base holds merged weights")
+    tensors = {name: tensor.cpu().contiguous() for name, tensor in tuning.state_dict().items()}
+    data = dump_tensors(tensors, metadata={"format": "pt"})
+    digest = hashlib.sha256(data).hexdigest()
+    file = folder / f"adapter-{digest[:12]}.safetensors"
+    manifest = {
+        "format": FORMAT,
+        "version": VERSION,
+        "method": to_spec(tuning.method),
+        "base": {"class": _base_class(tuning.model), "fingerprint": fingerprint(tuning)},
+        "tensors": {"file": file.name, "sha256": digest, "count": len(tensors)},
+        "sites": [{"path": p.home, "part": p.key, "role": p.role} for p in tuning.placements],
+        "libraries": _versions(),
+    }
+    write_atomic(file, data)
+    write_atomic(folder / MANIFEST, (json.dumps(manifest, indent=1, ensure_ascii=False) + "\n").encode())
+    for stale in folder.glob("adapter-*.safetensors"):
+        if stale != file:
+            stale.unlink(missing_ok=True)
+    return folder
+
+
+def load(model: nn.Module, folder: str | Path, name: str = "default", *, check_base: bool = True) -> Tuning:
+    """Attach the method of an adapter folder to a model and set its tensors.
+
+    `check_base=False` accepts a base with other weights; shapes must agree all the same.
+
+    Raises:
+        AdapterFileError: not an adapter folder of this suite, partial, tampered with, pickled, not finite, or
+            made for another base. The model is left as it was.
+    """
+    folder = Path(folder)
+    manifest = read_manifest(folder)
+    tensors = _read_tensors(folder, manifest)
+    try:
+        method = from_spec(manifest["method"])
+    except (ConfigError, TypeError, KeyError) as error:
+        made = manifest.get("libraries", {}).get("mmpeft", "?")
+        raise AdapterFileError(f"{folder / MANIFEST} (written by mmpeft {made}): {error}") from error
+    try:
+        tuning = attach(model, method, name)
+    except AdapterFileError:
+        raise
+    except MMPEFTError as error:
+        raise AdapterFileError(
+            f"the adapter in {folder} was made for {manifest['base']['class']} and does not attach to "
+            f"{_base_class(model)}: {error}"
+        ) from error
+    try:
+        own = fingerprint(tuning)
+        if check_base and own != manifest["base"]["fingerprint"]:
+            raise AdapterFileError(
+                f"the adapter in {folder} was made for another base: expected {manifest['base']['class']} "
+                f"{manifest['base']['fingerprint']}, this model is {_base_class(model)} {own}. Load the base it was "
+                "trained on, or pass check_base=False if the weights are meant to differ"
+            )
+        tuning.load_state_dict(tensors)
+    except AdapterFileError:
+        tuning.detach()
+        raise
+    return tuning
+
+
+def fingerprint(tuning: Tuning) -> str:
+    """Sixteen hex digits of the base: names, shapes and a sample of values, rounded to bfloat16.
+
+    The rounding lets an adapter trained on an fp32 base load on the same base cast to bf16. Tensors that the
+    tuning trains whole (a new head) are not part of what the adapter needs from the base.
+    """
+    replaced = {
+        f"{hook.path}.{hook.name}".lstrip(".")
+        for placement in tuning.placements
+        if isinstance(placement.part, Mask) and placement.part.rows is None
+        for hook in placement.hooks
+    }
+    digest = hashlib.sha256()
+    for name, tensor in sorted(base_parameters(tuning.model)):
+        if name not in replaced:
+            flat = tensor.detach().flatten()
+            sample = flat[:: max(1, len(flat) // SAMPLE)][:SAMPLE].to("cpu", torch.bfloat16)
+            digest.update(f"{name}{tuple(tensor.shape)}".encode())
+            digest.update(sample.view(torch.int16).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of an adapter folder, checked for what this version can read.
+
+    Raises:
+        AdapterFileError: missing, not JSON, foreign, or of a newer version.
+    """
+    path = folder / MANIFEST
+    if folder.is_file():
+        raise AdapterFileError(f"expected a folder with {MANIFEST}, got the file {folder}")
+    if not path.exists():
+        what = "the folder does not exist"
+        if folder.exists():
+            names = sorted(p.name for p in folder.iterdir())
+            what = f"it holds {names[:5] or 'nothing'}"
+            if "adapter_config.json" in names:
+                what += ", which is a Hugging Face PEFT folder, not one of this suite"
+            elif any(n.endswith((".bin", ".pt", ".pth", ".ckpt", ".pkl")) for n in names):
+                what += "; pickled files are never read, because unpickling runs code"
+        raise AdapterFileError(f"no {MANIFEST} in {folder}: {what}")
+    try:
+        manifest = json.loads(path.read_text("utf-8"))
+        if manifest["format"] != FORMAT:
+            raise AdapterFileError(f"{path}: expected format {FORMAT!r}, got {manifest['format']!r}")
+        if manifest["version"] > VERSION:
+            raise AdapterFileError(
+                f"{path} has version {manifest['version']}, this mmpeft reads up to {VERSION}; update mmpeft"
+            )
+        for section, key in (("base", "fingerprint"), ("tensors", "file"), ("tensors", "sha256")):
+            manifest[section][key]
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+        raise AdapterFileError(f"{path} is not a manifest of this suite, or only a part of one: {error!r}") from error
+    return manifest  # type: ignore[no-any-return]
+
+
+def _read_tensors(folder: Path, manifest: dict[str, Any]) -> dict[str, Tensor]:
+    entry = manifest["tensors"]
+    path = folder / str(entry["file"])
+    if path.parent != folder or path.suffix != ".safetensors":
+        raise AdapterFileError(
+            f"{folder / MANIFEST} names {entry['file']!r}; only a .safetensors file beside it is read"
+        )
+    if not path.exists():
+        raise AdapterFileError(f"{path} is missing; the folder was copied in part")
+    data = path.read_bytes()
+    digest = hashlib.sha256(data).hexdigest()
+    if digest != entry["sha256"]:
+        raise AdapterFileError(
+            f"{path} is truncated or was changed after saving: expected sha256 {entry['sha256'][:12]}…, "
+            f"got {digest[:12]}… ({len(data):,} bytes)"
+        )
+    try:
+        return load_tensors(data)
+    except (SafetensorError, ValueError) as error:
+        raise AdapterFileError(f"{path} is no safetensors file: {error}") from error
+
+
+def _base_class(model: nn.Module) -> str:
+    return type(model).__name__.removeprefix("Tuned")
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for library in LIBRARIES:
+        try:
+            found[library] = version(library)
+        except PackageNotFoundError:
+            continue
+    return found

@@ -1,0 +1,45 @@
+"""Low-rank updates of a weight: LoRA's product and DoRA's renormalisation."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+
+def low_rank_apply(
+    x: Float[Tensor, "*batch i"], down: Float[Tensor, "r i"], up: Float[Tensor, "o r"], scale: float
+) -> Float[Tensor, "*batch o"]:
+    """`s · B A x`, without forming `BA` (Hu et al. 2021, arXiv:2106.09685)."""
+    return F.linear(F.linear(x, down), up) * scale
+
+
+def low_rank_delta(down: Float[Tensor, "r i"], up: Float[Tensor, "o r"], scale: float) -> Float[Tensor, "o i"]:
+    """`ΔW = s · B A`."""
+    return (up @ down) * scale
+
+
+def squared_row_norms(weight: Float[Tensor, "o i"]) -> Float[Tensor, " o"]:
+    """`‖W_j‖²` for each output row j, in fp32."""
+    return weight.detach().float().square().sum(dim=1)
+
+
+def low_rank_row_norms(
+    weight: Float[Tensor, "o i"],
+    weight_sq: Float[Tensor, " o"],
+    down: Float[Tensor, "r i"],
+    up: Float[Tensor, "o r"],
+    scale: float,
+) -> Float[Tensor, " o"]:
+    """`‖W + sBA‖` for each row, from `W Aᵀ` and `A Aᵀ` alone.
+
+    `‖W‖² + 2s (B ⊙ W Aᵀ)·1 + s² (B (A Aᵀ) ⊙ B)·1`: temporaries are [o, r] and [r, r], never [o, i].
+    With `B = 0` the result is exactly `sqrt(weight_sq)`. Not differentiable by design: DoRA stops the
+    gradient at the norm (Liu et al. 2024, arXiv:2402.09353, section 4.3).
+    """
+    with torch.no_grad():
+        down, up = down.float(), up.float()
+        cross = (up * (weight.float() @ down.T)).sum(dim=1)
+        square = ((up @ (down @ down.T)) * up).sum(dim=1)
+        return (weight_sq.float() + 2 * scale * cross + scale**2 * square).clamp_min(1e-24).sqrt()

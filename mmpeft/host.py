@@ -1,0 +1,170 @@
+"""A module that hosts parts: the class swap, and the forward pass around the parts.
+
+Follows PyTorch's own `fully_shard` and `parametrize`: the module keeps its object, its type (a cached
+subclass, so `isinstance` still holds) and every state-dict key; the parts hang under it as one child named
+`mmpeft`. Only `mmpeft.surgery` performs it.
+"""
+
+from __future__ import annotations
+
+import copyreg
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import Function
+
+from mmpeft.errors import Refused
+from mmpeft.parts.base import Call, Part
+
+CHILD = "mmpeft"
+
+
+@dataclass
+class Plan:
+    """What a host does in its forward pass under the present route; empty lists are the plain backbone."""
+
+    enter: tuple[Part, ...] = ()
+    exit: tuple[Part, ...] = ()
+    call: Call | None = None
+    reads: dict[str, tuple[Part, ...]] = field(default_factory=dict)
+    around: Callable[..., Any] | None = None
+    """Runs the whole host: `around(run, *args, **kwargs)`; recomputation and per-group execution use it."""
+
+    @property
+    def idle(self) -> bool:
+        return not (self.enter or self.exit or self.call or self.around)
+
+
+class TunedMeta(type):
+    """Metaclass of the swapped classes; picklable through the recipe that made them."""
+
+    base: type
+    reads: frozenset[str]
+
+
+_CLASSES: dict[tuple[type, frozenset[str]], TunedMeta] = {}
+
+
+class Host:
+    """Mixin in front of a module's own class."""
+
+    _plan: Plan
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        plan = self._plan
+        if plan.around is not None:
+            return plan.around(self._run, *args, **kwargs)
+        return self._run(*args, **kwargs)
+
+    def _run(self, *args: Any, **kwargs: Any) -> Any:
+        plan = self._plan
+        if not (plan.enter or plan.exit or plan.call):
+            return super().forward(*args, **kwargs)  # type: ignore[misc]
+        if args:
+            x, args = args[0], args[1:]
+        else:
+            name = next(iter(kwargs))
+            x = kwargs.pop(name)
+        for part in plan.enter:
+            x = part.enter(self, x)  # type: ignore[arg-type]
+        y = plan.call(self, x) if plan.call else super().forward(x, *args, **kwargs)  # type: ignore
+        for part in plan.exit:
+            first, *rest = y if isinstance(y, tuple) else (y,)
+            first = part.exit(self, x, first)  # type: ignore[arg-type]
+            y = (first, *rest) if isinstance(y, tuple) else first
+        return y
+
+
+def base_value(module: nn.Module, name: str) -> Any:
+    """The backbone's own value of an attribute, whatever parts read it."""
+    for store in (module._parameters, module._buffers, module.__dict__):
+        if name in store:
+            return store[name]
+    raise AttributeError(f"{type(module).__name__} has no attribute {name!r}")
+
+
+def _reader(name: str) -> property:
+    def read(self: Any) -> Any:
+        value = base_value(self, name)
+        for part in self._plan.reads.get(name, ()):
+            value = part.read(self, name, value)
+        return value
+
+    def write(self: Any, value: Any) -> None:
+        self.__dict__[name] = value
+
+    return property(read, write)
+
+
+def tuned_class(base: type, reads: frozenset[str]) -> TunedMeta:
+    """The subclass of `base` that hosts parts and lets them answer for the attributes `reads`."""
+    key = (base, reads)
+    if key not in _CLASSES:
+        namespace: dict[str, Any] = {name: _reader(name) for name in reads}
+        namespace |= {"base": base, "reads": reads, "__module__": base.__module__, "__doc__": base.__doc__}
+        _CLASSES[key] = TunedMeta(f"Tuned{base.__name__}", (Host, base), namespace)
+    return _CLASSES[key]
+
+
+copyreg.pickle(TunedMeta, lambda cls: (tuned_class, (cls.base, cls.reads)))  # type: ignore[arg-type]
+
+
+def is_host(module: nn.Module) -> bool:
+    """Whether a module's class has been swapped."""
+    return isinstance(type(module), TunedMeta)
+
+
+def make_host(module: nn.Module, reads: frozenset[str]) -> None:
+    """Swap a module's class, or widen the attributes that parts may answer for."""
+    cls = type(module)
+    if isinstance(cls, TunedMeta):
+        reads, cls = reads | cls.reads, cls.base
+    else:
+        if isinstance(module, torch.jit.ScriptModule):
+            raise Refused(f"{cls.__name__} is a TorchScript module; attach before scripting")
+        module.__dict__["_plan"] = Plan()
+    module.__class__ = tuned_class(cls, reads)
+
+
+def unmake_host(module: nn.Module) -> None:
+    """Give a module its original class back."""
+    cls = type(module)
+    assert isinstance(cls, TunedMeta)
+    module.__class__ = cls.base
+    del module.__dict__["_plan"]
+    module._modules.pop(CHILD, None)
+
+
+class _RouteMark(Function):
+    """Identity that sets the route again before the backward pass of what ran under it.
+
+    Activation checkpointing repeats a forward pass inside the backward pass, when the caller may long have
+    switched to another adapter. The mark sits on the model's output, so its backward runs first.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, set_route: Callable[[Any], Any], route: Any, y: Tensor) -> Tensor:
+        ctx.set_route, ctx.route = set_route, route
+        return y.view_as(y)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        before = ctx.set_route(ctx.route)
+        if before is not ctx.route:
+            engine = torch.autograd.Variable._execution_engine  # type: ignore[attr-defined]
+            engine.queue_callback(lambda: ctx.set_route(before))
+        return None, None, grads[0]
+
+
+def mark_route(y: Any, set_route: Callable[[Any], Any], route: Any) -> Any:
+    """Mark every differentiable tensor of an output with the route it was computed under."""
+
+    def mark(value: Any) -> Any:
+        if isinstance(value, Tensor) and value.requires_grad:
+            return _RouteMark.apply(set_route, route, value)
+        return value
+
+    return torch.utils._pytree.tree_map(mark, y)

@@ -1,0 +1,148 @@
+"""Does every tensor that should train get a gradient, and does no other tensor move?"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from mmpeft.errors import SiteError
+
+if TYPE_CHECKING:
+    from mmpeft.tuning import Tuning
+
+STEPS = 2
+"""A tensor behind a zero-initialised one has its first gradient in the second step."""
+
+
+@dataclass(frozen=True)
+class Pulse:
+    """One trainable tensor: the largest gradient norm seen within two steps."""
+
+    role: str
+    tensor: str
+    gradient: float
+
+    @property
+    def alive(self) -> bool:
+        return self.gradient > 0
+
+
+@dataclass(frozen=True)
+class Liveness:
+    """The outcome of a liveness check."""
+
+    pulses: list[Pulse]
+    moved: list[str]
+    """Frozen tensors whose bits changed."""
+
+    @property
+    def dead(self) -> list[str]:
+        return [pulse.tensor for pulse in self.pulses if not pulse.alive]
+
+    @property
+    def ok(self) -> bool:
+        return not self.dead and not self.moved
+
+    def check(self) -> Liveness:
+        """Return self, or raise SiteError naming the dead and the moved tensors."""
+        if not self.ok:
+            raise SiteError(
+                f"{len(self.dead)} of {len(self.pulses)} trainable tensors get no gradient (first: {self.dead[:3]}); "
+                f"{len(self.moved)} frozen tensors moved (first: {self.moved[:3]}). A dead site means that the "
+                "backbone does not use it as its anatomy says: report it, or restrict at=."
+            )
+        return self
+
+    def __rich__(self) -> Table:
+        table = Table(title=f"liveness: {len(self.dead)} dead of {len(self.pulses)}, {len(self.moved)} frozen moved")
+        for name in ("role", "tensors", "dead", "smallest gradient norm"):
+            table.add_column(name, justify="left" if name == "role" else "right")
+        for role in dict.fromkeys(pulse.role for pulse in self.pulses):
+            own = [pulse for pulse in self.pulses if pulse.role == role]
+            dead = sum(not pulse.alive for pulse in own)
+            table.add_row(role, str(len(own)), str(dead), f"{min(pulse.gradient for pulse in own):.1e}")
+        return table
+
+    def __str__(self) -> str:
+        console = Console(width=100, no_color=True)
+        with console.capture() as captured:
+            console.print(self)
+        return captured.get()
+
+
+def liveness(tuning: Tuning, batch: Any) -> Liveness:
+    """Two AdamW steps (with weight decay) on one batch; the model is left as it was.
+
+    The loss is a fixed random projection of every floating output. `batch` is a tensor, a tuple of arguments
+    or a mapping of keyword arguments.
+    """
+    model = tuning.model
+    trainable = dict(tuning.named_parameters())
+    roles = {
+        id(parameter): placement.role for placement in tuning.placements for parameter in placement.part.parameters()
+    }
+    norms = dict.fromkeys(trainable, 0.0)
+    with _untouched(model, list(trainable.values())), tuning.use(), torch.enable_grad():
+        frozen = {n: p for n, p in model.named_parameters() if id(p) not in roles}
+        before = {name: _fingerprint(p) for name, p in frozen.items()}
+        optimizer = torch.optim.AdamW(trainable.values(), lr=1e-3, weight_decay=0.1)
+        for step in range(STEPS):
+            optimizer.zero_grad()
+            _loss(_call(model, batch), seed=step).backward()
+            for name, parameter in trainable.items():
+                if parameter.grad is not None:
+                    norms[name] = max(norms[name], float(parameter.grad.norm()))
+            optimizer.step()
+        moved = [name for name, p in frozen.items() if _fingerprint(p) != before[name]]
+    return Liveness([Pulse(roles[id(p)], name, norms[name]) for name, p in trainable.items()], moved)
+
+
+def _call(model: nn.Module, batch: Any) -> Any:
+    if isinstance(batch, Mapping):
+        return model(**batch)
+    return model(*batch) if isinstance(batch, tuple) else model(batch)
+
+
+def _loss(output: Any, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    total = torch.zeros(())
+    values = output.values() if isinstance(output, Mapping) else output
+    for leaf in tree_leaves(list(values) if isinstance(output, Mapping) else values):
+        if isinstance(leaf, Tensor) and leaf.is_floating_point() and leaf.requires_grad:
+            weights = torch.randn(leaf.shape, generator=generator).to(leaf.device)
+            total = total.to(leaf.device) + (leaf.float() * weights).sum()
+    return total
+
+
+def _fingerprint(tensor: Tensor) -> int:
+    """A weighted sum of the tensor's words: changes with any single bit, costs no copy of the model."""
+    data = tensor.detach().contiguous().view(-1).view(torch.uint8)
+    words = data.view(torch.int32) if len(data) % 4 == 0 else data
+    return int((words * (torch.arange(len(words), device=data.device, dtype=torch.int64) % 1021 * 2 + 1)).sum())
+
+
+@contextmanager
+def _untouched(model: nn.Module, trainable: list[nn.Parameter]) -> Iterator[None]:
+    """Restore values, gradients, buffers and random state on exit."""
+    values = [(p, p.detach().clone(), p.grad) for p in trainable]
+    buffers = [(b, b.clone()) for b in model.buffers()]
+    for parameter in trainable:
+        parameter.grad = None
+    try:
+        with torch.random.fork_rng():
+            yield
+    finally:
+        with torch.no_grad():
+            for parameter, value, grad in values:
+                parameter.copy_(value)
+                parameter.grad = grad
+            for buffer, value in buffers:
+                buffer.copy_(value)

@@ -1,0 +1,22 @@
+"""Every method of the suite, found by looking: a new file in a taxonomy folder is a new method."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from pkgutil import iter_modules
+from typing import Any
+
+from mmpeft.methods.base import METHODS, Method, Restricted, Union, list_methods
+
+for _folder in ("additive", "selective", "reparameterized"):
+    _package = import_module(f"mmpeft.methods.{_folder}")
+    for _module in iter_modules(_package.__path__):
+        import_module(f"{_package.__name__}.{_module.name}")
+
+__all__ = ["METHODS", "Method", "Restricted", "Union", "list_methods", *METHODS]
+
+
+def __getattr__(name: str) -> Any:
+    if name in METHODS:
+        return METHODS[name]
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,33 @@
+"""(IA)³: learned vectors on keys, values and the inner activation of the feed-forward network."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import nn
+
+from mmpeft.methods.base import SiteMethod, fan, own_weight, register
+from mmpeft.methods.shared.rescaling import place_rescale
+from mmpeft.parts.base import Placement
+from mmpeft.sites import Kind, Selector, Site
+
+
+@register("https://arxiv.org/abs/2205.05638", "additive", mergeable=True)
+@dataclass(frozen=True)
+class IA3(SiteMethod):
+    """`K ← l_k ⊙ K`, `V ← l_v ⊙ V`, `inner ← l_ff ⊙ inner`, all vectors starting at 1.
+
+    `l_ff` acts on the input of `mlp.down`. Weight decay must be off: it pulls the vectors to 0, not to 1.
+    """
+
+    at: Selector = "{attn.k,attn.v,cross.k,cross.v,mlp.down}"
+    takes: ClassVar[tuple[Kind, ...]] = ("linear",)
+
+    def build(self, model: nn.Module, site: Site) -> Placement:
+        side = "input" if site.role == "mlp.down" else "output"
+        return place_rescale("ia3", model, site, own_weight(model, site), side=side, shift=False)
+
+    def count_at(self, model: nn.Module, site: Site) -> int:
+        rows, columns = fan(model, site)
+        return columns if site.role == "mlp.down" else rows

@@ -1,0 +1,283 @@
+"""Methods are recipes: frozen dataclasses that place parts on sites, registered once with their metadata."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields, replace
+from fnmatch import fnmatch
+from typing import Any, ClassVar, Literal, TypeVar
+
+from torch import Tensor, nn
+
+from mmpeft.errors import ConfigError, Refused, nearest
+from mmpeft.host import base_value
+from mmpeft.parts.base import Hook, Placement
+from mmpeft.parts.mask import Mask
+from mmpeft.sites import Kind, Selector, Site, select
+
+Taxonomy = Literal["additive", "selective", "reparameterized", "hybrid", "efficient"]
+
+
+@dataclass(frozen=True)
+class MethodInfo:
+    """What is known of a method before it is used; tables and tests are generated from it."""
+
+    name: str
+    paper: str
+    taxonomy: Taxonomy
+    mergeable: bool
+    identity: bool
+    """Whether the tuned model equals the base bit for bit at initialisation."""
+    trains_head: bool = False
+
+
+METHODS: dict[str, type[Method]] = {}
+M = TypeVar("M", bound="type[Method]")
+
+
+def register(
+    paper: str, taxonomy: Taxonomy, *, mergeable: bool, identity: bool = True, trains_head: bool = False
+) -> Callable[[M], M]:
+    """Register a method class under its own name."""
+
+    def add(cls: M) -> M:
+        cls.info = MethodInfo(cls.__name__, paper, taxonomy, mergeable, identity, trains_head)
+        METHODS[cls.__name__] = cls
+        return cls
+
+    return add
+
+
+def list_methods(pattern: str = "*", **metadata: Any) -> list[str]:
+    """Names of registered methods, by wildcard (case-insensitive) and metadata.
+
+    >>> import mmpeft
+    >>> mmpeft.list_methods("*lora*", mergeable=True)
+    ['LoRA']
+    """
+    known = {f.name for f in fields(MethodInfo)}
+    for key in metadata:
+        if key not in known:
+            raise ConfigError(f"unknown metadata {key!r}; known: {', '.join(sorted(known))}.{nearest(key, known)}")
+    return sorted(
+        name
+        for name, cls in METHODS.items()
+        if fnmatch(name.lower(), pattern.lower()) and all(getattr(cls.info, k) == v for k, v in metadata.items())
+    )
+
+
+@dataclass(frozen=True)
+class Method(ABC):
+    """A recipe: given a model and its sites, which parts go where."""
+
+    info: ClassVar[MethodInfo]
+
+    @abstractmethod
+    def place(self, model: nn.Module, available: list[Site]) -> list[Placement]:
+        """Build the parts. Everything is checked here, before the model is changed.
+
+        Raises:
+            SiteError: nothing to tune. Refused: a selected site cannot take this method.
+        """
+
+    @abstractmethod
+    def count(self, model: nn.Module, available: list[Site]) -> int:
+        """Trainable parameters in closed form, without building anything."""
+
+    @property
+    def mergeable(self) -> bool:
+        return self.info.mergeable
+
+    @property
+    def identity(self) -> bool:
+        return self.info.identity
+
+    @property
+    def trains_head(self) -> bool:
+        return self.info.trains_head
+
+    def __add__(self, other: Method) -> Union:
+        if not isinstance(other, Method):
+            return NotImplemented
+        return Union([*_members(self), *_members(other)])
+
+    def where(self, at: Selector) -> Restricted:
+        """This method on the sites that also match `at`: `LoRA(at="mlp.*").where("depth>=6")`."""
+        return Restricted(self, at)
+
+
+def _members(method: Method) -> list[Method]:
+    return list(method.methods) if isinstance(method, Union) else [method]
+
+
+@dataclass(frozen=True)
+class Union(Method):
+    """Several methods as one: every part of each."""
+
+    info: ClassVar[MethodInfo] = MethodInfo("Union", "", "hybrid", mergeable=True, identity=True)
+    methods: Sequence[Method] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        if not self.methods:
+            raise ConfigError("Union needs at least one method, got none")
+        for method in self.methods:
+            if not isinstance(method, Method):
+                raise ConfigError(f"Union unites methods, got {type(method).__name__}: {method!r}")
+
+    def place(self, model: nn.Module, available: list[Site]) -> list[Placement]:
+        placements: list[Placement] = []
+        taken: set[tuple[str, str]] = set()
+        owners: dict[tuple[Hook, tuple[int, int] | None], str] = {}
+        for method in self.methods:
+            for p in method.place(model, available):
+                if isinstance(p.part, Mask):
+                    tensor = (p.hooks[0], p.part.rows)
+                    if tensor in owners:
+                        raise ConfigError(
+                            f"{p.hooks[0].path}.{p.hooks[0].name} would be trained by both {owners[tensor]} and "
+                            f"{type(method).__name__}; restrict one with .where(...)"
+                        )
+                    owners[tensor] = type(method).__name__
+                key, copy = p.key, 1
+                while (p.home, key) in taken:
+                    key, copy = f"{p.key}_{copy}", copy + 1
+                taken.add((p.home, key))
+                placements.append(replace(p, key=key))
+        return placements
+
+    def count(self, model: nn.Module, available: list[Site]) -> int:
+        return sum(method.count(model, available) for method in self.methods)
+
+    @property
+    def mergeable(self) -> bool:
+        return all(method.mergeable for method in self.methods)
+
+    @property
+    def identity(self) -> bool:
+        return all(method.identity for method in self.methods)
+
+    @property
+    def trains_head(self) -> bool:
+        return any(method.trains_head for method in self.methods)
+
+
+@dataclass(frozen=True)
+class Restricted(Method):
+    """A method on fewer sites."""
+
+    info: ClassVar[MethodInfo] = MethodInfo("Restricted", "", "hybrid", mergeable=True, identity=True)
+    method: Method
+    at: Selector
+
+    def _narrow(self, available: list[Site]) -> list[Site]:
+        return select(available, self.at)
+
+    def place(self, model: nn.Module, available: list[Site]) -> list[Placement]:
+        return self.method.place(model, self._narrow(available))
+
+    def count(self, model: nn.Module, available: list[Site]) -> int:
+        return self.method.count(model, self._narrow(available))
+
+    @property
+    def mergeable(self) -> bool:
+        return self.method.mergeable
+
+    @property
+    def identity(self) -> bool:
+        return self.method.identity
+
+    @property
+    def trains_head(self) -> bool:
+        return self.method.trains_head
+
+
+@dataclass(frozen=True)
+class Sited(Method):
+    """A method with an `at` selector over structural sites."""
+
+    at: Selector = ""
+    takes: ClassVar[tuple[Kind, ...]] = ()
+    """Kinds of site the method can work on; empty for any."""
+
+    def chosen(self, available: list[Site]) -> list[Site]:
+        """The sites of this method in a model; a default selector may match in part, a user's may not.
+
+        Raises:
+            SiteError: nothing matches. Refused: a site says why it cannot be tuned, or is of the wrong kind.
+        """
+        default = next(f.default for f in fields(self) if f.name == "at")
+        found = select(available, self.at, every=self.at != default)
+        name = type(self).__name__
+        for site in found:
+            if site.refuse:
+                raise Refused(f"{name} at {site}: {site.refuse}")
+            if self.takes and site.kind not in self.takes:
+                raise Refused(
+                    f"{name} works on {' or '.join(self.takes)} sites; at={self.at!r} also selects {site}, "
+                    f"which is of kind {site.kind!r}"
+                )
+        return found
+
+
+@dataclass(frozen=True)
+class SiteMethod(Sited):
+    """A method that treats each selected site alone: subclasses give `build` and `count_at` for one site."""
+
+    @abstractmethod
+    def build(self, model: nn.Module, site: Site) -> Placement:
+        """The part for one site."""
+
+    @abstractmethod
+    def count_at(self, model: nn.Module, site: Site) -> int:
+        """Its parameters in closed form."""
+
+    def place(self, model: nn.Module, available: list[Site]) -> list[Placement]:
+        return [self.build(model, site) for site in self.chosen(available)]
+
+    def count(self, model: nn.Module, available: list[Site]) -> int:
+        return sum(self.count_at(model, site) for site in self.chosen(available))
+
+
+# -- helpers for recipes ------------------------------------------------------------------------------------
+
+
+def tensor_of(model: nn.Module, path: str) -> Tensor:
+    """A named parameter or buffer of the backbone itself, whatever parts read it."""
+    owner, _, name = path.rpartition(".")
+    value = base_value(model.get_submodule(owner), name)
+    assert isinstance(value, Tensor)
+    return value
+
+
+def own_weight(model: nn.Module, site: Site) -> Tensor:
+    """The weight of a linear or convolution site, all rows of it."""
+    return tensor_of(model, f"{site.path}.weight")
+
+
+def fan(model: nn.Module, site: Site) -> tuple[int, int]:
+    """(output rows, inputs per row) of a linear or convolution site, its `rows` slice alone."""
+    weight = own_weight(model, site)
+    start, stop = site.rows or (0, len(weight))
+    return stop - start, weight[0].numel()
+
+
+def any_tensor(model: nn.Module, site: Site) -> Tensor:
+    """A tensor of the site's module (or of the model) that says device and type."""
+    module = model.get_submodule(site.path)
+    tensor = next((p for p in module.parameters()), None)
+    return tensor if tensor is not None else next(model.parameters())
+
+
+def positive(method: Method, **values: float | None) -> None:
+    """Raise ConfigError unless every value given is positive."""
+    for name, value in values.items():
+        if value is not None and not value > 0:
+            raise ConfigError(f"{type(method).__name__}: {name} must be positive, got {value!r}")
+
+
+def rate(method: Method, **values: float) -> None:
+    """Raise ConfigError unless every value is a probability below one."""
+    for name, value in values.items():
+        if not 0 <= value < 1:
+            raise ConfigError(f"{type(method).__name__}: {name} must be in [0, 1), got {value!r}")

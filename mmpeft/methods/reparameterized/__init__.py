@@ -1,0 +1,1 @@
+"""Methods that train an update of existing weights."""

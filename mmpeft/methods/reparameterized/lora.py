@@ -1,0 +1,85 @@
+"""LoRA: low-rank updates of linears and convolutions."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+from torch import nn
+
+from mmpeft.errors import ConfigError, Refused
+from mmpeft.methods.base import Sited, fan, own_weight, positive, rate, register
+from mmpeft.parts import Delta
+from mmpeft.parts.base import Hook, Placement
+from mmpeft.sites import Kind, Selector, Site, select
+
+
+@register("https://arxiv.org/abs/2106.09685", "reparameterized", mergeable=True)
+@dataclass(frozen=True)
+class LoRA(Sited):
+    """`y = W x + b + s B A drop(x)`, `s = α/r` (rsLoRA: `α/√r`), A Kaiming-uniform, B zero.
+
+    `rank_pattern` and `alpha_pattern` map selectors to values for the sites they match, the last match
+    winning: `LoRA(rank=8, rank_pattern={"mlp.* & depth>=6": 16})`. Parameters: `r (i + o)` a site.
+    """
+
+    at: Selector = "attn.{q,v}"
+    rank: int = 8
+    alpha: float = 8.0
+    dropout: float = 0.0
+    rslora: bool = False
+    rank_pattern: Mapping[str, int] = field(default_factory=dict)
+    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+
+    takes: ClassVar[tuple[Kind, ...]] = ("linear", "conv")
+    magnitude: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        positive(self, rank=self.rank, alpha=self.alpha, **{f"rank of {k!r}": v for k, v in self.rank_pattern.items()})
+        rate(self, dropout=self.dropout)
+
+    def sized(self, available: list[Site]) -> list[tuple[Site, int, float]]:
+        """Every chosen site with its rank and its scale."""
+        found = self.chosen(available)
+        ranks = _resolve("rank_pattern", self.rank_pattern, found, available, self.rank)
+        alphas = _resolve("alpha_pattern", self.alpha_pattern, found, available, self.alpha)
+        root = math.sqrt if self.rslora else float
+        return [(site, int(ranks[site]), alphas[site] / root(ranks[site])) for site in found]
+
+    def place(self, model: nn.Module, available: list[Site]) -> list[Placement]:
+        return [self._one(model, *sized) for sized in self.sized(available)]
+
+    def _one(self, model: nn.Module, site: Site, rank: int, scale: float) -> Placement:
+        name = type(self).__name__
+        grouped = getattr(model.get_submodule(site.path), "groups", 1) > 1
+        if self.dropout and (grouped or site.via == "weight"):
+            why = "the convolution is grouped" if grouped else "the backbone reads this weight directly"
+            raise Refused(f"{name} at {site}: {why}, so the update has no input of its own to drop; use dropout=0")
+        if grouped or site.via == "weight":
+            hook = Hook(site.path, "read", "weight")
+        else:
+            hook = Hook(site.path, "exit" if site.kind == "conv" else "call")
+        part = Delta(own_weight(model, site), rank, scale, site.rows, self.dropout, self.magnitude)
+        return Placement(part, site.path, f"{name.lower()}_{site.label}", (hook,), site.role)
+
+    def count(self, model: nn.Module, available: list[Site]) -> int:
+        total = 0
+        for site, rank, _ in self.sized(available):
+            rows, columns = fan(model, site)
+            total += rank * (rows + columns) + (rows if self.magnitude else 0)
+        return total
+
+
+def _resolve(
+    name: str, patterns: Mapping[str, float], found: list[Site], available: list[Site], default: float
+) -> dict[Site, float]:
+    """The value of each site: the last pattern that names it, else the default."""
+    values = dict.fromkeys(found, float(default))
+    for pattern, value in patterns.items():
+        named = [site for site in select(available, pattern) if site in values]
+        if not named:
+            raise ConfigError(f"{name}: {pattern!r} names none of the {len(found)} sites that at= selects")
+        values.update(dict.fromkeys(named, float(value)))
+    return values

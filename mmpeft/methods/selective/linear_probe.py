@@ -1,0 +1,22 @@
+"""Linear probing: the head alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from torch import nn
+
+from mmpeft.methods.base import register
+from mmpeft.methods.shared.tensors import TensorMethod
+from mmpeft.sites import Site
+
+
+@register("", "selective", mergeable=True, trains_head=True)
+@dataclass(frozen=True)
+class LinearProbe(TensorMethod):
+    """Only the sites of role `head` train."""
+
+    def tensors(self, model: nn.Module, available: list[Site]) -> Iterable[Site]:
+        heads = tuple(site.path + "." for site in available if site.role == "head")
+        return (site for site in available if site.role == "param" and heads and site.path.startswith(heads))

@@ -1,0 +1,80 @@
+"""Methods that train whole named tensors: how they are chosen and placed."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from torch import nn
+
+from mmpeft.errors import SiteError
+from mmpeft.methods.base import Method, tensor_of
+from mmpeft.parts import Mask
+from mmpeft.parts.base import Hook, Placement
+from mmpeft.sites import Selector, Site, select
+
+
+@dataclass(frozen=True)
+class TensorMethod(Method):
+    """Trains every tensor that `tensors` names; parameters: their elements.
+
+    `at` restricts to the tensors of matching sites (`at="attn.q"` takes the rows of a fused projection) or to
+    `param` sites themselves (`at="path=blocks.0.*"`); empty for the whole model.
+    """
+
+    at: Selector = ""
+
+    @abstractmethod
+    def tensors(self, model: nn.Module, available: list[Site]) -> Iterable[Site]:
+        """The `param` sites to train, before `at` restricts them."""
+
+    def chosen(self, model: nn.Module, available: list[Site]) -> list[Site]:
+        found = list(self.tensors(model, available))
+        if self.at:
+            found = list(_restrict(found, select(available, self.at)))
+        if not found:
+            where = f" at {self.at!r}" if self.at else ""
+            raise SiteError(f"{type(self).__name__} finds no tensor of its kind{where} in {type(model).__name__}")
+        return found
+
+    def place(self, model: nn.Module, available: list[Site]) -> list[Placement]:
+        return [train_tensor(type(self).__name__.lower(), model, site) for site in self.chosen(model, available)]
+
+    def count(self, model: nn.Module, available: list[Site]) -> int:
+        return sum(_elements(model, site) for site in self.chosen(model, available))
+
+
+def train_tensor(method: str, model: nn.Module, site: Site) -> Placement:
+    """A `Mask` on one tensor, or on the rows of it that a site owns."""
+    home, _, name = site.path.rpartition(".")
+    part = Mask(tensor_of(model, site.path), rows=site.rows)
+    key = f"{method}_{name}" + (f"_{site.rows[0]}" if site.rows else "")
+    return Placement(part, home, key, (Hook(home, "read", name),), "param")
+
+
+def _elements(model: nn.Module, site: Site) -> int:
+    tensor = tensor_of(model, site.path)
+    return tensor[slice(*site.rows)].numel() if site.rows else tensor.numel()
+
+
+def _restrict(tensors: Iterable[Site], within: list[Site]) -> Iterable[Site]:
+    """Tensors inside the selected sites: by module, by row slice of a fused module, or by name."""
+    for tensor in tensors:
+        owner = tensor.path.rpartition(".")[0]
+        for site in within:
+            if site.path == tensor.path and site.role == "param":
+                yield tensor
+                break
+            if site.role == "param":
+                continue
+            if site.path == owner or site.bias == tensor.path:
+                whole = site.rows is None or site.bias == tensor.path
+                yield (
+                    tensor if whole else Site(tensor.path, "param", tensor.depth, tensor.tower, "param", rows=site.rows)
+                )
+                if whole:
+                    break
+            elif site.kind == "module" and tensor.path.startswith(site.path + "."):
+                yield tensor
+                break

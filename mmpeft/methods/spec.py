@@ -1,0 +1,55 @@
+"""Methods as plain data: what an adapter file holds instead of code."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Any
+
+from mmpeft.errors import ConfigError, nearest
+from mmpeft.methods.base import METHODS, Method, Restricted, Union
+
+
+def to_spec(method: Method) -> dict[str, Any]:
+    """A method as JSON-ready data: its class name and every field.
+
+    Raises:
+        ConfigError: a predicate instead of a selector string; code is not written to files.
+    """
+    return {"name": type(method).__name__, **{f.name: _plain(method, f.name) for f in fields(method)}}
+
+
+def _plain(method: Method, name: str) -> Any:
+    value = getattr(method, name)
+    if callable(value):
+        raise ConfigError(
+            f"{type(method).__name__}.{name} is a predicate, which no file can hold; write it as a selector string"
+        )
+    if isinstance(value, Method):
+        return to_spec(value)
+    if isinstance(value, Mapping):
+        return dict(value)
+    return [to_spec(v) for v in value] if isinstance(value, list | tuple) else value
+
+
+def from_spec(spec: Mapping[str, Any]) -> Method:
+    """The method that `to_spec` described.
+
+    Raises:
+        ConfigError: an unknown method or field.
+    """
+    classes: dict[str, type[Method]] = {**METHODS, "Union": Union, "Restricted": Restricted}
+    name = spec.get("name")
+    if not isinstance(name, str) or name not in classes:
+        raise ConfigError(f"unknown method {name!r}; known: {', '.join(sorted(classes))}.{nearest(str(name), classes)}")
+    cls = classes[name]
+    known = {f.name for f in fields(cls)}
+    values: dict[str, Any] = {key: value for key, value in spec.items() if key != "name"}
+    for key in values:
+        if key not in known:
+            raise ConfigError(f"{name} has no field {key!r}; fields: {', '.join(sorted(known))}.{nearest(key, known)}")
+    if cls is Union:
+        values["methods"] = [from_spec(inner) for inner in values["methods"]]
+    if cls is Restricted:
+        values["method"] = from_spec(values["method"])
+    return cls(**values)

@@ -1,0 +1,10 @@
+"""Parts say *how* a site is tuned: modules that own tensors and enter the forward pass."""
+
+from mmpeft.parts.base import Hook, Part, Placement
+from mmpeft.parts.branch import Branch
+from mmpeft.parts.context import Context
+from mmpeft.parts.delta import Delta, LowRank
+from mmpeft.parts.mask import Mask
+from mmpeft.parts.rescale import Rescale
+
+__all__ = ["Branch", "Context", "Delta", "Hook", "LowRank", "Mask", "Part", "Placement", "Rescale"]

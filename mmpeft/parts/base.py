@@ -1,0 +1,85 @@
+"""The contract between a part and the module that hosts it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from mmpeft.errors import Refused
+
+HookKind = Literal["enter", "exit", "call", "read"]
+Call = Callable[[nn.Module, Tensor], Tensor]
+
+
+class Part(nn.Module):
+    """A trainable piece that hangs under a host module and enters its forward pass.
+
+    `enter(host, x)` runs before the host's own forward, `exit(host, x, y)` after it, `read(host, name, base)`
+    whenever the backbone reads the host's attribute `name`. A part with a `call` hook replaces the host's own
+    forward through `combine`. The innermost part is the one with the highest `order`.
+    """
+
+    order: ClassVar[int] = 0
+    rowwise: ClassVar[bool] = True
+    """Whether `enter` and `exit` act on each row of the batch alone, so that rows can be routed in place."""
+    unmergeable: ClassVar[str] = ""
+    """Why this part cannot be folded into the base weights; empty when it can."""
+
+    def enter(self, host: nn.Module, x: Tensor) -> Tensor:
+        return x
+
+    def exit(self, host: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        return y
+
+    def read(self, host: nn.Module, name: str, base: Any) -> Any:
+        return base
+
+    def fold(self, host: nn.Module, hook: Hook, params: dict[str, Tensor | None]) -> None:
+        """Fold the part's effect at one hook into the host's tensors, in place in `params`.
+
+        Raises:
+            Refused: the effect is not a change of the host's own tensors.
+        """
+        if self.unmergeable:
+            raise Refused(f"{type(self).__name__} at {hook.path} cannot be merged: {self.unmergeable}")
+        if hook.kind == "read":
+            params[hook.name] = self.read(host, hook.name, params[hook.name])
+
+    @classmethod
+    def combine(cls, parts: Sequence[Any], host: nn.Module) -> Call:
+        """One callable `(host, x) -> y` for all parts with a `call` hook on a host."""
+        raise TypeError(f"{cls.__name__} has no call hook")
+
+
+@dataclass(frozen=True)
+class Hook:
+    """Where a part enters: the path of a module, how, and for `read` the attribute's name."""
+
+    path: str
+    kind: HookKind
+    name: str = ""
+
+
+@dataclass(frozen=True)
+class Placement:
+    """A part, the module it is registered under, its key there and the hooks through which it enters."""
+
+    part: Part
+    home: str
+    key: str
+    hooks: tuple[Hook, ...]
+    role: str = ""
+
+
+def trainable_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Trainable tensors are kept in at least fp32, whatever the frozen base is stored in."""
+    return torch.promote_types(dtype, torch.float32) if dtype.is_floating_point else torch.float32
+
+
+def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """`tensor.to(dtype)` without the call when nothing changes."""
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)

@@ -1,0 +1,100 @@
+"""`Branch`: a bottleneck beside or behind a sub-layer."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from mmpeft.functional.pointwise import ACTIVATIONS, along, bottleneck, stochastic_depth
+from mmpeft.parts.base import Part, cast, trainable_dtype
+
+Source = Literal["output", "input", "tap"]
+Init = Literal["houlsby", "lora", "bert"]
+Scale = float | Literal["scalar", "channel"]
+
+
+class Branch(Part):
+    """`h ← h + s U σ(D src + b_d) + s b_u`.
+
+    `source`: the host's `output` (serial), its `input` (parallel), or a `tap`: the tensor seen by another
+    module earlier in the same block. `scale`: a constant, a learned `scalar` or a learned `channel` vector,
+    both starting at 1. `init`: `houlsby` N(0, .01²) truncated at 2σ with zero biases; `lora` Kaiming-uniform
+    down and zero up (identity); `bert` N(0, .02²).
+    """
+
+    order = 1
+    unmergeable = "a bottleneck with a non-linearity is no linear map of the base weights"
+
+    def __init__(
+        self,
+        width: int,
+        bottleneck: int,
+        like: Tensor,
+        *,
+        source: Source,
+        activation: str = "relu",
+        init: Init = "lora",
+        scale: Scale = 1.0,
+        dropout: float = 0.0,
+        drop_path: float = 0.0,
+        channel_dim: int = -1,
+    ) -> None:
+        super().__init__()
+        self.source, self.activation = source, activation
+        self.dropout, self.drop_path, self.channel_dim = dropout, drop_path, channel_dim
+        make = nn.utils.skip_init
+        options = {"device": like.device, "dtype": trainable_dtype(like.dtype)}
+        self.down = make(nn.Linear, width, bottleneck, **options)
+        self.up = make(nn.Linear, bottleneck, width, **options)
+        self.scale: float | nn.Parameter = 1.0
+        if isinstance(scale, str):
+            self.scale = nn.Parameter(torch.ones(width if scale == "channel" else 1, **options))
+        else:
+            self.scale = scale
+        self._reset(init)
+        self._tapped: Tensor | None = None
+
+    def _reset(self, init: Init) -> None:
+        for linear in (self.down, self.up):
+            nn.init.zeros_(linear.bias)
+            if init == "houlsby":
+                nn.init.trunc_normal_(linear.weight, std=0.01, a=-0.02, b=0.02)
+            elif init == "bert":
+                nn.init.normal_(linear.weight, std=0.02)
+        if init == "lora":
+            nn.init.kaiming_uniform_(self.down.weight, a=5**0.5)
+            nn.init.zeros_(self.up.weight)
+
+    def enter(self, host: nn.Module, x: Tensor) -> Tensor:
+        """At the tapped module: keep what it sees for the host that the branch adds to."""
+        self._tapped = x
+        return x
+
+    def exit(self, host: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        if self.source == "output":
+            source = y
+        elif self.source == "input":
+            source = x
+        else:
+            assert self._tapped is not None, "the tapped module did not run before its block ended"
+            source, self._tapped = self._tapped, None
+        if self.channel_dim != -1:
+            source = source.movedim(self.channel_dim, -1)
+        z = bottleneck(
+            source,
+            cast(self.down.weight, source.dtype),
+            cast(self.down.bias, source.dtype),
+            cast(self.up.weight, source.dtype),
+            cast(self.up.bias, source.dtype),
+            ACTIVATIONS[self.activation],
+            self.dropout if self.training else 0.0,
+        )
+        if self.channel_dim != -1:
+            z = z.movedim(-1, self.channel_dim)
+        if self.drop_path and self.training:
+            z = stochastic_depth(z, self.drop_path)
+        if isinstance(self.scale, Tensor):
+            return y + z * along(cast(self.scale, z.dtype), z.dim(), self.channel_dim)
+        return torch.add(y, z, alpha=self.scale)

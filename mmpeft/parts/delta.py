@@ -1,0 +1,157 @@
+"""`Delta`: an additive update of a linear or convolution, given by a factor."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mmpeft.functional.fused import Update, low_rank_composed, low_rank_linear
+from mmpeft.functional.low_rank import low_rank_delta, low_rank_row_norms, squared_row_norms
+from mmpeft.parts.base import Call, Hook, Part, cast, trainable_dtype
+
+FUSED_FROM = 32_768
+"""Input elements from which the fused autograd function pays for its own call overhead."""
+
+
+class LowRank(nn.Module):
+    """The factor `ΔW = B A`, `A` [r, i] Kaiming-uniform, `B` [o, r] zero (Hu et al. 2021)."""
+
+    def __init__(self, rows: int, columns: int, rank: int, like: Tensor) -> None:
+        super().__init__()
+        options: dict[str, Any] = {"device": like.device, "dtype": trainable_dtype(like.dtype)}
+        self.A = nn.Parameter(torch.empty(rank, columns, **options))
+        self.B = nn.Parameter(torch.zeros(rows, rank, **options))
+        nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
+
+    def materialise(self) -> Tensor:
+        """`B A`, [o, i]."""
+        return low_rank_delta(self.A, self.B, 1.0)
+
+    def components(self) -> list[tuple[Tensor, Tensor]]:
+        """The rank-one pieces `(B_k, A_k)`."""
+        return list(zip(self.B.T, self.A))
+
+
+class Delta(Part):
+    """`y = g ⊙ (W + s ΔW) x + b` on output rows `rows`, with `g = m / ‖W + s ΔW‖` (DoRA) or 1.
+
+    The input of the update alone goes through dropout. Convolutions use the same factor on the flattened
+    kernel; `Delta` enters through `call` on linears, `exit` on ordinary convolutions and `read` of the weight
+    where the backbone reads it directly or the convolution is grouped.
+    """
+
+    order = 3
+
+    def __init__(
+        self,
+        weight: Tensor,
+        rank: int,
+        scale: float,
+        rows: tuple[int, int] | None = None,
+        dropout: float = 0.0,
+        magnitude: bool = False,
+    ) -> None:
+        super().__init__()
+        self.start, self.stop = rows or (0, len(weight))
+        self.scale, self.dropout = scale, dropout
+        own = weight[self.start : self.stop].flatten(1)
+        self.factor = LowRank(*own.shape, rank, like=weight)
+        self.magnitude: nn.Parameter | None = None
+        if magnitude:
+            square = squared_row_norms(own)
+            self.register_buffer("weight_sq", square, persistent=False)
+            self.magnitude = nn.Parameter(square.sqrt().to(self.factor.A.dtype))
+
+    def gain(self, weight: Tensor) -> Tensor | None:
+        """DoRA's `m / ‖W + s ΔW‖` for a [o, ...] weight; None without a magnitude."""
+        if self.magnitude is None:
+            return None
+        own = weight[self.start : self.stop].flatten(1)
+        square: Tensor = self.weight_sq  # type: ignore[assignment]
+        norm = low_rank_row_norms(own, square, self.factor.A, self.factor.B, self.scale)
+        return self.magnitude / norm.to(self.magnitude.dtype)
+
+    def update(self, weight: Tensor) -> Update:
+        return Update(self.start, self.stop, self.scale, self.factor.A, self.factor.B, self.gain(weight))
+
+    def read(self, host: nn.Module, name: str, base: Tensor) -> Tensor:
+        """The effective weight, in the base's type."""
+        own = base[self.start : self.stop]
+        delta = (self.factor.materialise() * self.scale).view(own.shape)
+        tuned = cast(own, delta.dtype) + delta
+        gain = self.gain(base)
+        if gain is not None:
+            tuned = tuned * gain.view(-1, *[1] * (own.dim() - 1))
+        tuned = cast(tuned, base.dtype)
+        whole = len(own) == len(base)
+        return tuned if whole else base.slice_scatter(tuned, 0, self.start, self.stop)
+
+    def exit(self, host: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        """Add the update to an output already computed: convolutions, and rows routed one by one."""
+        weight, bias = host.weight, host.bias
+        assert isinstance(weight, Tensor)
+        conv = weight.dim() > 2
+        channel = 1 if conv else -1
+        if self.dropout and self.training:
+            x = F.dropout(x, self.dropout)
+        down, up = cast(self.factor.A, x.dtype), cast(self.factor.B, x.dtype)
+        if conv:
+            inner = host._conv_forward(x, down.view(-1, *weight.shape[1:]), None)  # type: ignore[operator]
+            delta = F.linear(inner.movedim(1, -1), up).movedim(-1, 1)
+        else:
+            delta = F.linear(F.linear(x, down), up)
+        own = y.narrow(channel, self.start, self.stop - self.start)
+        gain = self.gain(weight)
+        if gain is None:
+            tuned = torch.add(own, delta, alpha=self.scale)
+        else:
+            shape = [-1] + [1] * (y.dim() - 2) if conv else [-1]
+            offset = 0.0 if bias is None else bias[self.start : self.stop].view(shape)
+            tuned = torch.add(own - offset, delta, alpha=self.scale) * cast(gain, y.dtype).view(shape) + offset
+        if own.shape == y.shape:
+            return tuned
+        return y.slice_scatter(tuned, channel, self.start, self.stop)
+
+    def fold(self, host: nn.Module, hook: Hook, params: dict[str, Tensor | None]) -> None:
+        name = hook.name or "weight"
+        weight = params[name]
+        assert weight is not None
+        params[name] = self.read(host, name, weight)
+
+    @classmethod
+    def combine(cls, parts: Sequence[Delta], host: nn.Module) -> Call:
+        return _LinearCall(tuple(parts))
+
+
+class _LinearCall:
+    """The forward of a linear with updates: fused where it pays and applies, composed elsewhere."""
+
+    def __init__(self, deltas: tuple[Delta, ...]) -> None:
+        self.deltas = deltas
+        self.dropout = max(delta.dropout for delta in deltas)
+
+    def __call__(self, host: nn.Module, x: Tensor) -> Tensor:
+        weight: Tensor = host.weight  # type: ignore[assignment]
+        bias: Tensor | None = host.bias  # type: ignore[assignment]
+        updates = [delta.update(weight) for delta in self.deltas]
+        if self.fusible(x, weight):
+            return low_rank_linear(x, weight, bias, updates)
+        dropouts = [delta.dropout if delta.training else 0.0 for delta in self.deltas]
+        return low_rank_composed(x, weight, bias, updates, dropouts)
+
+    def fusible(self, x: Tensor, weight: Tensor) -> bool:
+        """Whether the fused function is exact here and pays: eager, plain frozen weight, no dropout."""
+        return (
+            x.numel() >= FUSED_FROM
+            and not torch.compiler.is_compiling()
+            and not weight.requires_grad
+            and type(weight) in (Tensor, nn.Parameter)
+            and weight.is_floating_point()
+            and not (self.dropout and self.deltas[0].training)
+            and not torch._C._are_functorch_transforms_active()
+        )

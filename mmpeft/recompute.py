@@ -1,0 +1,54 @@
+"""Activation recomputation at every block: all of it, or the pointwise operations alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+Recompute = Literal["pointwise", "block"] | None
+
+_aten = torch.ops.aten
+_PRODUCTS = {
+    _aten.mm.default,
+    _aten.addmm.default,
+    _aten.bmm.default,
+    _aten.baddbmm.default,
+    _aten.linear.default,
+    _aten.convolution.default,
+    _aten._scaled_dot_product_flash_attention.default,
+    _aten._scaled_dot_product_flash_attention_for_cpu.default,
+    _aten._scaled_dot_product_efficient_attention.default,
+    _aten._scaled_dot_product_cudnn_attention.default,
+}
+
+
+def _policy(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    return CheckpointPolicy.MUST_SAVE if op in _PRODUCTS else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def recompute_around(mode: Literal["pointwise", "block"]) -> Callable[..., Any]:
+    """A wrapper that runs a block and recomputes it in the backward pass.
+
+    `pointwise` keeps the results of matrix products and attention and repeats normalisations, activations and
+    additions; `block` keeps the block's input only.
+    """
+    return _Pointwise() if mode == "pointwise" else _Block()
+
+
+class _Block:
+    def __call__(self, run: Any, *args: Any, **kwargs: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return run(*args, **kwargs)
+        return checkpoint(run, *args, use_reentrant=False, **kwargs)
+
+
+class _Pointwise:
+    def __call__(self, run: Any, *args: Any, **kwargs: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return run(*args, **kwargs)
+        contexts = partial(create_selective_checkpoint_contexts, _policy)
+        return checkpoint(run, *args, use_reentrant=False, context_fn=contexts, **kwargs)

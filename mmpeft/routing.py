@@ -1,0 +1,95 @@
+"""Which tuning each row of a batch uses, and how hosts carry it out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from mmpeft.errors import ConfigError
+from mmpeft.parts.base import Part
+
+Route = str | None | tuple[str | None, ...]
+"""One tuning's name, None for the plain backbone, or a name for each row of the batch."""
+
+
+def row_groups(route: Sequence[str | None]) -> dict[str | None, list[int]]:
+    """Row numbers of each name, in order of first appearance."""
+    groups: dict[str | None, list[int]] = {}
+    for row, name in enumerate(route):
+        groups.setdefault(name, []).append(row)
+    return groups
+
+
+class RowPart(Part):
+    """Runs a part on some rows of the batch only.
+
+    Backbones that fold windows or frames into the batch see `k` times as many rows; the rows of one sample
+    are then consecutive.
+    """
+
+    def __init__(self, part: Part, rows: list[int], batch: int) -> None:
+        super().__init__()
+        self._part = (part,)  # a tuple: the part stays registered under its own host only
+        self.rows, self.batch = rows, batch
+
+    def _index(self, x: Tensor) -> Tensor:
+        fold, rest = divmod(x.shape[0], self.batch)
+        if rest:
+            raise ConfigError(
+                f"use() named an adapter for {self.batch} rows, but the batch has {x.shape[0]}; "
+                "give one name (or None) for each row"
+            )
+        rows = torch.tensor(self.rows, device=x.device)
+        return rows if fold == 1 else (rows[:, None] * fold + torch.arange(fold, device=x.device)).flatten()
+
+    def enter(self, host: nn.Module, x: Tensor) -> Tensor:
+        index = self._index(x)
+        return x.index_copy(0, index, self._part[0].enter(host, x[index]))
+
+    def exit(self, host: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        index = self._index(y)
+        return y.index_copy(0, index, self._part[0].exit(host, x[index], y[index]))
+
+
+class Grouped:
+    """Runs the whole model once for each distinct name and puts the rows back in order.
+
+    Needed where parts change what no single pass can hold: prompts of another length, trained norms.
+    """
+
+    def __init__(self, route: Sequence[str | None], set_route: Callable[[Route], Route]) -> None:
+        self.route, self.set_route = tuple(route), set_route
+
+    def __call__(self, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        batch = len(self.route)
+        tensors = [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor) and a.dim()]
+        if tensors and tensors[0].shape[0] != batch:
+            raise ConfigError(
+                f"use() named an adapter for {batch} rows, but the batch has {tensors[0].shape[0]}; "
+                "give one name (or None) for each row"
+            )
+        groups = row_groups(self.route)
+        outputs = []
+        for name, rows in groups.items():
+
+            def take(value: Any, rows: list[int] = rows) -> Any:
+                own = isinstance(value, Tensor) and value.dim() and value.shape[0] == batch
+                return value[rows] if own else value
+
+            before = self.set_route(name)
+            try:
+                outputs.append(run(*tree_map(take, args), **tree_map(take, kwargs)))
+            finally:
+                self.set_route(before)
+        order = torch.tensor([row for rows in groups.values() for row in rows]).argsort()
+
+        def join(*values: Any) -> Any:
+            if isinstance(values[0], Tensor) and values[0].dim():
+                return torch.cat(values)[order.to(values[0].device)]
+            return values[0]
+
+        return tree_map(join, *outputs)

@@ -1,0 +1,264 @@
+"""`attach` puts a method into a backbone, `use` says which tuning runs; the only place that does surgery."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from mmpeft.errors import ConfigError, nearest
+from mmpeft.host import CHILD, Plan, is_host, make_host, mark_route, unmake_host
+from mmpeft.methods.base import Method
+from mmpeft.parts.base import Hook, Part, Placement
+from mmpeft.recompute import Recompute, recompute_around
+from mmpeft.routing import Grouped, Route, RowPart, row_groups
+from mmpeft.sites import sites
+
+if TYPE_CHECKING:
+    from mmpeft.tuning import Tuning
+
+STATE = "_mmpeft_state"
+
+
+@dataclass
+class State:
+    """All tunings of one model, shared by its hosts."""
+
+    hosts: dict[str, nn.Module] = field(default_factory=dict)
+    methods: dict[str, Method] = field(default_factory=dict)
+    placements: dict[str, list[Placement]] = field(default_factory=dict)
+    route: Route = None
+    recompute: Recompute = None
+    blocks: list[str] = field(default_factory=list)
+    trained: dict[str, bool] = field(default_factory=dict)
+    """requires_grad of every base tensor before the first tuning."""
+    merged: dict[str, list[tuple[str, str, Tensor | None]]] = field(default_factory=dict)
+    """Originals `(host, attribute, tensor)` replaced by each merged tuning, in the order of merging."""
+
+
+def state_of(model: nn.Module) -> State | None:
+    """The state of a model with tunings; None for a plain one."""
+    return model.__dict__.get(STATE)
+
+
+def attach(model: nn.Module, method: Method, name: str = "default") -> Tuning:
+    """Tune `model` by `method`: freeze the base and hang trainable parts under it; nothing else changes.
+
+    The model stays the same object, `isinstance` still holds and no state-dict key is renamed. Several
+    tunings may live on one model under different names; the newest one is in use.
+
+    Raises:
+        SiteError: the model's class is unknown, or a selector matches nothing.
+        Refused: the method cannot work on a selected site; the message has the reason.
+        ConfigError: the name is taken or no identifier, or the argument is no method.
+    """
+    from mmpeft.tuning import Tuning
+
+    if not isinstance(method, Method):
+        raise ConfigError(
+            f"attach expects a method such as mmpeft.LoRA(rank=8), got {type(method).__name__}: {method!r}"
+        )
+    state = state_of(model) or State()
+    if not name.isidentifier() or hasattr(nn.ModuleDict, name):
+        raise ConfigError(f"the name of a tuning must be a plain identifier, got {name!r}")
+    if name in state.placements:
+        raise ConfigError(f"a tuning named {name!r} is attached already; detach it or choose another name")
+    if state.merged:
+        raise ConfigError(f"tuning {next(iter(state.merged))!r} is merged into the base; unmerge it before attaching")
+    available = sites(model)
+    placements = method.place(model, available)  # all checks happen here, before anything is changed
+    if not state.placements:
+        state.trained = {n: p.requires_grad for n, p in base_parameters(model)}
+        state.blocks = [site.path for site in available if site.role == "block"]
+        model.requires_grad_(False)
+    _install(model, state, name, placements)
+    state.methods[name], state.placements[name] = method, placements
+    set_route(model, name)
+    return Tuning(model, name)
+
+
+def base_parameters(model: nn.Module) -> Iterable[tuple[str, nn.Parameter]]:
+    """Named parameters of the backbone alone."""
+    return ((n, p) for n, p in model.named_parameters() if f".{CHILD}." not in f".{n}")
+
+
+def _install(model: nn.Module, state: State, name: str, placements: list[Placement]) -> None:
+    model.__dict__[STATE] = state
+    reads: dict[str, set[str]] = {"": set()}
+    for placement in placements:
+        reads.setdefault(placement.home, set())
+        for hook in placement.hooks:
+            reads.setdefault(hook.path, set()).update({hook.name} if hook.kind == "read" else ())
+    for path, names in reads.items():
+        module = state.hosts.get(path) or model.get_submodule(path)
+        make_host(module, frozenset(names))
+        state.hosts[path] = module
+    for placement in placements:
+        home = state.hosts[placement.home]
+        if CHILD not in home._modules:
+            home.add_module(CHILD, nn.ModuleDict())
+        under = home._modules[CHILD]
+        assert isinstance(under, nn.ModuleDict)
+        if name not in under:
+            under[name] = nn.ModuleDict()
+        placement.part.train(home.training)
+        under[name][placement.key] = placement.part  # type: ignore[operator]
+
+
+def detach(model: nn.Module, name: str) -> None:
+    """Remove a tuning: original classes, keys and requires_grad come back with the last one."""
+    state = state_with(model, name)
+    if name in state.merged:
+        raise ConfigError(f"tuning {name!r} is merged; unmerge() first, or keep the merged weights and drop the handle")
+    del state.placements[name], state.methods[name]
+    for host in state.hosts.values():
+        under = host._modules.get(CHILD)
+        if isinstance(under, nn.ModuleDict) and name in under:
+            del under[name]
+            if not under:
+                del host._modules[CHILD]
+    if state.placements:
+        if name in (state.route if isinstance(state.route, tuple) else (state.route,)):
+            state.route = None
+        used = {path for ps in state.placements.values() for p in ps for path in (p.home, *(h.path for h in p.hooks))}
+        for path in [p for p in state.hosts if p and p not in used and p not in state.blocks]:
+            unmake_host(state.hosts.pop(path))
+        set_route(model, state.route)
+        return
+    for host in state.hosts.values():
+        unmake_host(host)
+    for parameter_name, parameter in base_parameters(model):
+        parameter.requires_grad_(state.trained[parameter_name])
+    del model.__dict__[STATE]
+
+
+def state_with(model: nn.Module, name: str | None = None) -> State:
+    """The state of a model, with `name` among its tunings.
+
+    Raises:
+        ConfigError: no tuning at all, or none of that name.
+    """
+    state = state_of(model)
+    known = list(state.placements) if state else []
+    if state is None or (name is not None and name not in state.placements):
+        what = f"no tuning named {name!r}" if name is not None else "no tuning"
+        raise ConfigError(f"the model has {what}; attached: {known or 'none'}.{nearest(name or '', known)}")
+    return state
+
+
+# -- routes -------------------------------------------------------------------------------------------------
+
+
+class use:
+    """Choose the tuning that runs: a name, None for the plain backbone, or a name for each row of a batch.
+
+    Takes effect at once; as a context manager it restores the former choice on exit.
+
+    Raises:
+        ConfigError: an unknown name.
+    """
+
+    def __init__(self, model: nn.Module, which: str | Sequence[str | None] | None) -> None:
+        state = state_with(model)
+        route: Route = which if which is None or isinstance(which, str) else tuple(which)
+        for name in route if isinstance(route, tuple) else (route,):
+            if name is not None:
+                state_with(model, name)
+        if route == ():
+            raise ConfigError("use() got an empty list; give one name (or None) for each row of the batch")
+        self.model, self.before = model, state.route
+        set_route(model, route)
+
+    def __enter__(self) -> use:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        set_route(self.model, self.before)
+
+
+def set_route(model: nn.Module, route: Route) -> Route:
+    """Plan every host for a route; return the former one."""
+    state = state_with(model)
+    before, state.route = state.route, route
+    plans: dict[str, list[tuple[Hook, Part]]] = {}
+    grouped = False
+    if isinstance(route, tuple):
+        grouped = not all(_rowwise(state, name) for name in set(route) if name)
+        if not grouped:
+            for name, rows in row_groups(route).items():
+                for hook, part in _hooks(state, name):
+                    kind = "exit" if hook.kind == "call" else hook.kind
+                    routed = RowPart(part, rows, len(route))
+                    routed.order = part.order  # type: ignore[misc]
+                    plans.setdefault(hook.path, []).append((Hook(hook.path, kind), routed))
+    else:
+        for hook, part in _hooks(state, route):
+            plans.setdefault(hook.path, []).append((hook, part))
+    for path, host in state.hosts.items():
+        host.__dict__["_plan"] = _plan(host, plans.get(path, ()))
+    for path in state.blocks:
+        if state.recompute and not grouped:
+            block = state.hosts.get(path) or model.get_submodule(path)
+            if not is_host(block):
+                make_host(block, frozenset())
+                state.hosts[path] = block
+            block.__dict__["_plan"].around = recompute_around(state.recompute)
+    root = model.__dict__["_plan"]
+    root.around = Grouped(route, _Setter(model)) if grouped and isinstance(route, tuple) else _Marked(model, route)
+    return before
+
+
+def _hooks(state: State, name: str | None) -> Iterable[tuple[Hook, Part]]:
+    if name is None or name in state.merged:
+        return
+    for placement in state.placements[name]:
+        for hook in placement.hooks:
+            yield hook, placement.part
+
+
+def _rowwise(state: State, name: str) -> bool:
+    return all(part.rowwise and hook.kind != "read" for hook, part in _hooks(state, name))
+
+
+def _plan(host: nn.Module, hooks: Iterable[tuple[Hook, Part]]) -> Plan:
+    ordered = sorted(hooks, key=lambda pair: pair[1].order)
+    calls = [part for hook, part in ordered if hook.kind == "call"]
+    reads: dict[str, tuple[Part, ...]] = {}
+    for hook, part in reversed(ordered):
+        if hook.kind == "read":
+            reads[hook.name] = (*reads.get(hook.name, ()), part)
+    return Plan(
+        enter=tuple(part for hook, part in ordered if hook.kind == "enter"),
+        exit=tuple(part for hook, part in reversed(ordered) if hook.kind == "exit"),
+        call=type(calls[0]).combine(calls, host) if calls else None,
+        reads=reads,
+    )
+
+
+class _Setter:
+    """`set_route` bound to a model, picklable and copied with it."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    def __call__(self, route: Route) -> Route:
+        before = state_with(self.model).route
+        if before is not route and before != route:
+            set_route(self.model, route)
+        return before
+
+
+class _Marked:
+    """At the root: remember in the graph which route ran, for forward passes repeated during backward."""
+
+    def __init__(self, model: nn.Module, route: Route) -> None:
+        self.set_route, self.route = _Setter(model), route
+
+    def __call__(self, run: Any, *args: Any, **kwargs: Any) -> Any:
+        y = run(*args, **kwargs)
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            return mark_route(y, self.set_route, self.route)
+        return y

@@ -1,0 +1,208 @@
+"""`Tuning`: the handle on one method attached to one model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mmpeft.errors import AdapterFileError, ConfigError, Refused, nearest
+from mmpeft.host import base_value
+from mmpeft.liveness import Liveness, liveness
+from mmpeft.methods.base import Method
+from mmpeft.parts.base import Placement
+from mmpeft.recompute import Recompute
+from mmpeft.report import Report, report
+from mmpeft.surgery import State, detach, set_route, state_of, state_with, use
+
+BatchLike = Any
+
+
+def tunings(model: nn.Module) -> dict[str, Tuning]:
+    """Every tuning of a model, by name; also for a copy or an unpickled model."""
+    state = state_of(model)
+    return {name: Tuning(model, name) for name in state.placements} if state else {}
+
+
+class Tuning:
+    """One method attached to one model under a name.
+
+    Holds no state of its own: everything lives on the model, so copies and pickles of the model carry it.
+    """
+
+    def __init__(self, model: nn.Module, name: str) -> None:
+        state_with(model, name)
+        self.model, self.name = model, name
+
+    def __repr__(self) -> str:
+        return f"Tuning({self.name!r}: {self.method} on {type(self.model).__name__})"
+
+    @property
+    def _state(self) -> State:
+        return state_with(self.model, self.name)
+
+    @property
+    def method(self) -> Method:
+        return self._state.methods[self.name]
+
+    @property
+    def placements(self) -> list[Placement]:
+        return self._state.placements[self.name]
+
+    # -- what trains ----------------------------------------------------------------------------------------
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Trainable tensors by `<host path>.<part>.<tensor>`: where they act, whatever the tuning's name."""
+        for placement in self.placements:
+            prefix = ".".join(filter(None, (placement.home, placement.key)))
+            for name, parameter in placement.part.named_parameters():
+                yield f"{prefix}.{name}", parameter
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """Trainable tensors, ready for an optimiser."""
+        return (parameter for _, parameter in self.named_parameters())
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Detached trainable tensors by name."""
+        return {name: parameter.detach() for name, parameter in self.named_parameters()}
+
+    def load_state_dict(self, tensors: Mapping[str, Tensor]) -> None:
+        """Set every trainable tensor; nothing is changed unless all names and shapes agree.
+
+        Raises:
+            AdapterFileError: missing or unknown names, other shapes, or values that are not finite.
+        """
+        own = dict(self.named_parameters())
+        missing, extra = sorted(set(own) - set(tensors)), sorted(set(tensors) - set(own))
+        if missing or extra:
+            hint = nearest(extra[0], missing) if extra else ""
+            raise AdapterFileError(
+                f"the tensors do not fit {self.method}: {len(missing)} missing (first: {missing[:2]}), "
+                f"{len(extra)} unknown (first: {extra[:2]}).{hint}"
+            )
+        for name, parameter in own.items():
+            if tensors[name].shape != parameter.shape:
+                raise AdapterFileError(
+                    f"{name}: expected shape {tuple(parameter.shape)}, got {tuple(tensors[name].shape)}"
+                )
+            if not torch.isfinite(tensors[name]).all():
+                raise AdapterFileError(f"{name} holds NaN or infinity; the adapter was saved from a diverged run")
+        with torch.no_grad():
+            for name, parameter in own.items():
+                parameter.copy_(tensors[name])
+
+    # -- what runs ------------------------------------------------------------------------------------------
+
+    def use(self) -> use:
+        """Run this tuning: at once, or for the length of a `with` block."""
+        return use(self.model, self.name)
+
+    @property
+    def recompute(self) -> Recompute:
+        """What every block computes again in the backward pass: None, `pointwise` operations, or all (`block`)."""
+        return self._state.recompute
+
+    @recompute.setter
+    def recompute(self, mode: Recompute) -> None:
+        if mode not in (None, "pointwise", "block"):
+            raise ConfigError(f"recompute is None, 'pointwise' or 'block', got {mode!r}")
+        if mode and not self._state.blocks:
+            raise ConfigError(f"recompute needs block sites; the anatomy of {type(self.model).__name__} names none")
+        self._state.recompute = mode
+        set_route(self.model, self._state.route)
+
+    # -- merging --------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def merge(self) -> None:
+        """Fold the tuning into the base weights, in fp32; the originals are kept for `unmerge`.
+
+        Raises:
+            Refused: a part is no change of base weights; nothing is changed then.
+        """
+        state = self._state
+        if self.name in state.merged:
+            raise ConfigError(f"tuning {self.name!r} is merged already")
+        folded: list[tuple[nn.Module, str, Tensor | None]] = []
+        for path, hooks in self._hooks_by_host().items():
+            host = state.hosts[path]
+            names = {hook.name for hook, _ in hooks if hook.kind == "read"} | {"weight", "bias"}
+            base = {n: base_value(host, n) for n in names if n in host._parameters or n in host._buffers}
+            wide = {n: t.float() if isinstance(t, Tensor) and t.element_size() < 4 else t for n, t in base.items()}
+            params: dict[str, Tensor | None] = dict(wide)
+            for hook, part in hooks:
+                part.fold(host, hook, params)
+            for name, tensor in params.items():
+                if tensor is not None and tensor is not wide.get(name):
+                    if name in host._buffers and name in host._non_persistent_buffers_set:
+                        raise Refused(
+                            f"merging would change the buffer {path}.{name}, which no state dict of the base holds"
+                        )
+                    like = base.get(name)
+                    folded.append((host, name, tensor if like is None else tensor.to(like.dtype)))
+        paths = {id(host): path for path, host in state.hosts.items()}
+        originals = []
+        for host, name, tensor in folded:
+            originals.append((paths[id(host)], name, _exchange(host, name, tensor)))
+        state.merged[self.name] = originals
+        set_route(self.model, state.route)
+
+    @torch.no_grad()
+    def unmerge(self) -> None:
+        """Put the original tensors back, bit for bit.
+
+        Raises:
+            ConfigError: not merged, or another tuning was merged on top of it.
+        """
+        state = self._state
+        if self.name not in state.merged:
+            raise ConfigError(f"tuning {self.name!r} is not merged")
+        if next(reversed(state.merged)) != self.name:
+            raise ConfigError(f"unmerge {next(reversed(state.merged))!r} first: it was merged on top of {self.name!r}")
+        for path, name, original in state.merged.pop(self.name):
+            _exchange(state.hosts[path], name, original)
+        set_route(self.model, state.route)
+
+    def _hooks_by_host(self) -> dict[str, list[tuple[Any, Any]]]:
+        """Hooks of each host, innermost part first, as the forward pass applies them."""
+        found: dict[str, list[tuple[Any, Any]]] = {}
+        for placement in self.placements:
+            for hook in placement.hooks:
+                if placement.part.unmergeable:
+                    placement.part.fold(self._state.hosts[hook.path], hook, {})
+                found.setdefault(hook.path, []).append((hook, placement.part))
+        return {path: sorted(hooks, key=lambda pair: -pair[1].order) for path, hooks in found.items()}
+
+    # -- checks, reports, files -----------------------------------------------------------------------------
+
+    def detach(self) -> None:
+        """Remove the tuning; with the last one the model is what it was before, class and bits."""
+        detach(self.model, self.name)
+
+    def liveness(self, batch: BatchLike) -> Liveness:
+        """Prove on one batch that every trainable tensor learns and no frozen one moves; changes nothing."""
+        return liveness(self, batch)
+
+    def report(self) -> Report:
+        """Sites, parameters and memory; prints as a table."""
+        return report(self)
+
+    def save(self, folder: str | Path) -> Path:
+        """Write `adapter.safetensors` and `adapter.json`, atomically."""
+        from mmpeft.formats.native import save
+
+        return save(self, folder)
+
+
+def _exchange(host: nn.Module, name: str, tensor: Tensor | None) -> Tensor | None:
+    """Put another tensor under a name of a module; return the one it had."""
+    if name in host._buffers:
+        before, host._buffers[name] = host._buffers[name], tensor
+        return before
+    held = host._parameters.get(name)
+    wrapped = tensor if tensor is None or isinstance(tensor, nn.Parameter) else nn.Parameter(tensor, False)
+    host._parameters[name] = wrapped
+    return held

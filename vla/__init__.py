@@ -1,0 +1,1 @@
+"""CLIP backbones through open_clip."""
