@@ -32,10 +32,8 @@ class Plan:
     reads: dict[str, tuple[Part, ...]] = field(default_factory=dict)
     around: Callable[..., Any] | None = None
     """Runs the whole host: `around(run, *args, **kwargs)`; recomputation and per-group execution use it."""
-
-    @property
-    def idle(self) -> bool:
-        return not (self.enter or self.exit or self.call or self.around)
+    alone: bool = False
+    """Whether `call` is all there is: the common case of a tuned linear, kept free of further tests."""
 
 
 class TunedMeta(type):
@@ -55,6 +53,8 @@ class Host:
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         plan = self._plan
+        if plan.alone and not kwargs:
+            return plan.call(self, *args)  # type: ignore[misc, arg-type]
         if plan.around is not None:
             return plan.around(self._run, *args, **kwargs)
         return self._run(*args, **kwargs)

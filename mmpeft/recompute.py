@@ -9,10 +9,13 @@ from typing import Any, Literal
 import torch
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+from mmpeft.functional.fused import LOW_RANK_OP
+
 Recompute = Literal["pointwise", "block"] | None
 
 _aten = torch.ops.aten
 _PRODUCTS = {
+    LOW_RANK_OP,
     _aten.mm.default,
     _aten.addmm.default,
     _aten.bmm.default,

@@ -159,18 +159,21 @@ def sites(model: nn.Module) -> list[Site]:
 
 def param_sites(model: nn.Module, structural: Iterable[Site]) -> list[Site]:
     """One site for each named tensor of the backbone, with the depth and tower of the block around it."""
-    blocks = {s.path + ".": s for s in structural if s.role == "block"}
-    towers = {s.tower for s in structural}
-    default = Site("", "param", tower=towers.pop() if len(towers) == 1 else "")
+    blocks = {site.path: site for site in structural if site.role == "block"}
+    towers = {site.tower for site in structural}
+    outside = Site("", "param", tower=towers.pop() if len(towers) == 1 else "")
 
-    def around(name: str) -> Site:
-        return next((block for path, block in blocks.items() if name.startswith(path)), default)
+    def around(path: str) -> Site:
+        while path and path not in blocks:
+            path = path.rpartition(".")[0]
+        return blocks.get(path, outside)
 
-    return [
-        Site(name, "param", depth=around(name).depth, tower=around(name).tower, kind="param")
-        for name, _ in model.named_parameters()
-        if ".mmpeft." not in f".{name}"
-    ]
+    found = []
+    for name, _ in model.named_parameters():
+        if ".mmpeft." not in f".{name}":
+            block = around(name)
+            found.append(Site(name, "param", block.depth, block.tower, "param"))
+    return found
 
 
 # -- the at= selector ---------------------------------------------------------------------------------------

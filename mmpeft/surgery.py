@@ -230,12 +230,10 @@ def _plan(host: nn.Module, hooks: Iterable[tuple[Hook, Part]]) -> Plan:
     for hook, part in reversed(ordered):
         if hook.kind == "read":
             reads[hook.name] = (*reads.get(hook.name, ()), part)
-    return Plan(
-        enter=tuple(part for hook, part in ordered if hook.kind == "enter"),
-        exit=tuple(part for hook, part in reversed(ordered) if hook.kind == "exit"),
-        call=type(calls[0]).combine(calls, host) if calls else None,
-        reads=reads,
-    )
+    enter = tuple(part for hook, part in ordered if hook.kind == "enter")
+    leave = tuple(part for hook, part in reversed(ordered) if hook.kind == "exit")
+    call = type(calls[0]).combine(calls, host, tuple(reads)) if calls else None
+    return Plan(enter, leave, call, reads, alone=call is not None and not (enter or leave))
 
 
 class _Setter:

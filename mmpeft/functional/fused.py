@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 Spans = tuple[tuple[int, int, float, bool], ...]
 
@@ -107,6 +108,50 @@ def _exact(tensor: Tensor) -> bool:
     return tensor.dtype == torch.float32 and (tensor.device.type != "cuda" or not torch.backends.cuda.matmul.allow_tf32)
 
 
+def _product(flat: Tensor, weight: Tensor, bias: Tensor | None, updates: Sequence[Update], effective: bool) -> Tensor:
+    frozen = _cast(weight, flat.dtype)
+    offset = None if bias is None else _cast(bias, flat.dtype)
+    if effective:
+        return F.linear(flat, effective_weight(frozen, updates), offset)
+    gained = any(u.gain is not None for u in updates)
+    y = F.linear(flat, frozen, None if gained else offset)
+    for u in updates:
+        part = y[:, u.start : u.stop]
+        part.addmm_(flat @ u.down.t(), u.up.t(), alpha=u.scale)
+        if u.gain is not None:
+            part *= u.gain
+    if gained and offset is not None:
+        y += offset
+    return y
+
+
+@torch.library.custom_op("mmpeft::low_rank_linear", mutates_args=())
+def _low_rank_op(
+    flat: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    effective: bool,
+    bounds: list[int],
+    scales: list[float],
+    gained: list[bool],
+    tensors: list[Tensor],
+) -> Tensor:
+    spans = tuple(zip(bounds[::2], bounds[1::2], scales, gained))
+    return _product(flat, weight, bias, _updates(spans, tensors, flat.dtype), effective)
+
+
+LOW_RANK_OP = torch.ops.mmpeft.low_rank_linear.default
+
+
+def _opaque(
+    flat: Tensor, weight: Tensor, bias: Tensor | None, effective: bool, spans: Spans, tensors: Sequence[Tensor]
+) -> Tensor:
+    """The same product as one operation: what selective recomputation should see, and keep the result of."""
+    bounds = [edge for start, stop, _, _ in spans for edge in (start, stop)]
+    scales, gained = [span[2] for span in spans], [span[3] for span in spans]
+    return _low_rank_op(flat, weight, bias, effective, bounds, scales, gained, list(tensors))
+
+
 class _LowRankLinear(Function):
     @staticmethod
     def forward(
@@ -121,21 +166,11 @@ class _LowRankLinear(Function):
         rows, width = weight.shape
         flat = _cast(x, dtype).reshape(-1, width)
         updates = _updates(spans, tensors, dtype)
-        frozen = _cast(weight, dtype)
-        offset = None if bias is None else _cast(bias, dtype)
         effective = _exact(flat) and len(flat) * (width + 2 * rows) > 2 * rows * width
-        if effective:
-            y = F.linear(flat, effective_weight(frozen, updates), offset)
+        if _get_current_dispatch_mode() is None:
+            y = _product(flat, weight, bias, updates, effective)
         else:
-            gained = any(u.gain is not None for u in updates)
-            y = F.linear(flat, frozen, None if gained else offset)
-            for u in updates:
-                part = y[:, u.start : u.stop]
-                part.addmm_(flat @ u.down.t(), u.up.t(), alpha=u.scale)
-                if u.gain is not None:
-                    part *= u.gain
-            if gained and offset is not None:
-                y += offset
+            y = _opaque(flat, weight, bias, effective, spans, tensors)
         keep = y if any(span[3] for span in spans) else None
         ctx.save_for_backward(flat, weight, bias, keep, *tensors)
         ctx.dtype, ctx.spans, ctx.effective, ctx.x_like = dtype, spans, effective, (x.shape, x.dtype)

@@ -50,8 +50,11 @@ class Part(nn.Module):
             params[hook.name] = self.read(host, hook.name, params[hook.name])
 
     @classmethod
-    def combine(cls, parts: Sequence[Any], host: nn.Module) -> Call:
-        """One callable `(host, x) -> y` for all parts with a `call` hook on a host."""
+    def combine(cls, parts: Sequence[Any], host: nn.Module, read: Sequence[str]) -> Call:
+        """One callable `(host, x) -> y` for all parts with a `call` hook on a host.
+
+        `read` lists the host's attributes that other parts answer for.
+        """
         raise TypeError(f"{cls.__name__} has no call hook")
 
 

@@ -24,9 +24,9 @@ class LowRank(nn.Module):
     def __init__(self, rows: int, columns: int, rank: int, like: Tensor) -> None:
         super().__init__()
         options: dict[str, Any] = {"device": like.device, "dtype": trainable_dtype(like.dtype)}
-        self.A = nn.Parameter(torch.empty(rank, columns, **options))
+        bound = 1 / math.sqrt(columns)  # Kaiming-uniform with a = √5
+        self.A = nn.Parameter(torch.empty(rank, columns, **options).uniform_(-bound, bound))
         self.B = nn.Parameter(torch.zeros(rows, rank, **options))
-        nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
 
     def materialise(self) -> Tensor:
         """`B A`, [o, i]."""
@@ -59,11 +59,10 @@ class Delta(Part):
         super().__init__()
         self.start, self.stop = rows or (0, len(weight))
         self.scale, self.dropout = scale, dropout
-        own = weight[self.start : self.stop].flatten(1)
-        self.factor = LowRank(*own.shape, rank, like=weight)
+        self.factor = LowRank(self.stop - self.start, weight.numel() // len(weight), rank, like=weight)
         self.magnitude: nn.Parameter | None = None
         if magnitude:
-            square = squared_row_norms(own)
+            square = squared_row_norms(weight[self.start : self.stop].flatten(1))
             self.register_buffer("weight_sq", square, persistent=False)
             self.magnitude = nn.Parameter(square.sqrt().to(self.factor.A.dtype))
 
@@ -124,34 +123,61 @@ class Delta(Part):
         params[name] = self.read(host, name, weight)
 
     @classmethod
-    def combine(cls, parts: Sequence[Delta], host: nn.Module) -> Call:
-        return _LinearCall(tuple(parts))
+    def combine(cls, parts: Sequence[Delta], host: nn.Module, read: Sequence[str]) -> Call:
+        only = parts[0]
+        whole = len(parts) == 1 and only.stop - only.start == len(host.weight)  # type: ignore[arg-type]
+        if whole and only.magnitude is None and not only.dropout and not read:
+            return _WholeCall(only)
+        return _RowsCall(tuple(parts))
 
 
-class _LinearCall:
-    """The forward of a linear with updates: fused where it pays and applies, composed elsewhere."""
+class _WholeCall:
+    """The forward of a linear with one plain update of all its rows: the common case, kept short.
+
+    Looks parameters up in the modules' own tables: `nn.Module.__getattr__` costs more than a small product.
+    """
+
+    def __init__(self, delta: Delta) -> None:
+        self.scale, self.factor, self.rows = delta.scale, delta.factor._parameters, delta.stop
+
+    def __call__(self, host: nn.Module, x: Tensor) -> Tensor:
+        own, factor = host._parameters, self.factor
+        weight, bias, down, up = own["weight"], own["bias"], factor["A"], factor["B"]
+        assert weight is not None
+        assert down is not None
+        assert up is not None
+        if fusible(x, weight):
+            return low_rank_linear(x, weight, bias, (Update(0, self.rows, self.scale, down, up),))
+        if down.dtype is not x.dtype:
+            down, up = down.to(x.dtype), up.to(x.dtype)
+        return torch.add(F.linear(x, weight, bias), F.linear(F.linear(x, down), up), alpha=self.scale)
+
+
+class _RowsCall:
+    """The forward of a linear with updates of its rows: fused where it pays and applies, composed elsewhere."""
 
     def __init__(self, deltas: tuple[Delta, ...]) -> None:
         self.deltas = deltas
-        self.dropout = max(delta.dropout for delta in deltas)
+        self.dropout = any(delta.dropout for delta in deltas)
 
     def __call__(self, host: nn.Module, x: Tensor) -> Tensor:
         weight: Tensor = host.weight  # type: ignore[assignment]
         bias: Tensor | None = host.bias  # type: ignore[assignment]
         updates = [delta.update(weight) for delta in self.deltas]
-        if self.fusible(x, weight):
+        drop = self.dropout and self.deltas[0].training
+        if not drop and fusible(x, weight):
             return low_rank_linear(x, weight, bias, updates)
-        dropouts = [delta.dropout if delta.training else 0.0 for delta in self.deltas]
-        return low_rank_composed(x, weight, bias, updates, dropouts)
+        rates = [delta.dropout for delta in self.deltas] if drop else ()
+        return low_rank_composed(x, weight, bias, updates, rates)
 
-    def fusible(self, x: Tensor, weight: Tensor) -> bool:
-        """Whether the fused function is exact here and pays: eager, plain frozen weight, no dropout."""
-        return (
-            x.numel() >= FUSED_FROM
-            and not torch.compiler.is_compiling()
-            and not weight.requires_grad
-            and type(weight) in (Tensor, nn.Parameter)
-            and weight.is_floating_point()
-            and not (self.dropout and self.deltas[0].training)
-            and not torch._C._are_functorch_transforms_active()
-        )
+
+def fusible(x: Tensor, weight: Tensor) -> bool:
+    """Whether the fused function is exact here and pays: eager, and a plain frozen floating-point weight."""
+    return (
+        x.numel() >= FUSED_FROM
+        and not torch.compiler.is_compiling()
+        and not weight.requires_grad
+        and type(weight) in (Tensor, nn.Parameter)
+        and weight.is_floating_point()
+        and not torch._C._are_functorch_transforms_active()
+    )

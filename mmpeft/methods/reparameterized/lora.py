@@ -10,7 +10,8 @@ from typing import ClassVar
 from torch import nn
 
 from mmpeft.errors import ConfigError, Refused
-from mmpeft.methods.base import Sited, fan, own_weight, positive, rate, register
+from mmpeft.host import base_value
+from mmpeft.methods.base import Sited, fan, positive, rate, register
 from mmpeft.parts import Delta
 from mmpeft.parts.base import Hook, Placement
 from mmpeft.sites import Kind, Selector, Site, select
@@ -53,7 +54,8 @@ class LoRA(Sited):
 
     def _one(self, model: nn.Module, site: Site, rank: int, scale: float) -> Placement:
         name = type(self).__name__
-        grouped = getattr(model.get_submodule(site.path), "groups", 1) > 1
+        module = model.get_submodule(site.path)
+        grouped = getattr(module, "groups", 1) > 1
         if self.dropout and (grouped or site.via == "weight"):
             why = "the convolution is grouped" if grouped else "the backbone reads this weight directly"
             raise Refused(f"{name} at {site}: {why}, so the update has no input of its own to drop; use dropout=0")
@@ -61,7 +63,7 @@ class LoRA(Sited):
             hook = Hook(site.path, "read", "weight")
         else:
             hook = Hook(site.path, "exit" if site.kind == "conv" else "call")
-        part = Delta(own_weight(model, site), rank, scale, site.rows, self.dropout, self.magnitude)
+        part = Delta(base_value(module, "weight"), rank, scale, site.rows, self.dropout, self.magnitude)
         return Placement(part, site.path, f"{name.lower()}_{site.label}", (hook,), site.role)
 
     def count(self, model: nn.Module, available: list[Site]) -> int:

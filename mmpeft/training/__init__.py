@@ -1,0 +1,1 @@
+"""Lightning: the task base class, data base class, callbacks, checkpoints and the command line."""

@@ -1,0 +1,41 @@
+"""The cells of the matrix: every registered method, with settings that make a tiny model move, times every family."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+import mmpeft
+from mmpeft.methods import METHODS, Method
+from tests.matrix.families import FAMILIES
+
+VARIANTS: dict[str, list[dict[str, object]]] = {"VPT": [{}, {"deep": True}], "LoRA": [{}, {"at": "attn.*|mlp.*|conv|embed"}]}
+"""Further settings of a method worth a row of their own."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    method: Method
+    family: str
+    label: str
+
+    def __str__(self) -> str:
+        return f"{self.label}-{self.family}"
+
+
+def rows() -> dict[str, Method]:
+    """Label -> method, for every registered method; dropout off, so that passes can be compared."""
+    found: dict[str, Method] = {}
+    for name, cls in sorted(METHODS.items()):
+        names = {f.name for f in fields(cls)}
+        still = {key: 0.0 for key in ("dropout", "drop_path") if key in names}
+        small = {key: 3 for key in ("bottleneck", "tokens") if key in names}
+        small |= {"rank": 2} if "rank" in names else {}
+        for extra in VARIANTS.get(name, [{}]):
+            label = name + "".join(f"[{key}={value}]" for key, value in extra.items())
+            found[label] = cls(**{**still, **small, **extra})
+    found["LoRA+BitFit+Houlsby"] = mmpeft.LoRA(rank=2) + mmpeft.BitFit() + mmpeft.Houlsby(bottleneck=3)
+    found["DoRA[where]"] = mmpeft.DoRA(rank=2, at="attn.*|mlp.*|conv").where("depth>=1")
+    return found
+
+
+CELLS = [Cell(method, family, label) for label, method in rows().items() for family in FAMILIES]

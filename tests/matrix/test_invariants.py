@@ -1,0 +1,197 @@
+"""Every method × every backbone family × the invariants that any tuning must keep."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from functools import cache
+
+import pytest
+import torch
+from torch import nn
+
+import mmpeft
+from mmpeft.errors import MMPEFTError, Refused
+from mmpeft.sites import sites
+from mmpeft.surgery import base_parameters
+from tests.matrix.cells import CELLS, Cell
+from tests.matrix.expected import REFUSED, UNMERGEABLE, reason
+from tests.matrix.families import FAMILIES
+
+
+@cache
+def _plain(family: str) -> bytes:
+    model, x = FAMILIES[family]()
+    return pickle.dumps((model, x))
+
+
+def _fresh(family: str) -> tuple[nn.Module, torch.Tensor]:
+    return pickle.loads(_plain(family))
+
+
+def _perturb(tuning: mmpeft.Tuning, seed: int = 1, by: float = 0.05) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in tuning.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator) * by)
+
+
+def _grads(tuning: mmpeft.Tuning, model: nn.Module, x: torch.Tensor) -> dict[str, torch.Tensor]:
+    torch.manual_seed(0)
+    parameters = dict(tuning.named_parameters())
+    y = model(x)
+    weights = torch.randn(y.shape, generator=torch.Generator().manual_seed(5))
+    return dict(zip(parameters, torch.autograd.grad((y * weights).sum(), list(parameters.values()))))
+
+
+refused = [cell for cell in CELLS if reason(REFUSED, cell.label, cell.family)]
+working = [cell for cell in CELLS if not reason(REFUSED, cell.label, cell.family)]
+families = pytest.mark.parametrize("cell", working, ids=str)
+
+
+@pytest.mark.parametrize("cell", refused, ids=str)
+def test_refusal_names_the_reason_and_changes_nothing(cell: Cell) -> None:
+    model, x = _fresh(cell.family)
+    before, keys = model(x), list(model.state_dict())
+    with pytest.raises(MMPEFTError, match=reason(REFUSED, cell.label, cell.family)):
+        mmpeft.attach(model, cell.method)
+    assert list(model.state_dict()) == keys
+    assert torch.equal(model(x), before)
+    assert all(p.requires_grad for p in model.parameters())
+
+
+@families
+def test_one_cell(cell: Cell, tmp_path) -> None:
+    """Invariants 1, 2, 3, 4, 6, 7, 9 on one model, in the order of a user's session."""
+    model, x = _fresh(cell.family)
+    plain = model(x).detach()
+    kind, original = type(model), {k: v.clone() for k, v in model.state_dict().items()}
+    available = sites(model)
+    expected = cell.method.count(model, available)
+    tuning = mmpeft.attach(model, cell.method)
+
+    # 1 identity at init, or declared; the same object, keys kept
+    assert isinstance(model, kind)
+    assert set(original) <= set(model.state_dict())
+    difference = (model(x) - plain).abs().max()
+    assert (difference == 0) == cell.method.identity, f"max difference {difference}"
+
+    # 3 exact trainable set and closed-form count
+    own = {id(p) for p in tuning.parameters()}
+    assert {id(p) for p in model.parameters() if p.requires_grad} == own
+    assert sum(p.numel() for p in tuning.parameters()) == expected == tuning.report().trainable
+
+    # 2 alive on every site, 4 no drift under AdamW with weight decay; and the check leaves no trace
+    before = model(x)
+    tuning.liveness(x).check()
+    assert torch.equal(model(x), before)
+
+    # 7 a mixed batch equals separate runs
+    _perturb(tuning)
+    tuned = model(x)
+    rows = ["default" if i % 2 == 0 else None for i in range(len(x))]
+    with mmpeft.use(model, rows):
+        mixed = model(x)
+    assert not torch.allclose(tuned, plain, atol=1e-4), "the perturbed tuning has no effect"
+    torch.testing.assert_close(mixed[0::2], tuned[0::2], atol=2e-6, rtol=1e-5)
+    torch.testing.assert_close(mixed[1::2], plain[1::2], atol=2e-6, rtol=1e-5)
+    with mmpeft.use(model, None):
+        assert torch.equal(model(x), plain)
+
+    # 9 save and load; the file holds the trainable bytes and a header
+    tuning.save(tmp_path)
+    (file,) = tmp_path.glob("*.safetensors")
+    size = sum(p.numel() * p.element_size() for p in tuning.parameters())
+    assert file.stat().st_size <= size + 200 * len(list(tuning.parameters())) + 512
+    other, _ = _fresh(cell.family)
+    mmpeft.load(other, tmp_path)
+    assert torch.equal(other(x), tuned)
+
+    # 6 detach leaves the original state dict and class
+    tuning.detach()
+    assert type(model) is kind
+    assert list(model.state_dict()) == list(original)
+    assert all(torch.equal(v, original[k]) for k, v in model.state_dict().items())
+    assert torch.equal(model(x), plain)
+
+
+@families
+def test_merge(cell: Cell) -> None:
+    """5: merge equals the tuned forward, un-merge restores the bits; what cannot merge says why."""
+    model, x = _fresh(cell.family)
+    tuning = mmpeft.attach(model, cell.method)
+    _perturb(tuning, by=0.02)
+    tuned, bits = model(x), {n: p.clone() for n, p in base_parameters(model)}
+    if not cell.method.mergeable or reason(UNMERGEABLE, cell.label, cell.family):
+        with pytest.raises(Refused, match=reason(UNMERGEABLE, cell.label, cell.family) or "cannot be merged"):
+            tuning.merge()
+        assert torch.equal(model(x), tuned)
+        return
+    tuning.merge()
+    torch.testing.assert_close(model(x), tuned, atol=1e-5, rtol=1e-5)
+    tuning.unmerge()
+    assert torch.equal(model(x), tuned)
+    assert all(torch.equal(p, bits[n]) for n, p in base_parameters(model))
+
+
+@families
+def test_recomputation(cell: Cell) -> None:
+    """8: the same gradients with activation recomputation, with another route set between forward and backward."""
+    model, x = _fresh(cell.family)
+    tuning = mmpeft.attach(model, cell.method)
+    _perturb(tuning)
+    plain = _grads(tuning, model, x)
+    for mode in ("block", "pointwise"):
+        tuning.recompute = mode
+        for name, gradient in _grads(tuning, model, x).items():
+            torch.testing.assert_close(gradient, plain[name], atol=1e-5, rtol=1e-4, msg=f"{mode}: {name}")
+    tuning.recompute = "block"
+    parameters = list(tuning.parameters())
+    y = model(x)
+    weights = torch.randn(y.shape, generator=torch.Generator().manual_seed(5))
+    with mmpeft.use(model, None):
+        late = torch.autograd.grad((y * weights).sum(), parameters)
+        assert mmpeft.surgery.state_of(model).route is None
+    for name, gradient in zip(plain, late):
+        torch.testing.assert_close(gradient, plain[name], atol=1e-5, rtol=1e-4, msg=f"switched: {name}")
+
+
+@families
+def test_copies_precision_and_accumulation(cell: Cell) -> None:
+    """10: deepcopy, pickle, bf16 autocast; 11: gradients of a batch equal the sum over its halves."""
+    model, x = _fresh(cell.family)
+    tuning = mmpeft.attach(model, cell.method)
+    _perturb(tuning)
+    y = model(x)
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(twin(x), y)
+        (handle,) = mmpeft.tunings(twin).values()
+        with torch.no_grad():
+            next(handle.parameters()).add_(1.0)
+        assert torch.equal(model(x), y), "the copy shares tensors with the original"
+    with torch.autocast("cpu", torch.bfloat16):
+        low = model(x)
+        grads = torch.autograd.grad(low.float().square().sum(), list(tuning.parameters()))
+    assert all(torch.isfinite(g).all() for g in grads)
+    torch.testing.assert_close(low.float(), y, atol=0.15, rtol=0.15)
+    whole = torch.autograd.grad(model(x).square().sum(), list(tuning.parameters()))
+    halves = [torch.autograd.grad(model(h).square().sum(), list(tuning.parameters())) for h in x.chunk(2)]
+    for full, *parts in zip(whole, *halves):
+        torch.testing.assert_close(sum(parts), full, atol=1e-4, rtol=1e-3)
+
+
+COMPILED = [c for c in working if c.family in ("vit", "beit", "eva02") and "[" not in c.label]
+
+
+@pytest.mark.parametrize("cell", COMPILED, ids=str)
+def test_compile_without_graph_breaks(cell: Cell) -> None:
+    """10: dynamo traces the tuned model as one graph and computes the same."""
+    model, x = _fresh(cell.family)
+    tuning = mmpeft.attach(model, cell.method)
+    _perturb(tuning)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    y = compiled(x)
+    torch.testing.assert_close(y, model(x), atol=1e-5, rtol=1e-5)
+    y.square().mean().backward()
+    assert all(p.grad is not None for p in tuning.parameters())

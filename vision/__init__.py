@@ -1,0 +1,1 @@
+"""Vision backbones and tasks through timm and torchvision."""
