@@ -32,6 +32,7 @@ class AdapterFileError(MMPEFTError):
 
 def nearest(name: str, names: Iterable[str]) -> str:
     """Return `" Did you mean 'x'?"` for the closest known name, or an empty string."""
-    known = [str(n) for n in names]
-    close = get_close_matches(name, known, n=1, cutoff=0.4) or [n for n in known if name and name in n][:1]
-    return f" Did you mean {close[0]!r}?" if close else ""
+    known = {str(n).lower(): str(n) for n in names}
+    wanted = name.lower()
+    close = get_close_matches(wanted, known, n=1, cutoff=0.4) or [n for n in known if wanted and wanted in n][:1]
+    return f" Did you mean {known[close[0]]!r}?" if close else ""

@@ -8,8 +8,8 @@ from typing import ClassVar
 
 from torch import nn
 
-from mmpeft.methods.base import own_weight, register
-from mmpeft.methods.shared.tensors import TensorMethod, train_tensor
+from mmpeft.methods.base import register
+from mmpeft.methods.shared.tensors import TensorMethod, elements, train_tensor
 from mmpeft.parts import Mask
 from mmpeft.parts.base import Hook, Placement
 from mmpeft.sites import Site, select
@@ -49,25 +49,19 @@ class BitFit(TensorMethod):
         ]
 
     def place(self, model: nn.Module, available: list[Site]) -> list[Placement]:
-        created = self._created(model, available)
-        found = [] if created and not self._any(model, available) else self.chosen(model, available)
-        placements = [train_tensor("bitfit", model, site) for site in found]
-        for path, sites in created.items():
-            weight = own_weight(model, sites[0])
+        placements = [train_tensor("bitfit", model, site) for site in self.found(model, available)]
+        for path in self._created(model, available):
+            weight = model.get_submodule(path).weight
             part = Mask(None, shape=(len(weight),), like=weight)
             placements.append(Placement(part, path, "bitfit_bias", (Hook(path, "read", "bias"),), "param"))
+        if not placements:
+            raise self.nothing(model)
         return placements
 
     def count(self, model: nn.Module, available: list[Site]) -> int:
-        created = self._created(model, available)
-        held = super().count(model, available) if self._any(model, available) or not created else 0
-        return held + sum(len(own_weight(model, sites[0])) for sites in created.values())
+        held = sum(elements(model, site) for site in self.found(model, available))
+        return held + sum(len(model.get_submodule(path).weight) for path in self._created(model, available))
 
-    def _created(self, model: nn.Module, available: list[Site]) -> dict[str, list[Site]]:
-        paths: dict[str, list[Site]] = {}
-        for site in self.missing(model, available):
-            paths.setdefault(site.path, []).append(site)
-        return paths
-
-    def _any(self, model: nn.Module, available: list[Site]) -> bool:
-        return next(iter(self.tensors(model, available)), None) is not None
+    def _created(self, model: nn.Module, available: list[Site]) -> list[str]:
+        """Modules that get a bias; a fused projection is one module for its three sites."""
+        return list(dict.fromkeys(site.path for site in self.missing(model, available)))

@@ -29,20 +29,28 @@ class TensorMethod(Method):
     def tensors(self, model: nn.Module, available: list[Site]) -> Iterable[Site]:
         """The `param` sites to train, before `at` restricts them."""
 
+    def found(self, model: nn.Module, available: list[Site]) -> list[Site]:
+        """The `param` sites to train after `at` has restricted them; may be empty."""
+        tensors = list(self.tensors(model, available))
+        return list(_restrict(tensors, select(available, self.at))) if self.at else tensors
+
     def chosen(self, model: nn.Module, available: list[Site]) -> list[Site]:
-        found = list(self.tensors(model, available))
-        if self.at:
-            found = list(_restrict(found, select(available, self.at)))
+        """As `found`. Raises SiteError when there is nothing to train."""
+        found = self.found(model, available)
         if not found:
-            where = f" at {self.at!r}" if self.at else ""
-            raise SiteError(f"{type(self).__name__} finds no tensor of its kind{where} in {type(model).__name__}")
+            raise self.nothing(model)
         return found
+
+    def nothing(self, model: nn.Module) -> SiteError:
+        """The error for a model without a tensor of this method's kind."""
+        where = f" at {self.at!r}" if self.at else ""
+        return SiteError(f"{type(self).__name__} finds no tensor of its kind{where} in {type(model).__name__}")
 
     def place(self, model: nn.Module, available: list[Site]) -> list[Placement]:
         return [train_tensor(type(self).__name__.lower(), model, site) for site in self.chosen(model, available)]
 
     def count(self, model: nn.Module, available: list[Site]) -> int:
-        return sum(_elements(model, site) for site in self.chosen(model, available))
+        return sum(elements(model, site) for site in self.chosen(model, available))
 
 
 def train_tensor(method: str, model: nn.Module, site: Site) -> Placement:
@@ -53,7 +61,8 @@ def train_tensor(method: str, model: nn.Module, site: Site) -> Placement:
     return Placement(part, home, key, (Hook(home, "read", name),), "param")
 
 
-def _elements(model: nn.Module, site: Site) -> int:
+def elements(model: nn.Module, site: Site) -> int:
+    """Elements of a `param` site, its row slice alone."""
     tensor = tensor_of(model, site.path)
     return tensor[slice(*site.rows)].numel() if site.rows else tensor.numel()
 
