@@ -79,7 +79,7 @@ class Branch(Part):
             source = x
         else:
             assert self._tapped is not None, "the tapped module did not run before its block ended"
-            source, self._tapped = self._tapped, None
+            source, self._tapped = self._tapped.reshape(y.shape), None
         if self.channel_dim != -1:
             source = source.movedim(self.channel_dim, -1)
         z = bottleneck(

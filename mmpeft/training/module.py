@@ -3,122 +3,153 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import lightning
 import torch
-from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
-from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
+from torch.nn.modules.module import _IncompatibleKeys
 
 from mmpeft.errors import AdapterFileError, ConfigError, nearest
 from mmpeft.methods import LinearProbe
 from mmpeft.methods.base import Method
 from mmpeft.recompute import Recompute
+from mmpeft.sites import sites
 from mmpeft.surgery import attach
 from mmpeft.training.schedule import warmup_cosine
 from mmpeft.tuning import Tuning
 
 
 class TuningModule(lightning.LightningModule):
-    """A backbone, a method and an optimiser; subclasses add the backbone (`build`) and the loss.
+    """A backbone, a method and an optimiser; a task adds the backbone (`build`) and the loss (`training_step`).
 
     The optimiser sees only what trains. Weight decay is left off vectors (biases, norms, scalings: (IA)³ must
-    decay to 1, not to 0). Checkpoints hold only what trains. `train_head` adds the sites of role `head` unless
-    the method trains them already.
+    decay to 1, not to 0). Checkpoints hold only what trains, and loading one is strict. `train_head` adds the
+    sites of role `head` unless the method trains them already.
     """
 
     def __init__(
         self,
-        method: Method,
+        method: Method | None = None,
         optimizer: OptimizerCallable = torch.optim.AdamW,
         warmup: float = 0.1,
         recompute: Recompute = None,
         compile: bool = False,
         train_head: bool = True,
+        lr_scheduler: LRSchedulerCallable | None = None,
     ) -> None:
         """Args:
+        method: what is trained and how; the command line fills it from the key `method`.
+        optimizer: any torch optimiser, given everything that trains.
         warmup: share of all steps with a linear rise of the learning rate; cosine decay to zero follows.
         recompute: what blocks compute again in the backward pass: nothing, `pointwise` operations, or `block`.
         compile: compile every block with torch.compile.
+        train_head: also train the task head.
+        lr_scheduler: a scheduler in place of warm-up and cosine, stepped after each optimiser step.
         """
         super().__init__()
+        if not isinstance(method, Method):
+            raise ConfigError(
+                f"{type(self).__name__} expects a method such as mmpeft.LoRA(rank=8), got {method!r}; on the command "
+                "line: --method LoRA, or -c configs/method/lora.yaml"
+            )
         if not 0 <= warmup < 1:
             raise ConfigError(f"warmup is a share of all steps in [0, 1), got {warmup}")
-        self.method, self.optimizer, self.warmup = method, optimizer, warmup
+        self.method, self.optimizer, self.warmup, self.lr_scheduler = method, optimizer, warmup, lr_scheduler
         self.recompute, self.compile_blocks, self.train_head = recompute, compile, train_head
         self.model: nn.Module | None = None
         self.tuning: Tuning | None = None
+        self.register_state_dict_post_hook(_drop_frozen)
+        self.register_load_state_dict_pre_hook(_lend_frozen)
 
     @abstractmethod
     def build(self) -> nn.Module:
-        """Create the backbone, pretrained or not."""
+        """Create the backbone, pretrained or not. The trainer and its data module are known by now."""
 
     def prepare(self) -> Tuning:
         """Create the backbone and attach the method once; configuration errors come out here, before any compute."""
         if self.tuning is None:
-            self.model = self.build()
-            method = self.method
+            model = self.build()
+            method: Method = self.method
             if self.train_head and not method.trains_head:
                 method = method + LinearProbe()
-            self.tuning = attach(self.model, method)
-            self.tuning.recompute = self.recompute
+            tuning = attach(model, method)
+            tuning.recompute = self.recompute
             if self.compile_blocks:
-                for path in self.tuning._state.blocks:
-                    self.model.get_submodule(path).compile()
+                for site in sites(model):
+                    if site.role == "block":
+                        model.get_submodule(site.path).compile()
+            self.model, self.tuning = model, tuning
         return self.tuning
 
     def configure_model(self) -> None:
+        """Lightning's hook, called before a checkpoint is restored and before any batch."""
         self.prepare()
 
-    def trainable(self) -> Iterable[tuple[str, nn.Parameter]]:
+    def trainable(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Everything that trains: the tuning's tensors, and parameters a task adds beside the backbone."""
-        tuning = self.prepare()
-        held = {id(p) for p in tuning.parameters()}
-        yield from ((f"tuning.{name}", p) for name, p in tuning.named_parameters())
-        yield from ((n, p) for n, p in self.named_parameters() if p.requires_grad and id(p) not in held)
+        self.prepare()
+        return ((name, p) for name, p in self.named_parameters() if p.requires_grad)
 
-    def configure_optimizers(self) -> dict[str, Any]:
+    def configure_optimizers(self) -> Any:
         tensors = [p for _, p in self.trainable()]
         groups = [
             {"params": [p for p in tensors if p.dim() > 1]},
             {"params": [p for p in tensors if p.dim() <= 1], "weight_decay": 0.0},
         ]
-        optimizer: Optimizer = self.optimizer([group for group in groups if group["params"]])
-        steps = int(self.trainer.estimated_stepping_batches)
-        scheduler: LRScheduler = warmup_cosine(optimizer, steps, self.warmup)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+        optimizer = self.optimizer([group for group in groups if group["params"]])
+        if self.lr_scheduler is None:
+            steps = int(self.trainer.estimated_stepping_batches)
+            return {
+                "optimizer": optimizer,
+                "lr_scheduler": {"scheduler": warmup_cosine(optimizer, steps, self.warmup), "interval": "step"},
+            }
+        scheduler = self.lr_scheduler(optimizer)
+        plan: dict[str, Any] = {"scheduler": scheduler, "interval": "step"}
+        if hasattr(scheduler, "monitor"):  # reduce on plateau: looks at a metric once an epoch
+            plan |= {"interval": "epoch", "monitor": scheduler.monitor}
+        return {"optimizer": optimizer, "lr_scheduler": plan}
 
     # -- checkpoints hold only what trains ------------------------------------------------------------------
 
-    def state_dict(  # type: ignore[override]
-        self, *, destination: dict[str, Tensor] | None = None, prefix: str = "", keep_vars: bool = False
-    ) -> dict[str, Tensor]:
-        found = {} if destination is None else destination
-        for name, parameter in self.trainable():
-            found[prefix + name] = parameter if keep_vars else parameter.detach()
-        return found
-
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """Set every trainable tensor.
+        """Set every trainable tensor; nothing is changed unless all names and shapes agree.
 
         Raises:
             AdapterFileError: names or shapes differ from what this method trains.
         """
-        own = dict(self.trainable())
+        self.prepare()
+        own: dict[str, Tensor] = self.state_dict()
         missing, extra = sorted(set(own) - set(state_dict)), sorted(set(state_dict) - set(own))
-        if missing or extra:
+        if strict and (missing or extra):
             raise AdapterFileError(
-                f"the checkpoint was written by another method or task: {len(missing)} tensors missing (first: "
-                f"{missing[:2]}), {len(extra)} unknown (first: {extra[:2]}).{nearest((extra or [''])[0], missing)}"
+                f"the checkpoint was written by another method or task than {self.method}: {len(missing)} tensors "
+                f"missing (first: {missing[:2]}), {len(extra)} unknown (first: {extra[:2]})."
+                f"{nearest((extra or [''])[0], missing)}"
             )
-        with torch.no_grad():
-            for name, parameter in own.items():
-                if parameter.shape != state_dict[name].shape:
-                    raise AdapterFileError(
-                        f"{name}: expected shape {tuple(parameter.shape)}, got {tuple(state_dict[name].shape)}"
-                    )
-                parameter.copy_(state_dict[name])
-        return nn.modules.module._IncompatibleKeys([], [])
+        for name in set(own) & set(state_dict):
+            if own[name].shape != state_dict[name].shape:
+                raise AdapterFileError(
+                    f"{name}: expected shape {tuple(own[name].shape)}, got {tuple(state_dict[name].shape)}; the "
+                    "checkpoint was written with other settings of the method, or for another number of classes"
+                )
+        super().load_state_dict(state_dict, strict=strict, assign=assign)
+        return _IncompatibleKeys(missing, extra)
+
+
+def _frozen(module: nn.Module) -> dict[str, nn.Parameter]:
+    return {name: p for name, p in module.named_parameters(remove_duplicate=False) if not p.requires_grad}
+
+
+def _drop_frozen(module: nn.Module, state_dict: dict[str, Any], prefix: str, local_metadata: Any) -> None:
+    """Leave the frozen base out of every state dict, also of one gathered through a parent such as AveragedModel."""
+    for name in _frozen(module):
+        state_dict.pop(prefix + name, None)
+
+
+def _lend_frozen(module: nn.Module, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+    """Hand PyTorch's strict loading the frozen tensors that no checkpoint holds: each is copied onto itself."""
+    for name, parameter in _frozen(module).items():
+        state_dict.setdefault(prefix + name, parameter)

@@ -1,0 +1,1 @@
+"""Fair comparisons: what methods cost and what they reach, in one table."""

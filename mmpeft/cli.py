@@ -1,0 +1,93 @@
+"""The command `mmpeft`: finds the sub-command without importing torch, then hands over."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import import_module
+
+from mmpeft import __version__
+from mmpeft.errors import MMPEFTError, nearest
+
+
+@dataclass(frozen=True)
+class Command:
+    """A sub-command: `target` is `module:function`, imported when it runs and called with all arguments."""
+
+    target: str
+    help: str
+
+
+COMMANDS: dict[str, Command] = {
+    "fit": Command("mmpeft.training.cli:main", "train a model by a method"),
+    "validate": Command("mmpeft.training.cli:main", "evaluate on the validation data"),
+    "test": Command("mmpeft.training.cli:main", "evaluate on the test data"),
+    "predict": Command("mmpeft.training.cli:main", "write predictions to a file"),
+    "compare": Command("mmpeft.bench.compare:main", "train by several methods and put them into one table"),
+    "methods": Command("mmpeft.cli:methods", "list the methods, or those a wildcard names: mmpeft methods '*lora*'"),
+}
+
+USAGE = """usage: mmpeft <command> [options]
+
+Parameter-efficient fine-tuning. Commands:
+{commands}
+  --version  print the version
+
+Examples:
+  mmpeft fit -c configs/vision/emoji.yaml -c configs/method/lora.yaml --method.rank 16
+  mmpeft fit -c configs/vision/emoji.yaml --method BitFit --trainer.max_epochs 3
+  mmpeft fit -c configs/vision/emoji.yaml -c configs/method/lora.yaml --ckpt_path last
+  mmpeft predict -c configs/vision/emoji.yaml -c configs/method/lora.yaml --ckpt_path last
+
+`mmpeft <command> --help` lists a command's options; `--method.help LoRA` those of a method."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a sub-command; return the exit code (2 for what the user can mend)."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        width = max(map(len, COMMANDS)) + 2
+        print(USAGE.format(commands="\n".join(f"  {name:<{width}} {c.help}" for name, c in COMMANDS.items())))
+        return 0
+    if arguments[0] in ("-V", "--version"):
+        print(f"mmpeft {__version__}")
+        return 0
+    name = arguments[0]
+    try:
+        if name not in COMMANDS:
+            known = ", ".join(COMMANDS)
+            raise MMPEFTError(f"unknown command {name!r}; commands: {known}.{nearest(name, COMMANDS)}")
+        module, _, function = COMMANDS[name].target.partition(":")
+        code = getattr(import_module(module), function)(None if argv is None else arguments)
+        return int(code or 0)
+    except MMPEFTError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def methods(argv: Sequence[str] | None = None) -> int:
+    """Print the registered methods as a table."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from mmpeft.methods import METHODS, list_methods
+
+    patterns = (sys.argv[1:] if argv is None else list(argv))[1:] or ["*"]
+    if patterns[0] in ("-h", "--help"):
+        print("usage: mmpeft methods [pattern ...]")
+        return 0
+    names = sorted({name for pattern in patterns for name in list_methods(pattern)})
+    if not names:
+        raise MMPEFTError(f"no method matches {' '.join(patterns)!r}.{nearest(patterns[0].strip('*'), METHODS)}")
+    table = Table("method", "kind", "mergeable", "same at start", "paper")
+    for name in names:
+        info = METHODS[name].info
+        flags = ("yes" if flag else "no" for flag in (info.mergeable, info.identity))
+        table.add_row(name, info.taxonomy, *flags, info.paper)
+    Console().print(table)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,155 @@
+"""What a run leaves behind: learning curves, the adapter, and a table that sums it up."""
+
+from __future__ import annotations
+
+import csv
+import io
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning import LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback
+from rich.console import Console
+from rich.table import Table
+
+from mmpeft.files import write_atomic
+from mmpeft.training.module import TuningModule
+
+
+def folder_of(trainer: Trainer) -> Path | None:
+    """The run's folder, or None where nothing is to be written."""
+    if trainer.fast_dev_run or not trainer.is_global_zero:
+        return None
+    return Path(trainer.log_dir or trainer.default_root_dir)
+
+
+class LearningCurves(Callback):
+    """Writes `curves.csv` after every epoch and draws `curves.png` when training ends; resumed runs go on in it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows: list[dict[str, float]] = []
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"rows": self.rows}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.rows = list(state_dict["rows"])
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        found = {key: float(value) for key, value in trainer.callback_metrics.items() if value.numel() == 1}
+        for optimizer in trainer.optimizers[:1]:
+            found["lr"] = float(optimizer.param_groups[0]["lr"])
+        self.rows.append({"epoch": trainer.current_epoch, "step": trainer.global_step, **found})
+        if folder := folder_of(trainer):
+            write_atomic(folder / "curves.csv", to_csv(self.rows).encode())
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        folder = folder_of(trainer)
+        if folder and self.rows:
+            picture = draw(self.rows)
+            if picture:
+                write_atomic(folder / "curves.png", picture)
+
+
+def to_csv(rows: list[dict[str, float]]) -> str:
+    """All rows under the union of their columns."""
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    out = io.StringIO()
+    table = csv.DictWriter(out, columns, restval="")
+    table.writeheader()
+    table.writerows({key: f"{value:.6g}" for key, value in row.items()} for row in rows)
+    return out.getvalue()
+
+
+def draw(rows: list[dict[str, float]]) -> bytes:
+    """A PNG with one panel for each metric, training and validation together; empty without matplotlib."""
+    try:
+        from matplotlib.figure import Figure
+    except ModuleNotFoundError:
+        return b""
+    series = [key for key in dict.fromkeys(key for row in rows for key in row) if "/" in key]
+    series = [key for key in series if not key.endswith("_step")]
+    panels: dict[str, list[str]] = {}
+    for key in series:
+        panels.setdefault(key.partition("/")[2].removesuffix("_epoch"), []).append(key)
+    figure = Figure(figsize=(4 * max(1, len(panels)), 3), layout="constrained")
+    for number, (metric, keys) in enumerate(panels.items(), 1):
+        axes = figure.add_subplot(1, len(panels), number)
+        for key in keys:
+            points = [(row["step"], row[key]) for row in rows if key in row]
+            axes.plot(*zip(*points), marker=".", label=key.partition("/")[0])
+        axes.set(title=metric, xlabel="step")
+        axes.legend()
+    out = io.BytesIO()
+    figure.savefig(out, format="png", dpi=120)
+    return out.getvalue()
+
+
+class Outcome(Callback):
+    """When training ends: writes the adapter to `adapter/` and prints what was trained, what it cost and gave."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._start, self._before = 0.0, 0.0
+        self._adapter: Path | None = None
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"seconds": self.seconds}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._before = float(state_dict["seconds"])
+
+    @property
+    def seconds(self) -> float:
+        """Training time, that of resumed parts included."""
+        return self._before + (time.monotonic() - self._start if self._start else 0.0)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._start = time.monotonic()
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        folder = folder_of(trainer)
+        if folder and isinstance(pl_module, TuningModule):
+            self._adapter = pl_module.prepare().save(folder / "adapter")
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not trainer.is_global_zero or not isinstance(pl_module, TuningModule):
+            return
+        tuning = pl_module.prepare()
+        report = tuning.report()
+        rows = {
+            "method": f"{pl_module.method}",
+            "model": type(tuning.model).__name__.removeprefix("Tuned"),
+            "trainable": f"{report.trainable:,} of {report.total:,} ({report.share:.3%})",
+            "epochs, steps": f"{trainer.current_epoch}, {trainer.global_step}",
+            "seconds": f"{self.seconds:.1f}",
+            "peak memory": f"{peak_memory() / 2**20:,.0f} MiB ({'GPU' if torch.cuda.is_available() else 'process'})",
+        }
+        for key, value in sorted(trainer.callback_metrics.items()):
+            if value.numel() == 1 and not key.endswith("_step"):
+                rows[key] = f"{float(value):.4f}"
+        if self._adapter:
+            rows |= {"adapter": str(self._adapter), "run": str(self._adapter.parent)}
+        table = Table(title="Outcome", show_header=False)
+        table.add_column(no_wrap=True)
+        table.add_column(overflow="fold")
+        for name, text in rows.items():
+            table.add_row(name, text)
+        Console().print(table)
+
+
+def peak_memory() -> int:
+    """Peak bytes: of this process's GPU, or resident in memory where there is none (0 if the system does not tell)."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    try:
+        import resource
+    except ModuleNotFoundError:  # Windows
+        return 0
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

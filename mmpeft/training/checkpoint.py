@@ -1,0 +1,128 @@
+"""Checkpoints that survive being killed at any moment, and continue bit for bit."""
+
+from __future__ import annotations
+
+import io
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning import LightningModule, Trainer
+from lightning.fabric.plugins.io import TorchCheckpointIO
+from lightning.fabric.utilities.seed import _collect_rng_states, _set_rng_states
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from torch import distributed
+
+from mmpeft.errors import AdapterFileError
+from mmpeft.files import write_atomic
+
+LAST = "last.ckpt"
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Writes through a temporary file and a rename; reads tensors and plain data only, never code."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
+        """Write a checkpoint; the former file at `path` is whole until the new one is.
+
+        Raises:
+            MMPEFTError: the disk is full or not writable.
+        """
+        if "://" in str(path):  # object stores put whole files anyway
+            super().save_checkpoint(checkpoint, path, storage_options)
+            return
+        buffer = io.BytesIO()
+        torch.save(checkpoint, buffer)
+        write_atomic(Path(path), buffer.getvalue())
+
+    def load_checkpoint(self, path: Any, map_location: Any = "cpu", weights_only: bool | None = None) -> dict[str, Any]:
+        """Read a checkpoint.
+
+        Raises:
+            AdapterFileError: missing, truncated, or it holds objects that only unpickling code could make.
+        """
+        if "://" not in str(path) and not Path(path).is_file():
+            raise AdapterFileError(f"no checkpoint at {path}; give the path of a .ckpt file, or `last`")
+        safe = True if weights_only is None else weights_only
+        try:
+            found: dict[str, Any] = super().load_checkpoint(path, map_location, weights_only=safe)
+        except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+            raise AdapterFileError(
+                f"{path} is no whole checkpoint of plain tensors and data: {str(error).splitlines()[0]}"
+            ) from error
+        if not isinstance(found, dict) or "state_dict" not in found:
+            raise AdapterFileError(f"{path} is a torch file, but no checkpoint of a training run")
+        return found
+
+
+class LastCheckpoint(ModelCheckpoint):
+    """Keeps `checkpoints/last.ckpt`: written each epoch, or every `every_n_train_steps`, and at the end of training."""
+
+    def __init__(self, every_n_train_steps: int | None = None, dirpath: str | None = None) -> None:
+        super().__init__(
+            dirpath=dirpath,
+            filename=Path(LAST).stem,
+            every_n_train_steps=every_n_train_steps,
+            save_on_train_epoch_end=True,
+            enable_version_counter=False,
+        )
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._last_global_step_saved != trainer.global_step and not trainer.fast_dev_run:
+            self._save_topk_checkpoint(trainer, self._monitor_candidates(trainer))
+
+
+class RandomState(Callback):
+    """Gives training steps a random stream of their own, and keeps it in checkpoints.
+
+    The stream is put aside after each step and taken up before the next. So what happens in between (validation,
+    new loader iterators, pictures) cannot shift it, and a run resumed at any step draws the same numbers.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._state: dict[str, Any] | None = None
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._state is None:
+            self._state = collect()
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if self._state is not None:
+            restore(self._state)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self._state = collect()
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._state = None
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        own = self._state or collect()
+        ranks: list[Any] = [own]
+        if distributed.is_available() and distributed.is_initialized():
+            ranks = [None] * distributed.get_world_size()
+            distributed.all_gather_object(ranks, own)
+        checkpoint["random_state"] = ranks
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        ranks = checkpoint.get("random_state") or []
+        self._state = ranks[trainer.global_rank] if trainer.global_rank < len(ranks) else None
+
+
+def collect() -> dict[str, Any]:
+    """The state of torch's, CUDA's, Python's and NumPy's generators, in types that load without unpickling code."""
+    states: dict[str, Any] = _collect_rng_states()
+    name, keys, *rest = states["numpy"]
+    states["numpy"] = [name, torch.from_numpy(keys.astype("int64")), *rest]
+    return states
+
+
+def restore(states: dict[str, Any]) -> None:
+    """Set what `collect` returned; states of GPUs that are not here are left out."""
+    name, keys, *rest = states["numpy"]
+    cuda = states["torch.cuda"][: torch.cuda.device_count()] if torch.cuda.is_available() else []
+    _set_rng_states({**states, "numpy": (name, keys.numpy().astype("uint32"), *rest), "torch.cuda": cuda})

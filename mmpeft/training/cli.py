@@ -1,0 +1,203 @@
+"""`mmpeft fit | validate | test | predict`: LightningCLI with a method as a key of its own and short class names."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Iterable, Sequence
+from importlib import import_module
+from importlib.metadata import entry_points
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, NoReturn
+
+import lightning
+from jsonargparse import set_parsing_settings
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+
+from mmpeft.errors import ConfigError, nearest
+from mmpeft.methods import METHODS
+from mmpeft.methods.base import Method
+from mmpeft.training.callbacks import LearningCurves, Outcome
+from mmpeft.training.checkpoint import LAST, AtomicCheckpointIO, LastCheckpoint, RandomState
+from mmpeft.training.module import TuningModule
+
+ROOT = "runs"
+
+set_parsing_settings(subclasses_enabled=[Method])
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Parse, build and run; `argv` starts with the sub-command."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    import_named(words(arguments))
+    TuningCLI(
+        TuningModule,
+        lightning.LightningDataModule,
+        subclass_mode_model=True,
+        subclass_mode_data=True,
+        parser_class=Parser,
+        parser_kwargs={"prog": "mmpeft"},
+        save_config_kwargs={"overwrite": True},
+        trainer_defaults={"log_every_n_steps": 10, "callbacks": [RandomState(), LearningCurves(), Outcome()]},
+        seed_everything_default=0,
+        auto_configure_optimizers=False,
+        load_from_checkpoint_support=False,
+        args=None if argv is None else arguments,
+    )
+    return 0
+
+
+class Parser(LightningArgumentParser):
+    """Adds the nearest known name to an error."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        super().error(message + hint(message, self), ex)
+
+
+class TuningCLI(LightningCLI):
+    """Adds `method`, `name` and `checkpoint`, and keeps all a run writes in one folder."""
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_subclass_arguments(
+            Method, "method", required=False, help="What is trained and how: a method's name, or class_path and fields."
+        )
+        parser.link_arguments("method", "model.init_args.method", apply_on="parse")
+        parser.add_argument(
+            "--name",
+            type=str | None,
+            default=None,
+            help=f"Folder of the run under {ROOT}/. Default: data and method, such as EmojiData-LoRA.",
+        )
+        parser.add_lightning_class_args(LastCheckpoint, "checkpoint")
+
+    def _parse_ckpt_path(self) -> None:
+        """Settle the run's folder: a new one, or that of the checkpoint, so that a resumed run goes on in its own."""
+        config = self.config[self.config["subcommand"]]
+        root = Path(config.trainer.default_root_dir or ROOT)
+        self.folder = root / (config.name or default_name(config))
+        self.version: int | str = next_version(self.folder)
+        wanted = config.get("ckpt_path")
+        fitting = self.config["subcommand"] == "fit"
+        if wanted == "last":
+            found = last_checkpoint(self.folder)
+            if found is None and not fitting:
+                raise ConfigError(f"--ckpt_path last: no {LAST} in {self.folder}/*/checkpoints; run `mmpeft fit` first")
+            if found is None:
+                rank_zero_warn(
+                    f"--ckpt_path last: no checkpoint in {self.folder} yet; training starts from the beginning"
+                )
+            config.ckpt_path = wanted = found and str(found)
+        if wanted:
+            path = Path(wanted)
+            if "://" not in wanted and not path.is_file():
+                raise ConfigError(f"--ckpt_path: no file {wanted}; give a .ckpt file or `last`")
+            if path.parent.name == "checkpoints":
+                run = path.parent.parent
+                self.folder, self.version = run.parent, run.name
+        elif not fitting:
+            rank_zero_warn("no --ckpt_path given: the method and the head are evaluated untrained")
+
+    def before_instantiate_classes(self) -> None:
+        subcommand = self.config["subcommand"]
+        self.save_config_kwargs["config_filename"] = "config.yaml" if subcommand == "fit" else f"{subcommand}.yaml"
+
+    def instantiate_trainer(self, **kwargs: Any) -> lightning.Trainer:
+        config = self._get(self.config_init, "trainer")
+        if config.get("logger") in (None, True):
+            kwargs["logger"] = logger(self.folder, self.version)
+        kwargs["plugins"] = [*as_list(config.get("plugins")), AtomicCheckpointIO()]
+        kwargs["default_root_dir"] = config.get("default_root_dir") or ROOT
+        return super().instantiate_trainer(**kwargs)
+
+
+def as_list(value: Any) -> list[Any]:
+    """A list of what was given: nothing, one, or several."""
+    return [] if value is None else list(value) if isinstance(value, list | tuple) else [value]
+
+
+def logger(folder: Path, version: int | str) -> Logger:
+    """TensorBoard where it is installed, CSV elsewhere."""
+    kind = TensorBoardLogger if find_spec("tensorboard") else CSVLogger
+    extra = {"default_hp_metric": False} if kind is TensorBoardLogger else {}
+    return kind(save_dir=folder.parent, name=folder.name, version=version, **extra)
+
+
+def default_name(config: Any) -> str:
+    """`<data>-<method>`, or the model's name where the method has none."""
+    parts = (config.get("data"), config.get("method") or config.get("model"))
+    names = [str(part.class_path).rsplit(".", 1)[-1] for part in parts if part]
+    return "-".join(names) or "default"
+
+
+def next_version(folder: Path) -> int:
+    """One more than the newest `version_<n>` of a folder."""
+    found = [re.fullmatch(r"version_(\d+)", path.name) for path in folder.glob("version_*")]
+    return 1 + max((int(match[1]) for match in found if match), default=-1)
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """The newest `checkpoints/last.ckpt` of all versions of a run."""
+    return max(folder.glob(f"*/checkpoints/{LAST}"), key=lambda path: path.stat().st_mtime, default=None)
+
+
+# -- short class names --------------------------------------------------------------------------------------
+
+
+def words(arguments: Sequence[str]) -> set[str]:
+    """Every word on the command line and in the configuration files it names."""
+    texts = list(arguments)
+    for before, argument in zip(["", *arguments], arguments):
+        flag, _, value = argument.partition("=")
+        name = value if flag in ("-c", "--config") and value else argument if before in ("-c", "--config") else ""
+        if name and Path(name).is_file():
+            texts.append(Path(name).read_text("utf-8", errors="replace"))
+    return {word for text in texts for word in re.findall(r"\w+", text)}
+
+
+def domain_classes() -> dict[str, str]:
+    """Class name -> module for every class of every installed domain, found in the sources without importing them."""
+    found: dict[str, str] = {}
+    for entry in entry_points(group="mmpeft.domains"):
+        package = entry.value.partition(":")[0]
+        spec = find_spec(package)
+        for folder in (spec.submodule_search_locations or []) if spec else []:
+            for path in sorted(Path(folder).rglob("*.py")):
+                parts = path.relative_to(folder).with_suffix("").parts
+                module = ".".join([package, *(part for part in parts if part != "__init__")])
+                for name in re.findall(r"^class (\w+)\(", path.read_text("utf-8"), re.MULTILINE):
+                    found.setdefault(name, module)
+    return found
+
+
+def import_named(names: Iterable[str]) -> None:
+    """Import the domain modules whose classes are named, so that jsonargparse resolves `ImageClassifier` alone.
+
+    Raises:
+        ConfigError: the library of that domain is not installed.
+    """
+    known = domain_classes()
+    for name in sorted(set(names) & set(known)):
+        try:
+            import_module(known[name])
+        except ModuleNotFoundError as error:
+            if (error.name or "").startswith("mmpeft"):
+                raise
+            domain = known[name].split(".")[1]
+            raise ConfigError(f"{name} needs {error.name}: pip install 'mmpeft[{domain}]'") from error
+
+
+def hint(message: str, parser: LightningArgumentParser) -> str:
+    """`Did you mean ...?` for the name an error of the parser complains about."""
+    keys = {action.dest for action in parser._actions} | {f"--{action.dest}" for action in parser._actions}
+    known = {*keys, *METHODS, *domain_classes()}
+    for cls in (*METHODS.values(), *TuningModule.__subclasses__(), *lightning.LightningDataModule.__subclasses__()):
+        if f"{cls.__module__}.{cls.__qualname__}" in message or cls.__name__ in message:
+            known |= set(getattr(cls.__init__, "__annotations__", ()))
+    for name in re.findall(r"[Kk]ey '([\w.-]+)' is not|arguments: (-[\w.-]+)|'([\w.]+)'|\"([\w.]+)\"", message):
+        word = next(part for part in name if part).rsplit(".", 1)[-1]
+        if word not in known and (found := nearest(word, known)):
+            return found
+    return ""

@@ -1,0 +1,191 @@
+"""Where timm's vision backbones can be tuned: ViT, EVA/DINOv3, BEiT, Swin, SwinV2, ConvNeXt.
+
+Registered by class name, so that importing this file imports no timm. What is said here of a module — that it
+is called, that its weight is read, that its input is the residual stream — is checked by running the model in
+`tests/unit/test_anatomy_timm.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from torch import nn
+
+from mmpeft.sites import Kind, Site, anatomy
+
+TIMM = "timm.models"
+WINDOWS = "attention runs inside fixed windows with a bias for every pair of positions; a prompt has no place in them"
+RELATIVE = "the relative-position bias is indexed by a fixed number of tokens; a prompt has no entry in it"
+NO_TOKENS = "a convolutional network has no token sequence to put prompts into"
+
+POST_NORM = {"ResPostBlock", "EvaBlockPostNorm", "SwinTransformerV2Block"}
+"""Blocks that normalise a sub-layer's output, so that the sub-layer itself reads the residual stream."""
+
+
+@anatomy(f"{TIMM}.vision_transformer.VisionTransformer", f"{TIMM}.eva.Eva", f"{TIMM}.beit.Beit")
+def plain(model: nn.Module) -> list[Site]:
+    """Backbones with one stack of blocks on one sequence of tokens."""
+    builder = _Builder(model)
+    prefix = int(getattr(model, "num_prefix_tokens", 1))
+    rotary = getattr(model, "rope", None) is not None
+    for depth, block in enumerate(model.blocks):  # type: ignore[arg-type, union-attr]
+        path = f"blocks.{depth}"
+        builder.block(path, block, depth)
+        attention = getattr(block, "attn", None)
+        biased = getattr(attention, "relative_position_bias_table", None) is not None
+        refuse = RELATIVE if biased or getattr(model, "rel_pos_bias", None) is not None else ""
+        reader = f"{path}.attn" if rotary else ""
+        width = int(model.embed_dim)  # type: ignore[arg-type]
+        builder.add(path, "tokens", depth, width=width, prefix=prefix, prefix_reader=reader, refuse=refuse)
+    builder.add("blocks", "stack")
+    return builder.finish(embed="patch_embed.proj")
+
+
+@anatomy(f"{TIMM}.swin_transformer.SwinTransformer", f"{TIMM}.swin_transformer_v2.SwinTransformerV2")
+def windowed(model: nn.Module) -> list[Site]:
+    """Swin and SwinV2: stages of blocks on a grid `[B, H, W, C]`."""
+    builder = _Builder(model)
+    _stages(builder, model.layers, "layers", refuse=WINDOWS)  # type: ignore[arg-type]
+    return builder.finish(embed="patch_embed.proj")
+
+
+@anatomy(f"{TIMM}.convnext.ConvNeXt")
+def convolutional(model: nn.Module) -> list[Site]:
+    """ConvNeXt: stages of blocks on maps `[B, C, H, W]`."""
+    builder = _Builder(model)
+    _stages(builder, model.stages, "stages", refuse=NO_TOKENS)  # type: ignore[arg-type]
+    return builder.finish(embed="stem.0")
+
+
+def _stages(builder: _Builder, stages: nn.Module, name: str, refuse: str) -> None:
+    depth = 0
+    for i, stage in enumerate(stages):  # type: ignore[arg-type]
+        for j, block in enumerate(stage.blocks):
+            path = f"{name}.{i}.blocks.{j}"
+            builder.block(path, block, depth)
+            builder.add(path, "tokens", depth, refuse=refuse)
+            depth += 1
+    builder.add(name, "stack")
+
+
+@dataclass
+class _Builder:
+    """Collects sites; `finish` adds what needs no family's knowledge: norms, head, embedding, other projections."""
+
+    model: nn.Module
+    sites: list[Site] = field(default_factory=list)
+    blocks: dict[str, int] = field(default_factory=dict)
+
+    def add(self, path: str, role: str, depth: int = -1, **known: object) -> None:
+        self.sites.append(Site(path, role, depth, "image", **known))  # type: ignore[arg-type]
+
+    def linear(self, path: str, role: str, depth: int = -1, **known: object) -> None:
+        module = self.model.get_submodule(path)
+        kind: Kind = "conv" if isinstance(module, nn.Conv2d) else "linear"
+        self.add(path, role, depth, kind=kind, **known)
+
+    def block(self, path: str, block: nn.Module, depth: int) -> None:
+        """One residual block of any family: its own site, its sub-layers and their projections."""
+        self.blocks[path] = depth
+        convolution = hasattr(block, "conv_dw")
+        self.add(path, "block", depth, width=_width(block), channel_dim=1 if convolution else -1)
+        if convolution:
+            self.linear(f"{path}.conv_dw", "conv", depth)
+            self.mlp(f"{path}.mlp", block.mlp, depth)
+        elif hasattr(block, "attns"):
+            for j, branch in enumerate(block.attns):  # type: ignore[arg-type]
+                self.attention(f"{path}.attns.{j}.attn", branch.attn, depth, **_things(f"{path}.attns.{j}"))
+            for j, branch in enumerate(block.ffns):  # type: ignore[arg-type]
+                self.mlp(f"{path}.ffns.{j}.mlp", branch.mlp, depth, **_things(f"{path}.ffns.{j}"))
+        elif hasattr(block, "in_proj"):
+            self.scaled(path, block, depth)
+        else:
+            post = type(block).__name__ in POST_NORM
+            # SwinV2's attention reads windows of the stream; no module of the block sees the stream itself.
+            stream = f"{path}.attn" if not hasattr(block, "window_size") else ""
+            stream = stream if post else f"{path}.norm1"
+            self.attention(f"{path}.attn", block.attn, depth, stream=stream, out=f"{path}.drop_path1")
+            stream = f"{path}.mlp" if post else f"{path}.norm2"
+            self.mlp(f"{path}.mlp", block.mlp, depth, stream=stream, out=f"{path}.drop_path2")
+
+    def attention(self, path: str, attention: nn.Module, depth: int, stream: str = "", out: str = "") -> None:
+        fused = getattr(attention, "qkv", None)
+        if fused is not None:
+            size = len(fused.weight) // 3
+            # With a bias of its own the attention adds it around (or in place behind) the projection.
+            reads = getattr(attention, "q_bias", None) is not None
+            for i, name in enumerate("qkv"):
+                apart = {"via": "weight", "bias": f"{path}.{name}_bias"} if reads else {}
+                self.linear(f"{path}.qkv", f"attn.{name}", depth, rows=(i * size, (i + 1) * size), **apart)
+        else:
+            for name in "qkv":
+                module = f"{name}_proj" if hasattr(attention, f"{name}_proj") else name
+                self.linear(f"{path}.{module}", f"attn.{name}", depth)
+        self.linear(f"{path}.proj", "attn.out", depth)
+        width = int(attention.proj.weight.shape[0])  # type: ignore[index, union-attr, arg-type]
+        self.add(path, "attn", depth, width=width, stream=stream, out=out)
+
+    def mlp(self, path: str, mlp: nn.Module, depth: int, stream: str = "", out: str = "") -> None:
+        if hasattr(mlp, "fc1_g"):
+            self.linear(f"{path}.fc1_x", "mlp.up", depth)
+            self.linear(f"{path}.fc1_g", "mlp.gate", depth)
+        elif hasattr(mlp, "gate_last"):
+            half = len(mlp.fc1.weight) // 2  # type: ignore[arg-type, union-attr]
+            first, second = (0, half), (half, 2 * half)
+            up, gate = (first, second) if mlp.gate_last else (second, first)
+            self.linear(f"{path}.fc1", "mlp.up", depth, rows=up)
+            self.linear(f"{path}.fc1", "mlp.gate", depth, rows=gate)
+        else:
+            self.linear(f"{path}.fc1", "mlp.up", depth)
+        self.linear(f"{path}.fc2", "mlp.down", depth)
+        channel = 1 if isinstance(mlp.fc2, nn.Conv2d) else -1
+        width = len(mlp.fc2.weight)  # type: ignore[arg-type, union-attr]
+        self.add(path, "mlp", depth, width=width, channel_dim=channel, stream=stream, out=out)
+
+    def scaled(self, path: str, block: nn.Module, depth: int) -> None:
+        """ParallelScalingBlock: one projection into the feed-forward network and attention at once."""
+        start = 0
+        for role, size in zip(("mlp.up", "attn.q", "attn.k", "attn.v"), block.in_split):  # type: ignore[arg-type]
+            self.linear(f"{path}.in_proj", role, depth, rows=(start, start + size))
+            start += size
+        for name, role in (("out_proj", "attn.out"), ("attn_out_proj", "attn.out"), ("mlp_out_proj", "mlp.down")):
+            if getattr(block, name, None) is not None:
+                self.linear(f"{path}.{name}", role, depth)
+
+    def finish(self, embed: str) -> list[Site]:
+        head = getattr(self.model, "get_classifier", lambda: None)()
+        covered = {site.path for site in self.sites}
+        for path, module in self._modules():
+            depth = next((d for p, d in self.blocks.items() if path.startswith(p + ".")), -1)
+            if path not in covered and isinstance(module, nn.Linear | nn.Conv2d):
+                self.linear(path, "head" if module is head else "embed" if path == embed else "proj", depth)
+            elif _is_norm(module):
+                width = module.weight.shape[0]
+                channel = 1 if type(module).__name__.endswith("2d") else -1
+                self.add(path, "norm", depth, kind="norm", width=width, channel_dim=channel)
+        order = {path: i for i, (path, _) in enumerate(self.model.named_modules())}
+        return sorted(self.sites, key=lambda site: order[site.path])
+
+    def _modules(self) -> Iterator[tuple[str, nn.Module]]:
+        for path, module in self.model.named_modules():
+            if "mmpeft" not in path.split("."):
+                yield path, module
+
+
+def _things(path: str) -> dict[str, str]:
+    return {"stream": f"{path}.norm", "out": f"{path}.drop_path"}
+
+
+def _is_norm(module: nn.Module) -> bool:
+    name = type(module).__name__.removeprefix("Tuned").lower()
+    return "norm" in name and "response" not in name and isinstance(module._parameters.get("weight"), nn.Parameter)
+
+
+def _width(block: nn.Module) -> int:
+    """Channels of the residual stream through a block."""
+    for name in ("conv_dw", "norm2", "in_norm"):
+        module = getattr(block, name, None)
+        if module is not None:
+            return int(len(module.weight))
+    return int(len(block.attns[0].norm.weight))  # type: ignore[index, union-attr]
