@@ -136,7 +136,8 @@ class Tuning:
             for hook, part in hooks:
                 part.fold(host, hook, params)
             for name, tensor in params.items():
-                if tensor is not None and tensor is not wide.get(name):
+                before = wide.get(name)
+                if tensor is not None and (before is None or not torch.equal(tensor, before)):
                     if name in host._buffers and name in host._non_persistent_buffers_set:
                         raise Refused(
                             f"merging would change the buffer {path}.{name}, which no state dict of the base holds"

@@ -100,6 +100,7 @@ class ImageClassifier(TuningModule):
         return model
 
     def configure_callbacks(self) -> list[Callback]:
+        """Lightning's hook: what a task brings along."""
         return [PredictionWriter(self.predictions)]
 
     def forward(self, images: Tensor) -> Tensor:
@@ -125,7 +126,8 @@ class ImageClassifier(TuningModule):
         if self.mix is not None:
             images, labels = self.mix(images, labels)
         loss = F.cross_entropy(self(images).float(), labels, label_smoothing=self.label_smoothing)
-        self.log("train/loss", loss, prog_bar=True, on_step=True, on_epoch=True, batch_size=len(images))
+        self.log("train/loss_step", loss, prog_bar=True)
+        self.log("train/loss", loss, on_step=False, on_epoch=True, batch_size=len(images), sync_dist=True)
         return loss
 
     def validation_step(self, batch: tuple[Tensor, Tensor], index: int) -> None:

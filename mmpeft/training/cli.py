@@ -17,7 +17,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
-from mmpeft.errors import ConfigError, nearest
+from mmpeft.errors import ConfigError, MMPEFTError, nearest
 from mmpeft.methods import METHODS
 from mmpeft.methods.base import Method
 from mmpeft.training.callbacks import LearningCurves, Outcome
@@ -51,10 +51,18 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 class Parser(LightningArgumentParser):
-    """Adds the nearest known name to an error."""
+    """Short errors with the nearest known name, and no abbreviated options."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **{"allow_abbrev": False, **kwargs})
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        super().error(message + hint(message, self), ex)
+        message = explain(message, {action.dest for action in self._actions})
+        if not self.exit_on_error:
+            super().error(message, ex)
+        sys.stderr.write(f"error: {message}\n")
+        sys.stderr.write("tip: `mmpeft fit --help` lists all options, `--method.help LoRA` those of a class\n")
+        self.exit(2)
 
 
 class TuningCLI(LightningCLI):
@@ -103,6 +111,16 @@ class TuningCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         subcommand = self.config["subcommand"]
         self.save_config_kwargs["config_filename"] = "config.yaml" if subcommand == "fit" else f"{subcommand}.yaml"
+
+    def instantiate_classes(self) -> None:
+        try:
+            super().instantiate_classes()
+        except ValueError as error:
+            # jsonargparse wraps what a constructor raises into its own account of types
+            cause: BaseException | None = error
+            while cause is not None and not isinstance(cause, MMPEFTError):
+                cause = cause.__cause__
+            raise cause or error from None
 
     def instantiate_trainer(self, **kwargs: Any) -> lightning.Trainer:
         config = self._get(self.config_init, "trainer")
@@ -189,15 +207,28 @@ def import_named(names: Iterable[str]) -> None:
             raise ConfigError(f"{name} needs {error.name}: pip install 'mmpeft[{domain}]'") from error
 
 
-def hint(message: str, parser: LightningArgumentParser) -> str:
-    """`Did you mean ...?` for the name an error of the parser complains about."""
-    keys = {action.dest for action in parser._actions} | {f"--{action.dest}" for action in parser._actions}
-    known = {*keys, *METHODS, *domain_classes()}
-    for cls in (*METHODS.values(), *TuningModule.__subclasses__(), *lightning.LightningDataModule.__subclasses__()):
-        if f"{cls.__module__}.{cls.__qualname__}" in message or cls.__name__ in message:
-            known |= set(getattr(cls.__init__, "__annotations__", ()))
-    for name in re.findall(r"[Kk]ey '([\w.-]+)' is not|arguments: (-[\w.-]+)|'([\w.]+)'|\"([\w.]+)\"", message):
-        word = next(part for part in name if part).rsplit(".", 1)[-1]
-        if word not in known and (found := nearest(word, known)):
-            return found
-    return ""
+_NOISE = re.compile(
+    r"^\s*(- )?(Does not validate against any|Subtypes:|Errors:|Given value|Expected a <class 'NoneType'>|Expected a path)"
+)
+_UNKNOWN_CLASS = re.compile(r"(?:dot import path string|Problem with given class_path|Import of).*?['\s]([\w.]+)'?$", re.M)
+_UNKNOWN_KEY = re.compile(r"(?:Option|Key|key|arguments:) ['\"]?(?:--)?([\w.-]+)['\"]?(?: is not|=| |$)", re.M)
+
+
+def explain(message: str, keys: Iterable[str]) -> str:
+    """An error of the parser without its type algebra, and with the nearest of the names it may have meant.
+
+    `keys` are the options of the parser that complains; classes have parsers of their own.
+    """
+    short = "\n".join(line for line in message.splitlines() if not _NOISE.match(line))
+    if "Did you mean" in short:
+        return short
+    if match := _UNKNOWN_CLASS.search(short):
+        method = 'key "method' in short or '.method"' in short
+        name = match[1].rsplit(".", 1)[-1]
+        return short + nearest(name, METHODS if method else domain_classes())
+    if "not" in short or "nrecognized" in short:
+        for name in _UNKNOWN_KEY.findall(short):
+            known = {key: key.rsplit(".", 1)[-1] for key in keys}
+            if name not in known and (found := nearest(name, known) or nearest(name, known.values())):
+                return short + found
+    return short

@@ -28,13 +28,12 @@ def rows() -> dict[str, Method]:
     for name, cls in sorted(METHODS.items()):
         names = {f.name for f in fields(cls)}
         still = {key: 0.0 for key in ("dropout", "drop_path") if key in names}
-        small = {key: 3 for key in ("bottleneck", "tokens") if key in names}
-        small |= {"rank": 2} if "rank" in names else {}
+        small = {key: n for key, n in (("bottleneck", 8), ("tokens", 3), ("rank", 2)) if key in names}
         for extra in VARIANTS.get(name, [{}]):
             label = name + "".join(f"[{key}={value}]" for key, value in extra.items())
             found[label] = cls(**{**still, **small, **extra})
-    found["LoRA+BitFit+Houlsby"] = mmpeft.LoRA(rank=2) + mmpeft.BitFit() + mmpeft.Houlsby(bottleneck=3)
-    found["DoRA[where]"] = mmpeft.DoRA(rank=2, at="attn.*|mlp.*|conv").where("depth>=1")
+    found["LoRA+BitFit+Houlsby"] = mmpeft.LoRA(rank=2) + mmpeft.BitFit() + mmpeft.Houlsby(bottleneck=8)
+    found["DoRA[where]"] = mmpeft.DoRA(rank=2, at="attn.*|mlp.*").where("depth>=1")
     return found
 
 

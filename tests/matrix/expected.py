@@ -5,23 +5,34 @@ from __future__ import annotations
 from fnmatch import fnmatch
 
 WINDOWS = "window"
+NO_KEY_BIAS = "no state dict"  # the key bias is a buffer of zeros that is never saved
+NO_SUBLAYER = "matches no site"  # one projection serves attention and the feed-forward network
 REFUSED = {
     ("VPT*", "beit"): "relative-position bias",
     ("VPT*", "swin*"): WINDOWS,
     ("VPT*", "convnext"): "no token sequence",
     ("AdaptFormer", "convnext"): "residual stream",
-    ("Houlsby", "convnext"): "no site",
+    ("[LD]oRA", "convnext"): "'attn.q' .*matches no site",
+    ("AdaptFormer", "vit_parallel"): NO_SUBLAYER,
+    ("Houlsby", "vit_parallel"): NO_SUBLAYER,
+    ("Pfeiffer", "vit_parallel"): NO_SUBLAYER,
+    ("ParallelAdapter", "vit_parallel"): NO_SUBLAYER,
+    ("LoRA+BitFit+Houlsby", "vit_parallel"): NO_SUBLAYER,
+    ("LoRA+BitFit+Houlsby", "convnext"): "matches no site",
+    ("DoRA[where]", "convnext"): "matches no site",
 }
 """(method pattern, family pattern) -> part of the reason."""
 
 UNMERGEABLE = {
-    ("SSF", "beit"): "no state dict",
-    ("SSF", "eva02"): "no state dict",
-    ("SSF", "swinv2"): "no state dict",
+    ("SSF", "beit"): NO_KEY_BIAS,
+    ("SSF", "eva"): NO_KEY_BIAS,
+    ("SSF", "eva02"): NO_KEY_BIAS,
+    ("SSF", "rope_vit"): NO_KEY_BIAS,
+    ("SSF", "swinv2"): NO_KEY_BIAS,
 }
 """Cells that work and cannot be merged, beyond the methods that never can."""
 
 
 def reason(table: dict[tuple[str, str], str], label: str, family: str) -> str | None:
     """The expected reason for a cell, or None."""
-    return next((why for (m, f), why in table.items() if fnmatch(label, m.replace("[", "[[]")) and fnmatch(family, f)), None)
+    return next((why for (m, f), why in table.items() if (label == m or fnmatch(label, m)) and fnmatch(family, f)), None)

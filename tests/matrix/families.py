@@ -26,7 +26,9 @@ def _build(cls: type[nn.Module], size: int = 32, **kwargs: Any) -> tuple[nn.Modu
         model = cls(num_classes=CLASSES, **kwargs).eval()
         for name, parameter in model.named_parameters():
             with torch.no_grad():
-                if "gamma" in name:
+                if name.startswith("head") and parameter.dim() == 2:
+                    parameter.normal_(std=0.3)  # some families start with a head of nearly zero
+                elif "gamma" in name:
                     parameter.fill_(0.5)
                 elif parameter.dim() <= 1 and "norm" in name and name.endswith("weight"):
                     parameter.copy_(1 + 0.1 * torch.randn_like(parameter))

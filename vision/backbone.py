@@ -1,0 +1,294 @@
+"""Image backbones by name: timm's registry and hub, local folders and files, and the ones that ship with the suite.
+
+A *card* is the JSON beside a weight file: `{"architecture": …, "num_classes": …, "pretrained_cfg": {mean, std,
+input_size}, …}`. `architecture` is a timm name, or keyword arguments of timm's VisionTransformer (embedded backbones).
+Only safetensors and JSON are read from local files, never a pickle.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import re
+from collections.abc import Callable, Mapping
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from safetensors.torch import save as to_bytes
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from mmpeft.errors import ConfigError, nearest
+from mmpeft.files import write_atomic
+from mmpeft.host import CHILD
+
+log = logging.getLogger(__name__)
+
+EMBEDDED = Path(str(files("mmpeft"))) / "embedded" / "weights"
+REMEDY = "pass pretrained=False for random weights, a local folder or .safetensors file, or embedded:vit_emoji"
+HALF_MAX = torch.finfo(torch.float16).max
+
+Build = Callable[..., nn.Module]
+
+
+def create(name: str, num_classes: int = 0, pretrained: bool = True, **kwargs: Any) -> nn.Module:
+    """Build an image backbone with a new head.
+
+    Args:
+        name: a timm name (`vit_base_patch16_224.orig_in21k`, `hf-hub:…`), `embedded:<name>`, `local-dir:<folder>` with
+            `config.json` and `model.safetensors`, or the path of such a folder or of a `.safetensors` file. A file
+            needs a card (`<stem>.json` or `config.json` beside it) or the argument `architecture=<timm name>`.
+        num_classes: outputs of the head; 0 for none. A pretrained head is kept if it has as many.
+        pretrained: load weights; otherwise only the architecture is taken.
+        kwargs: further arguments of the model, such as `drop_path_rate` or `img_size`.
+
+    Raises:
+        ConfigError: an unknown name, weights that cannot be fetched or do not fit, or arguments the model lacks.
+    """
+    if not isinstance(num_classes, int) or isinstance(num_classes, bool) or num_classes < 0:
+        raise ConfigError(f"num_classes must be an integer >= 0 (0: no head), got {num_classes!r}")
+    if name.startswith("embedded:"):
+        return _embedded(name.removeprefix("embedded:"), num_classes, pretrained, kwargs)
+    local = Path(name.removeprefix("local-dir:")).expanduser()
+    if name.startswith("local-dir:") or local.suffix == ".safetensors" or local.is_dir():
+        return _local(local, num_classes, pretrained, kwargs)
+    return _registered(name, num_classes, pretrained, kwargs)
+
+
+def normalisation(model: nn.Module) -> tuple[tuple[int, int], tuple[float, ...], tuple[float, ...]]:
+    """Return `((height, width), mean, std)` of the images a backbone wants.
+
+    The size is the one the model was built for; where it takes any size, the one it was pretrained with.
+    """
+    config: Mapping[str, Any] = getattr(model, "pretrained_cfg", None) or {}
+    fixed = getattr(getattr(model, "patch_embed", None), "img_size", None)
+    height, width = fixed or tuple(config.get("input_size") or (3, 224, 224))[-2:]
+    mean = config.get("mean") or IMAGENET_DEFAULT_MEAN
+    std = config.get("std") or IMAGENET_DEFAULT_STD
+    return (int(height), int(width)), tuple(map(float, mean)), tuple(map(float, std))
+
+
+def embedded_names() -> list[str]:
+    """Names of the backbones that ship with the suite."""
+    return sorted(path.stem for path in EMBEDDED.glob("*.json") if path.with_suffix(".safetensors").is_file())
+
+
+# -- timm's registry and hub --------------------------------------------------------------------------------
+
+
+def _registered(name: str, num_classes: int, pretrained: bool, kwargs: dict[str, Any]) -> nn.Module:
+    if not name.startswith(("hf-hub:", "hf_hub:")):
+        _check_name(name)
+    if pretrained and re.fullmatch(r"vit_\w+_in21k", name):
+        log.warning(
+            "%s is timm's alias of %s.augreg_in21k; the published VTAB-1k and FGVC numbers belong to "
+            "vit_base_patch16_224.orig_in21k: give the tag to choose",
+            name,
+            name.removesuffix("_in21k"),
+        )
+    try:
+        return timm.create_model(name, pretrained=pretrained, num_classes=num_classes, **kwargs)
+    except TypeError as error:
+        raise ConfigError(f"{name} does not take these arguments: {error}") from error
+    except (OSError, RuntimeError, ValueError) as error:
+        # OSError covers every failed download: huggingface_hub's, requests' and urllib's errors descend from it.
+        if not pretrained:
+            raise
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ConfigError(f"cannot load the pretrained weights of {name}: {reason}; {REMEDY}") from error
+
+
+def _check_name(name: str) -> None:
+    """Raise ConfigError with the nearest names unless timm knows the architecture and the tag."""
+    if not timm.is_model(name):
+        known = [*timm.list_models(), *timm.list_pretrained(), *(f"embedded:{own}" for own in embedded_names())]
+        hint = nearest(name, known)
+        raise ConfigError(
+            f"unknown backbone {name!r}.{hint} timm.list_models() has all names; a local folder is given by its path, "
+            f"a shipped backbone as embedded:<name> ({', '.join(embedded_names()) or 'none installed'})"
+        )
+    base, _, tag = name.partition(".")
+    tags = [full.partition(".")[2] for full in timm.list_pretrained(f"{base}.*")]
+    if tag and tag not in tags:
+        raise ConfigError(
+            f"{base} has no pretrained tag {tag!r}; its tags: {', '.join(tags) or 'none'}.{nearest(tag, tags)}"
+        )
+
+
+# -- local weights ------------------------------------------------------------------------------------------
+
+
+def _local(path: Path, num_classes: int, pretrained: bool, kwargs: dict[str, Any]) -> nn.Module:
+    """A folder in timm's layout, or one weight file with a card or a named architecture."""
+    weights = path if path.suffix == ".safetensors" else path / "model.safetensors"
+    architecture = kwargs.pop("architecture", None)
+    if architecture is not None:
+        _check_name(architecture)
+        return _timm_file(architecture, weights, num_classes, pretrained, kwargs)
+    cards = [weights.with_suffix(".json"), weights.with_name("config.json")]
+    card = next((card for card in cards if card.is_file()), None)
+    if card is None:
+        raise ConfigError(
+            f"cannot tell the architecture of {path}: none of {', '.join(map(str, cards))} exists; pass "
+            "architecture=<timm name>, or a folder written by timm's save_for_hf (config.json and model.safetensors)"
+        )
+    if isinstance(_card(card).get("architecture"), str):
+        source = f"local-dir:{weights.parent}" if card.name == "config.json" else _card(card)["architecture"]
+        return _timm_file(source, weights, num_classes, pretrained, kwargs)
+    return _carded(card, weights, num_classes, pretrained, kwargs)
+
+
+def _timm_file(source: str, weights: Path, num_classes: int, pretrained: bool, kwargs: dict[str, Any]) -> nn.Module:
+    """A timm architecture with weights from a file, strictly."""
+
+    def build(**more: Any) -> nn.Module:
+        try:
+            return timm.create_model(source, **{**kwargs, **more})
+        except TypeError as error:
+            raise ConfigError(f"{source} does not take these arguments: {error}") from error
+
+    if not pretrained:
+        return build(num_classes=num_classes)
+    tensors = _read(weights)
+    model = build()
+    rows = _head_rows(model, tensors)
+    if rows != getattr(model, "num_classes", rows):
+        model.reset_classifier(rows)  # type: ignore[operator]
+    problem = _differences(model, tensors)
+    if problem:
+        # A file in a family's original layout, or for another image size: timm's converter knows how to read it.
+        overlay = {"state_dict": tensors, "source": "", "num_classes": rows}
+        try:
+            model = build(pretrained=True, num_classes=rows, pretrained_cfg_overlay=overlay)
+        except (RuntimeError, KeyError, AssertionError, ValueError) as error:
+            raise ConfigError(f"{weights} does not fit {source}: {problem}") from error
+    else:
+        model.load_state_dict(tensors)
+    return _with_head(model, num_classes)
+
+
+def _embedded(name: str, num_classes: int, pretrained: bool, kwargs: dict[str, Any]) -> nn.Module:
+    card, weights = EMBEDDED / f"{name}.json", EMBEDDED / f"{name}.safetensors"
+    if name not in embedded_names():
+        known = embedded_names()
+        raise ConfigError(
+            f"no embedded backbone {name!r}; embedded: {', '.join(known) or 'none installed'}.{nearest(name, known)}"
+        )
+    return _carded(card, weights, num_classes, pretrained, kwargs)
+
+
+def _carded(card: Path, weights: Path, num_classes: int, pretrained: bool, kwargs: dict[str, Any]) -> nn.Module:
+    """A VisionTransformer whose card holds its keyword arguments."""
+    facts = _card(card)
+    if not isinstance(facts.get("architecture"), dict):
+        raise ConfigError(f"{card} has no `architecture`: a timm name, or keyword arguments of VisionTransformer")
+    size = kwargs.pop("img_size", None)
+    try:
+        model: Any = VisionTransformer(
+            **{**facts["architecture"], **kwargs}, num_classes=int(facts.get("num_classes", 0))
+        )
+    except TypeError as error:
+        raise ConfigError(f"VisionTransformer, built from {card}, does not take these arguments: {error}") from error
+    if pretrained:
+        tensors = _read(weights, facts.get("sha256"))
+        problem = _differences(model, tensors)
+        if problem:
+            raise ConfigError(f"{weights} does not fit the architecture in {card}: {problem}")
+        model.load_state_dict(tensors)
+    if size is not None:
+        model.set_input_size(img_size=size)  # resamples the position embedding
+    config = {"architecture": weights.stem, "first_conv": "patch_embed.proj", "classifier": "head"}
+    config |= {"num_classes": model.num_classes, "input_size": (3, *model.patch_embed.img_size)}
+    model.pretrained_cfg = model.default_cfg = {**config, **facts.get("pretrained_cfg", {})}
+    return _with_head(model, num_classes)
+
+
+def save_embedded(model: nn.Module, name: str, folder: str | Path, card: Mapping[str, Any]) -> Path:
+    """Write `<name>.safetensors` (fp16) and its card `<name>.json`; return the weight file.
+
+    The backbone alone is written, whatever tuning it carries; merge first to keep what was learned. The card gets
+    the hash of the weights, so that a pair cut apart by a crash is noticed when it is read.
+
+    Raises:
+        ConfigError: the card's architecture has other tensors, or a value does not survive fp16.
+    """
+    own = {key: tensor.detach() for key, tensor in model.state_dict().items() if f".{CHILD}." not in f".{key}"}
+    with torch.device("meta"):
+        twin = VisionTransformer(**card["architecture"], num_classes=int(card.get("num_classes", 0)))
+    problem = _differences(twin, own, finite=False)
+    if problem:
+        raise ConfigError(f"the card of {name!r} describes another model: {problem}")
+    for key, tensor in own.items():
+        if tensor.is_floating_point() and not (tensor.abs() <= HALF_MAX).all():
+            raise ConfigError(f"{key} of {name!r} does not fit fp16: it has NaN or values above {HALF_MAX:.0f}")
+    half = {k: (t.half() if t.is_floating_point() else t).cpu().contiguous() for k, t in own.items()}
+    data = to_bytes(half)
+    path = Path(folder) / f"{name}.safetensors"
+    write_atomic(path, data)
+    facts = {**card, "name": name, "sha256": hashlib.sha256(data).hexdigest()}
+    write_atomic(path.with_suffix(".json"), (json.dumps(facts, indent=2, ensure_ascii=False) + "\n").encode())
+    return path
+
+
+# -- small shared steps -------------------------------------------------------------------------------------
+
+
+def _card(path: Path) -> dict[str, Any]:
+    try:
+        facts = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path} is no readable JSON card: {error}") from error
+    if not isinstance(facts, dict):
+        raise ConfigError(f"{path} must hold a JSON object, got {type(facts).__name__}")
+    return facts
+
+
+def _read(path: Path, sha256: str | None = None) -> dict[str, Tensor]:
+    """Tensors of a safetensors file."""
+    if not path.is_file():
+        raise ConfigError(f"there is no weight file {path}; {REMEDY}")
+    if sha256 and hashlib.sha256(path.read_bytes()).hexdigest() != sha256:
+        raise ConfigError(f"{path} is not the file its card describes (SHA-256 differs): restore both, or write anew")
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise ConfigError(f"{path} is no whole safetensors file: {error}") from error
+
+
+def _differences(model: nn.Module, tensors: Mapping[str, Tensor], finite: bool = True) -> str:
+    """What keeps tensors from being loaded strictly, with the first names; empty if nothing does."""
+    own = model.state_dict()
+    missing, extra = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
+    shapes = [key for key in own if key in tensors and own[key].shape != tensors[key].shape]
+    found = []
+    for what, keys in (("missing", missing), ("unknown", extra), ("of another shape", shapes)):
+        if keys:
+            found.append(f"{len(keys)} tensors {what} ({', '.join(keys[:3])}{', …' if len(keys) > 3 else ''})")
+    if shapes:
+        key = shapes[0]
+        found.append(f"{key} is {tuple(tensors[key].shape)}, expected {tuple(own[key].shape)}")
+    broken = [key for key, tensor in tensors.items() if finite and not torch.isfinite(tensor).all()]
+    if broken:
+        found.append(f"{len(broken)} tensors with NaN or infinity ({', '.join(broken[:3])})")
+    return "; ".join(found)
+
+
+def _head_rows(model: nn.Module, tensors: Mapping[str, Tensor]) -> int:
+    """Number of classes in a file: 0 if it has no head."""
+    names = getattr(model, "pretrained_cfg", {}).get("classifier") or "head"
+    weight = tensors.get(f"{names if isinstance(names, str) else names[0]}.weight")
+    return 0 if weight is None else len(weight)
+
+
+def _with_head(model: Any, num_classes: int) -> nn.Module:
+    """The model with a fresh head, unless it has one of that size."""
+    if model.num_classes != num_classes:
+        model.reset_classifier(num_classes)
+    return model
