@@ -23,6 +23,7 @@ def write_atomic(path: Path, data: bytes) -> None:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
+            os.fchmod(file.fileno(), 0o666 & ~_umask())
         os.replace(temporary, path)
     except OSError as error:
         if temporary:
@@ -35,3 +36,10 @@ def write_atomic(path: Path, data: bytes) -> None:
         os.fsync(folder)
     finally:
         os.close(folder)
+
+
+def _umask() -> int:
+    """The process's umask; temporary files are private until they take their final place."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

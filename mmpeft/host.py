@@ -119,19 +119,19 @@ def is_host(module: nn.Module) -> bool:
 
 def make_host(module: nn.Module, reads: frozenset[str]) -> None:
     """Swap a module's class, or widen the attributes that parts may answer for."""
-    cls = type(module)
+    cls: type = type(module)
     if isinstance(cls, TunedMeta):
         reads, cls = reads | cls.reads, cls.base
     else:
         if isinstance(module, torch.jit.ScriptModule):
             raise Refused(f"{cls.__name__} is a TorchScript module; attach before scripting")
         module.__dict__["_plan"] = Plan()
-    module.__class__ = tuned_class(cls, reads)
+    module.__class__ = tuned_class(cls, reads)  # type: ignore[assignment]
 
 
 def unmake_host(module: nn.Module) -> None:
     """Give a module its original class back."""
-    cls = type(module)
+    cls: type = type(module)
     assert isinstance(cls, TunedMeta)
     module.__class__ = cls.base
     del module.__dict__["_plan"]

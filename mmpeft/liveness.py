@@ -96,7 +96,7 @@ def liveness(tuning: Tuning, batch: Any) -> Liveness:
         optimizer = torch.optim.AdamW(trainable.values(), lr=1e-3, weight_decay=0.1)
         for step in range(STEPS):
             optimizer.zero_grad()
-            _loss(_call(model, batch), seed=step).backward()
+            torch.autograd.backward(_loss(_call(model, batch), seed=step))
             for name, parameter in trainable.items():
                 if parameter.grad is not None:
                     norms[name] = max(norms[name], float(parameter.grad.norm()))

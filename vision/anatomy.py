@@ -18,6 +18,7 @@ TIMM = "timm.models"
 WINDOWS = "attention runs inside fixed windows with a bias for every pair of positions; a prompt has no place in them"
 RELATIVE = "the relative-position bias is indexed by a fixed number of tokens; a prompt has no entry in it"
 NO_TOKENS = "a convolutional network has no token sequence to put prompts into"
+STANDARDISED = "the convolution standardises its weight in every pass; a change of it is no change of the output"
 
 POST_NORM = {"ResPostBlock", "EvaBlockPostNorm", "SwinTransformerV2Block"}
 """Blocks that normalise a sub-layer's output, so that the sub-layer itself reads the residual stream."""
@@ -83,6 +84,8 @@ class _Builder:
     def linear(self, path: str, role: str, depth: int = -1, **known: object) -> None:
         module = self.model.get_submodule(path)
         kind: Kind = "conv" if isinstance(module, nn.Conv2d) else "linear"
+        if any(cls.__name__.startswith(("StdConv", "ScaledStdConv")) for cls in type(module).__mro__):
+            known["refuse"] = STANDARDISED
         self.add(path, role, depth, kind=kind, **known)
 
     def block(self, path: str, block: nn.Module, depth: int) -> None:
@@ -101,7 +104,8 @@ class _Builder:
         elif hasattr(block, "in_proj"):
             self.scaled(path, block, depth)
         else:
-            post = type(block).__name__ in POST_NORM
+            # along the hierarchy: in a tuned model the block's own class stands behind a subclass
+            post = any(cls.__name__ in POST_NORM for cls in type(block).__mro__)
             # SwinV2's attention reads windows of the stream; no module of the block sees the stream itself.
             stream = f"{path}.attn" if not hasattr(block, "window_size") else ""
             stream = stream if post else f"{path}.norm1"
@@ -147,23 +151,25 @@ class _Builder:
         """ParallelScalingBlock: one projection into the feed-forward network and attention at once."""
         start = 0
         for role, size in zip(("mlp.up", "attn.q", "attn.k", "attn.v"), block.in_split):  # type: ignore[arg-type]
-            self.linear(f"{path}.in_proj", role, depth, rows=(start, start + size))
+            apart = {"bias": f"{path}.mlp_bias"} if role == "mlp.up" and block.mlp_bias is not None else {}
+            self.linear(f"{path}.in_proj", role, depth, rows=(start, start + size), **apart)
             start += size
         for name, role in (("out_proj", "attn.out"), ("attn_out_proj", "attn.out"), ("mlp_out_proj", "mlp.down")):
             if getattr(block, name, None) is not None:
                 self.linear(f"{path}.{name}", role, depth)
 
     def finish(self, embed: str) -> list[Site]:
-        head = getattr(self.model, "get_classifier", lambda: None)()
+        classifier = getattr(self.model, "get_classifier", lambda: None)()
+        heads = classifier if isinstance(classifier, tuple) else (classifier,)  # DeiT's distilled models have two
         covered = {site.path for site in self.sites}
         for path, module in self._modules():
             depth = next((d for p, d in self.blocks.items() if path.startswith(p + ".")), -1)
             if path not in covered and isinstance(module, nn.Linear | nn.Conv2d):
-                self.linear(path, "head" if module is head else "embed" if path == embed else "proj", depth)
+                head = any(module is own for own in heads)
+                self.linear(path, "head" if head else "embed" if path == embed else "proj", depth)
             elif _is_norm(module):
-                width = module.weight.shape[0]
-                channel = 1 if type(module).__name__.endswith("2d") else -1
-                self.add(path, "norm", depth, kind="norm", width=width, channel_dim=channel)
+                width = len(module.weight)  # type: ignore[arg-type]
+                self.add(path, "norm", depth, kind="norm", width=width, channel_dim=_norm_channel(module))
         order = {path: i for i, (path, _) in enumerate(self.model.named_modules())}
         return sorted(self.sites, key=lambda site: order[site.path])
 
@@ -178,14 +184,22 @@ def _things(path: str) -> dict[str, str]:
 
 
 def _is_norm(module: nn.Module) -> bool:
-    name = type(module).__name__.removeprefix("Tuned").lower()
+    """Whether a module is a normalisation layer with a weight; ConvNeXt-V2's response norm is none."""
+    name = type(module).__name__.lower()
     return "norm" in name and "response" not in name and isinstance(module._parameters.get("weight"), nn.Parameter)
+
+
+def _norm_channel(module: nn.Module) -> int:
+    """Where a norm's channels are: `LayerNorm2d`, batch and group norms work on `[B, C, H, W]`, others on the last."""
+    name = type(module).__name__.lower()
+    return 1 if name.endswith("2d") or "batchnorm" in name or "groupnorm" in name else -1
 
 
 def _width(block: nn.Module) -> int:
     """Channels of the residual stream through a block."""
-    for name in ("conv_dw", "norm2", "in_norm"):
-        module = getattr(block, name, None)
-        if module is not None:
-            return int(len(module.weight))
-    return int(len(block.attns[0].norm.weight))  # type: ignore[index, union-attr]
+    if hasattr(block, "conv_dw"):
+        return int(block.conv_dw.weight.shape[0])  # type: ignore[union-attr, index, arg-type]
+    if hasattr(block, "in_proj"):
+        return int(block.in_proj.weight.shape[1])  # type: ignore[union-attr, index, arg-type]
+    attention = block.attns[0].attn if hasattr(block, "attns") else block.attn  # type: ignore[index, union-attr]
+    return int(attention.proj.weight.shape[0])  # type: ignore[union-attr, index, arg-type]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,6 +13,7 @@ from torch import Tensor
 from torchvision.utils import make_grid
 
 from mmpeft.files import write_atomic
+from mmpeft.training.callbacks import folder_of
 
 if TYPE_CHECKING:
     from lightning import LightningModule
@@ -38,11 +38,9 @@ class Board:
 
     def confusion(self, module: LightningModule, matrix: Tensor, stage: str) -> None:
         """Write `<stage>_classes.csv` (accuracy of each class, what it is taken for) and draw the matrix."""
-        trainer = module.trainer
-        if not trainer.is_global_zero:
-            return
-        if trainer.log_dir and not trainer.fast_dev_run:
-            write_atomic(Path(trainer.log_dir) / f"{stage}_classes.csv", class_table(matrix, self.classes).encode())
+        folder = folder_of(module.trainer)
+        if folder:
+            write_atomic(folder / f"{stage}_classes.csv", class_table(matrix, self.classes).encode())
         writer = writer_of(module)
         if writer is not None:
             writer.add_figure(f"{stage}/confusion", confusion_figure(matrix, self.classes), module.global_step)

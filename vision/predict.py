@@ -6,6 +6,7 @@ import csv
 import json
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -29,21 +30,18 @@ class PredictionWriter(Callback):
         if Path(path).suffix not in (".csv", ".jsonl"):
             raise ConfigError(f"predictions are written as .csv or .jsonl, got {path!r}")
         self.path, self.top = path, top
+        self._target = Path(path)
         self._file: Any = None
 
-    def _part(self, trainer: Trainer, rank: int) -> Path:
-        path = self.target(trainer)
-        return path.with_name(f".{path.name}.{rank}.tmp")
-
-    def target(self, trainer: Trainer) -> Path:
-        """The file's place: inside the run's folder unless `path` is absolute."""
-        return Path(trainer.log_dir or trainer.default_root_dir) / self.path
+    def _part(self, rank: int) -> Path:
+        return self._target.with_name(f".{self._target.name}.{rank}.tmp")
 
     def on_predict_start(self, trainer: Trainer, module: LightningModule) -> None:
-        part = self._part(trainer, trainer.global_rank)
-        part.parent.mkdir(parents=True, exist_ok=True)
-        self._file = part.open("w", newline="", encoding="utf-8")
-        if self.target(trainer).suffix == ".csv" and trainer.is_global_zero:
+        # asked once, by all processes: `log_dir` is broadcast
+        self._target = Path(trainer.log_dir or trainer.default_root_dir) / self.path
+        self._target.parent.mkdir(parents=True, exist_ok=True)
+        self._file = self._part(trainer.global_rank).open("w", newline="", encoding="utf-8")
+        if self._target.suffix == ".csv" and trainer.is_global_zero:
             csv.writer(self._file).writerow(header(module.classes, self.top))
 
     def on_predict_batch_end(
@@ -58,33 +56,38 @@ class PredictionWriter(Callback):
         table = csv.writer(self._file)
         try:
             for name, row in zip(outputs["id"], outputs["probabilities"]):
-                if self.target(trainer).suffix == ".csv":
+                if self._target.suffix == ".csv":
                     table.writerow(csv_row(name, row, module.classes, self.top))
                 else:
                     self._file.write(json.dumps(record(name, row, module.classes, self.top), ensure_ascii=False) + "\n")
         except OSError as error:
-            raise MMPEFTError(f"cannot write {self.target(trainer)}: {error}") from error
+            raise MMPEFTError(f"cannot write {self._target}: {error}") from error
 
     def on_predict_end(self, trainer: Trainer, module: LightningModule) -> None:
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        try:
+            self._file.flush()
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            raise MMPEFTError(f"cannot write {self._target}: {error}") from error
         self._file.close()
         self._file = None
         trainer.strategy.barrier("predictions")
         if not trainer.is_global_zero:
             return
-        first, *others = (self._part(trainer, rank) for rank in range(trainer.world_size))
+        first, *others = (self._part(rank) for rank in range(trainer.world_size))
         with first.open("ab") as file:
             for part in others:
                 file.write(part.read_bytes())
                 part.unlink()
-        os.replace(first, self.target(trainer))
-        Console().print(f"predictions: {self.target(trainer)}", soft_wrap=True)
+        os.replace(first, self._target)
+        Console().print(f"predictions: {self._target}", soft_wrap=True)
 
     def on_exception(self, trainer: Trainer, module: LightningModule, exception: BaseException) -> None:
         if self._file is not None:
-            self._file.close()
-            self._part(trainer, trainer.global_rank).unlink(missing_ok=True)
+            with suppress(OSError):
+                self._file.close()
+            self._file = None
+            self._part(trainer.global_rank).unlink(missing_ok=True)
 
 
 def header(classes: Sequence[str], top: int) -> list[str]:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from lightning.pytorch.cli import OptimizerCallable
+from mmpeft.vision.augment import StyleAugment
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
@@ -24,7 +25,6 @@ from mmpeft.methods.base import Method
 from mmpeft.training.data import DataModule
 from mmpeft.training.module import TuningModule
 from mmpeft.training.schedule import warmup_cosine
-from mmpeft.vision.augment import StyleAugment
 
 STYLES = ("noto", "twemoji")
 STOP_WORDS = frozenset({"with", "of", "and", "the", "in", "on", "flag"})
@@ -53,7 +53,13 @@ def default_optimizer(groups: Any) -> torch.optim.Optimizer:
     from timm.optim import Muon
 
     return Muon(
-        groups, lr=0.02, weight_decay=0.01, nesterov=True, adjust_lr_fn="original", fallback_lr_scale=0.05, betas=(0.9, 0.98)
+        groups,
+        lr=0.02,
+        weight_decay=0.01,
+        nesterov=True,
+        adjust_lr_fn="original",
+        fallback_lr_scale=0.05,
+        betas=(0.9, 0.98),
     )
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from lightning import LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -17,7 +18,7 @@ class _Live(TorchDispatchMode):
     """Storages made under this mode and still alive."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.sizes: dict[int, int] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -58,7 +59,21 @@ class StepMemory:
         return self.weights + 3 * self.trainable + self.kept
 
 
-def step_memory(model: nn.Module, trainable: Iterable[nn.Parameter], loss: Callable[[], Tensor]) -> StepMemory:
-    """Count the memory of a training step with AdamW."""
-    weights = sum(p.numel() * p.element_size() for p in model.parameters())
-    return StepMemory(weights, sum(p.numel() * p.element_size() for p in trainable), kept_for_backward(loss))
+class MemoryMeter(Callback):
+    """Counts the memory of a run's first training step: what is alive when the backward pass begins."""
+
+    def __init__(self) -> None:
+        self.found: StepMemory | None = None
+        self._live: _Live | None = None
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if self.found is None:
+            self._live = _Live()
+            self._live.__enter__()  # type: ignore[no-untyped-call]
+
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
+        if self._live is not None:
+            self._live.__exit__(None, None, None)  # type: ignore[no-untyped-call]
+            weights = sum(p.numel() * p.element_size() for p in pl_module.parameters())
+            trainable = sum(p.numel() * p.element_size() for p in pl_module.parameters() if p.requires_grad)
+            self.found, self._live = StepMemory(weights, trainable, sum(self._live.sizes.values())), None

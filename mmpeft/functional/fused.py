@@ -149,7 +149,8 @@ def _opaque(
     """The same product as one operation: what selective recomputation should see, and keep the result of."""
     bounds = [edge for start, stop, _, _ in spans for edge in (start, stop)]
     scales, gained = [span[2] for span in spans], [span[3] for span in spans]
-    return _low_rank_op(flat, weight, bias, effective, bounds, scales, gained, list(tensors))
+    y: Tensor = _low_rank_op(flat, weight, bias, effective, bounds, scales, gained, list(tensors))
+    return y
 
 
 class _LowRankLinear(Function):

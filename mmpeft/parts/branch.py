@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -44,10 +44,9 @@ class Branch(Part):
         super().__init__()
         self.source, self.activation = source, activation
         self.dropout, self.drop_path, self.channel_dim = dropout, drop_path, channel_dim
-        make = nn.utils.skip_init
-        options = {"device": like.device, "dtype": trainable_dtype(like.dtype)}
-        self.down = make(nn.Linear, width, bottleneck, **options)
-        self.up = make(nn.Linear, bottleneck, width, **options)
+        options: dict[str, Any] = {"device": like.device, "dtype": trainable_dtype(like.dtype)}
+        self.down = nn.Linear(width, bottleneck, **options)
+        self.up = nn.Linear(bottleneck, width, **options)
         self.scale: float | nn.Parameter = 1.0
         if isinstance(scale, str):
             self.scale = nn.Parameter(torch.ones(width if scale == "channel" else 1, **options))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -23,7 +25,7 @@ class Context(Part):
     def __init__(self, count: int, width: int, position: int, bound: float, like: Tensor, dropout: float = 0.0) -> None:
         super().__init__()
         self.position, self.dropout = position, dropout
-        options = {"device": like.device, "dtype": trainable_dtype(like.dtype)}
+        options: dict[str, Any] = {"device": like.device, "dtype": trainable_dtype(like.dtype)}
         self.tokens = nn.Parameter(torch.empty(count, width, **options).uniform_(-bound, bound))
 
     def enter(self, host: nn.Module, x: Tensor) -> Tensor:

@@ -92,8 +92,8 @@ class Delta(Part):
 
     def exit(self, host: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         """Add the update to an output already computed: convolutions, and rows routed one by one."""
-        weight, bias = host.weight, host.bias
-        assert isinstance(weight, Tensor)
+        weight: Tensor = host.weight  # type: ignore[assignment]
+        bias: Tensor | None = host.bias  # type: ignore[assignment]
         conv = weight.dim() > 2
         channel = 1 if conv else -1
         if self.dropout and self.training:
@@ -148,9 +148,8 @@ class _WholeCall:
         assert up is not None
         if fusible(x, weight):
             return low_rank_linear(x, weight, bias, (Update(0, self.rows, self.scale, down, up),))
-        if down.dtype is not x.dtype:
-            down, up = down.to(x.dtype), up.to(x.dtype)
-        return torch.add(F.linear(x, weight, bias), F.linear(F.linear(x, down), up), alpha=self.scale)
+        down_x, up_x = cast(down, x.dtype), cast(up, x.dtype)
+        return torch.add(F.linear(x, weight, bias), F.linear(F.linear(x, down_x), up_x), alpha=self.scale)
 
 
 class _RowsCall:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -35,7 +35,7 @@ class Rescale(Part):
         self.start, self.stop = rows or (0, width)
         self.side, self.channel_dim, self.bias_name = side, channel_dim, bias_owner
         size = self.stop - self.start
-        options = {"device": like.device, "dtype": trainable_dtype(like.dtype)}
+        options: dict[str, Any] = {"device": like.device, "dtype": trainable_dtype(like.dtype)}
         self.gamma = nn.Parameter(torch.ones(size, **options))
         self.beta = nn.Parameter(torch.zeros(size, **options)) if shift else None
 

@@ -20,10 +20,10 @@ from mmpeft.training.module import TuningModule
 
 
 def folder_of(trainer: Trainer) -> Path | None:
-    """The run's folder, or None where nothing is to be written."""
-    if trainer.fast_dev_run or not trainer.is_global_zero:
-        return None
-    return Path(trainer.log_dir or trainer.default_root_dir)
+    """The run's folder, or None where nothing is to be written. All processes must call it: `log_dir` is broadcast."""
+    folder = Path(trainer.log_dir or trainer.default_root_dir)
+    dry = getattr(trainer, "fast_dev_run", False)
+    return folder if trainer.is_global_zero and not dry else None
 
 
 class LearningCurves(Callback):
@@ -33,11 +33,12 @@ class LearningCurves(Callback):
         super().__init__()
         self.rows: list[dict[str, float]] = []
 
-    def state_dict(self) -> dict[str, Any]:
-        return {"rows": self.rows}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.rows = list(state_dict["rows"])
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        folder = folder_of(trainer)
+        if folder and trainer.global_step and (folder / "curves.csv").is_file():
+            with (folder / "curves.csv").open(newline="", encoding="utf-8") as file:
+                before = [{k: float(v) for k, v in row.items() if v} for row in csv.DictReader(file)]
+            self.rows = [row for row in before if row.get("step", 0) <= trainer.global_step]
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         found = {key: float(value) for key, value in trainer.callback_metrics.items() if value.numel() == 1}

@@ -70,7 +70,7 @@ class LastCheckpoint(ModelCheckpoint):
         )
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._last_global_step_saved != trainer.global_step and not trainer.fast_dev_run:
+        if self._last_global_step_saved != trainer.global_step and not getattr(trainer, "fast_dev_run", False):
             self._save_topk_checkpoint(trainer, self._monitor_candidates(trainer))
 
 

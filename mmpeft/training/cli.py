@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from importlib import import_module
 from importlib.metadata import entry_points
 from importlib.util import find_spec
@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import lightning
+import yaml
 from jsonargparse import set_parsing_settings
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_warn
 
 from mmpeft.errors import ConfigError, MMPEFTError, nearest
 from mmpeft.methods import METHODS
@@ -57,7 +58,7 @@ class Parser(LightningArgumentParser):
         super().__init__(*args, **{"allow_abbrev": False, **kwargs})
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        message = explain(message, {action.dest for action in self._actions})
+        message = explain(message, set(options(self)))
         if not self.exit_on_error:
             super().error(message, ex)
         sys.stderr.write(f"error: {message}\n")
@@ -138,9 +139,10 @@ def as_list(value: Any) -> list[Any]:
 
 def logger(folder: Path, version: int | str) -> Logger:
     """TensorBoard where it is installed, CSV elsewhere."""
-    kind = TensorBoardLogger if find_spec("tensorboard") else CSVLogger
-    extra = {"default_hp_metric": False} if kind is TensorBoardLogger else {}
-    return kind(save_dir=folder.parent, name=folder.name, version=version, **extra)
+    place: dict[str, Any] = {"save_dir": folder.parent, "name": folder.name, "version": version}
+    if find_spec("tensorboard"):
+        return TensorBoardLogger(**place, default_hp_metric=False)
+    return CSVLogger(**place)
 
 
 def default_name(config: Any) -> str:
@@ -165,13 +167,21 @@ def last_checkpoint(folder: Path) -> Path | None:
 
 
 def words(arguments: Sequence[str]) -> set[str]:
-    """Every word on the command line and in the configuration files it names."""
+    """Every word on the command line and in the configuration files it names.
+
+    Raises:
+        ConfigError: a file is no YAML.
+    """
     texts = list(arguments)
     for before, argument in zip(["", *arguments], arguments):
         flag, _, value = argument.partition("=")
         name = value if flag in ("-c", "--config") and value else argument if before in ("-c", "--config") else ""
         if name and Path(name).is_file():
             texts.append(Path(name).read_text("utf-8", errors="replace"))
+            try:
+                yaml.safe_load(texts[-1])
+            except yaml.YAMLError as error:
+                raise ConfigError(f"{name} is no YAML: {' '.join(str(error).split())}") from error
     return {word for text in texts for word in re.findall(r"\w+", text)}
 
 
@@ -207,11 +217,26 @@ def import_named(names: Iterable[str]) -> None:
             raise ConfigError(f"{name} needs {error.name}: pip install 'mmpeft[{domain}]'") from error
 
 
+def options(parser: Any) -> Iterator[str]:
+    """Names of all options of a parser and of its sub-commands."""
+    for action in parser._actions:
+        yield action.dest
+        if isinstance(action.choices, dict):
+            for inner in action.choices.values():
+                yield from options(inner)
+
+
 _NOISE = re.compile(
-    r"^\s*(- )?(Does not validate against any|Subtypes:|Errors:|Given value|Expected a <class 'NoneType'>|Expected a path)"
+    r"^\s*(- )?(Does not validate against|Subtypes:|Errors:|Given value|Expected a <class 'NoneType'>|Expected a path)"
 )
-_UNKNOWN_CLASS = re.compile(r"(?:dot import path string|Problem with given class_path|Import of).*?['\s]([\w.]+)'?$", re.M)
-_UNKNOWN_KEY = re.compile(r"(?:Option|Key|key|arguments:) ['\"]?(?:--)?([\w.-]+)['\"]?(?: is not|=| |$)", re.M)
+_UNKNOWN_CLASS = re.compile(
+    r"(?:dot import path string|given class_path|Import of).*?['\s]([\w.]+)'?$",
+    re.MULTILINE,
+)
+_UNKNOWN_KEY = re.compile(
+    r"(?:[Oo]ption|[Kk]ey|arguments:) ['\"]?(?:--)?([\w.-]+)['\"]?(?: is not|=| |$)",
+    re.MULTILINE,
+)
 
 
 def explain(message: str, keys: Iterable[str]) -> str:

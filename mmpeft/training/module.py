@@ -61,6 +61,7 @@ class TuningModule(lightning.LightningModule):
         self.recompute, self.compile_blocks, self.train_head = recompute, compile, train_head
         self.model: nn.Module | None = None
         self.tuning: Tuning | None = None
+        self._waiting: Mapping[str, Any] | None = None
         self.register_state_dict_post_hook(_drop_frozen)
         self.register_load_state_dict_pre_hook(_lend_frozen)
 
@@ -82,6 +83,9 @@ class TuningModule(lightning.LightningModule):
                     if site.role == "block":
                         model.get_submodule(site.path).compile()
             self.model, self.tuning = model, tuning
+            if self._waiting is not None:
+                self.load_state_dict(self._waiting)
+                self._waiting = None
         return self.tuning
 
     def configure_model(self) -> None:
@@ -95,32 +99,46 @@ class TuningModule(lightning.LightningModule):
 
     def configure_optimizers(self) -> Any:
         tensors = [p for _, p in self.trainable()]
-        groups = [
+        groups: list[dict[str, Any]] = [
             {"params": [p for p in tensors if p.dim() > 1]},
             {"params": [p for p in tensors if p.dim() <= 1], "weight_decay": 0.0},
         ]
         optimizer = self.optimizer([group for group in groups if group["params"]])
         if self.lr_scheduler is None:
-            steps = int(self.trainer.estimated_stepping_batches)
-            return {
-                "optimizer": optimizer,
-                "lr_scheduler": {"scheduler": warmup_cosine(optimizer, steps, self.warmup), "interval": "step"},
-            }
+            scheduler: Any = warmup_cosine(optimizer, self._steps(), self.warmup)
+            return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
         scheduler = self.lr_scheduler(optimizer)
         plan: dict[str, Any] = {"scheduler": scheduler, "interval": "step"}
         if hasattr(scheduler, "monitor"):  # reduce on plateau: looks at a metric once an epoch
             plan |= {"interval": "epoch", "monitor": scheduler.monitor}
         return {"optimizer": optimizer, "lr_scheduler": plan}
 
+    def _steps(self) -> int:
+        """Optimiser steps of the whole run.
+
+        Counting them makes Lightning set up the training loader before the checkpoint is read, and its position in
+        the epoch is restored only while it is set up: so it is dropped again, to be set up when training starts.
+        """
+        loop = self.trainer.fit_loop
+        known = loop._combined_loader is not None
+        steps = int(self.trainer.estimated_stepping_batches)
+        if not known:
+            loop._combined_loader = None
+        return steps
+
     # -- checkpoints hold only what trains ------------------------------------------------------------------
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Set every trainable tensor; nothing is changed unless all names and shapes agree.
 
+        Before the backbone exists (a main process whose forked workers have trained), the tensors wait for it.
+
         Raises:
             AdapterFileError: names or shapes differ from what this method trains.
         """
-        self.prepare()
+        if self.tuning is None:
+            self._waiting = state_dict
+            return _IncompatibleKeys([], [])
         own: dict[str, Tensor] = self.state_dict()
         missing, extra = sorted(set(own) - set(state_dict)), sorted(set(state_dict) - set(own))
         if strict and (missing or extra):

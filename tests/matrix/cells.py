@@ -8,7 +8,7 @@ import mmpeft
 from mmpeft.methods import METHODS, Method
 from tests.matrix.families import FAMILIES
 
-VARIANTS: dict[str, list[dict[str, object]]] = {"VPT": [{}, {"deep": True}], "LoRA": [{}, {"at": "mlp.*|embed"}]}
+VARIANTS: dict[str, list[dict[str, object]]] = {"VPT": [{}, {"deep": True}], "LoRA": [{}, {"at": "mlp.*,embed"}]}
 """Further settings of a method worth a row of their own."""
 
 

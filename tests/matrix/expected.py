@@ -35,4 +35,6 @@ UNMERGEABLE = {
 
 def reason(table: dict[tuple[str, str], str], label: str, family: str) -> str | None:
     """The expected reason for a cell, or None."""
-    return next((why for (m, f), why in table.items() if (label == m or fnmatch(label, m)) and fnmatch(family, f)), None)
+    return next(
+        (why for (m, f), why in table.items() if (label == m or fnmatch(label, m)) and fnmatch(family, f)), None
+    )

@@ -58,16 +58,33 @@ FAMILIES: dict[str, Family] = {
     "dinov3": partial(
         _EVA, **_ROPE, qkv_bias=False, init_values=0.5, num_reg_tokens=4, rope_rotate_half=True, rope_type="dinov3"
     ),
-    "rope_vit": partial(_EVA, use_rot_pos_emb=True, num_reg_tokens=1, class_token=False, global_pool="avg", init_values=0.5),
+    "rope_vit": partial(
+        _EVA, use_rot_pos_emb=True, num_reg_tokens=1, class_token=False, global_pool="avg", init_values=0.5
+    ),
     "beit": partial(
-        _build, Beit, img_size=32, patch_size=8, embed_dim=48, depth=3, num_heads=3, init_values=0.5,
-        use_abs_pos_emb=False, use_rel_pos_bias=True,
+        _build,
+        Beit,
+        img_size=32,
+        patch_size=8,
+        embed_dim=48,
+        depth=3,
+        num_heads=3,
+        init_values=0.5,
+        use_abs_pos_emb=False,
+        use_rel_pos_bias=True,
     ),
     "swin": partial(
         _build, SwinTransformer, img_size=32, patch_size=4, embed_dim=16, depths=(2, 2), num_heads=(2, 2), window_size=4
     ),
     "swinv2": partial(
-        _build, SwinTransformerV2, img_size=32, patch_size=4, embed_dim=16, depths=(2, 2), num_heads=(2, 2), window_size=4
+        _build,
+        SwinTransformerV2,
+        img_size=32,
+        patch_size=4,
+        embed_dim=16,
+        depths=(2, 2),
+        num_heads=(2, 2),
+        window_size=4,
     ),
     "convnext": partial(_build, ConvNeXt, depths=(1, 1, 2, 1), dims=(8, 12, 16, 16), ls_init_value=0.5),
 }

@@ -24,3 +24,14 @@ def test_two_processes_equal_one(tmp_path):
     torch.testing.assert_close(metrics[1], metrics[0])
     for name, tensor in weights[0].items():
         torch.testing.assert_close(weights[1][name], tensor, atol=1e-6, rtol=1e-4)
+    trainer(tmp_path).test(module, TinyData(), verbose=False)  # the forked workers' weights came back
+    assert all(torch.equal(tensor, weights[1][name]) for name, tensor in module.state_dict().items())
+
+
+def test_two_processes_write_one_file(tmp_path):
+    run = trainer(tmp_path, strategy="ddp_fork", devices=2)
+    run.predict(classifier(), TinyData(batch_size=2), return_predictions=False)
+    lines = (tmp_path / "predictions.csv").read_text().splitlines()
+    assert len(lines) == 11
+    assert {line.split(",")[0] for line in lines[1:]} == {f"image{i}.png" for i in range(10)}
+    assert [path.name for path in tmp_path.iterdir()] == ["predictions.csv"]

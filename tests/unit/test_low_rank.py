@@ -16,7 +16,11 @@ sizes = st.integers(1, 9)
 
 @given(rows=sizes, columns=sizes, rank=sizes, scale=st.floats(-3, 3), batch=sizes)
 def test_apply_equals_the_materialised_delta(rows: int, columns: int, rank: int, scale: float, batch: int) -> None:
-    x, down, up = torch.randn(batch, columns).double(), torch.randn(rank, columns).double(), torch.randn(rows, rank).double()
+    x, down, up = (
+        torch.randn(batch, columns).double(),
+        torch.randn(rank, columns).double(),
+        torch.randn(rows, rank).double(),
+    )
     dense = x @ low_rank_delta(down, up, scale).T
     torch.testing.assert_close(low_rank_apply(x, down, up, scale), dense)
 
@@ -58,7 +62,9 @@ def test_fused_equals_composed(batch: int, gained: bool) -> None:
     actual = low_rank_linear(x, weight, bias, updates)
     torch.testing.assert_close(actual, expected)
     for name, a, b in zip(
-        ("x", "bias", *"ABgABg"), torch.autograd.grad(actual, inputs, upstream), torch.autograd.grad(expected, inputs, upstream)
+        ("x", "bias", *"ABgABg"),
+        torch.autograd.grad(actual, inputs, upstream),
+        torch.autograd.grad(expected, inputs, upstream),
     ):
         torch.testing.assert_close(a, b, msg=name)
 

@@ -66,7 +66,9 @@ def test_another_base_is_refused_and_both_are_named(tmp_path: Path) -> None:
     _saved(tmp_path)
     expected = json.loads((tmp_path / "adapter.json").read_text())["base"]["fingerprint"]
     other = Toy(seed=1)
-    with pytest.raises(AdapterFileError, match=rf"another base: expected Toy {expected}, this model is Toy [0-9a-f]{{16}}"):
+    with pytest.raises(
+        AdapterFileError, match=rf"another base: expected Toy {expected}, this model is Toy [0-9a-f]{{16}}"
+    ):
         mmpeft.load(other, tmp_path)
     assert not mmpeft.tunings(other)
     assert all(p.requires_grad for p in other.parameters())

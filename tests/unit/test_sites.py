@@ -12,7 +12,12 @@ SITES = [
     Site(f"blocks.{i}.{path}", role, i, tower, kind)
     for tower in ("image", "text")
     for i in range(4)
-    for path, role, kind in (("q", "attn.q", "linear"), ("v", "attn.v", "linear"), ("mlp.fc1", "mlp.up", "linear"), ("mlp", "mlp", "module"))
+    for path, role, kind in (
+        ("q", "attn.q", "linear"),
+        ("v", "attn.v", "linear"),
+        ("mlp.fc1", "mlp.up", "linear"),
+        ("mlp", "mlp", "module"),
+    )
 ]
 
 
@@ -73,7 +78,9 @@ def test_malformed_selectors(selector: str, message: str) -> None:
 
 
 def test_unknown_model_lists_known_classes() -> None:
-    with pytest.raises(SiteError, match=r"no anatomy is registered for torch.nn.modules.container.Sequential.*VisionTransformer"):
+    with pytest.raises(
+        SiteError, match=r"no anatomy is registered for torch.nn.modules.container.Sequential.*VisionTransformer"
+    ):
         find_anatomy(nn.Sequential())
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from torch import nn
 
@@ -25,7 +25,7 @@ class IA3(SiteMethod):
     takes: ClassVar[tuple[Kind, ...]] = ("linear",)
 
     def build(self, model: nn.Module, site: Site) -> Placement:
-        side = "input" if site.role == "mlp.down" else "output"
+        side: Literal["input", "output"] = "input" if site.role == "mlp.down" else "output"
         return place_rescale("ia3", model, site, own_weight(model, site), side=side, shift=False)
 
     def count_at(self, model: nn.Module, site: Site) -> int:

@@ -8,7 +8,7 @@ from typing import ClassVar
 
 from torch import nn
 
-from mmpeft.methods.base import register
+from mmpeft.methods.base import register, tensor_of
 from mmpeft.methods.shared.tensors import TensorMethod, elements, train_tensor
 from mmpeft.parts import Mask
 from mmpeft.parts.base import Hook, Placement
@@ -51,7 +51,7 @@ class BitFit(TensorMethod):
     def place(self, model: nn.Module, available: list[Site]) -> list[Placement]:
         placements = [train_tensor("bitfit", model, site) for site in self.found(model, available)]
         for path in self._created(model, available):
-            weight = model.get_submodule(path).weight
+            weight = tensor_of(model, f"{path}.weight")
             part = Mask(None, shape=(len(weight),), like=weight)
             placements.append(Placement(part, path, "bitfit_bias", (Hook(path, "read", "bias"),), "param"))
         if not placements:
@@ -60,7 +60,7 @@ class BitFit(TensorMethod):
 
     def count(self, model: nn.Module, available: list[Site]) -> int:
         held = sum(elements(model, site) for site in self.found(model, available))
-        return held + sum(len(model.get_submodule(path).weight) for path in self._created(model, available))
+        return held + sum(len(tensor_of(model, f"{path}.weight")) for path in self._created(model, available))
 
     def _created(self, model: nn.Module, available: list[Site]) -> list[str]:
         """Modules that get a bias; a fused projection is one module for its three sites."""

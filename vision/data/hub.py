@@ -1,0 +1,236 @@
+"""Image data sets of Hugging Face `datasets`: from the hub, a saved folder, parquet files, or a folder of images."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import datasets as hf
+from mmpeft.vision.data.base import Augment, ImageData, Renamed, check_labels
+from mmpeft.vision.data.files import to_rgb
+from PIL import Image
+
+from mmpeft.errors import ConfigError, DataError, nearest
+from mmpeft.training.data import mix
+
+VAL = ("validation", "val", "valid", "dev")
+LABELS = ("label", "labels", "fine_label", "class", "target", "category")
+IMAGES = ("image", "img", "images", "picture")
+
+
+class HubData(ImageData):
+    """One image column and one label column of a data set; where it has no validation split, one is cut from train."""
+
+    def __init__(
+        self,
+        path: str,
+        name: str | None = None,
+        image_column: str | None = None,
+        label_column: str | None = None,
+        train_split: str = "train",
+        val_split: str | None = None,
+        test_split: str | None = None,
+        val_fraction: float = 0.1,
+        batch_size: int = 64,
+        num_workers: int = 0,
+        seed: int = 0,
+        eval_batch_size: int | None = None,
+        image_size: int | None = None,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
+        augment: Augment = "light",
+    ) -> None:
+        """Args:
+        path: a name on the hub, a folder written by `save_to_disk`, a parquet file or a folder of them, or of images.
+        name: the configuration, where a data set has several.
+        image_column: None for the only column of images.
+        label_column: None for the only class label, or a column with a usual name (`label`, `fine_label` …).
+        train_split: the split to train on.
+        val_split: the split to validate on; None for `validation` if there is one.
+        test_split: the split to test on; None for `test` if there is one.
+        val_fraction: share of the training rows for validation where there is no split for it.
+        batch_size: images a training step and process.
+        num_workers: loading processes; the batches do not depend on it.
+        seed: of the order and the augmentation.
+        eval_batch_size: images a validation, test or prediction step; None for `batch_size`.
+        image_size: height and width in pixels; None for what the backbone was pretrained with.
+        mean: three channel means of images in [0, 1]; None for the backbone's.
+        std: three channel deviations; None for the backbone's.
+        augment: `none`, `light` (crop and mirror) or `strong` (RandAugment and erasing too).
+
+        Raises:
+            ConfigError: `val_fraction` is out of range.
+        """
+        super().__init__(batch_size, num_workers, seed, eval_batch_size, image_size, mean, std, augment)
+        if not 0 <= val_fraction < 1:
+            raise ConfigError(f"val_fraction is a share in [0, 1), got {val_fraction}")
+        self.path, self.name, self.val_fraction = path, name, val_fraction
+        self.image_column, self.label_column = image_column, label_column
+        self.splits = {"train": train_split, "val": val_split, "test": test_split}
+        self._loaded = False
+
+    def datasets(self, stage: str | None = None) -> None:
+        """Load, check columns and labels of every split, and set all four sets (once).
+
+        Raises:
+            DataError: the data set, a split or a column is missing, or a label is no class.
+        """
+        if self._loaded:
+            return
+        tables = self._tables()
+        columns = tables["train"].column_names
+        image = self._column("image_column", self.image_column, columns, _image_columns(tables["train"]))
+        label = self._column("label_column", self.label_column, columns, _label_columns(tables["train"]))
+        raw = {split: _values(table, label) for split, table in tables.items()}
+        self.classes, known = _classes(tables["train"].features[label], raw["train"], f"{self.path}, column {label!r}")
+        sets: dict[str, Rows] = {}
+        for split, table in tables.items():
+            where = f"{self.path}, split {self.splits[split]!r}, column {label!r}"
+            sets[split] = Rows(table, image, _numbered(raw[split], known, len(self.classes), where), where)
+        if "val" not in sets and self.val_fraction:
+            order = sorted(range(len(sets["train"])), key=lambda row: mix(row))
+            cut = round(self.val_fraction * len(order))
+            sets["val"], sets["train"] = (
+                sets["train"].take(sorted(order[:cut])),
+                sets["train"].take(sorted(order[cut:])),
+            )
+        self.train_set, self.val_set, self.test_set = (sets.get(split) for split in ("train", "val", "test"))
+        shown = sets.get("test") or sets.get("val")
+        self.predict_set = None if shown is None else Renamed(shown, shown.name)
+        self._loaded = True
+
+    def _tables(self) -> dict[str, Any]:
+        """The splits in use as `datasets.Dataset`, and their names in `self.splits`."""
+        try:
+            found = _load(self.path, self.name)
+        except Exception as error:  # `datasets` raises its own, the hub's, pyarrow's and the file system's
+            first = str(error).splitlines()[0] if str(error) else ""
+            raise DataError(
+                f"the data set {self.path!r} cannot be loaded ({type(error).__name__}: {first}); check the name, the "
+                "configuration `name`, and that the hub can be reached, or give a local folder or parquet file"
+            ) from error
+        splits = {self.splits["train"]: found} if isinstance(found, hf.Dataset) else dict(found)
+        usual = {"train": (), "val": VAL, "test": ("test",)}
+        tables: dict[str, Any] = {}
+        for role, wanted in self.splits.items():
+            name = wanted or next((name for name in usual[role] if name in splits), None)
+            if name is None:
+                continue
+            if name not in splits:
+                raise DataError(
+                    f"{self.path!r} has no split {name!r}; its splits: {', '.join(splits)}.{nearest(name, splits)} "
+                    f"Set {role}_split"
+                )
+            tables[role], self.splits[role] = splits[name], name
+        return tables
+
+    def _column(self, option: str, given: str | None, columns: Sequence[str], fit: Sequence[str]) -> str:
+        if given is not None and given not in columns:
+            raise DataError(
+                f"{self.path!r} has no column {given!r}; its columns: {', '.join(columns)}.{nearest(given, columns)}"
+            )
+        if given is None and len(fit) != 1:
+            what = "none is" if not fit else f"{' and '.join(fit)} are"
+            raise DataError(
+                f"give {option}: of the columns of {self.path!r} ({', '.join(columns)}), {what} recognised as such"
+            )
+        return given or fit[0]
+
+
+class Rows:
+    """Samples `(RGB image, label)` of a table, decoded when asked for."""
+
+    def __init__(self, table: Any, image: str, labels: Sequence[int], where: str) -> None:
+        feature = table.features[image]
+        if not isinstance(feature, hf.Image):
+            table = table.cast_column(image, hf.Image())
+        self.table, self.image, self.labels, self.where = table, image, list(labels), where
+        self.numbers = list(range(len(self.labels)))
+
+    def __len__(self) -> int:
+        """Return the number of rows."""
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        """Return one image and its label.
+
+        Raises:
+            DataError: the image is missing or damaged.
+        """
+        try:
+            return to_rgb(self.table[self.numbers[index]][self.image]), self.labels[index]
+        except (OSError, SyntaxError, ValueError, AttributeError, Image.DecompressionBombError) as error:
+            raise DataError(f"{self.where}: the image of {self.name(index)} cannot be read: {error}") from error
+
+    def name(self, index: int) -> str:
+        """Return the identifier of a row: its number in the split it came from."""
+        return f"row {self.numbers[index]}"
+
+    def take(self, rows: Sequence[int]) -> Rows:
+        """Return a subset of the rows."""
+        other = Rows(self.table, self.image, [self.labels[row] for row in rows], self.where)
+        other.numbers = [self.numbers[row] for row in rows]
+        return other
+
+
+def _load(path: str, name: str | None) -> Any:
+    """A `Dataset` or `DatasetDict` from wherever `path` points."""
+    local = Path(path)
+    if local.is_dir() and ((local / "dataset_dict.json").is_file() or (local / "state.json").is_file()):
+        return hf.load_from_disk(path)
+    if local.is_file():
+        return hf.load_dataset("parquet", name, data_files={"train": str(local)})
+    parquet = sorted(local.glob("*.parquet")) or sorted(local.glob("data/*.parquet")) if local.is_dir() else []
+    if parquet:
+        files: dict[str, list[str]] = {}
+        for file in parquet:  # train-00000-of-00002.parquet, test.parquet
+            files.setdefault(file.stem.split("-")[0], []).append(str(file))
+        return hf.load_dataset("parquet", name, data_files=files)
+    return hf.load_dataset("imagefolder", name, data_dir=path) if local.is_dir() else hf.load_dataset(path, name)
+
+
+def _image_columns(table: Any) -> list[str]:
+    features = table.features
+    typed = [name for name, feature in features.items() if isinstance(feature, hf.Image)]
+    encoded = [name for name, f in features.items() if isinstance(f, dict) and {"bytes", "path"} <= f.keys()]
+    usual = [name for name in IMAGES if name in features]
+    return typed or encoded or usual[:1]
+
+
+def _label_columns(table: Any) -> list[str]:
+    features = table.features
+    typed = [name for name, feature in features.items() if isinstance(feature, hf.ClassLabel)]
+    return (
+        typed if len(typed) == 1 else [name for name in LABELS if name in features and (not typed or name in typed)][:1]
+    )
+
+
+def _values(table: Any, column: str) -> list[Any]:
+    return list(table.select_columns([column]).with_format(None)[column][:])
+
+
+def _classes(feature: Any, values: Sequence[Any], where: str) -> tuple[list[str], dict[str, int] | None]:
+    """Class names, and the number of each for labels that are text."""
+    if isinstance(feature, hf.ClassLabel):
+        return list(feature.names), None
+    names = sorted({value for value in values if isinstance(value, str)})
+    if names:
+        return names, {name: number for number, name in enumerate(names)}
+    whole = [value for value in values if isinstance(value, int) and not isinstance(value, bool)]
+    if not whole:
+        raise DataError(f"{where}: expected whole numbers, text or a ClassLabel, got {feature}; set label_column")
+    return [str(number) for number in range(max(whole) + 1)], None
+
+
+def _numbered(values: Sequence[Any], known: dict[str, int] | None, classes: int, where: str) -> list[int]:
+    """Labels as integers in [0, classes), checked."""
+    if known is not None:
+        lost = next((row for row, value in enumerate(values) if value not in known), None)
+        if lost is not None:
+            raise DataError(
+                f"{where}, row {lost}: {values[lost]!r} is none of the {classes} classes of train"
+                f"{nearest(str(values[lost]), known)}; repair or remove the row"
+            )
+        return [known[value] for value in values]
+    return check_labels(values, classes, lambda row: f"{where}, row {row}", "repair or remove the row")
