@@ -9,9 +9,6 @@ import torch
 import torch.nn.functional as F
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
-from mmpeft.vision.backbone import create, normalisation
-from mmpeft.vision.board import Board
-from mmpeft.vision.predict import PredictionWriter
 from torch import Tensor, nn
 from torchmetrics import MetricCollection
 from torchmetrics.classification import (
@@ -25,6 +22,9 @@ from mmpeft.errors import ConfigError, DataError
 from mmpeft.methods.base import Method
 from mmpeft.recompute import Recompute
 from mmpeft.training.module import TuningModule
+from mmpeft.vision.backbone import create, normalisation
+from mmpeft.vision.board import Board
+from mmpeft.vision.predict import PredictionWriter
 
 
 class ImageClassifier(TuningModule):

@@ -15,7 +15,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from lightning.pytorch.cli import OptimizerCallable
-from mmpeft.vision.augment import StyleAugment
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
@@ -25,6 +24,7 @@ from mmpeft.methods.base import Method
 from mmpeft.training.data import DataModule
 from mmpeft.training.module import TuningModule
 from mmpeft.training.schedule import warmup_cosine
+from mmpeft.vision.augment import StyleAugment
 
 STYLES = ("noto", "twemoji")
 STOP_WORDS = frozenset({"with", "of", "and", "the", "in", "on", "flag"})

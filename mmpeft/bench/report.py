@@ -39,10 +39,11 @@ def spread(values: Sequence[float]) -> str:
 
 
 def rows(results: Sequence[Result], metric: str) -> tuple[list[str], list[list[str]]]:
-    """Header and cells of the table."""
+    """Header and cells: score, trained parameters in the backbone and in the head, seconds, memory of a step."""
     seeds = sorted({r.seed for r in results})
-    header = ["method", f"{metric} ({'seed' if len(seeds) == 1 else 'seeds'} {', '.join(map(str, seeds))})"]
-    header += ["trained in the backbone", "trained in the head", "seconds", "memory, MiB"]
+    name = metric.rpartition("/")[2]
+    header = ["method", f"{name}, {'seed' if len(seeds) == 1 else 'seeds'} {', '.join(map(str, seeds))}"]
+    header += ["tuned", "head", "s", "MiB"]
     cells = [
         [
             name,

@@ -244,10 +244,15 @@ class DataModule(lightning.LightningDataModule):
     ) -> ResumableLoader:
         replicas, rank = self._replicas()
         share, rest = divmod(len(dataset), replicas)
-        if not shuffle and rest and share and share % batch_size == 0:
+        if not shuffle and not share:
+            raise DataError(
+                f"{len(dataset)} samples to evaluate on {replicas} processes: some would have none; use fewer processes"
+            )
+        if not shuffle and rest:
             # Some ranks hold one sample more: a size that divides `share` would give them one batch more and hang
-            # the others in a collective call. One size smaller keeps the metrics exact, without repeated samples.
-            batch_size = next((size for size in range(batch_size, 1, -1) if share % size), batch_size)
+            # the others in a collective call. The next fitting size keeps the metrics exact, without repeated samples.
+            sizes = (*range(batch_size, 1, -1), *range(batch_size + 1, share + 2))
+            batch_size = next(size for size in sizes if share % size)
         return ResumableLoader(
             Seeded(dataset, transform, self.seed),
             batch_size=batch_size,

@@ -62,8 +62,8 @@ class TuningModule(lightning.LightningModule):
         self.model: nn.Module | None = None
         self.tuning: Tuning | None = None
         self._waiting: Mapping[str, Any] | None = None
-        self.register_state_dict_post_hook(_drop_frozen)
-        self.register_load_state_dict_pre_hook(_lend_frozen)
+        self.register_state_dict_post_hook(_drop_frozen)  # type: ignore[no-untyped-call]
+        self.register_load_state_dict_pre_hook(_lend_frozen)  # type: ignore[no-untyped-call]
 
     @abstractmethod
     def build(self) -> nn.Module:

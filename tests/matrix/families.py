@@ -30,6 +30,9 @@ def _build(cls: type[nn.Module], size: int = 32, **kwargs: Any) -> tuple[nn.Modu
                     parameter.normal_(std=0.3)  # some families start with a head of nearly zero
                 elif "gamma" in name:
                     parameter.fill_(0.5)
+                elif cls is ConvNeXt and parameter.dim() > 1:
+                    # timm's std of 0.02 lets all images look alike after four narrow stages
+                    parameter.normal_(std=parameter[0].numel() ** -0.5)
                 elif parameter.dim() <= 1 and "norm" in name and name.endswith("weight"):
                     parameter.copy_(1 + 0.1 * torch.randn_like(parameter))
                 elif parameter.dim() == 1:
@@ -53,7 +56,7 @@ FAMILIES: dict[str, Family] = {
     "vit_postnorm": partial(_VIT, block_fn=ResPostBlock, class_token=False, global_pool="avg"),
     "vit_parallel": partial(_VIT, block_fn=ParallelScalingBlock, qk_norm=True),
     "eva": partial(_EVA, init_values=0.5, swiglu_mlp=False),
-    "eva02": partial(_EVA, swiglu_mlp=True, scale_mlp=True, use_rot_pos_emb=True),
+    "eva02": partial(_EVA, swiglu_mlp=True, use_rot_pos_emb=True),
     "eva02_unfused": partial(_EVA, swiglu_mlp=True, scale_mlp=True, use_rot_pos_emb=True, qkv_fused=False),
     "dinov3": partial(
         _EVA, **_ROPE, qkv_bias=False, init_values=0.5, num_reg_tokens=4, rope_rotate_half=True, rope_type="dinov3"

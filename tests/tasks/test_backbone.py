@@ -13,14 +13,14 @@ from typing import Any
 import pytest
 import timm
 import torch
-from mmpeft.vision import backbone
-from mmpeft.vision.backbone import create, normalisation, save_embedded
 from safetensors.torch import load_file, save_file
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 import mmpeft
 from mmpeft.errors import ConfigError, MMPEFTError
+from mmpeft.vision import backbone
+from mmpeft.vision.backbone import create, normalisation, save_embedded
 
 SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
 ARCHITECTURE = {**SMALL, "class_token": False, "global_pool": "avg"}

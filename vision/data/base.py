@@ -6,11 +6,11 @@ from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
-from mmpeft.vision.data.transforms import AUGMENTS, OfImage, evaluation, training
 from torch import Tensor
 
 from mmpeft.errors import ConfigError, DataError, nearest
 from mmpeft.training.data import DataModule, SizedDataset
+from mmpeft.vision.data.transforms import AUGMENTS, OfImage, evaluation, training
 
 Augment = Literal["none", "light", "strong"]
 FALLBACK_SIZE, FALLBACK_MEAN, FALLBACK_STD = 224, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)

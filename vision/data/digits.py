@@ -6,10 +6,10 @@ from collections import defaultdict
 from collections.abc import Sequence
 
 import torch
-from mmpeft.vision.data.base import Augment, ImageData, Pairs
 from sklearn.datasets import load_digits
 
 from mmpeft.training.data import mix
+from mmpeft.vision.data.base import Augment, ImageData, Pairs
 
 TEST_SHARE, VAL_SHARE = 0.2, 0.1
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from mmpeft.vision.data.base import Augment, ImageData, Pairs, few
 from torch import Tensor
 
 from mmpeft.embedded import EmojiSet, emoji
 from mmpeft.embedded.emoji import composite
+from mmpeft.vision.data.base import Augment, ImageData, Pairs, few
 
 
 class EmojiData(ImageData):

@@ -7,10 +7,9 @@ from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
+from mmpeft.errors import ConfigError, DataError
 from mmpeft.vision.data.base import Augment, ImageData, Renamed
 from mmpeft.vision.data.files import SUFFIXES, ImageFiles, images_below, readable
-
-from mmpeft.errors import ConfigError, DataError
 
 TRAIN = ("train", "training")
 VAL = ("val", "valid", "validation", "dev")
@@ -21,8 +20,8 @@ Samples = list[tuple[Path, int]]
 class FolderData(ImageData):
     """Images in `root/train/<class>/…`, `root/val/<class>/…`, `root/test/<class>/…`, or in `root/<class>/…`.
 
-    What the folders do not split is split here, within each class, by a hash of the file's path in its class: fixed, the same
-    on every machine and not dependent on `seed`.
+    What the folders do not split is split here, within each class, by a hash of the file's path in its class: fixed,
+    the same on every machine and not dependent on `seed`.
     """
 
     def __init__(

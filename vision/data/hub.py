@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import datasets as hf
-from mmpeft.vision.data.base import Augment, ImageData, Renamed, check_labels
-from mmpeft.vision.data.files import to_rgb
 from PIL import Image
 
 from mmpeft.errors import ConfigError, DataError, nearest
 from mmpeft.training.data import mix
+from mmpeft.vision.data.base import Augment, ImageData, Renamed, check_labels
+from mmpeft.vision.data.files import to_rgb
 
 VAL = ("validation", "val", "valid", "dev")
 LABELS = ("label", "labels", "fine_label", "class", "target", "category")
@@ -68,39 +68,49 @@ class HubData(ImageData):
         self.path, self.name, self.val_fraction = path, name, val_fraction
         self.image_column, self.label_column = image_column, label_column
         self.splits = {"train": train_split, "val": val_split, "test": test_split}
-        self._loaded = False
+        self._tables: dict[str, Any] = {}
 
     def datasets(self, stage: str | None = None) -> None:
-        """Load, check columns and labels of every split, and set all four sets (once).
+        """Load the data set once; check columns, and the labels of the splits that the stage needs.
+
+        Labels of a split that is only predicted are not looked at: a test split may have none.
 
         Raises:
             DataError: the data set, a split or a column is missing, or a label is no class.
         """
-        if self._loaded:
-            return
-        tables = self._tables()
+        if not self._tables:
+            self._tables = self._open()
+        tables = self._tables
         columns = tables["train"].column_names
         image = self._column("image_column", self.image_column, columns, _image_columns(tables["train"]))
         label = self._column("label_column", self.label_column, columns, _label_columns(tables["train"]))
-        raw = {split: _values(table, label) for split, table in tables.items()}
-        self.classes, known = _classes(tables["train"].features[label], raw["train"], f"{self.path}, column {label!r}")
-        sets: dict[str, Rows] = {}
-        for split, table in tables.items():
-            where = f"{self.path}, split {self.splits[split]!r}, column {label!r}"
-            sets[split] = Rows(table, image, _numbered(raw[split], known, len(self.classes), where), where)
-        if "val" not in sets and self.val_fraction:
-            order = sorted(range(len(sets["train"])), key=lambda row: mix(row))
-            cut = round(self.val_fraction * len(order))
-            sets["val"], sets["train"] = (
-                sets["train"].take(sorted(order[:cut])),
-                sets["train"].take(sorted(order[cut:])),
-            )
-        self.train_set, self.val_set, self.test_set = (sets.get(split) for split in ("train", "val", "test"))
-        shown = sets.get("test") or sets.get("val")
-        self.predict_set = None if shown is None else Renamed(shown, shown.name)
-        self._loaded = True
+        train = _values(tables["train"], label)
+        self.classes, known = _classes(tables["train"].features[label], train, f"{self.path}, column {label!r}")
 
-    def _tables(self) -> dict[str, Any]:
+        def labelled(role: str) -> Rows:
+            where = f"{self.path}, split {self.splits[role]!r}, column {label!r}"
+            values = train if role == "train" else _values(tables[role], label)
+            return Rows(tables[role], image, _numbered(values, known, len(self.classes), where), where)
+
+        if self.train_set is None:
+            rows = labelled("train")
+            if "val" not in tables and self.val_fraction:
+                order = sorted(range(len(rows)), key=lambda row: mix(row))
+                cut = round(self.val_fraction * len(order))
+                self.val_set, rows = rows.take(sorted(order[:cut])), rows.take(sorted(order[cut:]))
+            self.train_set = rows
+        if stage in ("fit", "validate", None) and "val" in tables and self.val_set is None:
+            self.val_set = labelled("val")
+        if stage in ("test", None) and "test" in tables and self.test_set is None:
+            self.test_set = labelled("test")
+        if stage in ("predict", None):
+            role = "test" if "test" in tables else "val"
+            plain = self.val_set
+            if role in tables:
+                plain = Rows(tables[role], image, [0] * len(tables[role]), f"{self.path}, split {self.splits[role]!r}")
+            self.predict_set = Renamed(plain, plain.name) if isinstance(plain, Rows) else None
+
+    def _open(self) -> dict[str, Any]:
         """The splits in use as `datasets.Dataset`, and their names in `self.splits`."""
         try:
             found = _load(self.path, self.name)
@@ -220,6 +230,10 @@ def _classes(feature: Any, values: Sequence[Any], where: str) -> tuple[list[str]
     whole = [value for value in values if isinstance(value, int) and not isinstance(value, bool)]
     if not whole:
         raise DataError(f"{where}: expected whole numbers, text or a ClassLabel, got {feature}; set label_column")
+    if max(whole) >= len(values):
+        raise DataError(
+            f"{where}: label {max(whole)} in {len(values)} rows: these are no class numbers; set label_column"
+        )
     return [str(number) for number in range(max(whole) + 1)], None
 
 

@@ -11,11 +11,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
-from mmpeft.vision.data.base import Augment, ImageData, Renamed, check_labels
-from mmpeft.vision.data.files import WORTH_A_BAR, ImageFiles
 from rich.progress import track
 
 from mmpeft.errors import ConfigError, DataError, nearest
+from mmpeft.vision.data.base import Augment, ImageData, Renamed, check_labels
+from mmpeft.vision.data.files import WORTH_A_BAR, ImageFiles
 
 LOG = logging.getLogger(__name__)
 Subset = Literal["train800", "train800val200"]
@@ -205,7 +205,8 @@ def vtab_averages(results: Mapping[str, float]) -> dict[str, float]:
 
     Returns:
         The mean of every complete group; `group`, the mean of the three group means, and `mean19`, the mean over
-        tasks, when all 19 are there; else `mean<n>` over the n tasks that are. `group` and `mean19` differ by 2 to 6 points.
+        tasks, when all 19 are there; else `mean<n>` over the n tasks that are. `group` and `mean19` differ by
+        2 to 6 points.
 
     Raises:
         ConfigError: a task is unknown or given twice, an accuracy is not finite, or there are no results.

@@ -1,0 +1,44 @@
+"""The arrows of the design that import-linter cannot see: domains live outside the folder `mmpeft/`."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+DOMAINS = ("vision", "vla", "diffusion", "llm")
+
+
+def _imports(path: Path) -> set[str]:
+    tree = ast.parse(path.read_text("utf-8"))
+    found = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+    return found | {n.module for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and n.module and not n.level}
+
+
+@pytest.mark.parametrize("folder", ("mmpeft", *DOMAINS))
+def test_domains_import_the_core_and_never_each_other(folder: str) -> None:
+    foreign = {f"mmpeft.{d}" for d in DOMAINS if d != folder} | set(DOMAINS)
+    for path in (ROOT / folder).rglob("*.py"):
+        wrong = {i for i in _imports(path) for f in foreign if i == f or i.startswith(f + ".")}
+        assert not wrong, f"{path.relative_to(ROOT)} imports {wrong}"
+
+
+def test_importing_the_package_loads_no_library() -> None:
+    code = "import sys, mmpeft, mmpeft.cli; print([m for m in ('torch', 'timm', 'lightning', 'numpy') if m in sys.modules])"
+    assert (
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    )
+
+
+def test_the_core_and_the_domain_load_no_backbone_library() -> None:
+    code = (
+        "import sys, mmpeft; mmpeft.LoRA; mmpeft.attach; mmpeft.load; import mmpeft.vision;"
+        "print([m for m in ('timm', 'torchvision', 'diffusers', 'transformers', 'lightning') if m in sys.modules])"
+    )
+    assert (
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    )
