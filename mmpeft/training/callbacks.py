@@ -20,10 +20,14 @@ from mmpeft.training.module import TuningModule
 
 
 def folder_of(trainer: Trainer) -> Path | None:
-    """The run's folder, or None where nothing is to be written. All processes must call it: `log_dir` is broadcast."""
+    """The run's folder, or None where nothing is to be written: on other processes, in a dry run, without a folder.
+
+    All processes must call it: `log_dir` is broadcast.
+    """
     folder = Path(trainer.log_dir or trainer.default_root_dir)
+    nowhere = not trainer.loggers and folder.resolve() == Path.cwd()  # Lightning's stand-in for no folder at all
     dry = getattr(trainer, "fast_dev_run", False)
-    return folder if trainer.is_global_zero and not dry else None
+    return folder if trainer.is_global_zero and not (dry or nowhere) else None
 
 
 class LearningCurves(Callback):

@@ -232,6 +232,7 @@ class DataModule(lightning.LightningDataModule):
             batch_size=self.eval_batch_size,
             num_workers=self.num_workers,
             collate_fn=self.collate,
+            generator=torch.Generator().manual_seed(self.seed),
         )
 
     def _eval_loader(self, dataset: SizedDataset | None) -> ResumableLoader | list[ResumableLoader]:
@@ -259,6 +260,7 @@ class DataModule(lightning.LightningDataModule):
             sampler=EpochSampler(len(dataset), shuffle=shuffle, seed=self.seed, num_replicas=replicas, rank=rank),
             num_workers=self.num_workers,
             collate_fn=self.collate,
+            generator=torch.Generator().manual_seed(self.seed),  # else each epoch draws from the global one
             pin_memory=torch.cuda.is_available(),
             persistent_workers=self.num_workers > 0,
         )

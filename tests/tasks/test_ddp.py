@@ -9,7 +9,8 @@ from mmpeft.training.checkpoint import LastCheckpoint
 from tests.tasks.tiny import TinyData, classifier, trainer
 
 
-def test_two_processes_equal_one(tmp_path):
+def test_two_processes_equal_one(tmp_path, monkeypatch):
+    monkeypatch.delenv("PL_GLOBAL_SEED", raising=False)  # another test's seed_everything would seed the workers alone
     losses, weights, metrics = [], [], []
     for processes in (1, 2):
         folder = tmp_path / str(processes)
