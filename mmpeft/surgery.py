@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from mmpeft.errors import ConfigError, nearest
+from mmpeft.errors import ConfigError, Refused, nearest
 from mmpeft.host import CHILD, Plan, is_host, make_host, mark_route, unmake_host
 from mmpeft.methods.base import Method
 from mmpeft.parts.base import Hook, Part, Placement
@@ -70,6 +70,8 @@ def attach(model: nn.Module, method: Method, name: str = "default") -> Tuning:
         raise ConfigError(f"tuning {next(iter(state.merged))!r} is merged into the base; unmerge it before attaching")
     available = sites(model)
     placements = method.place(model, available)  # all checks happen here, before anything is changed
+    for placement in placements:
+        _check_home(model, placement)
     if not state.placements:
         state.trained = {n: p.requires_grad for n, p in base_parameters(model)}
         state.blocks = [site.path for site in available if site.role == "block"]
@@ -78,6 +80,15 @@ def attach(model: nn.Module, method: Method, name: str = "default") -> Tuning:
     state.methods[name], state.placements[name] = method, placements
     set_route(model, name)
     return Tuning(model, name)
+
+
+def _check_home(model: nn.Module, placement: Placement) -> None:
+    """Raise Refused for a container: what hangs under it would become one of its own entries."""
+    module = model.get_submodule(placement.home)
+    if isinstance(module, nn.Sequential | nn.ModuleList | nn.ModuleDict):
+        raise Refused(
+            f"{placement.home or 'the model'} is a {type(module).__name__} and cannot host parts; choose a module in it"
+        )
 
 
 def base_parameters(model: nn.Module) -> Iterable[tuple[str, nn.Parameter]]:

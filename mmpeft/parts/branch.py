@@ -77,8 +77,8 @@ class Branch(Part):
         elif self.source == "input":
             source = x
         else:
-            assert self._tapped is not None, "the tapped module did not run before its block ended"
-            source, self._tapped = self._tapped.reshape(y.shape), None
+            assert self._tapped is not None, "the tapped module did not run before the sub-layer ended"
+            source, self._tapped = self._tapped, None
         if self.channel_dim != -1:
             source = source.movedim(self.channel_dim, -1)
         z = bottleneck(

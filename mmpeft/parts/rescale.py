@@ -7,6 +7,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from mmpeft.errors import Refused
 from mmpeft.functional.pointwise import along
 from mmpeft.parts.base import Hook, Part, cast, trainable_dtype
 
@@ -76,6 +77,10 @@ class Rescale(Part):
         params["weight"] = tuned
         if bias is None and self.beta is None:
             return
+        if bias is None and "bias" not in host._parameters:
+            raise Refused(
+                f"Rescale at {hook.path} cannot be merged: {type(host).__name__} reads no bias to hold the shift"
+            )
         bias = weight.new_zeros(len(weight)) if bias is None else bias.clone()
         bias[rows] *= cast(self.gamma, bias.dtype)
         if self.beta is not None:

@@ -1,9 +1,9 @@
 """Deterministic, resumable loading: the data modules of all domains build on this file.
 
-The randomness of a training sample depends on `(seed, epoch, index)` and on nothing else. So the same run gives the same
-batches for any number of workers, and the state of a loader is two integers: a run killed in the middle of an epoch
-resumes with the next unseen batch, bit for bit. Under DDP each rank takes every W-th sample of one shuffled order, so
-the global batch is the same set of samples as one process with W times the batch size.
+The randomness of a training sample depends on `(seed, epoch, index)` and on nothing else. So the same run gives the
+same batches for any number of workers, and the state of a loader is two integers: a run killed in the middle of an
+epoch resumes with the next unseen batch, bit for bit. Under DDP each rank takes every W-th sample of one shuffled
+order, so the global batch is the same set of samples as one process with W times the batch size.
 """
 
 from __future__ import annotations
@@ -170,8 +170,9 @@ class ResumableLoader(DataLoader[Any]):
 class DataModule(lightning.LightningDataModule):
     """Base of the data modules: subclasses fill the data sets, this class builds the loaders.
 
-    A subclass overrides `datasets(stage)`, which sets any of `train_set`, `val_set`, `test_set`, `predict_set` (map-style)
-    and of `train_transform`, `eval_transform`, `predict_transform` (a function of one sample), and may set `collate`.
+    A subclass overrides `datasets(stage)`, which sets any of `train_set`, `val_set`, `test_set`, `predict_set`
+    (map-style) and of `train_transform`, `eval_transform`, `predict_transform` (a function of one sample), and may set
+    `collate`.
     """
 
     def __init__(

@@ -16,6 +16,7 @@ from mmpeft.errors import ConfigError, DataError
 from mmpeft.vision.data import DigitsData, EmojiData, FolderData, HubData, VTABData
 from mmpeft.vision.data.base import ImageData
 from mmpeft.vision.data.files import read_rgb, to_rgb
+from mmpeft.vision.data.transforms import training
 from mmpeft.vision.data.vtab import TASKS, vtab_averages, vtab_task
 from tests.tasks.tiny import SMALL, classifier, trainer
 
@@ -104,6 +105,13 @@ def test_augmentation_changes_with_the_epoch_and_not_with_the_workers():
     alone, two = epochs(0), epochs(2)
     assert not torch.equal(alone[0], alone[1])
     assert all(torch.equal(a, b) for a, b in zip(alone, two))
+
+
+def test_moving_a_drawing_leaves_no_frame():
+    """White paper stays white: torchvision's bilinear fill would draw the old border as a grey line."""
+    transform = training("light", 32, (0, 0, 0), (1, 1, 1), paper=255)
+    for _ in range(20):
+        assert transform(torch.full((3, 32, 32), 255, dtype=torch.uint8)).min() == 1
 
 
 @pytest.mark.parametrize(

@@ -16,5 +16,7 @@ def test_links_and_paths(page: Path) -> None:
     text = page.read_text("utf-8")
     links = [m for m in re.findall(r"\]\(([^)#]+)\)", text) if "://" not in m]
     named = re.findall(r"configs/[\w/]+\.yaml", text)
-    missing = [link for link in links if not (page.parent / link).exists()] + [n for n in named if not (ROOT / n).exists()]
+    missing = [link for link in links if not (page.parent / link).exists()] + [
+        n for n in named if not (ROOT / n).exists()
+    ]
     assert not missing

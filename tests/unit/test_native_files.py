@@ -166,7 +166,7 @@ def test_unknown_method_or_field(tmp_path: Path) -> None:
         mmpeft.load(Toy(), tmp_path)
     manifest["method"] = {"name": "LoRA", "rang": 3}
     path.write_text(json.dumps(manifest))
-    with pytest.raises(AdapterFileError, match="no field 'rang'.*Did you mean 'rank'"):
+    with pytest.raises(AdapterFileError, match=r"no field 'rang'.*Did you mean 'rank'"):
         mmpeft.load(Toy(), tmp_path)
 
 

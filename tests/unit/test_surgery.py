@@ -11,9 +11,20 @@ from torch import nn
 
 import mmpeft
 from mmpeft.errors import AdapterFileError, ConfigError, Refused, SiteError
+from mmpeft.parts import Branch, Hook, Placement
 from tests.unit.toy import Layer, Toy
 
 X = torch.randn(4, 3, 8, generator=torch.Generator().manual_seed(3))
+
+
+class _OnHead(mmpeft.Method):
+    """Puts a part under the head itself."""
+
+    def place(self, model, available):
+        return [Placement(Branch(3, 1, model.head[0].weight, source="output"), "head", "x", (Hook("head", "exit"),))]
+
+    def count(self, model, available):
+        return 0
 
 
 def _moved(tuning: mmpeft.Tuning, by: float) -> mmpeft.Tuning:
@@ -182,6 +193,25 @@ def test_patterns_set_ranks_and_scales() -> None:
 def test_bad_requests(build, error, message) -> None:
     with pytest.raises(error, match=message):
         build()
+
+
+def test_a_shift_on_a_norm_without_a_bias_is_not_merged_silently() -> None:
+    model = Toy()
+    for block in model.blocks:
+        block.norm = nn.RMSNorm(8)
+    tuning = _moved(mmpeft.attach(model, mmpeft.SSF(at="norm")), 0.1)
+    y = model(X)
+    with pytest.raises(Refused, match="RMSNorm reads no bias"):
+        tuning.merge()
+    assert torch.equal(model(X), y)
+
+
+def test_containers_host_nothing() -> None:
+    model = Toy()
+    model.head = nn.Sequential(nn.Linear(8, 3))
+    with pytest.raises(Refused, match="Sequential and cannot host"):
+        mmpeft.attach(model, _OnHead())
+    assert all(p.requires_grad for p in model.parameters())
 
 
 def test_a_name_twice() -> None:

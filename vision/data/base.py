@@ -24,7 +24,7 @@ class ImageData(DataModule):
     """
 
     classes: list[str]
-    paper: int | None = None  # grey value behind drawings; None for photographs
+    paper: int | None = None  # grey value behind drawings, 0 or 255; None for photographs
 
     def __init__(
         self,

@@ -35,4 +35,4 @@ class AdaptFormer(Parallel):
                 f"{type(self).__name__} at {site}: no module of this block sees the residual stream that the adapter "
                 "reads; use ParallelAdapter, which reads the sub-layer's own input"
             )
-        return (Hook(site.stream, "enter"), Hook(site.path.rpartition(".")[0], "exit"))
+        return (Hook(site.stream, "enter"), Hook(site.out or site.path, "exit"))
