@@ -117,7 +117,7 @@ def _product(flat: Tensor, weight: Tensor, bias: Tensor | None, updates: Sequenc
     y = F.linear(flat, frozen, None if gained else offset)
     for u in updates:
         part = y[:, u.start : u.stop]
-        part.addmm_(flat @ u.down.t(), u.up.t(), alpha=u.scale)
+        part.addmm_((u.down @ flat.t()).t(), u.up.t(), alpha=u.scale)
         if u.gain is not None:
             part *= u.gain
     if gained and offset is not None:
@@ -184,9 +184,11 @@ class _LowRankLinear(Function):
         updates = _updates(ctx.spans, tensors, dtype)
         grad = _cast(grads[0], dtype).reshape(-1, len(weight))
         parts = [grad[:, u.start : u.stop] for u in updates]
-        # dz = s (g ⊙ dy) B, the gradient at the rank-r product; z = A x is formed again rather than kept.
+        # The rank-r products are formed with r rows, [r, N]: skinny matrices on the left are up to ten times as fast.
+        # dz = s (g ⊙ dy) B, the gradient at A x; z = A x is formed again rather than kept.
         inner = [
-            part @ (u.up if u.gain is None else u.up * u.gain[:, None]) * u.scale for part, u in zip(parts, updates)
+            (u.up if u.gain is None else u.up * u.gain[:, None]).t() @ part.t() * u.scale
+            for part, u in zip(parts, updates)
         ]
         grad_x = None
         if ctx.needs_input_grad[0]:
@@ -196,16 +198,16 @@ class _LowRankLinear(Function):
             else:
                 grad_x = _gained(grad, updates) @ frozen
                 for dz, u in zip(inner, updates):
-                    grad_x.addmm_(dz, u.down)
+                    grad_x.addmm_(dz.t(), u.down)
             grad_x = _cast(grad_x, x_dtype).view(shape)
         grad_bias = grad.sum(0).to(bias.dtype) if ctx.needs_input_grad[2] else None
-        z = flat @ torch.cat([u.down for u in updates]).t()
-        grad_down = torch.cat(inner, dim=1).t() @ flat
+        z = torch.cat([u.down for u in updates]) @ flat.t()
+        grad_down = torch.cat(inner) @ flat
         ranks = [len(u.down) for u in updates]
         wide = torch.promote_types(dtype, torch.float32)
         out: list[Tensor] = []
-        for u, part, z_u, down_u in zip(updates, parts, z.split(ranks, 1), grad_down.split(ranks)):
-            up_u = part.t() @ z_u * u.scale
+        for u, part, z_u, down_u in zip(updates, parts, z.split(ranks), grad_down.split(ranks)):
+            up_u = (z_u @ part).t() * u.scale
             out += [down_u, up_u if u.gain is None else up_u * u.gain[:, None]]
             if u.gain is not None:
                 # dg = Σ dy (y - b) / g: the output is kept because its readers mostly keep it too.
