@@ -81,8 +81,8 @@ class Liveness:
 def liveness(tuning: Tuning, batch: Any) -> Liveness:
     """Two AdamW steps (with weight decay) on one batch; the model is left as it was.
 
-    The loss is a fixed random projection of every floating output. `batch` is a tensor, a tuple of arguments
-    or a mapping of keyword arguments.
+    The loss is a fixed random projection of every floating output, in evaluation mode: stochastic depth may drop a
+    whole branch twice in a row. `batch` is a tensor, a tuple of arguments or a mapping of keyword arguments.
     """
     model = tuning.model
     trainable = dict(tuning.named_parameters())
@@ -131,7 +131,9 @@ def _fingerprint(tensor: Tensor) -> int:
 
 @contextmanager
 def _untouched(model: nn.Module, trainable: list[nn.Parameter]) -> Iterator[None]:
-    """Restore values, gradients, buffers and random state on exit."""
+    """Evaluation mode inside; values, gradients, buffers, modes and random state come back on exit."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
     values = [(p, p.detach().clone(), p.grad) for p in trainable]
     buffers = [(b, b.clone()) for b in model.buffers()]
     for parameter in trainable:
@@ -140,6 +142,8 @@ def _untouched(model: nn.Module, trainable: list[nn.Parameter]) -> Iterator[None
         with torch.random.fork_rng():
             yield
     finally:
+        for module, training in modes:
+            module.training = training
         with torch.no_grad():
             for parameter, value, grad in values:
                 parameter.copy_(value)
