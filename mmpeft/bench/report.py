@@ -88,14 +88,16 @@ def plot(results: Sequence[Result], title: str, metric: str) -> bytes:
         bar = stdev(scores) if len(scores) > 1 else 0
         axes.errorbar(own[0].trainable, mean(scores), yerr=bar, fmt="o", capsize=3)
         points.append((own[0].trainable, mean(scores), name))
-    taken: list[tuple[float, float]] = []
     low, high = min(p[1] for p in points), max(p[1] for p in points)
     step = max((high - low) / 18, 1e-3)
+    taken = [(x, y) for x, y, _ in points]
     for x, y, name in sorted(points):
-        above = y + step
-        while any(abs(above - other) < step and 0.2 < x / at < 5 for at, other in taken):
-            above += step
-        taken.append((x, above))
+        above = y + step / 2
+        while any(
+            abs(above + step / 2 - at_y) < step and 0.3 < x / at_x < 3 for at_x, at_y in taken if (at_x, at_y) != (x, y)
+        ):
+            above += step / 2
+        taken.append((x, above + step / 2))
         axes.annotate(name, (x, above), ha="center", va="bottom", fontsize=9)
     axes.set(xscale="log", xlabel="trained parameters, head included", ylabel=metric, title=title)
     axes.set_ylim(low - 2 * step, high + 5 * step)

@@ -137,7 +137,7 @@ def test_gradient_accumulation_equals_a_larger_batch(tmp_path):
         {"mixup": 0.2, "cutmix": 1.0, "label_smoothing": 0.1},
         {"lr_scheduler": lambda o: torch.optim.lr_scheduler.StepLR(o, 2)},
     ],
-    ids=str,
+    ids=lambda options: "+".join(options),
 )
 def test_options_train(tmp_path, options):
     run = trainer(tmp_path, **options.get("run", {}))
