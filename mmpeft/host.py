@@ -78,6 +78,13 @@ class Host:
         return y
 
 
+def module_at(model: nn.Module, path: str) -> nn.Module:
+    """`model.get_submodule(path)` through the modules' own tables: attaching asks for hundreds."""
+    for name in path.split(".") if path else ():
+        model = model._modules[name]  # type: ignore[assignment]
+    return model
+
+
 def base_value(module: nn.Module, name: str) -> Any:
     """The backbone's own value of an attribute, whatever parts read it."""
     for store in (module._parameters, module._buffers, module.__dict__):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from mmpeft.errors import ConfigError, Refused, nearest
-from mmpeft.host import CHILD, Plan, is_host, make_host, mark_route, unmake_host
+from mmpeft.host import CHILD, Plan, is_host, make_host, mark_route, module_at, unmake_host
 from mmpeft.methods.base import Method
 from mmpeft.parts.base import Hook, Part, Placement
 from mmpeft.recompute import Recompute, recompute_around
@@ -73,9 +73,10 @@ def attach(model: nn.Module, method: Method, name: str = "default") -> Tuning:
     for placement in placements:
         _check_home(model, placement)
     if not state.placements:
-        state.trained = {n: p.requires_grad for n, p in base_parameters(model)}
+        for parameter_name, parameter in base_parameters(model):
+            state.trained[parameter_name] = parameter.requires_grad
+            parameter.requires_grad_(False)
         state.blocks = [site.path for site in available if site.role == "block"]
-        model.requires_grad_(False)
     _install(model, state, name, placements)
     state.methods[name], state.placements[name] = method, placements
     set_route(model, name)
@@ -84,7 +85,7 @@ def attach(model: nn.Module, method: Method, name: str = "default") -> Tuning:
 
 def _check_home(model: nn.Module, placement: Placement) -> None:
     """Raise Refused for a container: what hangs under it would become one of its own entries."""
-    module = model.get_submodule(placement.home)
+    module = module_at(model, placement.home)
     if isinstance(module, nn.Sequential | nn.ModuleList | nn.ModuleDict):
         raise Refused(
             f"{placement.home or 'the model'} is a {type(module).__name__} and cannot host parts; choose a module in it"
@@ -104,19 +105,23 @@ def _install(model: nn.Module, state: State, name: str, placements: list[Placeme
         for hook in placement.hooks:
             reads.setdefault(hook.path, set()).update({hook.name} if hook.kind == "read" else ())
     for path, names in reads.items():
-        module = state.hosts.get(path) or model.get_submodule(path)
+        module = state.hosts.get(path) or module_at(model, path)
         make_host(module, frozenset(names))
         state.hosts[path] = module
     for placement in placements:
         home = state.hosts[placement.home]
-        if CHILD not in home._modules:
-            home.add_module(CHILD, nn.ModuleDict())
-        under = home._modules[CHILD]
-        assert isinstance(under, nn.ModuleDict)
-        if name not in under:
-            under[name] = nn.ModuleDict()
-        placement.part.train(home.training)
-        under[name][placement.key] = placement.part  # type: ignore[operator]
+        if not home.training:
+            placement.part.eval()
+        _child(_child(home, CHILD), name).add_module(placement.key, placement.part)
+
+
+def _child(module: nn.Module, name: str) -> nn.Module:
+    """The `ModuleDict` of that name under a module, made if missing."""
+    if name not in module._modules:
+        module.add_module(name, nn.ModuleDict())
+    child = module._modules[name]
+    assert child is not None
+    return child
 
 
 def detach(model: nn.Module, name: str) -> None:
@@ -212,7 +217,7 @@ def set_route(model: nn.Module, route: Route) -> Route:
         host.__dict__["_plan"] = _plan(host, plans.get(path, ()))
     for path in state.blocks:
         if state.recompute and not grouped:
-            block = state.hosts.get(path) or model.get_submodule(path)
+            block = state.hosts.get(path) or module_at(model, path)
             if not is_host(block):
                 make_host(block, frozenset())
                 state.hosts[path] = block

@@ -162,15 +162,20 @@ class _Builder:
         classifier = getattr(self.model, "get_classifier", lambda: None)()
         heads = classifier if isinstance(classifier, tuple) else (classifier,)  # DeiT's distilled models have two
         covered = {site.path for site in self.sites}
-        for path, module in self._modules():
-            depth = next((d for p, d in self.blocks.items() if path.startswith(p + ".")), -1)
+        order: dict[str, int] = {}
+        depth, block = -1, ""
+        for path, module in self._modules():  # parents before children: a block's modules follow it
+            order[path] = len(order)
+            if path in self.blocks:
+                depth, block = self.blocks[path], f"{path}."
+            elif not (block and path.startswith(block)):
+                depth, block = -1, ""
             if path not in covered and isinstance(module, nn.Linear | nn.Conv2d):
                 head = any(module is own for own in heads)
                 self.linear(path, "head" if head else "embed" if path == embed else "proj", depth)
             elif _is_norm(module):
                 width = len(module.weight)  # type: ignore[arg-type]
                 self.add(path, "norm", depth, kind="norm", width=width, channel_dim=_norm_channel(module))
-        order = {path: i for i, (path, _) in enumerate(self.model.named_modules())}
         return sorted(self.sites, key=lambda site: order[site.path])
 
     def _modules(self) -> Iterator[tuple[str, nn.Module]]:

@@ -78,31 +78,24 @@ def to_markdown(results: Sequence[Result], metric: str) -> str:
 
 def plot(results: Sequence[Result], title: str, metric: str) -> bytes:
     """A PNG: score against trained parameters (log scale), one point a method, bars over seeds."""
+    from adjustText import adjust_text
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    figure = Figure(figsize=(7, 4.5), dpi=130, layout="constrained")
     axes = figure.add_subplot()
-    points = []
+    axes.set(xscale="log", xlabel="trained parameters, head included", ylabel=metric, title=title)
+    axes.margins(x=0.3, y=0.15)
+    axes.grid(alpha=0.3)
+    names, xs, ys = [], [], []
     for name, own in by_method(results).items():
         scores = [r.score for r in own]
-        bar = stdev(scores) if len(scores) > 1 else 0
-        axes.errorbar(own[0].trainable, mean(scores), yerr=bar, fmt="o", capsize=3)
-        points.append((own[0].trainable, mean(scores), name))
-    low, high = min(p[1] for p in points), max(p[1] for p in points)
-    step = max((high - low) / 18, 1e-3)
-    taken = [(x, y) for x, y, _ in points]
-    for x, y, name in sorted(points):
-        above = y + step / 2
-        while any(
-            abs(above + step / 2 - at_y) < step and 0.3 < x / at_x < 3 for at_x, at_y in taken if (at_x, at_y) != (x, y)
-        ):
-            above += step / 2
-        taken.append((x, above + step / 2))
-        axes.annotate(name, (x, above), ha="center", va="bottom", fontsize=9)
-    axes.set(xscale="log", xlabel="trained parameters, head included", ylabel=metric, title=title)
-    axes.set_ylim(low - 2 * step, high + 5 * step)
-    axes.margins(x=0.15)
-    axes.grid(alpha=0.3)
+        size, score = own[0].trainable, mean(scores)
+        bar = stdev(scores) if len(scores) > 1 else 0.0
+        axes.errorbar(size, score, yerr=bar, fmt="o", capsize=3)
+        names.append(axes.text(size, score, name, fontsize=9))
+        xs += [size] * 3
+        ys += [score - bar, score, score + bar]
+    adjust_text(names, xs, ys, ax=axes, expand=(1.2, 1.6))
     out = io.BytesIO()
-    figure.savefig(out, format="png", dpi=130)
+    figure.savefig(out, format="png")
     return out.getvalue()

@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Literal, TypeVar
 from torch import Tensor, nn
 
 from mmpeft.errors import ConfigError, Refused, nearest
-from mmpeft.host import base_value
+from mmpeft.host import base_value, module_at
 from mmpeft.parts.base import Hook, Placement
 from mmpeft.parts.mask import Mask
 from mmpeft.sites import Kind, Selector, Site, select
@@ -245,7 +245,7 @@ class SiteMethod(Sited):
 def tensor_of(model: nn.Module, path: str) -> Tensor:
     """A named parameter or buffer of the backbone itself, whatever parts read it."""
     owner, _, name = path.rpartition(".")
-    value = base_value(model.get_submodule(owner), name)
+    value = base_value(module_at(model, owner), name)
     assert isinstance(value, Tensor)
     return value
 
@@ -264,7 +264,7 @@ def fan(model: nn.Module, site: Site) -> tuple[int, int]:
 
 def any_tensor(model: nn.Module, site: Site) -> Tensor:
     """A tensor of the site's module (or of the model) that says device and type."""
-    module = model.get_submodule(site.path)
+    module = module_at(model, site.path)
     tensor = next((p for p in module.parameters()), None)
     return tensor if tensor is not None else next(model.parameters())
 

@@ -10,7 +10,7 @@ from typing import ClassVar
 from torch import nn
 
 from mmpeft.errors import ConfigError, Refused
-from mmpeft.host import base_value
+from mmpeft.host import base_value, module_at
 from mmpeft.methods.base import Sited, fan, positive, rate, register
 from mmpeft.parts import Delta
 from mmpeft.parts.base import Hook, Placement
@@ -54,7 +54,7 @@ class LoRA(Sited):
 
     def _one(self, model: nn.Module, site: Site, rank: int, scale: float) -> Placement:
         name = type(self).__name__
-        module = model.get_submodule(site.path)
+        module = module_at(model, site.path)
         grouped = getattr(module, "groups", 1) > 1
         if self.dropout and (grouped or site.via == "weight"):
             why = "the convolution is grouped" if grouped else "the backbone reads this weight directly"

@@ -8,6 +8,7 @@ from typing import ClassVar
 
 from torch import nn
 
+from mmpeft.host import module_at
 from mmpeft.methods.base import register, tensor_of
 from mmpeft.methods.shared.tensors import TensorMethod, elements, train_tensor
 from mmpeft.parts import Mask
@@ -45,7 +46,7 @@ class BitFit(TensorMethod):
             and site.kind == "linear"
             and site.via == "call"
             and site.role.split(".")[0] in self.created_roles
-            and model.get_submodule(site.path)._parameters.get("bias", 0) is None
+            and module_at(model, site.path)._parameters.get("bias", 0) is None
         ]
 
     def place(self, model: nn.Module, available: list[Site]) -> list[Placement]:
