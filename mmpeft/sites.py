@@ -17,6 +17,7 @@ from typing import Literal
 from torch import nn
 
 from mmpeft.errors import ConfigError, SiteError, nearest
+from mmpeft.functional.rows import Rows
 
 Kind = Literal["linear", "conv", "embedding", "norm", "module", "param"]
 Via = Literal["call", "weight"]
@@ -54,11 +55,12 @@ ROLES: dict[str, str] = {
 class Site:
     """One place where a backbone can be tuned.
 
-    `path` names the module (or, for role `param`, the tensor). `rows=(start, stop)` is the slice of output
-    rows this site owns in a fused projection. `via="weight"` marks a linear whose weight the backbone reads
-    directly, so that the effective weight is adapted rather than the call. `width` is the number of channels
-    that flow through a sub-layer and `channel_dim` says where they are. `stream` names the module whose
-    input is the residual stream a sub-layer branches from, `out` the module whose output is added back to it.
+    `path` names the module (or, for role `param`, the tensor). `rows` is the slice of output rows this site
+    owns in a fused projection. `via="weight"` marks a linear whose weight (`tensor`) the backbone reads
+    directly, so that the effective weight is adapted rather than the call; `transposed` one stored [i, o].
+    `width` is the number of channels that flow through a sub-layer and `channel_dim` says where they are.
+    `stream` names the module whose input is the residual stream a sub-layer branches from, `out` the module
+    whose output is added back to it, `entry` the module that reads the sub-layer's input where `path` does not.
     `bias` names the tensor added to this site's output when it is not the module's own bias. `prefix` counts
     the tokens before the patches; `prefix_reader` names a module that keeps that count itself. A non-empty
     `refuse` is the reason why the site exists in the architecture and cannot be tuned.
@@ -69,13 +71,16 @@ class Site:
     depth: int = -1
     tower: str = ""
     kind: Kind = "module"
-    rows: tuple[int, int] | None = None
+    rows: Rows | None = None
     via: Via = "call"
+    tensor: str = "weight"
+    transposed: bool = False
     bias: str = ""
     width: int = 0
     channel_dim: int = -1
     stream: str = ""
     out: str = ""
+    entry: str = ""
     prefix: int = 0
     prefix_reader: str = ""
     refuse: str = ""

@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Literal, TypeVar
 from torch import Tensor, nn
 
 from mmpeft.errors import ConfigError, Refused, nearest
+from mmpeft.functional.rows import Rows, count_rows
 from mmpeft.host import base_value, module_at
 from mmpeft.parts.base import Hook, Placement
 from mmpeft.parts.mask import Mask
@@ -128,7 +129,7 @@ class Union(Method):
     def place(self, model: nn.Module, available: list[Site]) -> list[Placement]:
         placements: list[Placement] = []
         taken: set[tuple[str, str]] = set()
-        owners: dict[tuple[Hook, tuple[int, int] | None], str] = {}
+        owners: dict[tuple[Hook, Rows | None], str] = {}
         for method in self.methods:
             for p in method.place(model, available):
                 if isinstance(p.part, Mask):
@@ -251,15 +252,15 @@ def tensor_of(model: nn.Module, path: str) -> Tensor:
 
 
 def own_weight(model: nn.Module, site: Site) -> Tensor:
-    """The weight of a linear or convolution site, all rows of it."""
-    return tensor_of(model, f"{site.path}.weight")
+    """The weight [o, i, ...] of a linear, convolution or embedding site, all rows of it."""
+    weight = tensor_of(model, f"{site.path}.{site.tensor}")
+    return weight.t() if site.transposed else weight
 
 
 def fan(model: nn.Module, site: Site) -> tuple[int, int]:
     """(output rows, inputs per row) of a linear or convolution site, its `rows` slice alone."""
     weight = own_weight(model, site)
-    start, stop = site.rows or (0, len(weight))
-    return stop - start, weight[0].numel()
+    return count_rows(site.rows, len(weight)), weight[0].numel()
 
 
 def any_tensor(model: nn.Module, site: Site) -> Tensor:

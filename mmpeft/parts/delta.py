@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from mmpeft.functional.fused import Update, low_rank_composed, low_rank_linear
 from mmpeft.functional.low_rank import low_rank_delta, low_rank_row_norms, squared_row_norms
+from mmpeft.functional.rows import Rows, count_rows, put_rows, take_rows
 from mmpeft.parts.base import Call, Hook, Part, cast, trainable_dtype
 
 FUSED_FROM = 32_768
@@ -52,17 +53,17 @@ class Delta(Part):
         weight: Tensor,
         rank: int,
         scale: float,
-        rows: tuple[int, int] | None = None,
+        rows: Rows | None = None,
         dropout: float = 0.0,
         magnitude: bool = False,
+        transposed: bool = False,
     ) -> None:
         super().__init__()
-        self.start, self.stop = rows or (0, len(weight))
-        self.scale, self.dropout = scale, dropout
-        self.factor = LowRank(self.stop - self.start, weight.numel() // len(weight), rank, like=weight)
+        self.rows, self.scale, self.dropout, self.transposed = rows, scale, dropout, transposed
+        self.factor = LowRank(count_rows(rows, len(weight)), weight.numel() // len(weight), rank, like=weight)
         self.magnitude: nn.Parameter | None = None
         if magnitude:
-            square = squared_row_norms(weight[self.start : self.stop].flatten(1))
+            square = squared_row_norms(take_rows(weight, rows).flatten(1))
             self.register_buffer("weight_sq", square, persistent=False)
             self.magnitude = nn.Parameter(square.sqrt().to(self.factor.A.dtype))
 
@@ -70,29 +71,37 @@ class Delta(Part):
         """DoRA's `m / ‖W + s ΔW‖` for a [o, ...] weight; None without a magnitude."""
         if self.magnitude is None:
             return None
-        own = weight[self.start : self.stop].flatten(1)
+        own = take_rows(weight, self.rows).flatten(1)
         square: Tensor = self.weight_sq  # type: ignore[assignment]
         norm = low_rank_row_norms(own, square, self.factor.A, self.factor.B, self.scale)
         return self.magnitude / norm.to(self.magnitude.dtype)
 
     def update(self, weight: Tensor) -> Update:
-        return Update(self.start, self.stop, self.scale, self.factor.A, self.factor.B, self.gain(weight))
+        """The update of one range of rows; interleaved rows become the whole range, zero where not owned."""
+        up: Tensor = self.factor.B
+        gain = self.gain(weight)
+        if self.rows is not None and len(self.rows) == 2:
+            return Update(*self.rows, self.scale, self.factor.A, up, gain)
+        up = put_rows(up.new_zeros(len(weight), up.shape[1]), up, self.rows)
+        if gain is not None:
+            gain = put_rows(gain.new_ones(len(weight)), gain, self.rows)
+        return Update(0, len(weight), self.scale, self.factor.A, up, gain)
 
     def read(self, host: nn.Module, name: str, base: Tensor) -> Tensor:
-        """The effective weight, in the base's type."""
-        own = base[self.start : self.stop]
+        """The effective weight, in the base's type and layout."""
+        weight = base.t() if self.transposed else base
+        own = take_rows(weight, self.rows)
         delta = (self.factor.materialise() * self.scale).view(own.shape)
         tuned = cast(own, delta.dtype) + delta
-        gain = self.gain(base)
+        gain = self.gain(weight)
         if gain is not None:
             tuned = tuned * gain.view(-1, *[1] * (own.dim() - 1))
-        tuned = cast(tuned, base.dtype)
-        whole = len(own) == len(base)
-        return tuned if whole else base.slice_scatter(tuned, 0, self.start, self.stop)
+        whole = put_rows(weight, cast(tuned, base.dtype), self.rows)
+        return whole.t() if self.transposed else whole
 
     def exit(self, host: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         """Add the update to an output already computed: convolutions, and rows routed one by one."""
-        weight: Tensor = host.weight  # type: ignore[assignment]
+        weight = self.weight_of(host)
         bias: Tensor | None = host.bias  # type: ignore[assignment]
         conv = weight.dim() > 2
         channel = 1 if conv else -1
@@ -104,17 +113,20 @@ class Delta(Part):
             delta = F.linear(inner.movedim(1, -1), up).movedim(-1, 1)
         else:
             delta = F.linear(F.linear(x, down), up)
-        own = y.narrow(channel, self.start, self.stop - self.start)
+        own = take_rows(y, self.rows, channel)
         gain = self.gain(weight)
         if gain is None:
             tuned = torch.add(own, delta, alpha=self.scale)
         else:
             shape = [-1] + [1] * (y.dim() - 2) if conv else [-1]
-            offset = 0.0 if bias is None else bias[self.start : self.stop].view(shape)
+            offset = 0.0 if bias is None else take_rows(bias, self.rows).view(shape)
             tuned = torch.add(own - offset, delta, alpha=self.scale) * cast(gain, y.dtype).view(shape) + offset
-        if own.shape == y.shape:
-            return tuned
-        return y.slice_scatter(tuned, channel, self.start, self.stop)
+        return put_rows(y, tuned, self.rows, channel)
+
+    def weight_of(self, host: nn.Module) -> Tensor:
+        """The host's weight as [o, i, ...]."""
+        weight: Tensor = host.weight  # type: ignore[assignment]
+        return weight.t() if self.transposed else weight
 
     def fold(self, host: nn.Module, hook: Hook, params: dict[str, Tensor | None]) -> None:
         name = hook.name or "weight"
@@ -125,8 +137,8 @@ class Delta(Part):
     @classmethod
     def combine(cls, parts: Sequence[Delta], host: nn.Module, read: Sequence[str]) -> Call:
         only = parts[0]
-        whole = len(parts) == 1 and only.stop - only.start == len(host.weight)  # type: ignore[arg-type]
-        if whole and only.magnitude is None and not only.dropout and not read:
+        plain = only.rows is None and only.magnitude is None and not (only.dropout or only.transposed)
+        if len(parts) == 1 and plain and not read:
             return _WholeCall(only)
         return _RowsCall(tuple(parts))
 
@@ -138,7 +150,7 @@ class _WholeCall:
     """
 
     def __init__(self, delta: Delta) -> None:
-        self.scale, self.factor, self.rows = delta.scale, delta.factor._parameters, delta.stop
+        self.scale, self.factor, self.rows = delta.scale, delta.factor._parameters, len(delta.factor.B)
 
     def __call__(self, host: nn.Module, x: Tensor) -> Tensor:
         own, factor = host._parameters, self.factor
@@ -158,13 +170,16 @@ class _RowsCall:
     def __init__(self, deltas: tuple[Delta, ...]) -> None:
         self.deltas = deltas
         self.dropout = any(delta.dropout for delta in deltas)
+        interleaved = any(delta.rows is not None and len(delta.rows) == 3 for delta in deltas)
+        self.overlap = interleaved and any(delta.magnitude is not None for delta in deltas)
+        """Whether gains of several updates meet in one row, which the fused function takes to be disjoint."""
 
     def __call__(self, host: nn.Module, x: Tensor) -> Tensor:
-        weight: Tensor = host.weight  # type: ignore[assignment]
+        weight: Tensor = self.deltas[0].weight_of(host)
         bias: Tensor | None = host.bias  # type: ignore[assignment]
         updates = [delta.update(weight) for delta in self.deltas]
         drop = self.dropout and self.deltas[0].training
-        if not drop and fusible(x, weight):
+        if not (drop or self.overlap) and fusible(x, weight):
             return low_rank_linear(x, weight, bias, updates)
         rates = [delta.dropout for delta in self.deltas] if drop else ()
         return low_rank_composed(x, weight, bias, updates, rates)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from mmpeft.functional.rows import Rows, put_rows, take_rows
 from mmpeft.parts.base import Part, cast, trainable_dtype
 
 
 class Mask(Part):
     """`θ = θ0` outside the mask and a trained value inside it; only the values are parameters.
 
-    `rows=(start, stop)` limits the mask to a slice of the first dimension. Where the base has no tensor at
+    `rows` limits the mask to a slice of dimension `dim`. Where the base has no tensor at
     all (`shape` given), one of zeros is created. Values start at θ0, so the model is unchanged bit for bit,
     and weight decay acts on them as it does in ordinary fine-tuning.
     """
@@ -23,20 +24,20 @@ class Mask(Part):
         self,
         base: Tensor | None,
         *,
-        rows: tuple[int, int] | None = None,
+        rows: Rows | None = None,
+        dim: int = 0,
         shape: tuple[int, ...] = (),
         like: Tensor | None = None,
     ) -> None:
         super().__init__()
-        self.rows = rows
+        self.rows, self.dim = rows, dim
         if base is None:
             assert like is not None
             base = torch.zeros(shape, dtype=like.dtype, device=like.device)
-        own = base.detach()[slice(*rows)] if rows else base.detach()
+        own = take_rows(base.detach(), rows, dim)
         self.value = nn.Parameter(own.to(trainable_dtype(base.dtype), copy=True))
 
     def read(self, host: nn.Module, name: str, base: Tensor | None) -> Tensor:
         if base is None:
             return self.value
-        value = cast(self.value, base.dtype)
-        return value if self.rows is None else base.slice_scatter(value, 0, *self.rows)
+        return put_rows(base, cast(self.value, base.dtype), self.rows, self.dim)

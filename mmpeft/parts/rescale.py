@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from mmpeft.errors import Refused
 from mmpeft.functional.pointwise import along
+from mmpeft.functional.rows import Rows, count_rows, put_rows, take_rows
 from mmpeft.parts.base import Hook, Part, cast, trainable_dtype
 
 
@@ -27,15 +28,16 @@ class Rescale(Part):
         like: Tensor,
         *,
         side: Literal["output", "input"] = "output",
-        rows: tuple[int, int] | None = None,
+        rows: Rows | None = None,
         shift: bool = False,
         channel_dim: int = -1,
         bias_owner: str = "",
+        transposed: bool = False,
     ) -> None:
         super().__init__()
-        self.start, self.stop = rows or (0, width)
+        self.rows, self.transposed = rows, transposed
         self.side, self.channel_dim, self.bias_name = side, channel_dim, bias_owner
-        size = self.stop - self.start
+        size = count_rows(rows, width)
         options: dict[str, Any] = {"device": like.device, "dtype": trainable_dtype(like.dtype)}
         self.gamma = nn.Parameter(torch.ones(size, **options))
         self.beta = nn.Parameter(torch.zeros(size, **options)) if shift else None
@@ -44,45 +46,42 @@ class Rescale(Part):
         return x * along(cast(self.gamma, x.dtype), x.dim(), self.channel_dim)
 
     def exit(self, host: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-        own = y.narrow(self.channel_dim, self.start, self.stop - self.start)
-        tuned = own * along(cast(self.gamma, y.dtype), y.dim(), self.channel_dim)
-        if self.beta is not None:
-            tuned = tuned + along(cast(self.beta, y.dtype), y.dim(), self.channel_dim)
-        if own.shape == y.shape:
-            return tuned
-        return y.slice_scatter(tuned, self.channel_dim, self.start, self.stop)
+        own = take_rows(y, self.rows, self.channel_dim)
+        return put_rows(y, self.rescaled(own, self.channel_dim), self.rows, self.channel_dim)
+
+    def rescaled(self, own: Tensor, channel_dim: int) -> Tensor:
+        """`γ ⊙ own + β`."""
+        tuned = own * along(cast(self.gamma, own.dtype), own.dim(), channel_dim)
+        return tuned if self.beta is None else tuned + along(cast(self.beta, own.dtype), own.dim(), channel_dim)
 
     def read(self, host: nn.Module, name: str, base: Tensor) -> Tensor:
         """Where the backbone reads a weight directly: rows of the weight, and the bias it adds apart."""
         if name == self.bias_name:
-            tuned = base * cast(self.gamma, base.dtype)
-            return tuned if self.beta is None else tuned + cast(self.beta, base.dtype)
-        own = base[self.start : self.stop] * cast(self.gamma, base.dtype)[:, None]
-        return own if len(own) == len(base) else base.slice_scatter(own, 0, self.start, self.stop)
+            fused = self.rows if len(base) != len(self.gamma) else None
+            return put_rows(base, self.rescaled(take_rows(base, fused), 0), fused)
+        weight = base.t() if self.transposed else base
+        own = take_rows(weight, self.rows)
+        if self.side == "input":
+            tuned = own * cast(self.gamma, base.dtype)
+        else:
+            tuned = own * cast(self.gamma, base.dtype).view(-1, *[1] * (own.dim() - 1))
+        whole = put_rows(weight, tuned, self.rows)
+        return whole.t() if self.transposed else whole
 
     def fold(self, host: nn.Module, hook: Hook, params: dict[str, Tensor | None]) -> None:
         if hook.kind == "read":
             super().fold(host, hook, params)
             return
         weight, bias = params.get("weight"), params.get("bias")
-        if hook.kind == "enter":
-            assert weight is not None
-            params["weight"] = weight * cast(self.gamma, weight.dtype)
-            return
-        rows = slice(self.start, self.stop)
         if weight is None:  # a norm without affine parameters
-            weight = torch.ones(self.stop - self.start, dtype=self.gamma.dtype, device=self.gamma.device)
-        tuned = weight.clone()
-        tuned[rows] *= cast(self.gamma, weight.dtype).view(-1, *[1] * (weight.dim() - 1))
-        params["weight"] = tuned
-        if bias is None and self.beta is None:
+            weight = torch.ones_like(self.gamma)
+        params["weight"] = self.read(host, "weight", weight)
+        if hook.kind == "enter" or (bias is None and self.beta is None):
             return
         if bias is None and "bias" not in host._parameters:
             raise Refused(
                 f"Rescale at {hook.path} cannot be merged: {type(host).__name__} reads no bias to hold the shift"
             )
-        bias = weight.new_zeros(len(weight)) if bias is None else bias.clone()
-        bias[rows] *= cast(self.gamma, bias.dtype)
-        if self.beta is not None:
-            bias[rows] += cast(self.beta, bias.dtype)
-        params["bias"] = bias
+        outputs = weight.shape[-1] if self.transposed else len(weight)
+        bias = weight.new_zeros(outputs) if bias is None else bias
+        params["bias"] = put_rows(bias, self.rescaled(take_rows(bias, self.rows), 0), self.rows)

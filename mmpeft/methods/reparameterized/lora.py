@@ -10,8 +10,8 @@ from typing import ClassVar
 from torch import nn
 
 from mmpeft.errors import ConfigError, Refused
-from mmpeft.host import base_value, module_at
-from mmpeft.methods.base import Sited, fan, positive, rate, register
+from mmpeft.host import module_at
+from mmpeft.methods.base import Sited, fan, own_weight, positive, rate, register
 from mmpeft.parts import Delta
 from mmpeft.parts.base import Hook, Placement
 from mmpeft.sites import Kind, Selector, Site, select
@@ -60,10 +60,11 @@ class LoRA(Sited):
             why = "the convolution is grouped" if grouped else "the backbone reads this weight directly"
             raise Refused(f"{name} at {site}: {why}, so the update has no input of its own to drop; use dropout=0")
         if grouped or site.via == "weight":
-            hook = Hook(site.path, "read", "weight")
+            hook = Hook(site.path, "read", site.tensor)
         else:
             hook = Hook(site.path, "exit" if site.kind == "conv" else "call")
-        part = Delta(base_value(module, "weight"), rank, scale, site.rows, self.dropout, self.magnitude)
+        weight = own_weight(model, site)
+        part = Delta(weight, rank, scale, site.rows, self.dropout, self.magnitude, site.transposed)
         return Placement(part, site.path, f"{name.lower()}_{site.label}", (hook,), site.role)
 
     def count(self, model: nn.Module, available: list[Site]) -> int:

@@ -29,7 +29,16 @@ def place_rescale(
         width, rows = len(like), site.rows
         channel = 1 if site.kind == "conv" else site.channel_dim
     bias_home, _, bias_name = site.bias.rpartition(".")
-    part = Rescale(width, like, side=side, rows=rows, shift=shift, channel_dim=channel, bias_owner=bias_name)
+    part = Rescale(
+        width,
+        like,
+        side=side,
+        rows=rows,
+        shift=shift,
+        channel_dim=channel,
+        bias_owner=bias_name,
+        transposed=site.transposed,
+    )
     if site.via == "call":
         hooks: tuple[Hook, ...] = (Hook(site.path, "enter" if side == "input" else "exit"),)
     else:
@@ -37,7 +46,7 @@ def place_rescale(
             raise Refused(
                 f"a shift at {site}: the backbone reads the weight directly and adds no bias that could hold it"
             )
-        hooks = (Hook(site.path, "read", "weight"),)
-        if site.bias:
+        hooks = (Hook(site.path, "read", site.tensor),)
+        if site.bias and side == "output":
             hooks += (Hook(bias_home, "read", bias_name),)
     return Placement(part, site.path, f"{key}_{site.label}", hooks, site.role)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import nn
 
 from mmpeft.errors import SiteError
+from mmpeft.functional.rows import take_rows
 from mmpeft.methods.base import Method, tensor_of
 from mmpeft.parts import Mask
 from mmpeft.parts.base import Hook, Placement
@@ -56,7 +57,7 @@ class TensorMethod(Method):
 def train_tensor(method: str, model: nn.Module, site: Site) -> Placement:
     """A `Mask` on one tensor, or on the rows of it that a site owns."""
     home, _, name = site.path.rpartition(".")
-    part = Mask(tensor_of(model, site.path), rows=site.rows)
+    part = Mask(tensor_of(model, site.path), rows=site.rows, dim=int(site.transposed))
     key = f"{method}_{name}" + (f"_{site.rows[0]}" if site.rows else "")
     return Placement(part, home, key, (Hook(home, "read", name),), "param")
 
@@ -64,7 +65,7 @@ def train_tensor(method: str, model: nn.Module, site: Site) -> Placement:
 def elements(model: nn.Module, site: Site) -> int:
     """Elements of a `param` site, its row slice alone."""
     tensor = tensor_of(model, site.path)
-    return tensor[slice(*site.rows)].numel() if site.rows else tensor.numel()
+    return take_rows(tensor, site.rows, int(site.transposed)).numel()
 
 
 def _restrict(tensors: Iterable[Site], within: list[Site]) -> Iterable[Site]:
@@ -78,10 +79,10 @@ def _restrict(tensors: Iterable[Site], within: list[Site]) -> Iterable[Site]:
             if site.role == "param":
                 continue
             if site.path == owner or site.bias == tensor.path:
-                whole = site.rows is None or site.bias == tensor.path
-                yield (
-                    tensor if whole else Site(tensor.path, "param", tensor.depth, tensor.tower, "param", rows=site.rows)
-                )
+                # a bias outside the fused module is the site's alone
+                whole = site.rows is None or (site.bias == tensor.path and site.path != owner)
+                matrix = site.transposed and tensor.path.endswith(f".{site.tensor}")
+                yield tensor if whole else replace(tensor, rows=site.rows, transposed=matrix)
                 if whole:
                     break
             elif site.kind == "module" and tensor.path.startswith(site.path + "."):
