@@ -1,1 +1,6 @@
-"""language backbones through transformers."""
+"""Language models (and transformers' own ViT, CLIP and SigLIP) through transformers.
+
+Importing this package registers the anatomies and does not load transformers.
+"""
+
+from mmpeft.llm import anatomy  # noqa: F401 - registers the anatomies

@@ -119,6 +119,12 @@ def tuned_class(base: type, reads: frozenset[str]) -> TunedMeta:
 copyreg.pickle(TunedMeta, lambda cls: (tuned_class, (cls.base, cls.reads)))  # type: ignore[arg-type]
 
 
+def original_class(module: nn.Module) -> type:
+    """A module's class as its library wrote it."""
+    cls: type = type(module)
+    return cls.base if isinstance(cls, TunedMeta) else cls
+
+
 def is_host(module: nn.Module) -> bool:
     """Whether a module's class has been swapped."""
     return isinstance(type(module), TunedMeta)

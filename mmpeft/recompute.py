@@ -42,10 +42,20 @@ def recompute_around(mode: Literal["pointwise", "block"]) -> Callable[..., Any]:
     return _Pointwise() if mode == "pointwise" else _Block()
 
 
+def _without_caches(args: Any, kwargs: Any) -> tuple[Any, Any]:
+    """Arguments without key-value caches: a block that runs twice would write its keys and values twice."""
+
+    def keep(value: Any) -> Any:
+        return None if hasattr(value, "get_seq_length") and hasattr(value, "update") else value
+
+    return tuple(map(keep, args)), {name: keep(value) for name, value in kwargs.items()}
+
+
 class _Block:
     def __call__(self, run: Any, *args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():
             return run(*args, **kwargs)
+        args, kwargs = _without_caches(args, kwargs)
         return checkpoint(run, *args, use_reentrant=False, **kwargs)
 
 
@@ -53,5 +63,6 @@ class _Pointwise:
     def __call__(self, run: Any, *args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():
             return run(*args, **kwargs)
+        args, kwargs = _without_caches(args, kwargs)
         contexts = partial(create_selective_checkpoint_contexts, _policy)
         return checkpoint(run, *args, use_reentrant=False, context_fn=contexts, **kwargs)

@@ -58,7 +58,8 @@ class RowPart(Part):
 class Grouped:
     """Runs the whole model once for each distinct name and puts the rows back in order.
 
-    Needed where parts change what no single pass can hold: prompts of another length, trained norms.
+    Needed where parts change what no single pass can hold: prompts of another length, trained norms. An output
+    that mixes the rows of a batch (logits of every image with every text) has no value then and is None.
     """
 
     def __init__(self, route: Sequence[str | None], set_route: Callable[[Route], Route]) -> None:
@@ -89,6 +90,8 @@ class Grouped:
 
         def join(*values: Any) -> Any:
             if isinstance(values[0], Tensor) and values[0].dim():
+                if len({value.shape[1:] for value in values}) > 1:
+                    return None
                 return torch.cat(values)[order.to(values[0].device)]
             return values[0]
 

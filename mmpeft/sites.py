@@ -87,8 +87,13 @@ class Site:
 
     @property
     def label(self) -> str:
-        """Short name of the role in a state-dict key: `attn.q` is `q`, `mlp` is `mlp`."""
-        return self.role.rsplit(".", 1)[-1]
+        """Short name of the role in a state-dict key: `attn.q` is `q`, `mlp` is `mlp`.
+
+        Slices of one module that share a role are told apart by their tensor and first row.
+        """
+        if "." in self.role or (self.rows is None and self.tensor == "weight"):
+            return self.role.rsplit(".", 1)[-1]
+        return "_".join([self.role, self.tensor, *(str(row) for row in (self.rows or ())[:1])])
 
     def __str__(self) -> str:
         tower = f"{self.tower}:" if self.tower else ""
@@ -163,7 +168,10 @@ def sites(model: nn.Module) -> list[Site]:
 
 
 def param_sites(model: nn.Module, structural: Iterable[Site]) -> list[Site]:
-    """One site for each named tensor of the backbone, with the depth and tower of the block around it."""
+    """One site for each name of a tensor of the backbone, with the depth and tower of the block around it.
+
+    A tensor that two modules share (a head tied to the embedding) has two names.
+    """
     blocks = {site.path: site for site in structural if site.role == "block"}
     towers = {site.tower for site in structural}
     outside = Site("", "param", tower=towers.pop() if len(towers) == 1 else "")
@@ -174,7 +182,7 @@ def param_sites(model: nn.Module, structural: Iterable[Site]) -> list[Site]:
         return blocks.get(path, outside)
 
     found = []
-    for name, _ in model.named_parameters():
+    for name, _ in model.named_parameters(remove_duplicate=False):
         if ".mmpeft." not in f".{name}":
             block = around(name)
             found.append(Site(name, "param", block.depth, block.tower, "param"))

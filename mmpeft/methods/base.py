@@ -204,12 +204,17 @@ class Sited(Method):
     def chosen(self, available: list[Site]) -> list[Site]:
         """The sites of this method in a model; a default selector may match in part, a user's may not.
 
+        Sites of the wrong kind, or refused, are passed over where the default selector also finds better ones.
+
         Raises:
             SiteError: nothing matches. Refused: a site says why it cannot be tuned, or is of the wrong kind.
         """
         default = next(f.default for f in fields(self) if f.name == "at")
         found = select(available, self.at, every=self.at != default)
         name = type(self).__name__
+        if self.at == default:
+            usable = [site for site in found if not site.refuse and (not self.takes or site.kind in self.takes)]
+            found = usable or found
         for site in found:
             if site.refuse:
                 raise Refused(f"{name} at {site}: {site.refuse}")
@@ -261,6 +266,13 @@ def fan(model: nn.Module, site: Site) -> tuple[int, int]:
     """(output rows, inputs per row) of a linear or convolution site, its `rows` slice alone."""
     weight = own_weight(model, site)
     return count_rows(site.rows, len(weight)), weight[0].numel()
+
+
+def home_of(model: nn.Module, path: str) -> str:
+    """Where a part that enters at `path` is registered: there, or above it if that is a container of its entries."""
+    while isinstance(module_at(model, path), nn.Sequential | nn.ModuleList | nn.ModuleDict):
+        path = path.rpartition(".")[0]
+    return path
 
 
 def any_tensor(model: nn.Module, site: Site) -> Tensor:

@@ -20,14 +20,21 @@ FUSED_FROM = 32_768
 
 
 class LowRank(nn.Module):
-    """The factor `ΔW = B A`, `A` [r, i] Kaiming-uniform, `B` [o, r] zero (Hu et al. 2021)."""
+    """The factor `ΔW = B A`, `A` [r, i] Kaiming-uniform, `B` [o, r] zero (Hu et al. 2021).
 
-    def __init__(self, rows: int, columns: int, rank: int, like: Tensor) -> None:
+    For a `lookup` of columns it is the other way round, `A` zero and `B` normal, as in the reference code.
+    """
+
+    def __init__(self, rows: int, columns: int, rank: int, like: Tensor, lookup: bool = False) -> None:
         super().__init__()
         options: dict[str, Any] = {"device": like.device, "dtype": trainable_dtype(like.dtype)}
         bound = 1 / math.sqrt(columns)  # Kaiming-uniform with a = √5
-        self.A = nn.Parameter(torch.empty(rank, columns, **options).uniform_(-bound, bound))
-        self.B = nn.Parameter(torch.zeros(rows, rank, **options))
+        if lookup:
+            self.A = nn.Parameter(torch.zeros(rank, columns, **options))
+            self.B = nn.Parameter(torch.randn(rows, rank, **options))
+        else:
+            self.A = nn.Parameter(torch.empty(rank, columns, **options).uniform_(-bound, bound))
+            self.B = nn.Parameter(torch.zeros(rows, rank, **options))
 
     def materialise(self) -> Tensor:
         """`B A`, [o, i]."""
@@ -42,8 +49,9 @@ class Delta(Part):
     """`y = g ⊙ (W + s ΔW) x + b` on output rows `rows`, with `g = m / ‖W + s ΔW‖` (DoRA) or 1.
 
     The input of the update alone goes through dropout. Convolutions use the same factor on the flattened
-    kernel; `Delta` enters through `call` on linears, `exit` on ordinary convolutions and `read` of the weight
-    where the backbone reads it directly or the convolution is grouped.
+    kernel, embeddings the factor of their transposed table, [d, words] (`lookup`). `Delta` enters through `call`
+    on linears, `exit` on embeddings and ordinary convolutions, and `read` of the weight where the backbone reads
+    it directly or the convolution is grouped.
     """
 
     order = 3
@@ -57,10 +65,11 @@ class Delta(Part):
         dropout: float = 0.0,
         magnitude: bool = False,
         transposed: bool = False,
+        lookup: bool = False,
     ) -> None:
         super().__init__()
-        self.rows, self.scale, self.dropout, self.transposed = rows, scale, dropout, transposed
-        self.factor = LowRank(count_rows(rows, len(weight)), weight.numel() // len(weight), rank, like=weight)
+        self.rows, self.scale, self.dropout, self.transposed, self.lookup = rows, scale, dropout, transposed, lookup
+        self.factor = LowRank(count_rows(rows, len(weight)), weight.numel() // len(weight), rank, weight, lookup)
         self.magnitude: nn.Parameter | None = None
         if magnitude:
             square = squared_row_norms(take_rows(weight, rows).flatten(1))
@@ -102,13 +111,15 @@ class Delta(Part):
     def exit(self, host: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         """Add the update to an output already computed: convolutions, and rows routed one by one."""
         weight = self.weight_of(host)
-        bias: Tensor | None = host.bias  # type: ignore[assignment]
+        bias: Tensor | None = None if self.lookup else host.bias  # type: ignore[assignment]
         conv = weight.dim() > 2
         channel = 1 if conv else -1
         if self.dropout and self.training:
             x = F.dropout(x, self.dropout)
-        down, up = cast(self.factor.A, x.dtype), cast(self.factor.B, x.dtype)
-        if conv:
+        down, up = cast(self.factor.A, y.dtype), cast(self.factor.B, y.dtype)
+        if self.lookup:
+            delta = F.linear(F.embedding(x, down.t(), host.padding_idx), up)  # type: ignore[arg-type]
+        elif conv:
             inner = host._conv_forward(x, down.view(-1, *weight.shape[1:]), None)  # type: ignore[operator]
             delta = F.linear(inner.movedim(1, -1), up).movedim(-1, 1)
         else:

@@ -7,6 +7,7 @@ from fnmatch import fnmatch
 WINDOWS = "window"
 NO_KEY_BIAS = "no state dict"  # the key bias is a buffer of zeros that is never saved
 NO_SUBLAYER = "matches no site"  # one projection serves attention and the feed-forward network
+TEXT = ("llama", "gemma2", "phi", "phi3", "gpt2", "gpt_neox", "bert", "t5")
 REFUSED = {
     ("VPT*", "beit"): "relative-position bias",
     ("VPT*", "swin*"): WINDOWS,
@@ -20,6 +21,10 @@ REFUSED = {
     ("LoRA+BitFit+Houlsby", "vit_parallel"): NO_SUBLAYER,
     ("LoRA+BitFit+Houlsby", "convnext"): "matches no site",
     ("DoRA[where]", "convnext"): "matches no site",
+    **{("VPT*", family): "made before the blocks" for family in TEXT},
+    ("LinearProbe", "hf_clip"): "finds no tensor",
+    ("LinearProbe", "hf_siglip"): "finds no tensor",
+    ("LoRA[[]at=mlp.*,embed]", "gemma2"): "more than look rows up",
 }
 """(method pattern, family pattern) -> part of the reason."""
 
@@ -29,6 +34,7 @@ UNMERGEABLE = {
     ("SSF", "eva02"): NO_KEY_BIAS,
     ("SSF", "rope_vit"): NO_KEY_BIAS,
     ("SSF", "swinv2"): NO_KEY_BIAS,
+    **{("SSF", family): "reads no bias" for family in ("llama", "gemma2", "phi3", "t5")},
 }
 """Cells that work and cannot be merged, beyond the methods that never can."""
 

@@ -28,7 +28,7 @@ copies, pickles, bf16 autocast, gradient accumulation.
 
 def cell(label: str, family: str) -> tuple[str, str]:
     """`(mark, reason)` of one cell."""
-    model, _ = FAMILIES[family]()
+    model = FAMILIES[family]().model
     try:
         tuning = mmpeft.attach(model, rows()[label])
     except MMPEFTError as error:

@@ -8,31 +8,24 @@ from functools import cache
 
 import pytest
 import torch
-from torch import nn
 
 import mmpeft
 from mmpeft.errors import MMPEFTError, Refused
 from mmpeft.sites import sites
 from mmpeft.surgery import base_parameters
 from tests.matrix.cells import CELLS, Cell
+from tests.matrix.example import BATCH, Example
 from tests.matrix.expected import REFUSED, UNMERGEABLE, reason
 from tests.matrix.families import FAMILIES
 
 
 @cache
-def _plain(family: str) -> bytes:
-    model, x = FAMILIES[family]()
-    return pickle.dumps((model, x))
+def _pickled(family: str) -> bytes:
+    return pickle.dumps(FAMILIES[family]())
 
 
-def _fresh(family: str) -> tuple[nn.Module, torch.Tensor]:
-    return pickle.loads(_plain(family))
-
-
-@torch.no_grad()
-def _run(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    """Without gradients: with them, attention picks its kernel by whether a bias trains, and bits differ."""
-    return model(x)
+def _fresh(family: str) -> Example:
+    return pickle.loads(_pickled(family))
 
 
 def _perturb(tuning: mmpeft.Tuning, seed: int = 1, by: float = 0.05) -> None:
@@ -42,12 +35,17 @@ def _perturb(tuning: mmpeft.Tuning, seed: int = 1, by: float = 0.05) -> None:
             parameter.add_(torch.randn(parameter.shape, generator=generator) * by)
 
 
-def _grads(tuning: mmpeft.Tuning, model: nn.Module, x: torch.Tensor) -> dict[str, torch.Tensor]:
+def _grad(loss: torch.Tensor, tuning: mmpeft.Tuning) -> tuple[torch.Tensor, ...]:
+    """Zeros for what the answer of a family leaves out, such as the temperature of a pair of towers."""
+    return torch.autograd.grad(loss, list(tuning.parameters()), allow_unused=True, materialize_grads=True)
+
+
+def _grads(tuning: mmpeft.Tuning, example: Example) -> dict[str, torch.Tensor]:
     torch.manual_seed(0)
     parameters = dict(tuning.named_parameters())
-    y = model(x)
+    y = example()
     weights = torch.randn(y.shape, generator=torch.Generator().manual_seed(5))
-    return dict(zip(parameters, torch.autograd.grad((y * weights).sum(), list(parameters.values()))))
+    return dict(zip(parameters, _grad((y * weights).sum(), tuning)))
 
 
 refused = [cell for cell in CELLS if reason(REFUSED, cell.label, cell.family)]
@@ -57,20 +55,22 @@ families = pytest.mark.parametrize("cell", working, ids=str)
 
 @pytest.mark.parametrize("cell", refused, ids=str)
 def test_refusal_names_the_reason_and_changes_nothing(cell: Cell) -> None:
-    model, x = _fresh(cell.family)
-    before, keys = _run(model, x), list(model.state_dict())
+    example = _fresh(cell.family)
+    model = example.model
+    before, keys = example.answer(), list(model.state_dict())
     with pytest.raises(MMPEFTError, match=reason(REFUSED, cell.label, cell.family)):
         mmpeft.attach(model, cell.method)
     assert list(model.state_dict()) == keys
-    assert torch.equal(_run(model, x), before)
+    assert torch.equal(example.answer(), before)
     assert all(p.requires_grad for p in model.parameters())
 
 
 @families
 def test_one_cell(cell: Cell, tmp_path) -> None:
     """Invariants 1, 2, 3, 4, 6, 7, 9 on one model, in the order of a user's session."""
-    model, x = _fresh(cell.family)
-    plain = _run(model, x)
+    example = _fresh(cell.family)
+    model = example.model
+    plain = example.answer()
     kind, original = type(model), {k: v.clone() for k, v in model.state_dict().items()}
     available = sites(model)
     expected = cell.method.count(model, available)
@@ -79,7 +79,7 @@ def test_one_cell(cell: Cell, tmp_path) -> None:
     # 1 identity at init, or declared; the same object, keys kept
     assert isinstance(model, kind)
     assert set(original) <= set(model.state_dict())
-    difference = (_run(model, x) - plain).abs().max()
+    difference = (example.answer() - plain).abs().max()
     assert (difference == 0) == cell.method.identity, f"max difference {difference}"
 
     # 3 exact trainable set and closed-form count
@@ -88,75 +88,76 @@ def test_one_cell(cell: Cell, tmp_path) -> None:
     assert sum(p.numel() for p in tuning.parameters()) == expected == tuning.report().trainable
 
     # 2 alive on every site, 4 no drift under AdamW with weight decay; and the check leaves no trace
-    before = _run(model, x)
-    tuning.liveness(x).check()
-    assert torch.equal(_run(model, x), before)
+    before = example.answer()
+    tuning.liveness(example.batch).check()
+    assert torch.equal(example.answer(), before)
 
     # 7 a mixed batch equals separate runs
     _perturb(tuning)
-    tuned = _run(model, x)
-    rows = ["default" if i % 2 == 0 else None for i in range(len(x))]
+    tuned = example.answer()
+    rows = ["default" if i % 2 == 0 else None for i in range(BATCH)]
     with mmpeft.use(model, rows):
-        mixed = _run(model, x)
+        mixed = example.answer()
     assert not torch.allclose(tuned, plain, atol=1e-4), "the perturbed tuning has no effect"
     torch.testing.assert_close(mixed[0::2], tuned[0::2], atol=2e-6, rtol=1e-5)
     torch.testing.assert_close(mixed[1::2], plain[1::2], atol=2e-6, rtol=1e-5)
     with mmpeft.use(model, None):
-        assert torch.equal(_run(model, x), plain)
+        assert torch.equal(example.answer(), plain)
 
     # 9 save and load; the file holds the trainable bytes and a header
     tuning.save(tmp_path)
     (file,) = tmp_path.glob("*.safetensors")
     size = sum(p.numel() * p.element_size() for p in tuning.parameters())
     assert file.stat().st_size <= size + 200 * len(list(tuning.parameters())) + 512
-    other, _ = _fresh(cell.family)
-    mmpeft.load(other, tmp_path)
-    assert torch.equal(_run(other, x), tuned)
+    other = _fresh(cell.family)
+    mmpeft.load(other.model, tmp_path)
+    assert torch.equal(other.answer(), tuned)
 
     # 6 detach leaves the original state dict and class
     tuning.detach()
     assert type(model) is kind
     assert list(model.state_dict()) == list(original)
     assert all(torch.equal(v, original[k]) for k, v in model.state_dict().items())
-    assert torch.equal(_run(model, x), plain)
+    assert torch.equal(example.answer(), plain)
 
 
 @families
 def test_merge(cell: Cell) -> None:
     """5: merge equals the tuned forward, un-merge restores the bits; what cannot merge says why."""
-    model, x = _fresh(cell.family)
+    example = _fresh(cell.family)
+    model = example.model
     tuning = mmpeft.attach(model, cell.method)
     _perturb(tuning, by=0.02)
-    tuned, bits = _run(model, x), {n: p.clone() for n, p in base_parameters(model)}
+    tuned, bits = example.answer(), {n: p.clone() for n, p in base_parameters(model)}
     if not cell.method.mergeable or reason(UNMERGEABLE, cell.label, cell.family):
         with pytest.raises(Refused, match=reason(UNMERGEABLE, cell.label, cell.family) or "cannot be merged"):
             tuning.merge()
-        assert torch.equal(_run(model, x), tuned)
+        assert torch.equal(example.answer(), tuned)
         return
     tuning.merge()
-    torch.testing.assert_close(_run(model, x), tuned, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(example.answer(), tuned, atol=1e-5, rtol=1e-5)
     tuning.unmerge()
-    assert torch.equal(_run(model, x), tuned)
+    assert torch.equal(example.answer(), tuned)
     assert all(torch.equal(p, bits[n]) for n, p in base_parameters(model))
 
 
 @families
 def test_recomputation(cell: Cell) -> None:
     """8: the same gradients with activation recomputation, with another route set between forward and backward."""
-    model, x = _fresh(cell.family)
+    example = _fresh(cell.family)
+    model = example.model
     tuning = mmpeft.attach(model, cell.method)
     _perturb(tuning)
-    plain = _grads(tuning, model, x)
+    plain = _grads(tuning, example)
     for mode in ("block", "pointwise"):
         tuning.recompute = mode
-        for name, gradient in _grads(tuning, model, x).items():
+        for name, gradient in _grads(tuning, example).items():
             torch.testing.assert_close(gradient, plain[name], atol=1e-5, rtol=1e-4, msg=f"{mode}: {name}")
     tuning.recompute = "block"
-    parameters = list(tuning.parameters())
-    y = model(x)
+    y = example()
     weights = torch.randn(y.shape, generator=torch.Generator().manual_seed(5))
     with mmpeft.use(model, None):
-        late = torch.autograd.grad((y * weights).sum(), parameters)
+        late = _grad((y * weights).sum(), tuning)
         assert mmpeft.surgery.state_of(model).route is None
     for name, gradient in zip(plain, late):
         torch.testing.assert_close(gradient, plain[name], atol=1e-5, rtol=1e-4, msg=f"switched: {name}")
@@ -165,23 +166,24 @@ def test_recomputation(cell: Cell) -> None:
 @families
 def test_copies_precision_and_accumulation(cell: Cell) -> None:
     """10: deepcopy, pickle, bf16 autocast; 11: gradients of a batch equal the sum over its halves."""
-    model, x = _fresh(cell.family)
+    example = _fresh(cell.family)
+    model = example.model
     tuning = mmpeft.attach(model, cell.method)
     _perturb(tuning)
-    y = _run(model, x)
+    y = example.answer()
     for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        assert torch.equal(_run(twin, x), y)
+        assert torch.equal(example.answer(twin), y)
         (handle,) = mmpeft.tunings(twin).values()
         with torch.no_grad():
             next(handle.parameters()).add_(1.0)
-        assert torch.equal(_run(model, x), y), "the copy shares tensors with the original"
+        assert torch.equal(example.answer(), y), "the copy shares tensors with the original"
     with torch.autocast("cpu", torch.bfloat16):
-        low = model(x)
-        grads = torch.autograd.grad(low.float().square().sum(), list(tuning.parameters()))
+        low = example()
+        grads = _grad(low.float().square().sum(), tuning)
     assert all(torch.isfinite(g).all() for g in grads)
     torch.testing.assert_close(low.float(), y, atol=0.15, rtol=0.15)
-    whole = torch.autograd.grad(model(x).square().sum(), list(tuning.parameters()))
-    halves = [torch.autograd.grad(model(h).square().sum(), list(tuning.parameters())) for h in x.chunk(2)]
+    whole = _grad(example().square().sum(), tuning)
+    halves = [_grad(example(batch=half).square().sum(), tuning) for half in example.halves()]
     for full, *parts in zip(whole, *halves):
         torch.testing.assert_close(sum(parts), full, atol=1e-4, rtol=1e-3)
 
@@ -192,12 +194,13 @@ COMPILED = [c for c in working if c.family in ("vit", "beit", "eva02") and "[" n
 @pytest.mark.parametrize("cell", COMPILED, ids=str)
 def test_compile_without_graph_breaks(cell: Cell) -> None:
     """10: dynamo traces the tuned model as one graph and computes the same."""
-    model, x = _fresh(cell.family)
+    example = _fresh(cell.family)
+    model = example.model
     tuning = mmpeft.attach(model, cell.method)
     _perturb(tuning)
     torch._dynamo.reset()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    y = compiled(x)
-    torch.testing.assert_close(y, model(x), atol=1e-5, rtol=1e-5)
+    y = example(compiled)
+    torch.testing.assert_close(y, example(), atol=1e-5, rtol=1e-5)
     y.square().mean().backward()
     assert all(p.grad is not None for p in tuning.parameters())

@@ -1,4 +1,4 @@
-"""LoRA: low-rank updates of linears and convolutions."""
+"""LoRA: low-rank updates of linears, convolutions and embeddings."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class LoRA(Sited):
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
 
-    takes: ClassVar[tuple[Kind, ...]] = ("linear", "conv")
+    takes: ClassVar[tuple[Kind, ...]] = ("linear", "conv", "embedding")
     magnitude: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
@@ -56,15 +56,17 @@ class LoRA(Sited):
         name = type(self).__name__
         module = module_at(model, site.path)
         grouped = getattr(module, "groups", 1) > 1
-        if self.dropout and (grouped or site.via == "weight"):
+        lookup = site.kind == "embedding"
+        if self.dropout and (grouped or lookup or site.via == "weight"):
             why = "the convolution is grouped" if grouped else "the backbone reads this weight directly"
+            why = "an embedding looks rows up" if lookup else why
             raise Refused(f"{name} at {site}: {why}, so the update has no input of its own to drop; use dropout=0")
         if grouped or site.via == "weight":
             hook = Hook(site.path, "read", site.tensor)
         else:
-            hook = Hook(site.path, "exit" if site.kind == "conv" else "call")
+            hook = Hook(site.path, "call" if site.kind == "linear" else "exit")
         weight = own_weight(model, site)
-        part = Delta(weight, rank, scale, site.rows, self.dropout, self.magnitude, site.transposed)
+        part = Delta(weight, rank, scale, site.rows, self.dropout, self.magnitude, site.transposed, lookup)
         return Placement(part, site.path, f"{name.lower()}_{site.label}", (hook,), site.role)
 
     def count(self, model: nn.Module, available: list[Site]) -> int:

@@ -10,7 +10,7 @@ from torch import nn
 
 from mmpeft.host import module_at
 from mmpeft.methods.base import register, tensor_of
-from mmpeft.methods.shared.tensors import TensorMethod, elements, train_tensor
+from mmpeft.methods.shared.tensors import TensorMethod, elements, tied, train_tensors
 from mmpeft.parts import Mask
 from mmpeft.parts.base import Hook, Placement
 from mmpeft.sites import Site, select
@@ -50,7 +50,7 @@ class BitFit(TensorMethod):
         ]
 
     def place(self, model: nn.Module, available: list[Site]) -> list[Placement]:
-        placements = [train_tensor("bitfit", model, site) for site in self.found(model, available)]
+        placements = train_tensors("bitfit", model, self.found(model, available))
         for path in self._created(model, available):
             weight = tensor_of(model, f"{path}.weight")
             part = Mask(None, shape=(len(weight),), like=weight)
@@ -60,7 +60,7 @@ class BitFit(TensorMethod):
         return placements
 
     def count(self, model: nn.Module, available: list[Site]) -> int:
-        held = sum(elements(model, site) for site in self.found(model, available))
+        held = sum(elements(model, group[0]) for group in tied(model, self.found(model, available)))
         return held + sum(len(tensor_of(model, f"{path}.weight")) for path in self._created(model, available))
 
     def _created(self, model: nn.Module, available: list[Site]) -> list[str]:

@@ -9,7 +9,7 @@ from torch import nn
 
 from mmpeft.errors import ConfigError, Refused, nearest
 from mmpeft.functional.pointwise import ACTIVATIONS
-from mmpeft.methods.base import SiteMethod, any_tensor, positive, rate
+from mmpeft.methods.base import SiteMethod, any_tensor, home_of, positive, rate
 from mmpeft.parts import Branch
 from mmpeft.parts.base import Hook, Placement
 from mmpeft.parts.branch import Init, Scale, Source
@@ -65,7 +65,7 @@ class Bottleneck(SiteMethod):
             site.width,
             self.size(site),
             any_tensor(model, site),
-            source=self.source,
+            source="tap" if len(hooks) > 1 else self.source,
             activation=self.activation,
             init=self.init,
             scale=self.learned_scale(),
@@ -73,7 +73,8 @@ class Bottleneck(SiteMethod):
             drop_path=self.drop_path_rate(),
             channel_dim=site.channel_dim,
         )
-        return Placement(part, hooks[-1].path, f"{type(self).__name__.lower()}_{site.label}", hooks, site.role)
+        home = home_of(model, hooks[-1].path)
+        return Placement(part, home, f"{type(self).__name__.lower()}_{site.label}", hooks, site.role)
 
     def count_at(self, model: nn.Module, site: Site) -> int:
         size, scale = self.size(site), self.learned_scale()
@@ -89,4 +90,6 @@ class Parallel(Bottleneck):
     source: ClassVar[Source] = "input"
 
     def hooks(self, model: nn.Module, site: Site) -> tuple[Hook, ...]:
+        if site.entry:
+            return (Hook(site.entry, "enter"), Hook(site.path, "exit"))
         return (Hook(site.path, "exit"),)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from torch import nn
 
 from mmpeft.errors import SiteError
-from mmpeft.functional.rows import take_rows
+from mmpeft.functional.rows import Rows, take_rows
 from mmpeft.methods.base import Method, tensor_of
 from mmpeft.parts import Mask
 from mmpeft.parts.base import Hook, Placement
@@ -48,18 +48,33 @@ class TensorMethod(Method):
         return SiteError(f"{type(self).__name__} finds no tensor of its kind{where} in {type(model).__name__}")
 
     def place(self, model: nn.Module, available: list[Site]) -> list[Placement]:
-        return [train_tensor(type(self).__name__.lower(), model, site) for site in self.chosen(model, available)]
+        return train_tensors(type(self).__name__.lower(), model, self.chosen(model, available))
 
     def count(self, model: nn.Module, available: list[Site]) -> int:
-        return sum(elements(model, site) for site in self.chosen(model, available))
+        return sum(elements(model, group[0]) for group in tied(model, self.chosen(model, available)))
 
 
-def train_tensor(method: str, model: nn.Module, site: Site) -> Placement:
-    """A `Mask` on one tensor, or on the rows of it that a site owns."""
+def tied(model: nn.Module, chosen: Iterable[Site]) -> list[list[Site]]:
+    """The chosen names by tensor: names of one tensor that are chosen together stay tied."""
+    groups: dict[tuple[int, Rows | None], list[Site]] = {}
+    for site in chosen:
+        groups.setdefault((id(tensor_of(model, site.path)), site.rows), []).append(site)
+    return list(groups.values())
+
+
+def train_tensors(method: str, model: nn.Module, chosen: Iterable[Site]) -> list[Placement]:
+    """A `Mask` on each tensor, or on the rows of it that a site owns, wherever the tensor is read."""
+    return [_train(method, model, group) for group in tied(model, chosen)]
+
+
+def _train(method: str, model: nn.Module, group: list[Site]) -> Placement:
+    site = group[0]
     home, _, name = site.path.rpartition(".")
     part = Mask(tensor_of(model, site.path), rows=site.rows, dim=int(site.transposed))
     key = f"{method}_{name}" + (f"_{site.rows[0]}" if site.rows else "")
-    return Placement(part, home, key, (Hook(home, "read", name),), "param")
+    owners = [site.path.rpartition(".") for site in group]
+    hooks = tuple(Hook(path, "read", tensor) for path, _, tensor in owners)
+    return Placement(part, home, key, hooks, "param")
 
 
 def elements(model: nn.Module, site: Site) -> int:

@@ -13,13 +13,14 @@ from timm.models.eva import Eva
 from timm.models.swin_transformer import SwinTransformer
 from timm.models.swin_transformer_v2 import SwinTransformerV2
 from timm.models.vision_transformer import ParallelScalingBlock, ResPostBlock, VisionTransformer
-from torch import Tensor, nn
+from torch import nn
 
-Family = Callable[[], tuple[nn.Module, Tensor]]
-CLASSES, BATCH = 5, 4
+from tests.matrix.example import BATCH, Example
+
+CLASSES = 5
 
 
-def _build(cls: type[nn.Module], size: int = 32, **kwargs: Any) -> tuple[nn.Module, Tensor]:
+def _build(cls: type[nn.Module], size: int = 32, **kwargs: Any) -> Example:
     """A model and a batch; gates, biases and norms get values of their own, so that no test passes on a zero."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -39,14 +40,14 @@ def _build(cls: type[nn.Module], size: int = 32, **kwargs: Any) -> tuple[nn.Modu
                     parameter.add_(0.1 * torch.randn_like(parameter))
                 elif parameter.dim() == 2 and "bias_table" not in name:
                     parameter.mul_(3)
-        return model, torch.randn(BATCH, 3, size, size)
+        return Example(model, torch.randn(BATCH, 3, size, size))
 
 
 _VIT = partial(_build, VisionTransformer, img_size=32, patch_size=8, embed_dim=48, depth=3, num_heads=3)
 _EVA = partial(_build, Eva, img_size=32, patch_size=8, embed_dim=48, depth=3, num_heads=3)
 _ROPE = {"use_rot_pos_emb": True, "use_abs_pos_emb": False}
 
-FAMILIES: dict[str, Family] = {
+FAMILIES: dict[str, Callable[[], Example]] = {
     "vit": _VIT,
     "dinov2": partial(_VIT, reg_tokens=2, init_values=0.5, no_embed_class=True),
     "deit3": partial(_VIT, init_values=0.5, no_embed_class=True, global_pool="avg", qkv_bias=False),

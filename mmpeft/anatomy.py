@@ -1,0 +1,137 @@
+"""What anatomies share: collecting the sites of a model. No backbone is named here."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, field
+
+from torch import nn
+
+from mmpeft.functional.rows import Rows
+from mmpeft.host import CHILD, module_at, original_class
+from mmpeft.sites import Kind, Site
+
+
+@dataclass
+class Builder:
+    """Collects sites; `finish` adds what needs no family's knowledge: norms, head, embedding, other projections.
+
+    Modules are recognised along their class hierarchy: in a tuned model a module's own class stands behind a
+    subclass, and the parts of tunings hang under it.
+    """
+
+    model: nn.Module
+    tower: str = ""
+    sites: list[Site] = field(default_factory=list)
+    blocks: dict[str, tuple[int, str]] = field(default_factory=dict)
+    """Depth and tower of every block by path."""
+
+    def module(self, path: str) -> nn.Module:
+        return module_at(self.model, path)
+
+    def add(self, path: str, role: str, depth: int = -1, **known: object) -> None:
+        self.sites.append(Site(path, role, depth, **{"tower": self.tower, **known}))  # type: ignore[arg-type]
+
+    def linear(self, path: str, role: str, depth: int = -1, **known: object) -> None:
+        """A linear or convolution; one that stores its weight [i, o] is told by its class `Conv1D`."""
+        module = self.module(path)
+        kind: Kind = "conv" if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d) else "linear"
+        if is_a(module, "Conv1D"):
+            known["transposed"] = True
+        self.add(path, role, depth, kind=kind, **known)
+
+    def fused(self, path: str, roles: Sequence[str], sizes: Sequence[int], depth: int = -1, **known: object) -> None:
+        """One projection that serves several roles, one behind the other, `sizes` rows each."""
+        start = 0
+        for role, size in zip(roles, sizes):
+            self.linear(path, role, depth, rows=(start, start + size), **known)
+            start += size
+
+    def interleaved(self, path: str, roles: Sequence[str], period: int, depth: int = -1, **known: object) -> None:
+        """One projection whose rows are periods (heads), each split evenly among the roles."""
+        size = period // len(roles)
+        for i, role in enumerate(roles):
+            rows: Rows = (i * size, (i + 1) * size, period)
+            self.linear(path, role, depth, rows=rows, **known)
+
+    def multihead(self, path: str, roles: dict[str, str], depth: int = -1) -> None:
+        """`nn.MultiheadAttention`, which calls none of its projections and reads all of their tensors.
+
+        `roles` maps `q`, `k`, `v` and `out` to roles.
+        """
+        attention = self.module(path)
+        assert isinstance(attention, nn.MultiheadAttention)
+        size = attention.embed_dim
+        for i, name in enumerate("qkv"):
+            rows = (i * size, (i + 1) * size)
+            biased = attention._parameters.get("in_proj_bias") is not None
+            bias = f"{path}.in_proj_bias" if biased else ""
+            known: dict[str, object] = {"tensor": "in_proj_weight", "rows": rows, "bias": bias}
+            if attention._parameters.get("in_proj_weight") is None:  # keys or values of another width
+                known = {"tensor": f"{name}_proj_weight"}
+            self.add(path, roles[name], depth, kind="linear", via="weight", **known)
+        out = f"{path}.out_proj"
+        biased = attention.out_proj.bias is not None
+        self.add(out, roles["out"], depth, kind="linear", via="weight", bias=f"{out}.bias" if biased else "")
+
+    def block(self, path: str, depth: int, width: int, **known: object) -> None:
+        self.blocks[path] = (depth, self.tower)
+        self.add(path, "block", depth, width=width, **known)
+
+    def finish(self, embed: Collection[str] = (), heads: Collection[str] = ()) -> list[Site]:
+        """All sites in the model's order; `embed` and `heads` are paths of embeddings and of task heads."""
+        covered = {site.path for site in self.sites}
+        order: dict[str, int] = {}
+        (depth, self.tower), block, around = (-1, self.tower), "", self.tower
+        for path, module in self.modules():  # parents before children: a block's modules follow it
+            order[path] = len(order)
+            if path in self.blocks:
+                (depth, self.tower), block = self.blocks[path], f"{path}."
+            elif not (block and path.startswith(block)):
+                depth, block, self.tower = -1, "", self.outside(path, around)
+            if path not in covered and is_projection(module):
+                role = "head" if path in heads else "embed" if path in embed else "proj"
+                self.linear(path, role, depth)
+            elif path not in covered and isinstance(module, nn.MultiheadAttention):
+                self.multihead(path, dict.fromkeys(("q", "k", "v", "out"), "proj"), depth)
+                covered |= {path, f"{path}.out_proj"}
+            elif path in embed and isinstance(module, nn.Embedding):
+                plain = vars(original_class(module)).get("forward", nn.Embedding.forward) is nn.Embedding.forward
+                known = {"width": module.embedding_dim, "refuse": "" if plain else "it does more than look rows up"}
+                self.add(path, "embed", depth, kind="embedding", transposed=True, **known)
+            elif is_norm(module):
+                width = len(module.weight)  # type: ignore[arg-type]
+                self.add(path, "norm", depth, kind="norm", width=width, channel_dim=norm_channel(module))
+        return sorted(self.sites, key=lambda site: order[site.path])
+
+    def outside(self, path: str, around: str) -> str:
+        """The tower of a module outside every block."""
+        return around
+
+    def modules(self) -> Iterator[tuple[str, nn.Module]]:
+        """Modules of the backbone, parts of tunings left out."""
+        for path, module in self.model.named_modules():
+            if CHILD not in path.split("."):
+                yield path, module
+
+
+def is_a(module: nn.Module, *names: str) -> bool:
+    """Whether a class of one of these names stands in a module's hierarchy."""
+    return any(cls.__name__ in names for cls in type(module).__mro__)
+
+
+def is_projection(module: nn.Module) -> bool:
+    """Whether a module is a linear or convolution with a weight of its own."""
+    return isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d) or is_a(module, "Conv1D")
+
+
+def is_norm(module: nn.Module) -> bool:
+    """Whether a module is a normalisation layer with a weight; ConvNeXt-V2's response norm is none."""
+    name = type(module).__name__.lower()
+    return "norm" in name and "response" not in name and isinstance(module._parameters.get("weight"), nn.Parameter)
+
+
+def norm_channel(module: nn.Module) -> int:
+    """Where a norm's channels are: `LayerNorm2d`, batch and group norms work on `[B, C, H, W]`, others on the last."""
+    name = type(module).__name__.lower()
+    return 1 if name.endswith("2d") or "batchnorm" in name or "groupnorm" in name else -1
