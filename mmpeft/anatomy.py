@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from torch import nn
 
 from mmpeft.functional.rows import Rows
 from mmpeft.host import CHILD, module_at, original_class
-from mmpeft.sites import Kind, Site
+from mmpeft.sites import Kind, Site, find_anatomy
 
 
 @dataclass
@@ -61,18 +61,22 @@ class Builder:
         """
         attention = self.module(path)
         assert isinstance(attention, nn.MultiheadAttention)
-        size = attention.embed_dim
-        for i, name in enumerate("qkv"):
-            rows = (i * size, (i + 1) * size)
-            biased = attention._parameters.get("in_proj_bias") is not None
-            bias = f"{path}.in_proj_bias" if biased else ""
-            known: dict[str, object] = {"tensor": "in_proj_weight", "rows": rows, "bias": bias}
-            if attention._parameters.get("in_proj_weight") is None:  # keys or values of another width
-                known = {"tensor": f"{name}_proj_weight"}
-            self.add(path, roles[name], depth, kind="linear", via="weight", **known)
+        self.in_projection(path, attention, roles, depth)
         out = f"{path}.out_proj"
         biased = attention.out_proj.bias is not None
         self.add(out, roles["out"], depth, kind="linear", via="weight", bias=f"{out}.bias" if biased else "")
+
+    def in_projection(self, path: str, attention: nn.Module, roles: dict[str, str], depth: int) -> None:
+        """Queries, keys and values of an attention that reads `in_proj_weight`, or one weight for each."""
+        fused = attention._parameters.get("in_proj_weight")
+        bias = f"{path}.in_proj_bias" if attention._parameters.get("in_proj_bias") is not None else ""
+        for i, name in enumerate("qkv"):
+            if fused is None:  # keys or values of another width
+                known: dict[str, object] = {"tensor": f"{name}_proj_weight"}
+            else:
+                size = len(fused) // 3
+                known = {"tensor": "in_proj_weight", "rows": (i * size, (i + 1) * size), "bias": bias}
+            self.add(path, roles[name], depth, kind="linear", via="weight", **known)
 
     def block(self, path: str, depth: int, width: int, **known: object) -> None:
         self.blocks[path] = (depth, self.tower)
@@ -99,7 +103,7 @@ class Builder:
                 plain = vars(original_class(module)).get("forward", nn.Embedding.forward) is nn.Embedding.forward
                 known = {"width": module.embedding_dim, "refuse": "" if plain else "it does more than look rows up"}
                 self.add(path, "embed", depth, kind="embedding", transposed=True, **known)
-            elif is_norm(module):
+            elif path not in covered and is_norm(module):
                 width = len(module.weight)  # type: ignore[arg-type]
                 self.add(path, "norm", depth, kind="norm", width=width, channel_dim=norm_channel(module))
         return sorted(self.sites, key=lambda site: order[site.path])
@@ -135,3 +139,16 @@ def norm_channel(module: nn.Module) -> int:
     """Where a norm's channels are: `LayerNorm2d`, batch and group norms work on `[B, C, H, W]`, others on the last."""
     name = type(module).__name__.lower()
     return 1 if name.endswith("2d") or "batchnorm" in name or "groupnorm" in name else -1
+
+
+def nested(builder: Builder, path: str, tower: str) -> None:
+    """Add the sites of a model inside a model, found by its own anatomy, as one tower.
+
+    Raises:
+        SiteError: no anatomy is registered for the inner model's class.
+    """
+    inner = builder.module(path)
+    for site in find_anatomy(inner)(inner):
+        fields = ("path", "bias", "stream", "out", "entry", "prefix_reader")
+        moved = {name: f"{path}.{value}" for name in fields if (value := getattr(site, name))}
+        builder.sites.append(replace(site, tower=tower, **moved))  # type: ignore[arg-type]

@@ -1,1 +1,6 @@
-"""CLIP backbones through open_clip."""
+"""Vision-language models through open_clip.
+
+Importing this package registers the anatomies and does not load open_clip.
+"""
+
+from mmpeft.vla import anatomy  # noqa: F401 - registers the anatomies

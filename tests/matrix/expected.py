@@ -8,6 +8,7 @@ WINDOWS = "window"
 NO_KEY_BIAS = "no state dict"  # the key bias is a buffer of zeros that is never saved
 NO_SUBLAYER = "matches no site"  # one projection serves attention and the feed-forward network
 TEXT = ("llama", "gemma2", "phi", "phi3", "gpt2", "gpt_neox", "bert", "t5")
+PAIRS = ("hf_clip", "hf_siglip", "open_clip", "open_clip_timm_hf", "coca")
 REFUSED = {
     ("VPT*", "beit"): "relative-position bias",
     ("VPT*", "swin*"): WINDOWS,
@@ -22,8 +23,7 @@ REFUSED = {
     ("LoRA+BitFit+Houlsby", "convnext"): "matches no site",
     ("DoRA[where]", "convnext"): "matches no site",
     **{("VPT*", family): "made before the blocks" for family in TEXT},
-    ("LinearProbe", "hf_clip"): "finds no tensor",
-    ("LinearProbe", "hf_siglip"): "finds no tensor",
+    **{("LinearProbe", family): "finds no tensor" for family in PAIRS},
     ("LoRA[[]at=mlp.*,embed]", "gemma2"): "more than look rows up",
 }
 """(method pattern, family pattern) -> part of the reason."""

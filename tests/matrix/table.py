@@ -12,7 +12,7 @@ from pathlib import Path
 import mmpeft
 from mmpeft.errors import MMPEFTError, Refused
 from tests.matrix.cells import rows
-from tests.matrix.families import FAMILIES
+from tests.matrix.families import FAMILIES, LIBRARIES
 
 PAGE = Path(__file__).parents[2] / "docs" / "matrix.md"
 HEAD = """# Methods × backbones
@@ -43,17 +43,20 @@ def cell(label: str, family: str) -> tuple[str, str]:
 def page() -> str:
     """The whole page."""
     reasons: list[str] = []
-    lines = ["| method | " + " | ".join(FAMILIES) + " |", "|---" * (len(FAMILIES) + 1) + "|"]
-    for label in rows():
-        marks = []
-        for family in FAMILIES:
-            mark, reason = cell(label, family)
-            if reason and reason not in reasons:
-                reasons.append(reason)
-            marks.append(mark or str(reasons.index(reason) + 1))
-        lines.append(f"| {label} | " + " | ".join(marks) + " |")
+    lines: list[str] = []
+    for library, families in LIBRARIES.items():
+        lines += [f"## {library}", "", "| method | " + " | ".join(families) + " |", "|---" * (len(families) + 1) + "|"]
+        for label in rows():
+            marks = []
+            for family in families:
+                mark, reason = cell(label, family)
+                if reason and reason not in reasons:
+                    reasons.append(reason)
+                marks.append(mark or str(reasons.index(reason) + 1))
+            lines.append(f"| {label} | " + " | ".join(marks) + " |")
+        lines.append("")
     notes = [f"{i}. {reason}" for i, reason in enumerate(reasons, 1)]
-    return HEAD + "\n".join(lines) + "\n\n## Refusals\n\n" + "\n".join(notes) + "\n"
+    return HEAD + "\n".join([*lines, "## Refusals", "", *notes]) + "\n"
 
 
 if __name__ == "__main__":

@@ -5,6 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from tests.matrix.example import Example
-from tests.matrix.families import timm, transformers
+from tests.matrix.families import open_clip, timm, transformers
 
-FAMILIES: dict[str, Callable[[], Example]] = {**timm.FAMILIES, **transformers.FAMILIES}
+LIBRARIES: dict[str, dict[str, Callable[[], Example]]] = {
+    "timm": timm.FAMILIES,
+    "open_clip": open_clip.FAMILIES,
+    "transformers": transformers.FAMILIES,
+}
+FAMILIES: dict[str, Callable[[], Example]] = {
+    name: build for families in LIBRARIES.values() for name, build in families.items()
+}
