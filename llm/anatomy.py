@@ -7,15 +7,18 @@ here of a module is checked by running the models in `tests/unit/test_anatomy_tr
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
 
 from mmpeft.anatomy import Builder
 from mmpeft.errors import SiteError
+from mmpeft.functional.rows import count_rows
 from mmpeft.host import CHILD
-from mmpeft.sites import Site, anatomy
+from mmpeft.llm.attention import view
+from mmpeft.llm.prompt import prompted
+from mmpeft.sites import Connect, Site, anatomy
 
 TEXT = "positions and the attention mask are made before the blocks; tokens put in between would have neither"
 EMBEDDINGS = {
@@ -27,6 +30,7 @@ EMBEDDINGS = {
     "patch_embedding",
     "projection",
 }
+HEAD = ("head_dim", "attention_head_size", "head_size", "key_value_proj_dim")
 HEADS = {"lm_head", "embed_out", "score", "classifier", "qa_outputs", "cls", "classification_head"}
 
 
@@ -149,10 +153,15 @@ def transformer(model: nn.Module) -> list[Site]:
         known = "Llama, Phi, GPT-2, GPT-NeoX, BERT, T5, ViT and CLIP"
         raise SiteError(f"{type(model).__name__} has no block of a known layout; known are those of {known}")
     paths = [path for path, _ in builder.modules()]
-    return builder.finish(
+    found = builder.finish(
         embed={path for path in paths if path.rpartition(".")[2] in EMBEDDINGS},
         heads={path for path in paths if HEADS & set(path.split("."))},
     )
+    attentions = [builder.module(site.path) for site in found if site.role == "kv"]
+    if set(depths) == {"lm"} and all(getattr(module, "is_causal", False) for module in attentions):
+        prompt = Connect("", prompted)
+        return [replace(s, connect=prompt) if s.kind == "embedding" and s.role == "embed" else s for s in found]
+    return found
 
 
 def _has(block: nn.Module, path: str) -> bool:
@@ -196,8 +205,20 @@ class _Builder(Builder):
             known = {"stream": sub.stream, "out": sub.after, "entry": sub.entry}
             paths = {key: f"{path}.{name}" for key, name in known.items() if name}
             self.add(f"{path}.{sub.path}", sub.role, depth, width=width, **paths)
+            if sub.role != "mlp":
+                self.keys_and_values(path, sub, depth)
         refuse = "" if self.tower == "image" else TEXT
         self.add(path, "tokens", depth, width=width, prefix=self.prefix(), refuse=refuse)
+
+    def keys_and_values(self, path: str, sub: Sublayer, depth: int) -> None:
+        """The `kv` site of an attention: the module whose config names the attention function."""
+        where = f"{path}.{sub.entry or sub.path}"
+        head = next((size for name in HEAD if (size := getattr(self.module(where), name, 0))), 0)
+        rows = next(
+            s for s in self.sites if s.role == f"{sub.role}.k" and s.depth == depth and s.path.startswith(f"{path}.")
+        )
+        heads = count_rows(rows.rows, self.features(rows.path)[0]) // head
+        self.add(where, "kv", depth, width=head, heads=heads, connect=Connect("config", view))
 
     def projection(self, path: str, sub: Sublayer, uses: str, depth: int, block: str) -> None:
         """One projection, for one use or for several."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from torch import nn
 
 from mmpeft.functional.rows import Rows
-from mmpeft.host import CHILD, module_at, original_class
+from mmpeft.host import CHILD, module_at
 from mmpeft.sites import Kind, Site, find_anatomy
 
 
@@ -100,9 +100,7 @@ class Builder:
                 self.multihead(path, dict.fromkeys(("q", "k", "v", "out"), "proj"), depth)
                 covered |= {path, f"{path}.out_proj"}
             elif path in embed and isinstance(module, nn.Embedding):
-                plain = vars(original_class(module)).get("forward", nn.Embedding.forward) is nn.Embedding.forward
-                known = {"width": module.embedding_dim, "refuse": "" if plain else "it does more than look rows up"}
-                self.add(path, "embed", depth, kind="embedding", transposed=True, **known)
+                self.add(path, "embed", depth, kind="embedding", transposed=True, width=module.embedding_dim)
             elif path not in covered and is_norm(module):
                 width = len(module.weight)  # type: ignore[arg-type]
                 self.add(path, "norm", depth, kind="norm", width=width, channel_dim=norm_channel(module))

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copyreg
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -32,6 +33,8 @@ class Plan:
     reads: dict[str, tuple[Part, ...]] = field(default_factory=dict)
     around: Callable[..., Any] | None = None
     """Runs the whole host: `around(run, *args, **kwargs)`; recomputation and per-group execution use it."""
+    wraps: tuple[Part, ...] = ()
+    """Parts that run the host themselves, the first one outermost."""
     alone: bool = False
     """Whether `call` is all there is: the common case of a tuned linear, kept free of further tests."""
 
@@ -60,6 +63,12 @@ class Host:
         return self._run(*args, **kwargs)
 
     def _run(self, *args: Any, **kwargs: Any) -> Any:
+        run = self._inner
+        for part in reversed(self._plan.wraps):
+            run = partial(part.around, self, run)  # type: ignore[arg-type, assignment]
+        return run(*args, **kwargs)
+
+    def _inner(self, *args: Any, **kwargs: Any) -> Any:
         plan = self._plan
         if not (plan.enter or plan.exit or plan.call):
             return super().forward(*args, **kwargs)  # type: ignore[misc]

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from importlib.metadata import entry_points
 from operator import eq, ge, gt, le, lt, ne
-from typing import Literal
+from typing import Any, Literal
 
 from torch import nn
 
@@ -52,6 +52,17 @@ ROLES: dict[str, str] = {
 
 
 @dataclass(frozen=True)
+class Connect:
+    """How keys and values are reached inside an attention module: through what it reads from its own `attribute`.
+
+    `view(module, value, part)` answers in place of the attribute's value and has the part extend keys and values.
+    """
+
+    attribute: str
+    view: Callable[..., Any]
+
+
+@dataclass(frozen=True)
 class Site:
     """One place where a backbone can be tuned.
 
@@ -62,7 +73,8 @@ class Site:
     `stream` names the module whose input is the residual stream a sub-layer branches from, `out` the module
     whose output is added back to it, `entry` the module that reads the sub-layer's input where `path` does not.
     `bias` names the tensor added to this site's output when it is not the module's own bias. `prefix` counts
-    the tokens before the patches; `prefix_reader` names a module that keeps that count itself. A non-empty
+    the tokens before the patches; `prefix_reader` names a module that keeps that count itself. A `kv` site has
+    `heads` of `width` features in its keys and values, and `connect` says how a part gets at them. A non-empty
     `refuse` is the reason why the site exists in the architecture and cannot be tuned.
     """
 
@@ -83,6 +95,8 @@ class Site:
     entry: str = ""
     prefix: int = 0
     prefix_reader: str = ""
+    heads: int = 0
+    connect: Connect | None = None
     refuse: str = ""
 
     @property

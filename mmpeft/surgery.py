@@ -249,7 +249,8 @@ def _plan(host: nn.Module, hooks: Iterable[tuple[Hook, Part]]) -> Plan:
     enter = tuple(part for hook, part in ordered if hook.kind == "enter")
     leave = tuple(part for hook, part in reversed(ordered) if hook.kind == "exit")
     call = type(calls[0]).combine(calls, host, tuple(reads)) if calls else None
-    return Plan(enter, leave, call, reads, alone=call is not None and not (enter or leave))
+    wraps = tuple(part for hook, part in ordered if hook.kind == "around")
+    return Plan(enter, leave, call, reads, wraps=wraps, alone=call is not None and not (enter or leave or wraps))
 
 
 class _Setter:

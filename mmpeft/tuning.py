@@ -177,6 +177,18 @@ class Tuning:
                 found.setdefault(hook.path, []).append((hook, placement.part))
         return {path: sorted(hooks, key=lambda pair: -pair[1].order) for path, hooks in found.items()}
 
+    @torch.no_grad()
+    def bake(self) -> None:
+        """Drop what only training needed (the MLP behind a prefix, an encoder behind a prompt); answers stay the same.
+
+        The tuning can still be trained, saved and loaded: as the method that `tuning.method` then names.
+        """
+        for placement in self.placements:
+            placement.part.bake()
+        for placement in self.placements:
+            placement.part.forget()
+        self._state.methods[self.name] = self.method.baked()
+
     # -- checks, reports, files -----------------------------------------------------------------------------
 
     def detach(self) -> None:

@@ -103,6 +103,10 @@ class Method(ABC):
             return NotImplemented
         return Union([*_members(self), *_members(other)])
 
+    def baked(self) -> Method:
+        """The method that describes this one's parts after `bake`, when only what the forward pass needs is left."""
+        return self
+
     def where(self, at: Selector) -> Restricted:
         """This method on the sites that also match `at`: `LoRA(at="mlp.*").where("depth>=6")`."""
         return Restricted(self, at)
@@ -150,6 +154,9 @@ class Union(Method):
     def count(self, model: nn.Module, available: list[Site]) -> int:
         return sum(method.count(model, available) for method in self.methods)
 
+    def baked(self) -> Method:
+        return Union([method.baked() for method in self.methods])
+
     @property
     def mergeable(self) -> bool:
         return all(method.mergeable for method in self.methods)
@@ -179,6 +186,9 @@ class Restricted(Method):
 
     def count(self, model: nn.Module, available: list[Site]) -> int:
         return self.method.count(model, self._narrow(available))
+
+    def baked(self) -> Method:
+        return Restricted(self.method.baked(), self.at)
 
     @property
     def mergeable(self) -> bool:

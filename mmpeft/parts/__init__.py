@@ -5,6 +5,22 @@ from mmpeft.parts.branch import Branch
 from mmpeft.parts.context import Context
 from mmpeft.parts.delta import Delta, LowRank
 from mmpeft.parts.mask import Mask
+from mmpeft.parts.prefix import GatedPrefix, Prefix
+from mmpeft.parts.prompt import Prompt, PromptLayer
 from mmpeft.parts.rescale import Rescale
 
-__all__ = ["Branch", "Context", "Delta", "Hook", "LowRank", "Mask", "Part", "Placement", "Rescale"]
+__all__ = [
+    "Branch",
+    "Context",
+    "Delta",
+    "GatedPrefix",
+    "Hook",
+    "LowRank",
+    "Mask",
+    "Part",
+    "Placement",
+    "Prefix",
+    "Prompt",
+    "PromptLayer",
+    "Rescale",
+]

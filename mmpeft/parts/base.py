@@ -11,16 +11,17 @@ from torch import Tensor, nn
 
 from mmpeft.errors import Refused
 
-HookKind = Literal["enter", "exit", "call", "read"]
+HookKind = Literal["enter", "exit", "call", "read", "around"]
 Call = Callable[[nn.Module, Tensor], Tensor]
 
 
 class Part(nn.Module):
     """A trainable piece that hangs under a host module and enters its forward pass.
 
-    `enter(host, x)` runs before the host's own forward, `exit(host, x, y)` after it, `read(host, name, base)`
-    whenever the backbone reads the host's attribute `name`. A part with a `call` hook replaces the host's own
-    forward through `combine`. The innermost part is the one with the highest `order`.
+    `enter(host, x)` runs before the host's own forward, `exit(host, x, y)` after it, `around(host, run, ...)`
+    runs the host itself, and `read(host, name, base)` answers whenever the backbone reads the host's attribute
+    `name`. A part with a `call` hook replaces the host's own forward through `combine`. The innermost part is the
+    one with the highest `order`.
     """
 
     order: ClassVar[int] = 0
@@ -38,6 +39,9 @@ class Part(nn.Module):
     def read(self, host: nn.Module, name: str, base: Any) -> Any:
         return base
 
+    def around(self, host: nn.Module, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        return run(*args, **kwargs)
+
     def fold(self, host: nn.Module, hook: Hook, params: dict[str, Tensor | None]) -> None:
         """Fold the part's effect at one hook into the host's tensors, in place in `params`.
 
@@ -48,6 +52,12 @@ class Part(nn.Module):
             raise Refused(f"{type(self).__name__} at {hook.path} cannot be merged: {self.unmergeable}")
         if hook.kind == "read":
             params[hook.name] = self.read(host, hook.name, params[hook.name])
+
+    def bake(self) -> None:
+        """Keep the result of what only training needs; what the part computes stays the same."""
+
+    def forget(self) -> None:
+        """After every part of the tuning has baked: drop what produced the results."""
 
     @classmethod
     def combine(cls, parts: Sequence[Any], host: nn.Module, read: Sequence[str]) -> Call:

@@ -118,7 +118,7 @@ class Delta(Part):
             x = F.dropout(x, self.dropout)
         down, up = cast(self.factor.A, y.dtype), cast(self.factor.B, y.dtype)
         if self.lookup:
-            delta = F.linear(F.embedding(x, down.t(), host.padding_idx), up)  # type: ignore[arg-type]
+            delta = F.linear(_lookup(host, x, down.t()), up)
         elif conv:
             inner = host._conv_forward(x, down.view(-1, *weight.shape[1:]), None)  # type: ignore[operator]
             delta = F.linear(inner.movedim(1, -1), up).movedim(-1, 1)
@@ -152,6 +152,17 @@ class Delta(Part):
         if len(parts) == 1 and plain and not read:
             return _WholeCall(only)
         return _RowsCall(tuple(parts))
+
+
+def _lookup(host: nn.Module, x: Tensor, table: Tensor) -> Tensor:
+    """What an embedding makes of another table [words, r], its own scaling (Gemma) included."""
+    own = host._parameters["weight"]
+    host._parameters["weight"] = table  # type: ignore[assignment]
+    try:
+        found: Tensor = type(host).base.forward(host, x)  # type: ignore[attr-defined]
+    finally:
+        host._parameters["weight"] = own
+    return found
 
 
 class _WholeCall:

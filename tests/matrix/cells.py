@@ -28,7 +28,7 @@ def rows() -> dict[str, Method]:
     for name, cls in sorted(METHODS.items()):
         names = {f.name for f in fields(cls)}
         still = {key: 0.0 for key in ("dropout", "drop_path") if key in names}
-        small = {key: n for key, n in (("bottleneck", 8), ("tokens", 3), ("rank", 2)) if key in names}
+        small = {key: n for key, n in (("bottleneck", 8), ("tokens", 3), ("rank", 2), ("hidden", 16)) if key in names}
         for extra in VARIANTS.get(name, [{}]):
             label = name + "".join(f"[{key}={value}]" for key, value in extra.items())
             found[label] = cls(**{**still, **small, **extra})

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 from fnmatch import fnmatch
 
+from tests.matrix.families import timm
+
 WINDOWS = "window"
 NO_KEY_BIAS = "no state dict"  # the key bias is a buffer of zeros that is never saved
 NO_SUBLAYER = "matches no site"  # one projection serves attention and the feed-forward network
 TEXT = ("llama", "gemma2", "phi", "phi3", "gpt2", "gpt_neox", "bert", "t5")
+NO_KV = (*timm.FAMILIES, "open_clip", "coca")  # attention computed inline: no extension point to enter by
+PROMPTS = ("PromptTuning", "PTuning")
+VISION = tuple(timm.FAMILIES)
 PAIRS = ("hf_clip", "hf_siglip", "open_clip", "open_clip_timm_hf", "coca")
 REFUSED = {
     ("VPT*", "beit"): "relative-position bias",
@@ -23,8 +28,14 @@ REFUSED = {
     ("LoRA+BitFit+Houlsby", "convnext"): "matches no site",
     ("DoRA[where]", "convnext"): "matches no site",
     **{("VPT*", family): "made before the blocks" for family in TEXT},
+    **{
+        (method, family): "'kv' .*matches no site"
+        for method in ("PrefixTuning", "PTuningV2", "LLaMAAdapter")
+        for family in NO_KV
+    },
     **{("LinearProbe", family): "finds no tensor" for family in PAIRS},
-    ("LoRA[[]at=mlp.*,embed]", "gemma2"): "more than look rows up",
+    **{(method, family): "no embedding of words" for method in PROMPTS for family in ("hf_vit", *VISION)},
+    **{(method, family): "is not causal" for method in PROMPTS for family in ("bert", "t5", *PAIRS)},
 }
 """(method pattern, family pattern) -> part of the reason."""
 

@@ -1,0 +1,76 @@
+"""LLaMA-Adapter: gated prompts beside the attention of the last layers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mmpeft.errors import Refused
+from mmpeft.functional.rows import take_rows
+from mmpeft.host import base_value, module_at
+from mmpeft.methods.base import Sited, any_tensor, fan, positive, register
+from mmpeft.parts import GatedPrefix
+from mmpeft.parts.base import Hook, Placement, cast
+from mmpeft.sites import Selector, Site
+
+
+@dataclass(frozen=True)
+class _Projection:
+    """A frozen projection of the layer, its own rows alone; refers to the module and owns nothing."""
+
+    module: nn.Module
+    site: Site
+
+    def __call__(self, x: Tensor) -> Tensor:
+        weight = base_value(self.module, self.site.tensor)
+        bias = self.module._parameters.get("bias")
+        weight = take_rows(weight.t() if self.site.transposed else weight, self.site.rows)
+        return F.linear(
+            x, cast(weight, x.dtype), None if bias is None else cast(take_rows(bias, self.site.rows), x.dtype)
+        )
+
+
+@register("https://arxiv.org/abs/2303.16199", "additive", mergeable=False)
+@dataclass(frozen=True)
+class LLaMAAdapter(Sited):
+    """`attention(x) + tanh(g) softmax(q K_pᵀ/√d) V_p` in the last `layers` layers, g starting at 0.
+
+    `K_p` and `V_p` are the layer's own projections of `p` learned tokens. Parameters: `p d + 1` a layer.
+    """
+
+    at: Selector = "kv"
+    tokens: int = 10
+    layers: int = 30
+
+    def __post_init__(self) -> None:
+        positive(self, tokens=self.tokens, layers=self.layers)
+
+    def last(self, available: list[Site]) -> list[tuple[Site, Site, Site]]:
+        """The last chosen `kv` sites of each tower, with the projections of their keys and values."""
+        chosen = self.chosen(available)
+        depths = {site.tower: max(s.depth for s in chosen if s.tower == site.tower) for site in chosen}
+        found = []
+        for site in chosen:
+            if site.depth > depths[site.tower] - self.layers:
+                near = [s for s in available if s.depth == site.depth and s.tower == site.tower]
+                own = [s for s in near if s.role.endswith((".k", ".v")) and s.path.startswith(f"{site.path}.")]
+                if len(own) != 2 or site.connect is None:
+                    raise Refused(f"LLaMAAdapter at {site}: the anatomy names no projections of its keys and values")
+                found.append((site, *sorted(own, key=lambda s: s.role)))
+        return found  # type: ignore[return-value]
+
+    def place(self, model: nn.Module, available: list[Site]) -> list[Placement]:
+        placements = []
+        for site, keys, values in self.last(available):
+            assert site.connect is not None
+            project = tuple(_Projection(module_at(model, s.path), s) for s in (keys, values))
+            width = fan(model, keys)[1]
+            part = GatedPrefix(self.tokens, width, site.width, project, any_tensor(model, site), site.connect.view)
+            hook = Hook(site.path, "read", site.connect.attribute)
+            placements.append(Placement(part, site.path, "llamaadapter", (hook,), site.role))
+        return placements
+
+    def count(self, model: nn.Module, available: list[Site]) -> int:
+        return sum(self.tokens * fan(model, keys)[1] + 1 for _, keys, _ in self.last(available))

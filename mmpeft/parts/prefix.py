@@ -1,0 +1,127 @@
+"""`Prefix`: learned keys and values in front of those an attention computes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mmpeft.parts.base import Part, cast, trainable_dtype
+
+View = Callable[[nn.Module, Any, Any], Any]
+
+
+class PrefixMLP(nn.Module):
+    """`[K; V]_l = W_l tanh(W E + b) + b_l` for all layers l: one embedding E [p, d] behind every prefix."""
+
+    def __init__(self, count: int, width: int, hidden: int, sizes: list[int], like: Tensor) -> None:
+        super().__init__()
+        options: dict[str, Any] = {"device": like.device, "dtype": trainable_dtype(like.dtype)}
+        self.sizes = sizes
+        self.embedding = nn.Parameter(torch.randn(count, width, **options))
+        self.inner = nn.Linear(width, hidden, **options)
+        self.outer = nn.Linear(hidden, sum(sizes), **options)
+
+    def layer(self, index: int) -> Tensor:
+        """Keys and values of one layer, [p, 2 h d]."""
+        start = sum(self.sizes[:index])
+        rows = slice(start, start + self.sizes[index])
+        hidden = torch.tanh(self.inner(self.embedding))
+        return F.linear(hidden, self.outer.weight[rows], self.outer.bias[rows])
+
+
+class Prefix(Part):
+    """`softmax(q [K_p; K]ᵀ) [V_p; V]` with `p` learned keys and values [p, h, d] for each key-value head.
+
+    They carry no position: keys are prepended after rotation. Owned here as one tensor [2, p, h, d], or generated
+    by a `PrefixMLP` that the first layer's part owns and all of them read.
+    """
+
+    order = 0
+    rowwise = False
+    unmergeable = "learned keys and values lengthen the attended sequence; no base weight can stand for them"
+
+    def __init__(
+        self, count: int, heads: int, width: int, like: Tensor, view: View, mlp: tuple[PrefixMLP, int] | None = None
+    ) -> None:
+        super().__init__()
+        self.count, self.heads, self.width, self.view = count, heads, width, view
+        self.tokens: nn.Parameter | None = None
+        self._source = mlp  # a tuple: registered below the first layer's part only
+        if mlp is None:
+            options: dict[str, Any] = {"device": like.device, "dtype": trainable_dtype(like.dtype)}
+            self.tokens = nn.Parameter(torch.randn(2, count, heads, width, **options))
+        elif mlp[1] == 0:
+            self.mlp = mlp[0]
+
+    def keys_and_values(self) -> Tensor:
+        """[2, p, h, d]."""
+        if self.tokens is not None:
+            return self.tokens
+        assert self._source is not None
+        mlp, index = self._source
+        return mlp.layer(index).view(self.count, 2, self.heads, self.width).transpose(0, 1)
+
+    def bake(self) -> None:
+        """Keep the generated keys and values and drop what generated them."""
+        if self.tokens is None:
+            self.tokens = nn.Parameter(self.keys_and_values().detach().clone())
+
+    def forget(self) -> None:
+        """After every layer has baked: the generator goes."""
+        self._source = None
+        self._modules.pop("mlp", None)
+
+    def extend(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Prepend to keys and values [B, h, n, d]."""
+        own = cast(self.keys_and_values(), keys.dtype).transpose(1, 2).unsqueeze(1)  # [2, 1, h, p, d]
+        batch = own.expand(-1, len(keys), -1, -1, -1)
+        return torch.cat([batch[0], keys], dim=2), torch.cat([batch[1], values], dim=2)
+
+    def read(self, host: nn.Module, name: str, base: Any) -> Any:
+        return self.view(host, base, self)
+
+
+class GatedPrefix(Part):
+    """`attention(q, K, V) + tanh(g) softmax(q K_pᵀ/√d) V_p`, `K_p`, `V_p` projected from tokens [p, d] by the layer.
+
+    The gate `g`, one scalar a layer, starts at 0 (LLaMA-Adapter, arXiv:2303.16199). The two softmaxes are apart, so
+    that a closed gate leaves the model as it was.
+    """
+
+    order = 0
+    rowwise = False
+    unmergeable = "a second softmax over learned keys is no change of the base weights"
+
+    def __init__(
+        self,
+        count: int,
+        width: int,
+        head: int,
+        project: tuple[Callable[[Tensor], Tensor], ...],
+        like: Tensor,
+        view: View,
+    ) -> None:
+        super().__init__()
+        options: dict[str, Any] = {"device": like.device, "dtype": trainable_dtype(like.dtype)}
+        self.count, self.head, self.view, self.project = count, head, view, project
+        self.tokens = nn.Parameter(torch.randn(count, width, **options))
+        self.gate = nn.Parameter(torch.zeros(1, **options))
+
+    def beside(self, queries: Tensor, scaling: float) -> Tensor:
+        """The gated second attention for queries [B, H, n, d]; [B, n, H, d]."""
+        dtype = queries.dtype
+        tokens = cast(self.tokens, dtype)
+        keys, values = (
+            project(tokens).view(self.count, -1, self.head).transpose(0, 1)[None] for project in self.project
+        )
+        groups = queries.shape[1] // keys.shape[1]
+        keys, values = (t.repeat_interleave(groups, dim=1).expand(len(queries), -1, -1, -1) for t in (keys, values))
+        found = F.scaled_dot_product_attention(queries, keys, values, scale=scaling)
+        return found.transpose(1, 2) * cast(torch.tanh(self.gate), dtype)
+
+    def read(self, host: nn.Module, name: str, base: Any) -> Any:
+        return self.view(host, base, self)

@@ -1,0 +1,115 @@
+"""Prompts on causal language models agree with plain concatenation of embeddings, everywhere."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import mmpeft
+from mmpeft.errors import ConfigError, Refused
+from tests.matrix.families.transformers import FAMILIES, TOKENS, WORDS
+
+P = 3
+CAUSAL = ["llama", "gemma2", "phi", "phi3", "gpt2", "gpt_neox"]
+NEW = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0, "eos_token_id": WORDS + 1}
+
+
+def _masks() -> dict[str, Tensor]:
+    left = torch.ones(2, TOKENS, dtype=torch.long)
+    left[0, :2] = 0
+    return {"none": torch.ones_like(left), "left": left, "right": left.flip(1)}
+
+
+def _tuned(family: str, method: mmpeft.Method) -> tuple[nn.Module, mmpeft.Tuning, Tensor]:
+    model = FAMILIES[family]().model
+    torch.manual_seed(0)
+    tuning = mmpeft.attach(model, method)
+    return model, tuning, torch.randint(3, WORDS, (2, TOKENS))
+
+
+def _concatenated(model: nn.Module, tuning: mmpeft.Tuning, ids: Tensor, mask: Tensor) -> dict[str, Tensor]:
+    """What users do by hand: embeddings of prompt and text, one mask for both."""
+    prompt = tuning.placements[0].part.embeddings()
+    text = model.get_input_embeddings()(ids)
+    embeds = torch.cat([prompt.to(text.dtype).expand(len(ids), -1, -1), text], dim=1)
+    return {"inputs_embeds": embeds, "attention_mask": torch.cat([mask.new_ones(len(ids), P), mask], dim=1)}
+
+
+@pytest.mark.parametrize("padding", ["none", "left", "right"])
+@pytest.mark.parametrize("family", CAUSAL)
+def test_training_agrees_with_concatenation(family: str, padding: str) -> None:
+    model, tuning, ids = _tuned(family, mmpeft.PromptTuning(tokens=P) + mmpeft.LoRA(rank=2))
+    mask = _masks()[padding]
+    parameters = list(tuning.parameters())
+    weights = torch.randn(2, TOKENS, WORDS)[mask.bool()]
+    ours = model(ids, attention_mask=mask).logits[mask.bool()]
+    own = torch.autograd.grad((ours * weights).mean(), parameters)
+    inputs = _concatenated(model, tuning, ids, mask)
+    # the plain model with LoRA alone: the prompt's hooks taken out of the plans
+    for host in mmpeft.surgery.state_of(model).hosts.values():
+        plan = host.__dict__["_plan"]
+        plan.wraps, plan.reads = (), {k: v for k, v in plan.reads.items() if k != "config"}
+    theirs = model(**inputs).logits[:, P:][mask.bool()]
+    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+    for a, b in zip(own, torch.autograd.grad((theirs * weights).mean(), parameters)):
+        torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+@pytest.mark.parametrize("padding", ["none", "left"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox"])
+def test_generation_agrees_with_concatenation(family: str, padding: str, beams: int) -> None:
+    model, tuning, ids = _tuned(family, mmpeft.PromptTuning(tokens=P))
+    mask = _masks()[padding]
+    ours = model.generate(ids, attention_mask=mask, num_beams=beams, **NEW)
+    assert torch.equal(ours, model.generate(ids, attention_mask=mask, num_beams=beams, use_cache=False, **NEW))
+    with mmpeft.use(model, None):
+        theirs = model.generate(**_concatenated(model, tuning, ids, mask), num_beams=beams, **NEW)
+    assert torch.equal(ours[:, TOKENS:], theirs)
+
+
+def test_the_prompt_runs_once_in_a_generation_and_again_after_a_step() -> None:
+    model, tuning, ids = _tuned("llama", mmpeft.PromptTuning(tokens=P))
+    runs = []
+    model.model.layers[0].register_forward_pre_hook(lambda module, args: runs.append(args[0].shape[1]))
+    model.generate(ids, attention_mask=_masks()["none"], **NEW)
+    assert runs == [P, TOKENS, 1, 1, 1, 1]
+    with torch.no_grad():
+        next(tuning.parameters()).add_(1.0)
+        model(ids)
+    assert runs[-2:] == [P, TOKENS]
+
+
+def test_transformers_own_checkpointing() -> None:
+    model, tuning, ids = _tuned("llama", mmpeft.PromptTuning(tokens=P))
+    parameters = list(tuning.parameters())
+    plain = torch.autograd.grad(model(ids).logits.square().sum(), parameters)
+    model.gradient_checkpointing_enable()
+    model.train()
+    again = torch.autograd.grad(model(ids).logits.square().sum(), parameters)
+    torch.testing.assert_close(plain, again, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["lstm", "mlp"])
+def test_baking_keeps_what_the_encoder_makes(kind: str, tmp_path) -> None:
+    model, tuning, ids = _tuned("phi", mmpeft.PTuning(tokens=P, reparameterisation=kind, hidden=8))
+    before = model(ids).logits
+    tuning.bake()
+    assert [name for name, _ in tuning.named_parameters()] == ["ptuning.tokens"]
+    baked = model(ids).logits
+    torch.testing.assert_close(baked, before, atol=1e-6, rtol=1e-6)
+    tuning.save(tmp_path)
+    other = FAMILIES["phi"]().model
+    mmpeft.load(other, tmp_path)
+    assert torch.equal(other(ids).logits, baked)
+
+
+def test_where_it_starts() -> None:
+    model, tuning, _ = _tuned("gemma2", mmpeft.PromptTuning(tokens=5, init_ids=(7, 9)))
+    words = model.get_input_embeddings()(torch.tensor([7, 9, 7, 9, 7]))
+    assert torch.equal(tuning.placements[0].part.embeddings(), words)
+    with pytest.raises(ConfigError, match="init_ids"):
+        _tuned("llama", mmpeft.PromptTuning(init_ids=(WORDS,)))
+    with pytest.raises(Refused, match="is not causal"):
+        _tuned("bert", mmpeft.PromptTuning())
