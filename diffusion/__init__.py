@@ -1,1 +1,6 @@
-"""UNet and DiT backbones through diffusers."""
+"""UNet and DiT backbones through diffusers.
+
+Importing this package registers the anatomies and does not load diffusers.
+"""
+
+from mmpeft.diffusion import anatomy  # noqa: F401 - registers the anatomies

@@ -17,11 +17,13 @@ _HOME = {
     "Tuning": "tuning",
     "tunings": "tuning",
     "load": "formats.native",
+    "load_foreign": "formats.exchange",
     "Site": "sites",
-    "select": "sites",
+    "select": "selector",
     "list_methods": "methods",
 }
-_MODULES = {"sites", "methods", "embedded", "parts", "functional", "errors", "training", "vision", "bench", "formats"}
+_MODULES = {"sites", "methods", "embedded", "parts", "functional", "errors", "training", "bench", "formats"}
+_MODULES |= {"vision", "vla", "diffusion", "llm"}
 
 
 def __getattr__(name: str) -> Any:

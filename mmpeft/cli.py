@@ -25,6 +25,9 @@ COMMANDS: dict[str, Command] = {
     "test": Command("mmpeft.training.cli:main", "evaluate on the test data"),
     "predict": Command("mmpeft.training.cli:main", "write predictions to a file"),
     "compare": Command("mmpeft.bench.compare:main", "train by several methods and put them into one table"),
+    "inspect": Command("mmpeft.formats.commands:inspect_command", "describe adapter files of any known format"),
+    "export": Command("mmpeft.formats.commands:export_command", "write an adapter in another tool's format, verified"),
+    "convert": Command("mmpeft.formats.commands:convert_command", "rewrite an adapter file in another format"),
     "methods": Command("mmpeft.cli:methods", "list the methods, or those a wildcard names: mmpeft methods '*lora*'"),
 }
 
@@ -39,6 +42,7 @@ Examples:
   mmpeft fit -c configs/vision/emoji.yaml --method BitFit --trainer.max_epochs 3
   mmpeft fit -c configs/vision/emoji.yaml -c configs/method/lora.yaml --ckpt_path last
   mmpeft predict -c configs/vision/emoji.yaml -c configs/method/lora.yaml --ckpt_path last
+  mmpeft inspect adapter_folder pytorch_lora_weights.safetensors
 
 `mmpeft <command> --help` lists a command's options; `--method.help LoRA` those of a method."""
 

@@ -6,17 +6,14 @@ domain that owns the backbone. It is the only code that knows a backbone's attri
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from importlib.metadata import entry_points
-from operator import eq, ge, gt, le, lt, ne
 from typing import Any, Literal
 
 from torch import nn
 
-from mmpeft.errors import ConfigError, SiteError, nearest
+from mmpeft.errors import SiteError, nearest
 from mmpeft.functional.rows import Rows
 
 Kind = Literal["linear", "conv", "embedding", "norm", "module", "param"]
@@ -74,8 +71,9 @@ class Site:
     whose output is added back to it, `entry` the module that reads the sub-layer's input where `path` does not.
     `bias` names the tensor added to this site's output when it is not the module's own bias. `prefix` counts
     the tokens before the patches; `prefix_reader` names a module that keeps that count itself. A `kv` site has
-    `heads` of `width` features in its keys and values, and `connect` says how a part gets at them. A non-empty
-    `refuse` is the reason why the site exists in the architecture and cannot be tuned.
+    `heads` of `width` features in its keys and values, and `connect` says how a part gets at them. Nothing reads
+    the output of a `dead` module, so that its tensors are no sites either. A non-empty `refuse` is the reason why
+    the site exists in the architecture and cannot be tuned.
     """
 
     path: str
@@ -97,6 +95,7 @@ class Site:
     prefix_reader: str = ""
     heads: int = 0
     connect: Connect | None = None
+    dead: bool = False
     refuse: str = ""
 
     @property
@@ -186,6 +185,8 @@ def param_sites(model: nn.Module, structural: Iterable[Site]) -> list[Site]:
 
     A tensor that two modules share (a head tied to the embedding) has two names.
     """
+    structural = list(structural)
+    dead = {site.path for site in structural if site.dead}
     blocks = {site.path: site for site in structural if site.role == "block"}
     towers = {site.tower for site in structural}
     outside = Site("", "param", tower=towers.pop() if len(towers) == 1 else "")
@@ -197,129 +198,7 @@ def param_sites(model: nn.Module, structural: Iterable[Site]) -> list[Site]:
 
     found = []
     for name, _ in model.named_parameters(remove_duplicate=False):
-        if ".mmpeft." not in f".{name}":
+        if ".mmpeft." not in f".{name}" and name.rpartition(".")[0] not in dead:
             block = around(name)
             found.append(Site(name, "param", block.depth, block.tower, "param"))
     return found
-
-
-# -- the at= selector ---------------------------------------------------------------------------------------
-
-_OPERATORS = {">=": ge, "<=": le, "==": eq, "!=": ne, ">": gt, "<": lt, "=": eq}
-_CONDITION = re.compile(r"^(\w+)\s*(>=|<=|==|!=|=|>|<)\s*(.+)$")
-_FIELDS = ("depth", "tower", "path", "kind")
-
-
-def _split(text: str, separators: str) -> list[str]:
-    """Split at separators outside braces."""
-    parts, level, start = [], 0, 0
-    for i, char in enumerate(text):
-        level += (char == "{") - (char == "}")
-        if char in separators and level == 0:
-            parts.append(text[start:i])
-            start = i + 1
-    if level:
-        raise ConfigError(f"selector {text!r}: unbalanced braces")
-    return [part.strip() for part in (*parts, text[start:])]
-
-
-def _expand(pattern: str) -> list[str]:
-    """Expand braces: `attn.{q,v}` gives `attn.q` and `attn.v`."""
-    match = re.search(r"\{([^{}]*)\}", pattern)
-    if not match:
-        return [pattern]
-    head, tail = pattern[: match.start()], pattern[match.end() :]
-    return [full for option in match[1].split(",") for full in _expand(head + option.strip() + tail)]
-
-
-def _condition(text: str, selector: str, depths: int) -> Predicate:
-    match = _CONDITION.match(text)
-    assert match is not None
-    field, operator, value = match[1], match[2], match[3].strip()
-    if field not in _FIELDS:
-        raise ConfigError(
-            f"selector {selector!r}: unknown field {field!r}; fields are {', '.join(_FIELDS)}.{nearest(field, _FIELDS)}"
-        )
-    if field == "depth":
-        try:
-            bound = int(value)
-        except ValueError:
-            raise ConfigError(f"selector {selector!r}: depth is compared with an integer, got {value!r}") from None
-        bound = bound + depths if bound < 0 else bound
-        return lambda site: site.depth >= 0 and bool(_OPERATORS[operator](site.depth, bound))
-    if operator not in ("=", "==", "!="):
-        raise ConfigError(f"selector {selector!r}: {field} takes = or !=, got {operator!r}")
-    return lambda site: fnmatchcase(getattr(site, field), value) == (operator != "!=")
-
-
-def _alternatives(selector: str, depths: int) -> list[tuple[str, Predicate]]:
-    """Parse a selector into `(text, predicate)` pairs, one for each alternative after brace expansion."""
-    alternatives: list[tuple[str, Predicate]] = []
-    for alternative in _split(selector, "|,"):
-        terms = [term for term in _split(alternative, "&") if term]
-        if not terms:
-            raise ConfigError(f"selector {selector!r} has an empty alternative")
-        conditions = [_condition(t, selector, depths) for t in terms if _CONDITION.match(t)]
-        roles = [t for t in terms if not _CONDITION.match(t)]
-        if len(roles) > 1:
-            raise ConfigError(
-                f"selector {selector!r}: {roles[0]!r} & {roles[1]!r} never both hold; unite roles with '|'"
-            )
-        for role in _expand(roles[0]) if roles else ["*"]:
-            tower, _, pattern = role.rpartition(":")
-            text = " & ".join([role, *[t for t in terms if t not in roles]])
-
-            def matches(
-                site: Site,
-                tower: str = tower,
-                pattern: str = pattern,
-                conditions: list[Predicate] = conditions,
-            ) -> bool:
-                return (
-                    fnmatchcase(site.role, pattern)
-                    and (not tower or fnmatchcase(site.tower, tower))
-                    and all(condition(site) for condition in conditions)
-                )
-
-            alternatives.append((text, matches))
-    return alternatives
-
-
-def select(available: list[Site], at: Selector, *, every: bool = True) -> list[Site]:
-    """Sites that a selector names, in the model's order.
-
-    Grammar: alternatives are joined by `|` or `,`; each is a role pattern (`attn.{q,v}`, `mlp.*`, optionally
-    `tower:` before it) and conditions joined by `&` (`depth>=6`, `depth<-2` counts from the end,
-    `path=blocks.0.*`, `tower=image`, `kind=conv`). A predicate `Site -> bool` works as well.
-
-    With `every=True` (what a user typed) each alternative must match; a method's own default passes
-    `every=False` and only the whole must.
-
-    Raises:
-        SiteError: nothing matched; the message lists what exists and the nearest role.
-    """
-    if callable(at):
-        chosen = [site for site in available if at(site)]
-        if not chosen:
-            raise SiteError(f"the predicate {at!r} selects no site; roles here: {_roles(available)}")
-        return chosen
-    depths = 1 + max((site.depth for site in available), default=-1)
-    alternatives = _alternatives(at, depths)
-    hits = [[site for site in available if predicate(site)] for _, predicate in alternatives]
-    for (text, _), matched in zip(alternatives, hits):
-        if not matched and (every or not any(hits)):
-            role = text.split(" & ")[0].rpartition(":")[2]
-            existing = sorted({site.role for site in available})
-            raise SiteError(
-                f"{text!r} in at={at!r} matches no site; roles here: {_roles(available)}.{nearest(role, existing)}"
-            )
-    wanted = {id(site) for matched in hits for site in matched}
-    return [site for site in available if id(site) in wanted]
-
-
-def _roles(available: list[Site]) -> str:
-    counts: dict[str, int] = {}
-    for site in available:
-        name = f"{site.tower}:{site.role}" if site.tower else site.role
-        counts[name] = counts.get(name, 0) + 1
-    return ", ".join(f"{role} ×{count}" for role, count in sorted(counts.items())) or "none"

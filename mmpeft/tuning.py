@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,9 @@ from mmpeft.parts.base import Placement
 from mmpeft.recompute import Recompute
 from mmpeft.report import Report, report
 from mmpeft.surgery import State, detach, set_route, state_of, state_with, use
+
+if TYPE_CHECKING:
+    from mmpeft.formats.exchange import Exported
 
 BatchLike = Any
 
@@ -208,6 +211,18 @@ class Tuning:
         from mmpeft.formats.native import save
 
         return save(self, folder)
+
+    def export(
+        self, path: str | Path, format: Literal["peft", "diffusers", "kohya"] = "peft", *, verify: bool = True
+    ) -> Exported:
+        """Write the tuning as other tools read it, and prove it: reloaded by its consumer, compared layer by layer.
+
+        Raises:
+            Refused: a part that the format cannot hold. AdapterFileError: a reader finds something else.
+        """
+        from mmpeft.formats.exchange import export
+
+        return export(self, path, format, verify=verify)
 
 
 def _exchange(host: nn.Module, name: str, tensor: Tensor | None) -> Tensor | None:

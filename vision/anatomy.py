@@ -7,12 +7,10 @@ is called, that its weight is read, that its input is the residual stream — is
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field
-
 from torch import nn
 
-from mmpeft.sites import Kind, Site, anatomy
+from mmpeft.anatomy import Builder
+from mmpeft.sites import Site, anatomy
 
 TIMM = "timm.models"
 WINDOWS = "attention runs inside fixed windows with a bias for every pair of positions; a prompt has no place in them"
@@ -27,12 +25,12 @@ POST_NORM = {"ResPostBlock", "EvaBlockPostNorm", "SwinTransformerV2Block"}
 @anatomy(f"{TIMM}.vision_transformer.VisionTransformer", f"{TIMM}.eva.Eva", f"{TIMM}.beit.Beit")
 def plain(model: nn.Module) -> list[Site]:
     """Backbones with one stack of blocks on one sequence of tokens."""
-    builder = _Builder(model)
+    builder = _Builder(model, "image")
     prefix = int(getattr(model, "num_prefix_tokens", 1))
     rotary = getattr(model, "rope", None) is not None
     for depth, block in enumerate(model.blocks):  # type: ignore[arg-type, union-attr]
         path = f"blocks.{depth}"
-        builder.block(path, block, depth)
+        builder.residual(path, block, depth)
         attention = getattr(block, "attn", None)
         biased = getattr(attention, "relative_position_bias_table", None) is not None
         refuse = RELATIVE if biased or getattr(model, "rel_pos_bias", None) is not None else ""
@@ -40,23 +38,23 @@ def plain(model: nn.Module) -> list[Site]:
         width = int(model.embed_dim)  # type: ignore[arg-type]
         builder.add(path, "tokens", depth, width=width, prefix=prefix, prefix_reader=reader, refuse=refuse)
     builder.add("blocks", "stack")
-    return builder.finish(embed="patch_embed.proj")
+    return builder.ends(embed="patch_embed.proj")
 
 
 @anatomy(f"{TIMM}.swin_transformer.SwinTransformer", f"{TIMM}.swin_transformer_v2.SwinTransformerV2")
 def windowed(model: nn.Module) -> list[Site]:
     """Swin and SwinV2: stages of blocks on a grid `[B, H, W, C]`."""
-    builder = _Builder(model)
+    builder = _Builder(model, "image")
     _stages(builder, model.layers, "layers", refuse=WINDOWS)  # type: ignore[arg-type]
-    return builder.finish(embed="patch_embed.proj")
+    return builder.ends(embed="patch_embed.proj")
 
 
 @anatomy(f"{TIMM}.convnext.ConvNeXt")
 def convolutional(model: nn.Module) -> list[Site]:
     """ConvNeXt: stages of blocks on maps `[B, C, H, W]`."""
-    builder = _Builder(model)
+    builder = _Builder(model, "image")
     _stages(builder, model.stages, "stages", refuse=NO_TOKENS)  # type: ignore[arg-type]
-    return builder.finish(embed="stem.0")
+    return builder.ends(embed="stem.0")
 
 
 def _stages(builder: _Builder, stages: nn.Module, name: str, refuse: str) -> None:
@@ -64,35 +62,24 @@ def _stages(builder: _Builder, stages: nn.Module, name: str, refuse: str) -> Non
     for i, stage in enumerate(stages):  # type: ignore[arg-type]
         for j, block in enumerate(stage.blocks):
             path = f"{name}.{i}.blocks.{j}"
-            builder.block(path, block, depth)
+            builder.residual(path, block, depth)
             builder.add(path, "tokens", depth, refuse=refuse)
             depth += 1
     builder.add(name, "stack")
 
 
-@dataclass
-class _Builder:
-    """Collects sites; `finish` adds what needs no family's knowledge: norms, head, embedding, other projections."""
-
-    model: nn.Module
-    sites: list[Site] = field(default_factory=list)
-    blocks: dict[str, int] = field(default_factory=dict)
-
-    def add(self, path: str, role: str, depth: int = -1, **known: object) -> None:
-        self.sites.append(Site(path, role, depth, "image", **known))  # type: ignore[arg-type]
+class _Builder(Builder):
+    """Knows the blocks of timm's families."""
 
     def linear(self, path: str, role: str, depth: int = -1, **known: object) -> None:
-        module = self.model.get_submodule(path)
-        kind: Kind = "conv" if isinstance(module, nn.Conv2d) else "linear"
-        if any(cls.__name__.startswith(("StdConv", "ScaledStdConv")) for cls in type(module).__mro__):
+        if any(cls.__name__.startswith(("StdConv", "ScaledStdConv")) for cls in type(self.module(path)).__mro__):
             known["refuse"] = STANDARDISED
-        self.add(path, role, depth, kind=kind, **known)
+        super().linear(path, role, depth, **known)
 
-    def block(self, path: str, block: nn.Module, depth: int) -> None:
+    def residual(self, path: str, block: nn.Module, depth: int) -> None:
         """One residual block of any family: its own site, its sub-layers and their projections."""
-        self.blocks[path] = depth
         convolution = hasattr(block, "conv_dw")
-        self.add(path, "block", depth, width=_width(block), channel_dim=1 if convolution else -1)
+        self.block(path, depth, _width(block), channel_dim=1 if convolution else -1)
         if convolution:
             self.linear(f"{path}.conv_dw", "conv", depth)
             self.mlp(f"{path}.mlp", block.mlp, depth)
@@ -158,46 +145,15 @@ class _Builder:
             if getattr(block, name, None) is not None:
                 self.linear(f"{path}.{name}", role, depth)
 
-    def finish(self, embed: str) -> list[Site]:
+    def ends(self, embed: str) -> list[Site]:
+        """All sites; the classifier is the head, DeiT's distilled models have two."""
         classifier = getattr(self.model, "get_classifier", lambda: None)()
-        heads = classifier if isinstance(classifier, tuple) else (classifier,)  # DeiT's distilled models have two
-        covered = {site.path for site in self.sites}
-        order: dict[str, int] = {}
-        depth, block = -1, ""
-        for path, module in self._modules():  # parents before children: a block's modules follow it
-            order[path] = len(order)
-            if path in self.blocks:
-                depth, block = self.blocks[path], f"{path}."
-            elif not (block and path.startswith(block)):
-                depth, block = -1, ""
-            if path not in covered and isinstance(module, nn.Linear | nn.Conv2d):
-                head = any(module is own for own in heads)
-                self.linear(path, "head" if head else "embed" if path == embed else "proj", depth)
-            elif _is_norm(module):
-                width = len(module.weight)  # type: ignore[arg-type]
-                self.add(path, "norm", depth, kind="norm", width=width, channel_dim=_norm_channel(module))
-        return sorted(self.sites, key=lambda site: order[site.path])
-
-    def _modules(self) -> Iterator[tuple[str, nn.Module]]:
-        for path, module in self.model.named_modules():
-            if "mmpeft" not in path.split("."):
-                yield path, module
+        heads = classifier if isinstance(classifier, tuple) else (classifier,)
+        return self.finish({embed}, {path for path, module in self.modules() if any(module is own for own in heads)})
 
 
 def _things(path: str) -> dict[str, str]:
     return {"stream": f"{path}.norm", "out": f"{path}.drop_path"}
-
-
-def _is_norm(module: nn.Module) -> bool:
-    """Whether a module is a normalisation layer with a weight; ConvNeXt-V2's response norm is none."""
-    name = type(module).__name__.lower()
-    return "norm" in name and "response" not in name and isinstance(module._parameters.get("weight"), nn.Parameter)
-
-
-def _norm_channel(module: nn.Module) -> int:
-    """Where a norm's channels are: `LayerNorm2d`, batch and group norms work on `[B, C, H, W]`, others on the last."""
-    name = type(module).__name__.lower()
-    return 1 if name.endswith("2d") or "batchnorm" in name or "groupnorm" in name else -1
 
 
 def _width(block: nn.Module) -> int:

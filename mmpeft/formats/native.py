@@ -142,7 +142,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             names = sorted(p.name for p in folder.iterdir())
             what = f"it holds {names[:5] or 'nothing'}"
             if "adapter_config.json" in names:
-                what += ", which is a Hugging Face PEFT folder, not one of this suite"
+                what += ", which is a Hugging Face PEFT folder: mmpeft.load_foreign(model, folder) reads it"
             elif any(n.endswith((".bin", ".pt", ".pth", ".ckpt", ".pkl")) for n in names):
                 what += "; pickled files are never read, because unpickling runs code"
         raise AdapterFileError(f"no {MANIFEST} in {folder}: {what}")

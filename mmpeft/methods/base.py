@@ -15,7 +15,8 @@ from mmpeft.functional.rows import Rows, count_rows
 from mmpeft.host import base_value, module_at
 from mmpeft.parts.base import Hook, Placement
 from mmpeft.parts.mask import Mask
-from mmpeft.sites import Kind, Selector, Site, select
+from mmpeft.selector import select
+from mmpeft.sites import Kind, Selector, Site
 
 Taxonomy = Literal["additive", "selective", "reparameterized", "hybrid", "efficient"]
 

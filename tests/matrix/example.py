@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 BATCH = 4
 
@@ -22,7 +22,7 @@ class Example(NamedTuple):
     """`batch` is one tensor or keyword arguments; `read` must give rows that do not depend on one another."""
 
     model: nn.Module
-    batch: Tensor | dict[str, Tensor]
+    batch: Tensor | dict[str, Any]
     read: Callable[[Any], Tensor] = first
 
     def __call__(self, model: nn.Module | None = None, batch: Any = None) -> Tensor:
@@ -37,10 +37,11 @@ class Example(NamedTuple):
 
     def halves(self) -> list[Any]:
         """The batch in two; tensors without one row a sample go into both."""
-        if isinstance(self.batch, Tensor):
-            return list(self.batch.chunk(2))
-        own = [{k: v.chunk(2)[i] if len(v) == BATCH else v for k, v in self.batch.items()} for i in range(2)]
-        return list(own)
+
+        def half(index: int) -> Any:
+            return tree_map(lambda t: t.chunk(2)[index] if len(t) == BATCH else t, self.batch)
+
+        return [half(0), half(1)]
 
 
 def enliven(model: nn.Module, scale: float = 1.0) -> None:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from fnmatch import fnmatch
 
-from tests.matrix.families import timm
+from tests.matrix.families import diffusers, timm
 
 WINDOWS = "window"
 NO_KEY_BIAS = "no state dict"  # the key bias is a buffer of zeros that is never saved
 NO_SUBLAYER = "matches no site"  # one projection serves attention and the feed-forward network
 TEXT = ("llama", "gemma2", "phi", "phi3", "gpt2", "gpt_neox", "bert", "t5")
-NO_KV = (*timm.FAMILIES, "open_clip", "coca")  # attention computed inline: no extension point to enter by
+DIFFUSERS = tuple(diffusers.FAMILIES)
+NO_KV = (*timm.FAMILIES, *DIFFUSERS, "open_clip", "coca")  # attention computed inline: no extension point to enter by
+PLAIN = tuple(name for name in DIFFUSERS if name not in ("dit", "unet2d"))  # those two look classes up
+NO_MLP = ("AdaptFormer", "ParallelAdapter", "Pfeiffer", "DoRA[where]", "LoRA[at=mlp.*,embed]")
 PROMPTS = ("PromptTuning", "PTuning")
 VISION = tuple(timm.FAMILIES)
 PAIRS = ("hf_clip", "hf_siglip", "open_clip", "open_clip_timm_hf", "coca")
@@ -33,9 +36,18 @@ REFUSED = {
         for method in ("PrefixTuning", "PTuningV2", "LLaMAAdapter")
         for family in NO_KV
     },
+    ("AdapterPlus", "sd3"): "two streams",
+    ("AdapterPlus", "flux"): "two streams",
+    ("VPT*", "sd3"): "two streams",
+    ("VPT*", "flux"): "two streams",
+    ("VPT*", "unet2d"): "work on maps",
+    ("VPT", "s*_unet"): "consecutive depths",
+    ("NormTuning", "dit"): "finds no tensor",
+    ("NormTuning", "pixart"): "finds no tensor",
+    **{(method, "unet2d"): "'mlp.*' .*matches no site" for method in NO_MLP},
     **{("LinearProbe", family): "finds no tensor" for family in PAIRS},
-    **{(method, family): "no embedding of words" for method in PROMPTS for family in ("hf_vit", *VISION)},
-    **{(method, family): "is not causal" for method in PROMPTS for family in ("bert", "t5", *PAIRS)},
+    **{(method, family): "no embedding of words" for method in PROMPTS for family in ("hf_vit", *VISION, *PLAIN)},
+    **{(method, family): "is not causal" for method in PROMPTS for family in ("bert", "t5", "dit", "unet2d", *PAIRS)},
 }
 """(method pattern, family pattern) -> part of the reason."""
 
@@ -45,7 +57,7 @@ UNMERGEABLE = {
     ("SSF", "eva02"): NO_KEY_BIAS,
     ("SSF", "rope_vit"): NO_KEY_BIAS,
     ("SSF", "swinv2"): NO_KEY_BIAS,
-    **{("SSF", family): "reads no bias" for family in ("llama", "gemma2", "phi3", "t5")},
+    **{("SSF", family): "reads no bias" for family in ("llama", "gemma2", "phi3", "t5", "sd3", "flux")},
 }
 """Cells that work and cannot be merged, beyond the methods that never can."""
 

@@ -15,7 +15,7 @@ peft = pytest.importorskip("peft")
 
 
 def _pair(method: mmpeft.Method, config: object) -> tuple[nn.Module, mmpeft.Tuning, nn.Module, torch.Tensor]:
-    model, x = FAMILIES["vit"]()
+    model, x, _ = FAMILIES["vit"]()
     theirs = peft.get_peft_model(copy.deepcopy(model), config)
     return model, mmpeft.attach(model, method), theirs, x
 

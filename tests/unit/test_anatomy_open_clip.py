@@ -10,7 +10,8 @@ from open_clip.transformer import VisionTransformer
 from torch import nn
 
 import mmpeft
-from mmpeft.sites import select, sites
+from mmpeft.selector import select
+from mmpeft.sites import sites
 from tests.matrix.example import Example
 from tests.matrix.families.open_clip import FAMILIES
 

@@ -25,7 +25,8 @@ from torch import Tensor, nn
 
 import mmpeft
 from mmpeft.sites import ROLES, Site, find_anatomy
-from tests.matrix.families import FAMILIES, _build
+from tests.matrix.example import Example
+from tests.matrix.families.timm import FAMILIES, _build
 
 VIT = partial(_build, VisionTransformer, img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=2)
 EVA = partial(_build, Eva, img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=2)
@@ -33,15 +34,15 @@ ROTARY: dict[str, Any] = {"use_rot_pos_emb": True}
 CONVNEXT = partial(_build, ConvNeXt, depths=(1, 1, 1, 1), dims=(8, 8, 12, 12), ls_init_value=0.5)
 
 
-def biased_apart() -> tuple[nn.Module, Tensor]:
+def biased_apart() -> Example:
     """EVA whose attention calls qkv and adds the bias to its output in place."""
-    model, x = EVA(**ROTARY)
-    for block in model.blocks:  # type: ignore[union-attr]
+    example: Example = EVA(**ROTARY)
+    for block in example.model.blocks:  # type: ignore[union-attr]
         block.attn.qkv_bias_separate = True
-    return model, x
+    return example
 
 
-VARIANTS: dict[str, Callable[[], tuple[nn.Module, Tensor]]] = {
+VARIANTS: dict[str, Callable[[], Example]] = {
     "vit_swiglu": partial(VIT, mlp_layer=SwiGLUPacked, init_values=0.5),
     "vit_glu_gate_last": partial(VIT, mlp_layer=GluMlp),
     "vit_inner_norms": partial(VIT, scale_attn_norm=True, scale_mlp_norm=True),
@@ -181,14 +182,14 @@ def check_structure(model: nn.Module) -> list[Site]:
 
 @families
 def test_structure(family: str) -> None:
-    model, _ = ALL[family]()
+    model, _, _ = ALL[family]()
     check_structure(model)
 
 
 @families
 def test_calls(family: str) -> None:
     """`call` modules run exactly once a pass; `weight` modules are not called, and their tensors matter."""
-    model, x = ALL[family]()
+    model, x, _ = ALL[family]()
     sites, record = sites_of(model), Record(model, x)
     for site in sites:
         if site.kind not in SHAPED:
@@ -207,7 +208,7 @@ def test_calls(family: str) -> None:
 @families
 def test_declared_bias_belongs_to_its_rows(family: str) -> None:
     """Moving all that an attention reads by c is the same as moving the bias of each row slice by W c."""
-    model, x = ALL[family]()
+    model, x, _ = ALL[family]()
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     biased = [s for s in sites_of(model) if s.bias]
     assert {s.bias for s in biased} == {n for n in tensors if n.endswith(("q_bias", "k_bias", "v_bias", "mlp_bias"))}
@@ -224,7 +225,7 @@ def test_declared_bias_belongs_to_its_rows(family: str) -> None:
 
 
 def test_bias_of_a_parallel_block_belongs_to_its_feed_forward_rows() -> None:
-    model, x = ALL["vit_parallel_fused"]()
+    model, x, _ = ALL["vit_parallel_fused"]()
     site = next(s for s in sites_of(model) if s.bias)
     assert site.role == "mlp.up"
     assert site.rows is not None
@@ -239,7 +240,7 @@ def test_bias_of_a_parallel_block_belongs_to_its_feed_forward_rows() -> None:
 
 @families
 def test_widths_and_channels(family: str) -> None:
-    model, x = ALL[family]()
+    model, x, _ = ALL[family]()
     record = Record(model, x)
     for site in sites_of(model):
         if site.width and site.role != "tokens":
@@ -254,7 +255,7 @@ def test_widths_and_channels(family: str) -> None:
 @families
 def test_residual(family: str) -> None:
     """A block's output is its input plus the outputs of its sub-layers' `out`; `stream` modules read the sum so far."""
-    model, x = ALL[family]()
+    model, x, _ = ALL[family]()
     record, sites = Record(model, x), sites_of(model)
     for block in (s for s in sites if s.role == "block"):
         start, end = record.input(block.path), record.output(block.path)
@@ -284,7 +285,7 @@ def test_residual(family: str) -> None:
 @families
 def test_tokens(family: str) -> None:
     """`prefix` tokens precede the patches of every block; a module that counts them itself is named."""
-    model, x = ALL[family]()
+    model, x, _ = ALL[family]()
     record = Record(model, x)
     for site in (s for s in sites_of(model) if s.role == "tokens"):
         if site.refuse:
@@ -302,7 +303,7 @@ def test_tokens(family: str) -> None:
 @pytest.mark.parametrize("family", [f for f in ALL if not f.startswith(("swin", "convnext"))])
 def test_a_block_takes_one_more_token_or_refuses(family: str) -> None:
     """The refusals of prompts are true: there a block breaks on one more token; elsewhere it runs."""
-    model, x = ALL[family]()
+    model, x, _ = ALL[family]()
     (site, *_) = (s for s in sites_of(model) if s.role == "tokens")
 
     def insert(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -322,7 +323,7 @@ def test_a_block_takes_one_more_token_or_refuses(family: str) -> None:
 @pytest.mark.parametrize("family", [f for f in ALL if f.startswith(ROPE)])
 def test_raised_prefix_keeps_the_rotation_of_the_patches(family: str) -> None:
     """With a token inserted after the prefix that nobody looks at, the others come out of attention as before."""
-    model, _ = ALL[family]()
+    model, _, _ = ALL[family]()
     site = next(s for s in sites_of(model) if s.role == "tokens")
     attention: Any = model.get_submodule(site.prefix_reader)
     h = torch.randn(2, site.prefix + model.patch_embed.num_patches, site.width)  # type: ignore[operator, union-attr]
@@ -343,7 +344,7 @@ def test_raised_prefix_keeps_the_rotation_of_the_patches(family: str) -> None:
 def test_gate_and_up_of_fused_feed_forward() -> None:
     """The rows called `mlp.gate` are what the activation is applied to."""
     for family in ("vit_swiglu", "vit_glu_gate_last", "eva_packed"):
-        model, _ = ALL[family]()
+        model, _, _ = ALL[family]()
         sites = sites_of(model)
         up, gate = (next(s for s in sites if s.role == role) for role in ("mlp.up", "mlp.gate"))
         mlp: Any = model.get_submodule(up.path.removesuffix(".fc1"))
@@ -358,7 +359,7 @@ def test_gate_and_up_of_fused_feed_forward() -> None:
 @pytest.mark.parametrize("family", ALL)
 def test_sites_are_the_same_in_a_tuned_model(family: str) -> None:
     """A second tuning sees what the first one saw, although classes have been swapped."""
-    model, _ = ALL[family]()
+    model, _, _ = ALL[family]()
     before = sites_of(model)
     tunings = [mmpeft.LoRA(rank=2, at="mlp.*"), mmpeft.SSF()]
     if all(s.stream for s in before if s.role == "mlp") and any(s.role == "mlp" for s in before):

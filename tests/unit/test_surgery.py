@@ -178,7 +178,11 @@ def test_patterns_set_ranks_and_scales() -> None:
         (lambda: mmpeft.attach(Toy(), "lora"), ConfigError, "expects a method"),
         (lambda: mmpeft.attach(Toy(), mmpeft.LoRA(at="attn.q"), name="keys"), ConfigError, "identifier"),
         (lambda: mmpeft.attach(Toy(), mmpeft.LoRA(at="attn.q"), name="a b"), ConfigError, "identifier"),
-        (lambda: mmpeft.attach(Toy(), mmpeft.LoRA(at="block")), Refused, "linear or conv sites.*kind 'module'"),
+        (
+            lambda: mmpeft.attach(Toy(), mmpeft.LoRA(at="block")),
+            Refused,
+            "linear or conv or embedding sites.*kind 'module'",
+        ),
         (lambda: mmpeft.attach(Toy(), mmpeft.AdaptFormer()), SiteError, "roles here: .*attn.q ×2"),
         (lambda: mmpeft.attach(Toy(), mmpeft.LoRA(at="mlp.gate")), SiteError, "'mlp.gate'"),
         (lambda: mmpeft.attach(Toy(), mmpeft.LastBlocks(blocks=3)), ConfigError, "has 2 blocks"),

@@ -14,7 +14,8 @@ from mmpeft.host import module_at
 from mmpeft.methods.base import Sited, fan, own_weight, positive, rate, register
 from mmpeft.parts import Delta
 from mmpeft.parts.base import Hook, Placement
-from mmpeft.sites import Kind, Selector, Site, select
+from mmpeft.selector import select
+from mmpeft.sites import Kind, Selector, Site
 
 
 @register("https://arxiv.org/abs/2106.09685", "reparameterized", mergeable=True)

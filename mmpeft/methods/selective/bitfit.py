@@ -13,7 +13,8 @@ from mmpeft.methods.base import register, tensor_of
 from mmpeft.methods.shared.tensors import TensorMethod, elements, tied, train_tensors
 from mmpeft.parts import Mask
 from mmpeft.parts.base import Hook, Placement
-from mmpeft.sites import Site, select
+from mmpeft.selector import select
+from mmpeft.sites import Site
 
 
 @register("https://arxiv.org/abs/2106.10199", "selective", mergeable=True)

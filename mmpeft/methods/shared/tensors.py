@@ -13,7 +13,8 @@ from mmpeft.functional.rows import Rows, take_rows
 from mmpeft.methods.base import Method, tensor_of
 from mmpeft.parts import Mask
 from mmpeft.parts.base import Hook, Placement
-from mmpeft.sites import Selector, Site, select
+from mmpeft.selector import select
+from mmpeft.sites import Selector, Site
 
 
 @dataclass(frozen=True)

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from tests.matrix.example import Example
-from tests.matrix.families import open_clip, timm, transformers
+from tests.matrix.families import diffusers, open_clip, timm, transformers
 
 LIBRARIES: dict[str, dict[str, Callable[[], Example]]] = {
     "timm": timm.FAMILIES,
     "open_clip": open_clip.FAMILIES,
+    "diffusers": diffusers.FAMILIES,
     "transformers": transformers.FAMILIES,
 }
 FAMILIES: dict[str, Callable[[], Example]] = {

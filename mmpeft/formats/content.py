@@ -1,0 +1,193 @@
+"""What an adapter file holds, whatever its format, and the only way such a file is opened."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from mmpeft.errors import AdapterFileError
+
+PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A low-rank update of one module: `ΔW = s · up · down`, `s = alpha / r` (1 without alpha).
+
+    `down` is [r, i] or, for a convolution, [r, i, k...]; `up` is [o, r]; `magnitude` [o] makes it a DoRA update
+    `m ⊙ (W + ΔW) / ‖W + ΔW‖`. `path` names the module in the base model; with `flat` its dots are written as
+    underscores, so that only the model can tell them apart. `component` says which model of a pipeline it is.
+    `transposed` marks a base weight stored as [i, o].
+    """
+
+    path: str
+    down: Tensor
+    up: Tensor
+    alpha: float | None = None
+    magnitude: Tensor | None = None
+    component: str = ""
+    flat: bool = False
+    transposed: bool = False
+
+    @property
+    def rank(self) -> int:
+        return len(self.down)
+
+    @property
+    def scale(self) -> float:
+        return 1.0 if self.alpha is None else self.alpha / self.rank
+
+    def baked(self, alpha: float = 0.0) -> Layer:
+        """The same update with its scale in `up`, for alpha = r or the alpha given: all consumers read it alike."""
+        alpha = alpha or float(self.rank)
+        factor = self.scale * self.rank / alpha
+        if factor == 1.0:
+            return replace(self, alpha=alpha)
+        up = self.up.float() * factor
+        narrow = up.to(self.up.dtype)
+        return replace(self, up=narrow if torch.equal(narrow.float(), up) else up, alpha=alpha)
+
+
+@dataclass(frozen=True)
+class Scaling:
+    """(IA)³: a vector on the input or the output of one module."""
+
+    path: str
+    gamma: Tensor
+    side: Literal["input", "output"]
+    transposed: bool = False
+
+
+@dataclass(frozen=True)
+class Content:
+    """A whole adapter: updates, or scalings, and beside them modules that are saved whole (a new head)."""
+
+    format: str
+    layers: list[Layer] = field(default_factory=list)
+    scalings: list[Scaling] = field(default_factory=list)
+    whole: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    """Module path → its tensors by name."""
+    dropout: float = 0.0
+    notes: tuple[str, ...] = ()
+    targets: str | tuple[str, ...] = ()
+    """The modules that the file says it is for, as PEFT names them; empty where it does not say."""
+    modules: tuple[str, ...] = ()
+    """Names of modules that the file says it saves whole, where the model has them."""
+    others: dict[str, str] = field(default_factory=dict)
+    """Module path → the factor (LoHa, LoKr, …) that is recognised and cannot be loaded."""
+
+    @property
+    def method(self) -> str:
+        """`LoRA`, `DoRA`, `IA3`, or what else the layers are, joined by `+`."""
+        names = {"LoRA" if layer.magnitude is None else "DoRA" for layer in self.layers}
+        names |= set(self.others.values()) | ({"IA3"} if self.scalings else set())
+        return "+".join(sorted(names)) or "none"
+
+    @property
+    def components(self) -> dict[str, int]:
+        """How many layers each model of a pipeline has here; the empty name where a file names none."""
+        counts: dict[str, int] = {}
+        for layer in self.layers:
+            counts[layer.component] = counts.get(layer.component, 0) + 1
+        return counts
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata of a safetensors file.
+
+    Raises:
+        AdapterFileError: missing, pickled, truncated, empty, or with values that are not finite.
+    """
+    if path.suffix in PICKLED:
+        raise AdapterFileError(
+            f"{path} is a pickled file; reading it would run code it holds. Save it as .safetensors with the tool "
+            "that wrote it"
+        )
+    if path.suffix != ".safetensors":
+        raise AdapterFileError(f"expected a .safetensors file, got {path}")
+    if not path.is_file():
+        raise AdapterFileError(f"{path} does not exist")
+    try:
+        with safe_open(path, "pt") as file:  # type: ignore[no-untyped-call]
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            metadata = file.metadata() or {}
+    except (SafetensorError, OSError, ValueError) as error:
+        size = path.stat().st_size
+        raise AdapterFileError(
+            f"{path} is no safetensors file, or only a part of one ({size:,} bytes): {error}"
+        ) from error
+    if not tensors:
+        raise AdapterFileError(f"{path} holds no tensor")
+    for key, tensor in tensors.items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise AdapterFileError(f"{path}: {key} holds NaN or infinity; the adapter was saved from a diverged run")
+    return tensors, metadata
+
+
+def dump_tensors(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
+    """A safetensors file whose bytes depend on nothing but its content; the library shuffles its metadata."""
+    data = save({key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}, dict(metadata))
+    start = 8 + int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:start])
+    text = json.dumps(header | {"__metadata__": dict(sorted(metadata.items()))}, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text + data[start:]
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object.
+
+    Raises:
+        AdapterFileError: not JSON, or no object.
+    """
+    try:
+        return parse_object(path.read_text("utf-8"))
+    except (ValueError, OSError) as error:
+        raise AdapterFileError(f"{path} is no JSON object, or only a part of one: {error}") from error
+
+
+def parse_object(text: str) -> dict[str, Any]:
+    """A JSON object from text. Raises ValueError."""
+    value = json.loads(text)
+    if not isinstance(value, dict):
+        raise ValueError(f"expected an object, got {type(value).__name__}")
+    return value
+
+
+def assemble(slots: Mapping[str, Tensor], path: str, where: Path) -> Layer:
+    """A `Layer` from its tensors (`down`, `up`, perhaps `alpha` and `magnitude`), in any of the files' shapes.
+
+    Raises:
+        AdapterFileError: a half is missing, or the shapes do not belong together.
+    """
+    missing = [name for name in ("down", "up") if name not in slots]
+    if missing:
+        raise AdapterFileError(
+            f"{where}: {path} has {' and '.join(sorted(slots))} but no {missing[0]} projection; the file is a part"
+        )
+    down, up = slots["down"], slots["up"]
+    if down.dim() < 2 or up.dim() < 2 or up[0, 0].numel() != 1 or up.shape[1] != len(down) or not len(down):
+        raise AdapterFileError(
+            f"{where}: {path} has down {tuple(down.shape)} and up {tuple(up.shape)}; expected [r, i, ...] and [o, r] "
+            "of the same rank r"
+        )
+    alpha = slots.get("alpha")
+    if alpha is not None and alpha.numel() != 1:
+        raise AdapterFileError(f"{where}: {path} has an alpha of shape {tuple(alpha.shape)}; expected one number")
+    magnitude = slots.get("magnitude")
+    if magnitude is not None:
+        if magnitude.numel() != len(up):
+            raise AdapterFileError(
+                f"{where}: {path} has a DoRA magnitude of shape {tuple(magnitude.shape)}; expected one length for each "
+                f"of {len(up)} output rows (lengths of input columns, as LyCORIS can write, are another method)"
+            )
+        magnitude = magnitude.flatten()
+    return Layer(path, down, up.flatten(1), None if alpha is None else float(alpha), magnitude)

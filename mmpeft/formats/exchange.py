@@ -1,0 +1,216 @@
+"""Adapters in the formats other tools read: describe, load, export with proof, convert."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+from torch import nn
+
+from mmpeft.errors import AdapterFileError, ConfigError, Refused, nearest
+from mmpeft.files import write_atomic
+from mmpeft.formats import diffusers, native, peft
+from mmpeft.formats.bridge import attach_content, content_of
+from mmpeft.formats.content import Content
+from mmpeft.formats.inspection import FileInfo, inspect, read, refusal
+from mmpeft.formats.verify import Check, by_diffusers, by_peft, compare, expected
+from mmpeft.host import CHILD
+from mmpeft.tuning import Tuning
+
+__all__ = ["FORMATS", "Exported", "FileInfo", "convert", "export", "inspect", "load_foreign", "read"]
+
+Format = Literal["peft", "diffusers", "kohya"]
+FORMATS: tuple[Format, ...] = ("peft", "diffusers", "kohya")
+
+
+@dataclass(frozen=True)
+class Exported:
+    """A written file and who has read it back."""
+
+    path: Path
+    format: str
+    layers: int
+    bytes: int
+    checks: tuple[Check, ...]
+    notes: tuple[str, ...] = ()
+
+    @property
+    def verified_by(self) -> tuple[str, ...]:
+        return tuple(check.reader for check in self.checks)
+
+    @property
+    def difference(self) -> float:
+        """Largest relative difference of any tensor, over all readers."""
+        return max((check.difference for check in self.checks), default=float("nan"))
+
+
+def load_foreign(model: nn.Module, path: str | Path, name: str = "default", component: str = "") -> Tuning:
+    """Attach an adapter of any known format to a model; the suite's own folders too.
+
+    `component` chooses the layers of one model where a file holds those of a whole pipeline (`unet`,
+    `text_encoder`).
+
+    Raises:
+        AdapterFileError: unreadable, or not for this model. The model is left as it was.
+    """
+    path = Path(path)
+    if (path / native.MANIFEST).exists():
+        return native.load(model, path, name)
+    content = read(path)
+    refused = refusal(content)
+    if refused:
+        raise AdapterFileError(f"{path}: {refused}")
+    if component:
+        if component not in content.components:
+            raise AdapterFileError(
+                f"{path} has no layers of {component!r}; it has those of {content.components}."
+                f"{nearest(component, content.components)}"
+            )
+        content = replace(content, layers=[x for x in content.layers if x.component == component])
+    elif len(content.components) > 1:
+        raise AdapterFileError(f"{path} holds layers of {content.components}; choose one with component=")
+    content = replace(content, layers=diffusers.resolve(content.layers, model, path))
+    return attach_content(model, content, name, path)
+
+
+def export(
+    tuning: Tuning, path: str | Path, format: Format = "peft", *, verify: bool = True, prefix: str = ""
+) -> Exported:
+    """Write a tuning as a PEFT folder, or as one file of the diffusers or kohya style; then prove it.
+
+    What is written is first reloaded from a temporary folder, by its consumer where that is installed and by this
+    suite's own reader, and compared layer by layer; only then it takes its place, atomically. `prefix` is the model's
+    name in a pipeline (`unet`, `transformer`), by default that of its class.
+
+    Raises:
+        Refused: the tuning has parts that the format cannot hold. AdapterFileError: a reader finds other layers or
+            values; nothing is written then.
+    """
+    _known(format, prefix)
+    model = tuning.model
+    content = replace(content_of(tuning, format), format=format)
+    prefix = prefix or diffusers.component_for(model)
+    modules = [n for n, _ in model.named_modules() if CHILD not in n.split(".")]
+    base = getattr(getattr(model, "config", None), "name_or_path", None) or None
+    files = _files(content, format, prefix, modules, base)
+    notes: list[str] = []
+
+    def prove(copy: Path) -> tuple[Check, ...]:
+        checks = [_by_own_reader(model, copy, content, prefix)]
+        if format == "peft":
+            checks += by_peft(model, copy, content)
+        elif format == "kohya" and (limits := _kohya_limits(content, prefix)):
+            notes.append(limits)
+        else:
+            checks += by_diffusers(model, copy, prefix, content)
+        return tuple(checks)
+
+    return _write(files, Path(path), content, prove if verify else None, notes)
+
+
+def convert(
+    src: str | Path, dst: str | Path, format: Format, *, model: nn.Module | None = None, prefix: str = ""
+) -> Exported:
+    """Rewrite an adapter file in another format, scale baked in; read back and compared.
+
+    A model is needed only where names are ambiguous: from kohya files, whose names have lost their dots. `prefix`
+    renames the model of a file that holds one; by default the file's own name for it is kept.
+
+    Raises:
+        AdapterFileError, Refused: unreadable, inexpressible, or a model is needed.
+    """
+    _known(format, prefix)
+    src, dst = Path(src), Path(dst)
+    content = read(src)
+    refused = refusal(content)
+    if refused:
+        raise AdapterFileError(f"{src}: {refused}")
+    layers = diffusers.resolve(content.layers, model, src)
+    if any(layer.flat for layer in layers):
+        raise AdapterFileError(f"{src}: {next(x.path for x in layers if x.flat)!r} names no module of the model given")
+    if format != "peft" and (content.scalings or content.whole):
+        raise Refused(
+            f"{src} holds {'(IA)³ vectors' if content.scalings else 'whole modules'}; {format} has no key for them"
+        )
+    if format == "peft" and len(content.components) > 1:
+        raise Refused(f"{src} holds layers of {content.components}; a PEFT folder is for one model")
+    if prefix and len(content.components) == 1:
+        layers = [replace(layer, component=prefix) for layer in layers]
+    prefix = prefix or ("unet" if model is None else diffusers.component_for(model))
+    content = replace(content, format=format, layers=[layer.baked() for layer in layers])
+    modules = [n for n, _ in model.named_modules()] if model is not None else []
+    files = _files(content, format, prefix, modules, None)
+    return _write(files, dst, content, lambda copy: (_by_own_reader(model, copy, content, prefix),), [])
+
+
+# -- shared -------------------------------------------------------------------------------------------------
+
+
+def _known(format: str, prefix: str) -> None:
+    names = (*diffusers.FLAT_OUT, "")
+    for what, value, known in (("format", format, FORMATS), ("prefix", prefix, names)):
+        if value not in known:
+            listed = ", ".join(filter(None, known))
+            raise ConfigError(f"unknown {what} {value!r}; known: {listed}.{nearest(value, known)}")
+
+
+def _files(content: Content, format: str, prefix: str, modules: Sequence[str], base: str | None) -> dict[str, bytes]:
+    """Names and bytes of what a format writes; the file that makes the rest valid comes last."""
+    if format == "peft":
+        return peft.folder_files(content, modules, base)
+    if format == "diffusers":
+        return {diffusers.WEIGHTS: diffusers.diffusers_bytes(content.layers, prefix, modules)}
+    return {diffusers.WEIGHTS: diffusers.kohya_bytes(content.layers, prefix)}
+
+
+def _by_own_reader(model: nn.Module | None, copy: Path, content: Content, prefix: str) -> Check:
+    """Read a written file back by names alone where no model is given, by the model's modules where one is."""
+    back = read(copy)
+    layers = back.layers
+    if model is None:
+        names = {layer.path.replace(".", "_"): layer.path for layer in content.layers}
+        layers = [replace(x, path=names.get(x.path, x.path), flat=False) if x.flat else x for x in layers]
+    back = replace(back, layers=diffusers.resolve(layers, model, copy))
+    if content.format != "peft":
+        content = replace(content, layers=[replace(x, component=x.component or prefix) for x in content.layers])
+    else:
+        content = replace(content, layers=[replace(x, component="") for x in content.layers])
+    return compare("mmpeft", expected(content), expected(back))
+
+
+def _kohya_limits(content: Content, prefix: str) -> str:
+    """Why diffusers is no judge of a kohya file; empty when it is."""
+    if any(layer.magnitude is not None for layer in content.layers):
+        return "diffusers drops dora_scale; other readers of kohya files take it"
+    if prefix != "unet":
+        return "diffusers reads kohya names of UNets only"
+    return ""
+
+
+def _write(
+    files: Mapping[str, bytes],
+    path: Path,
+    content: Content,
+    prove: Callable[[Path], tuple[Check, ...]] | None,
+    notes: Sequence[str],
+) -> Exported:
+    """Prove the bytes in a temporary folder, then put them into place."""
+    if content.format != "peft":
+        path = path if path.suffix == ".safetensors" else path / diffusers.WEIGHTS
+        if path.is_dir():
+            raise AdapterFileError(f"expected a file name, {path} is a folder")
+    elif path.is_file() or path.suffix == ".safetensors":
+        raise AdapterFileError(f"a PEFT adapter is a folder of two files; {path} is the name of one file")
+    checks: tuple[Check, ...] = ()
+    if prove:
+        with tempfile.TemporaryDirectory(prefix="mmpeft-") as scratch:
+            for name, data in files.items():
+                write_atomic(Path(scratch) / name, data)
+            checks = prove(Path(scratch) if content.format == "peft" else Path(scratch) / next(iter(files)))
+    for name, data in files.items():
+        write_atomic(path / name if content.format == "peft" else path, data)
+    count = len(content.layers) + len(content.scalings)
+    return Exported(path, content.format, count, sum(map(len, files.values())), checks, tuple(notes))

@@ -1,0 +1,143 @@
+"""What is in an adapter file, and whether it fits a model; nothing is attached."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from mmpeft.errors import AdapterFileError
+from mmpeft.formats import diffusers, native, peft
+from mmpeft.formats.content import PICKLED, Content, read_tensors
+from mmpeft.formats.low_rank import tunable_sites
+
+
+@dataclass(frozen=True)
+class FileInfo:
+    """What `inspect` finds in an adapter file."""
+
+    path: Path
+    format: str
+    method: str
+    layers: int
+    bytes: int
+    ranks: Mapping[int, int] = field(default_factory=dict)
+    """Rank → layers that have it."""
+    scales: Mapping[float, int] = field(default_factory=dict)
+    """Effective scale s of `s · up · down` → layers that have it."""
+    dtypes: Mapping[str, int] = field(default_factory=dict)
+    components: Mapping[str, int] = field(default_factory=dict)
+    whole: tuple[str, ...] = ()
+    """Modules that are saved whole beside the layers."""
+    notes: tuple[str, ...] = ()
+    refused: str = ""
+    """Why the file cannot be loaded; empty when it can."""
+    matched: tuple[str, ...] | None = None
+    unmatched: tuple[str, ...] | None = None
+    """Layers with and without a place in the model; None when no model was given."""
+
+
+def read(path: str | Path) -> Content:
+    """The content of a PEFT folder or a single LoRA file, whichever is there.
+
+    Raises:
+        AdapterFileError: nothing readable; the message says what is there instead.
+    """
+    path = Path(path)
+    if path.is_file():
+        beside = path.name == peft.WEIGHTS and (path.parent / peft.CONFIG).exists()
+        return peft.read_folder(path.parent) if beside or path.name == peft.CONFIG else diffusers.read_file(path)
+    if not path.exists():
+        raise AdapterFileError(f"{path} does not exist")
+    if (path / peft.CONFIG).exists():
+        return peft.read_folder(path)
+    if (path / native.MANIFEST).exists():
+        raise AdapterFileError(
+            f"{path} is this suite's own folder; attach it with mmpeft.load(), or write it anew with `mmpeft export`"
+        )
+    files = sorted(path.glob("*.safetensors"))
+    if len(files) != 1:
+        names = sorted(p.name for p in path.iterdir())[:5]
+        pickled = any(name.endswith(PICKLED) for name in names)
+        why = "; pickled files are never read, because unpickling runs code" if pickled else ""
+        raise AdapterFileError(f"expected {peft.CONFIG} or one .safetensors file in {path}; it holds {names}{why}")
+    return diffusers.read_file(files[0])
+
+
+def inspect(path: str | Path, model: nn.Module | None = None) -> FileInfo:
+    """Describe an adapter file: format, method, layers, ranks, effective scales and, given a model, what fits it.
+
+    Raises:
+        AdapterFileError: it is not an adapter file, or only a part of one.
+    """
+    path = Path(path)
+    if (path / native.MANIFEST).exists():
+        return _inspect_native(path)
+    content = read(path)
+    info = FileInfo(
+        path,
+        content.format,
+        content.method,
+        len(content.layers) + len(content.scalings) + len(content.others),
+        _size(path),
+        dict(sorted(Counter(layer.rank for layer in content.layers).items())),
+        dict(sorted(Counter(round(layer.scale, 6) for layer in content.layers).items())),
+        _dtypes(_tensors(content)),
+        content.components,
+        tuple(content.whole),
+        content.notes,
+        refusal(content),
+    )
+    if model is None:
+        return info
+    layers = diffusers.resolve(content.layers, model, path)
+    names = [*(layer.path for layer in layers), *(s.path for s in content.scalings), *content.others]
+    known = tunable_sites(model, ("linear", "conv"))
+    flat = {name.replace(".", "_") for name in known} if content.others else set()
+    fits = {name: name in known or name in flat for name in names}
+    matched = tuple(name for name, fit in fits.items() if fit)
+    return replace(info, matched=matched, unmatched=tuple(name for name, fit in fits.items() if not fit))
+
+
+def refusal(content: Content) -> str:
+    """Why content that can be described cannot be loaded; empty when it can."""
+    idle = next((layer.path for layer in content.layers if layer.scale == 0), "")
+    if idle:
+        return f"{idle} has alpha 0, which some readers take as no effect and others as alpha = r; set it"
+    if not content.others:
+        return ""
+    kinds = ", ".join(f"{kind} ×{n}" for kind, n in Counter(content.others.values()).items())
+    return f"it holds layers of {kinds}, a factor this suite does not have yet; only low-rank layers are loaded"
+
+
+def _inspect_native(folder: Path) -> FileInfo:
+    manifest = native.read_manifest(folder)
+    file = folder / str(manifest["tensors"]["file"])
+    tensors, _ = read_tensors(file)
+    return FileInfo(
+        folder,
+        "mmpeft",
+        str(manifest["method"]["name"]),
+        len(manifest["sites"]),
+        _size(folder),
+        dtypes=_dtypes(tensors.values()),
+        notes=(f"made for {manifest['base']['class']} {manifest['base']['fingerprint']}",),
+    )
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.is_file() else sum(p.stat().st_size for p in path.iterdir() if p.is_file())
+
+
+def _tensors(content: Content) -> list[Tensor]:
+    found = [tensor for layer in content.layers for tensor in (layer.down, layer.up)]
+    found += [scaling.gamma for scaling in content.scalings]
+    return found + [tensor for own in content.whole.values() for tensor in own.values()]
+
+
+def _dtypes(tensors: Iterable[Tensor]) -> dict[str, int]:
+    """How many tensors are of each type."""
+    return dict(Counter(str(tensor.dtype).removeprefix("torch.") for tensor in tensors))

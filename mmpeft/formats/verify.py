@@ -1,0 +1,173 @@
+"""A written adapter, reloaded by the program that will read it and compared tensor by tensor."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from importlib import import_module
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mmpeft.errors import AdapterFileError
+from mmpeft.formats.content import Content
+from mmpeft.formats.low_rank import delta_weights
+from mmpeft.tuning import tunings
+
+TOLERANCE = 1e-5
+"""Largest difference of a reloaded tensor, relative to its largest value; a reader in half precision may round."""
+
+REFUSALS = (ValueError, KeyError, TypeError, RuntimeError, AttributeError)
+"""What readers raise on a file they do not understand."""
+
+
+@dataclass(frozen=True)
+class Check:
+    """Who read a file back, how many modules it found there, and how far they are from what was written."""
+
+    reader: str
+    modules: int
+    difference: float
+
+
+def plain_copy(model: nn.Module) -> nn.Module:
+    """The base without its tunings as another module tree over the same storage; the model is left alone."""
+    shared: dict[int, Any] = {}
+    for parameter in model.parameters():
+        if type(parameter) is nn.Parameter:
+            shared[id(parameter)] = nn.Parameter(parameter.detach(), requires_grad=parameter.requires_grad)
+    for buffer in model.buffers():
+        shared[id(buffer)] = buffer
+    twin = copy.deepcopy(model, shared)
+    for tuning in tunings(twin).values():
+        tuning.detach()
+    return twin
+
+
+def expected(content: Content) -> dict[str, Tensor]:
+    """What a reader must have: ΔW by module, magnitudes, scalings and whole tensors, each by a key of its own."""
+    found: dict[str, Tensor] = {}
+    for layer in content.layers:
+        name = f"{layer.component}:{layer.path}".lstrip(":")
+        found[f"ΔW of {name}"] = delta_weights([replace(layer, magnitude=None)])[layer.path]
+        if layer.magnitude is not None:
+            found[f"magnitude of {name}"] = layer.magnitude
+    found |= {f"vector on {x.path}'s {x.side}": x.gamma for x in content.scalings}
+    found |= {f"{module}.{name}": tensor for module, own in content.whole.items() for name, tensor in own.items()}
+    return found
+
+
+def compare(reader: str, wanted: Mapping[str, Tensor], got: Mapping[str, Tensor]) -> Check:
+    """Every tensor of both sides within the tolerance.
+
+    Raises:
+        AdapterFileError: nothing at all, other modules, or another value.
+    """
+    if not got:
+        raise AdapterFileError(f"{reader} found no layer in the file that was written; nothing is kept")
+    for names, what in ((set(wanted) - set(got), "does not find"), (set(got) - set(wanted), "also finds")):
+        if names:
+            raise AdapterFileError(
+                f"{reader} {what} {len(names)} of the tensors written, first {min(names)!r}; nothing is kept"
+            )
+    worst = 0.0
+    for name, tensor in wanted.items():
+        kept = got[name].dtype
+        limit = TOLERANCE if kept.itemsize > 2 else 4 * torch.finfo(kept).eps
+        mine, theirs = tensor.detach().float().cpu(), got[name].detach().float().cpu()
+        if mine.numel() != theirs.numel():
+            raise AdapterFileError(f"{reader} reads {name} as {tuple(theirs.shape)}, written was {tuple(mine.shape)}")
+        off = (mine.flatten() - theirs.flatten()).abs().max() / mine.abs().max().clamp_min(1e-12)
+        worst = max(worst, float(off))
+        if not off <= limit:
+            raise AdapterFileError(
+                f"{reader} reads {name} with a relative difference of {float(off):.1e}; at most {limit:.0e} is "
+                "accepted, nothing is kept"
+            )
+    return Check(reader, len(wanted), worst)
+
+
+def by_peft(model: nn.Module, folder: Path, content: Content) -> list[Check]:
+    """Load a folder with `peft.PeftModel.from_pretrained`; empty where peft is not installed."""
+    if find_spec("peft") is None:
+        return []
+    from peft import PeftModel
+
+    reader = f"peft {version('peft')}"
+    with _quiet():
+        try:
+            loaded = PeftModel.from_pretrained(plain_copy(model), str(folder))
+        except REFUSALS as error:
+            raise AdapterFileError(f"{reader} refuses the folder that was written: {error}") from error
+    return [compare(reader, expected(content), _adapters(loaded.get_base_model(), "default"))]
+
+
+def by_diffusers(model: nn.Module, file: Path, component: str, content: Content) -> list[Check]:
+    """Load a file of either style through diffusers; empty where the model's class loads none, or without peft."""
+    if not hasattr(model, "load_lora_adapter") or find_spec("peft") is None:
+        return []
+    twin: Any = plain_copy(model)
+    reader = f"diffusers {version('diffusers')}"
+    with _quiet():
+        try:
+            if content.format == "kohya":
+                loader = import_module("diffusers.loaders.lora_pipeline").StableDiffusionLoraLoaderMixin
+                state, alphas = loader.lora_state_dict(str(file), unet_config=twin.config, local_files_only=True)
+                loader.load_lora_into_unet(state, network_alphas=alphas, unet=twin, adapter_name="default")
+            else:
+                twin.load_lora_adapter(
+                    str(file.parent),
+                    weight_name=file.name,
+                    prefix=component,
+                    adapter_name="default",
+                    local_files_only=True,
+                )
+        except REFUSALS as error:
+            raise AdapterFileError(f"{reader} refuses the file that was written: {error}") from error
+    return [compare(reader, expected(content), _adapters(twin, "default"))]
+
+
+def _adapters(model: nn.Module, name: str) -> dict[str, Tensor]:
+    """The tensors of one adapter that peft holds in a model, under the keys of `expected`."""
+    from peft.tuners.ia3.layer import IA3Layer
+    from peft.tuners.lora.layer import LoraLayer
+    from peft.utils.other import ModulesToSaveWrapper
+
+    found: dict[str, Tensor] = {}
+    for path, module in model.named_modules():
+        if isinstance(module, LoraLayer) and name in module.scaling:
+            delta = module.get_delta_weight(name)
+            found[f"ΔW of {path}"] = delta.T if getattr(module, "fan_in_fan_out", False) else delta
+            if name in module.lora_magnitude_vector:
+                found[f"magnitude of {path}"] = module.lora_magnitude_vector[name].weight
+        elif isinstance(module, IA3Layer) and name in module.ia3_l:
+            side = "input" if module.is_feedforward else "output"
+            found[f"vector on {path}'s {side}"] = module.ia3_l[name]
+        elif isinstance(module, ModulesToSaveWrapper) and name in module.modules_to_save:
+            own = module.modules_to_save[name].state_dict()
+            found |= {f"{path}.{key}": tensor for key, tensor in own.items()}
+    return found
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Hide what loaders print: the comparison after them says all there is to say, and says it as an error."""
+    noisy = [logging.getLogger(name) for name in ("diffusers", "diffusers.loaders.peft", "peft")]
+    levels = [logger.level for logger in noisy]
+    with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
+        warnings.simplefilter("ignore")
+        for logger in noisy:
+            logger.setLevel(logging.CRITICAL)
+        try:
+            yield
+        finally:
+            for logger, level in zip(noisy, levels):
+                logger.setLevel(level)
