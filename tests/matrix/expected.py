@@ -12,7 +12,6 @@ NO_SUBLAYER = "matches no site"  # one projection serves attention and the feed-
 TEXT = ("llama", "gemma2", "phi", "phi3", "gpt2", "gpt_neox", "bert", "t5")
 DIFFUSERS = tuple(diffusers.FAMILIES)
 NO_KV = (*timm.FAMILIES, *DIFFUSERS, "open_clip", "coca")  # attention computed inline: no extension point to enter by
-PLAIN = tuple(name for name in DIFFUSERS if name not in ("dit", "unet2d"))  # those two look classes up
 NO_MLP = ("AdaptFormer", "ParallelAdapter", "Pfeiffer", "DoRA[where]", "LoRA[at=mlp.*,embed]")
 PROMPTS = ("PromptTuning", "PTuning")
 VISION = tuple(timm.FAMILIES)
@@ -46,8 +45,8 @@ REFUSED = {
     ("NormTuning", "pixart"): "finds no tensor",
     **{(method, "unet2d"): "'mlp.*' .*matches no site" for method in NO_MLP},
     **{("LinearProbe", family): "finds no tensor" for family in PAIRS},
-    **{(method, family): "no embedding of words" for method in PROMPTS for family in ("hf_vit", *VISION, *PLAIN)},
-    **{(method, family): "is not causal" for method in PROMPTS for family in ("bert", "t5", "dit", "unet2d", *PAIRS)},
+    **{(method, family): "no embedding of words" for method in PROMPTS for family in ("hf_vit", *VISION, *DIFFUSERS)},
+    **{(method, family): "is not causal" for method in PROMPTS for family in ("bert", "t5", *PAIRS)},
 }
 """(method pattern, family pattern) -> part of the reason."""
 

@@ -19,10 +19,11 @@ from mmpeft.diffusion.anatomy import PRESETS, denoiser
 from mmpeft.errors import Refused
 from mmpeft.selector import select
 from mmpeft.sites import ROLES, Site
-from tests.matrix.families_diffusers import FAMILIES, SD3, SD_UNET, Family, _build, _pixart_inputs
+from tests.matrix.example import Example
+from tests.matrix.families.diffusers import FAMILIES, SD3, SD_UNET, _build, _pixart_inputs
 
 DOWN, UP = "CrossAttnDownBlock2D", "CrossAttnUpBlock2D"
-VARIANTS: dict[str, Callable[[], Family]] = {
+VARIANTS: dict[str, Callable[[], Example]] = {
     "sd2_unet": partial(
         SD_UNET, use_linear_projection=True, resnet_time_scale_shift="scale_shift",
         down_block_types=(DOWN, DOWN), up_block_types=(UP, UP),
@@ -102,7 +103,7 @@ def check_structure(model: Any) -> list[Site]:
 @families
 def test_structure_and_depth(family: str) -> None:
     """Depth is the order of execution."""
-    model, batch = ALL[family]()
+    model, batch, _ = ALL[family]()
     depth = {s.path: s.depth for s in check_structure(model) if s.role == "block"}
     assert [depth[path] for path in Record(model, batch).order if path in depth] == list(range(len(depth)))
 
@@ -110,7 +111,7 @@ def test_structure_and_depth(family: str) -> None:
 @families
 def test_every_module_is_called_and_every_row_counts(family: str) -> None:
     """Other values in the rows of a site change the output; of a refused one they change nothing."""
-    model, batch = ALL[family]()
+    model, batch, _ = ALL[family]()
     record, sites = Record(model, batch), [s for s in denoiser(model) if s.kind != "module"]
     dead = {"sd3": {"attn.add_q_proj", "attn.norm_added_q"}, "sd3_plain": {"attn.add_q_proj"}}.get(family, set())
     assert {s.path for s in sites if s.refuse} == {f"transformer_blocks.2.{name}" for name in dead}
@@ -130,7 +131,7 @@ def test_every_module_is_called_and_every_row_counts(family: str) -> None:
 @families
 def test_widths_entries_and_gates(family: str) -> None:
     """Also: `mlp.gate` rows are what the activation is applied to, and `mlp.up` rows are multiplied with that."""
-    model, batch = ALL[family]()
+    model, batch, _ = ALL[family]()
     record, sites = Record(model, batch), denoiser(model)
     beside = {"to_q": "to_v", "add_q_proj": "add_v_proj", "proj_mlp": "attn.to_q"}
     for site in sites:
@@ -152,7 +153,7 @@ def test_widths_entries_and_gates(family: str) -> None:
 @families
 def test_residual(family: str) -> None:
     """Between two `stream`s the residual stream grows by what sub-layers put out, times one gate for each channel."""
-    model, batch = ALL[family]()
+    model, batch, _ = ALL[family]()
     record, sites = Record(model, batch), denoiser(model)
     for block in (s for s in sites if s.role == "block"):
         subs = [s for s in sites if s.role in ("attn", "cross", "mlp") and s.path.startswith(f"{block.path}.")]
@@ -186,7 +187,7 @@ def test_residual(family: str) -> None:
 @families
 def test_methods_live(family: str) -> None:
     """What a user asks for first works, every tensor of it learns, and sites stay what they were."""
-    model, batch = ALL[family]()
+    model, batch, _ = ALL[family]()
     before = denoiser(model)
     crossed, subs = "cross.q" in (roles := {s.role for s in before}), "|".join(sorted(roles & {"attn", "cross", "mlp"}))
     methods: list[mmpeft.Method] = [mmpeft.SSF(), mmpeft.Houlsby(at=subs), mmpeft.ParallelAdapter(at=subs)]
@@ -235,7 +236,7 @@ def test_presets_select_halves_of_sdxl() -> None:
 
 @pytest.mark.parametrize("family", ["sd_unet", "pixart", "flux"])
 def test_fused_projections_are_refused_until_unfused(family: str) -> None:
-    model, batch = FAMILIES[family]()
+    model, batch, _ = FAMILIES[family]()
     with torch.no_grad():
         model.fuse_qkv_projections()  # type: ignore[operator]
     with pytest.raises(Refused, match="unfuse_qkv_projections"):

@@ -37,8 +37,10 @@ def test_importing_the_package_loads_no_library() -> None:
 
 def test_the_core_and_the_domain_load_no_backbone_library() -> None:
     code = (
-        "import sys, mmpeft; mmpeft.LoRA; mmpeft.attach; mmpeft.load; import mmpeft.vision;"
-        "print([m for m in ('timm', 'torchvision', 'diffusers', 'transformers', 'lightning') if m in sys.modules])"
+        "import sys, mmpeft; mmpeft.LoRA; mmpeft.attach; mmpeft.load;"
+        "import mmpeft.vision, mmpeft.vla, mmpeft.diffusion, mmpeft.llm;"
+        "libraries = 'timm', 'torchvision', 'open_clip', 'diffusers', 'transformers', 'lightning';"
+        "print([m for m in libraries if m in sys.modules])"
     )
     assert (
         subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
