@@ -157,7 +157,11 @@ def _check_complete(model: nn.Module, content: Content, where: object) -> None:
     have = (
         {layer.path for layer in content.layers} | {scaling.path for scaling in content.scalings} | set(content.whole)
     )
-    lacking = [p for p in tunable_sites(model, ("linear", "conv")) if targeted(content.targets, p) and p not in have]
+    lacking = [
+        p
+        for p in tunable_sites(model, ("linear", "conv", "embedding"))
+        if targeted(content.targets, p) and p not in have
+    ]
     named = [(path, module) for path, module in model.named_modules() if targeted(content.modules, path)]
     lacking += [path for path, module in named if path not in have and _own_parameters(module)]
     if lacking:

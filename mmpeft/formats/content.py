@@ -25,7 +25,7 @@ class Layer:
     `down` is [r, i] or, for a convolution, [r, i, k...]; `up` is [o, r]; `magnitude` [o] makes it a DoRA update
     `m ⊙ (W + ΔW) / ‖W + ΔW‖`. `path` names the module in the base model; with `flat` its dots are written as
     underscores, so that only the model can tell them apart. `component` says which model of a pipeline it is.
-    `transposed` marks a base weight stored as [i, o].
+    `transposed` marks a base weight stored as [i, o]; so is the table of an embedding (`lookup`), [words, d].
     """
 
     path: str
@@ -36,6 +36,7 @@ class Layer:
     component: str = ""
     flat: bool = False
     transposed: bool = False
+    lookup: bool = False
 
     @property
     def rank(self) -> int:

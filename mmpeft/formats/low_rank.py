@@ -43,10 +43,8 @@ def layers_of(tuning: object) -> list[Layer]:
 @torch.no_grad()
 def _stack(model: nn.Module, path: str, placements: list[Placement]) -> Layer:
     module = module_at(model, path)
-    grouped = getattr(module, "groups", 1) > 1
-    if grouped or isinstance(module, nn.Embedding):
-        what = "a grouped convolution" if grouped else "an embedding"
-        raise Refused(f"{path} is {what}; only linears and ordinary convolutions are exchanged. Use tuning.save()")
+    if getattr(module, "groups", 1) > 1:
+        raise Refused(f"{path} is a grouped convolution; other tools have no update of one. Use tuning.save()")
     weight: Tensor = base_value(module, placements[0].hooks[0].name or "weight")
     parts = [placement.part for placement in placements if isinstance(placement.part, Delta)]
     transposed = parts[0].transposed
@@ -75,7 +73,7 @@ def _stack(model: nn.Module, path: str, placements: list[Placement]) -> Layer:
             if part.magnitude is not None:
                 magnitude = put_rows(magnitude, part.magnitude.detach(), part.rows)
     down = down.view(len(down), *weight.shape[1:])
-    return Layer(path, down, up, float(len(down)), magnitude, transposed=transposed)
+    return Layer(path, down, up, float(len(down)), magnitude, transposed=transposed, lookup=parts[0].lookup)
 
 
 def _row_norms(weight: Tensor, delta: Tensor) -> Tensor:
@@ -119,7 +117,7 @@ def fit_layers(model: nn.Module, layers: Sequence[Layer], where: object) -> list
     Raises:
         AdapterFileError: a layer without a site, of another shape, or named twice.
     """
-    by_path = tunable_sites(model, ("linear", "conv"))
+    by_path = tunable_sites(model, ("linear", "conv", "embedding"))
     check_paths(model, [layer.path for layer in layers], by_path, where)
     signed = [layer if layer.scale >= 0 else layer.baked() for layer in layers]
     return [piece for layer in signed for piece in _cut(model, layer, by_path[layer.path], where)]

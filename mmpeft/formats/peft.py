@@ -23,17 +23,18 @@ from mmpeft.formats.content import PICKLED, Content, Layer, Scaling, assemble, d
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
 TYPES = ("LORA", "IA3")
+EMBEDDING = ".lora_embedding_A"
 
 SLOTS = {
     ".lora_A.weight": "down",
     ".lora_B.weight": "up",
     ".lora_magnitude_vector.weight": "magnitude",
     ".lora_magnitude_vector": "magnitude",
+    ".lora_embedding_A": "down",
+    ".lora_embedding_B": "up",
     ".ia3_l": "gamma",
 }
 NOT_YET = {
-    ".lora_embedding_A": "an update of an embedding, which has no part here yet",
-    ".lora_embedding_B": "an update of an embedding, which has no part here yet",
     ".lora_A.bias": "a bias inside the update (lora_bias=True)",
     ".lora_B.bias": "a bias inside the update (lora_bias=True)",
     ".trainable_tokens_delta": "trained rows of an embedding (trainable_token_indices)",
@@ -97,7 +98,9 @@ def read_folder(folder: Path) -> Content:
     if kind == "IA3":
         scalings = [_scaling(path, own["gamma"], config, folder) for path, own in slots.items()]
         return Content("peft", scalings=scalings, **told)
+    lookups = {key.removeprefix(PREFIX).removesuffix(EMBEDDING) for key in tensors if key.endswith(EMBEDDING)}
     layers = [scaled(assemble(own, path, folder), config, folder / CONFIG) for path, own in slots.items()]
+    layers = [replace(x, lookup=True, transposed=True) if x.path in lookups else x for x in layers]
     _check_dora(layers, config, folder)
     return Content("peft", layers, dropout=float(config.get("lora_dropout") or 0.0), **told)
 
@@ -227,7 +230,8 @@ def folder_files(content: Content, modules: Collection[str] = (), base_name: str
     tensors = {f"{PREFIX}{m}.{n}": tensor for m, own in content.whole.items() for n, tensor in own.items()}
     targets = [layer.path for layer in layers] or [scaling.path for scaling in content.scalings]
     config: dict[str, Any] = {
-        "fan_in_fan_out": any([x.transposed for x in layers] + [x.transposed for x in content.scalings]),
+        "fan_in_fan_out": any(x.transposed for x in layers if not x.lookup)
+        or any(x.transposed for x in content.scalings),
         "auto_mapping": None,
         "base_model_name_or_path": base_name,
         "inference_mode": True,
@@ -262,6 +266,12 @@ def lora_tensors(layers: Collection[Layer], prefix: str) -> dict[str, Tensor]:
     """Baked layers under PEFT's key names; a convolution's `up` is [o, r, 1, 1], its magnitude [1, o, 1, 1]."""
     tensors = {}
     for layer in layers:
+        if layer.lookup:
+            tensors[f"{prefix}{layer.path}.lora_embedding_A"] = layer.down
+            tensors[f"{prefix}{layer.path}.lora_embedding_B"] = layer.up
+            if layer.magnitude is not None:
+                tensors[f"{prefix}{layer.path}.lora_magnitude_vector"] = layer.magnitude
+            continue
         ones = [1] * (layer.down.dim() - 2)
         tensors[f"{prefix}{layer.path}.lora_A.weight"] = layer.down
         tensors[f"{prefix}{layer.path}.lora_B.weight"] = layer.up.reshape(*layer.up.shape, *ones)

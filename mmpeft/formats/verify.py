@@ -145,7 +145,8 @@ def _adapters(model: nn.Module, name: str) -> dict[str, Tensor]:
     for path, module in model.named_modules():
         if isinstance(module, LoraLayer) and name in module.scaling:
             delta = module.get_delta_weight(name)
-            found[f"ΔW of {path}"] = delta.T if getattr(module, "fan_in_fan_out", False) else delta
+            turned = getattr(module, "fan_in_fan_out", False) or name in module.lora_embedding_A
+            found[f"ΔW of {path}"] = delta.T if turned else delta
             if name in module.lora_magnitude_vector:
                 found[f"magnitude of {path}"] = module.lora_magnitude_vector[name].weight
         elif isinstance(module, IA3Layer) and name in module.ia3_l:

@@ -27,7 +27,8 @@ class Example(NamedTuple):
 
     def __call__(self, model: nn.Module | None = None, batch: Any = None) -> Tensor:
         """The answer of a model (by default the own one) to a batch."""
-        model, batch = model or self.model, self.batch if batch is None else batch
+        model = self.model if model is None else model
+        batch = self.batch if batch is None else batch
         return self.read(model(**batch) if isinstance(batch, dict) else model(batch))
 
     @torch.no_grad()

@@ -143,7 +143,7 @@ BAD: dict[str, tuple[Callable[[Tensors, Config], Any], str]] = {
     "nan": (lambda t, c: t[A].fill_(float("nan")), "holds NaN or infinity"),
     "mixed": (lambda t, c: c.update(peft_type="IA3"), "belong to different adapters"),
     "dora": (lambda t, c: c.update(use_dora=True), "use_dora=True, but 0 of 6 layers"),
-    "embedding": (lambda t, c: t.update({"m.lora_embedding_A": torch.ones(1, 1)}), "update of an embedding"),
+    "half an embedding": (lambda t, c: t.update({"m.lora_embedding_A": torch.ones(1, 1)}), "no up projection"),
     "bias": (lambda t, c: c.update(bias="all"), "trains biases"),
     "pissa": (lambda t, c: c.update(init_lora_weights="pissa"), "subtracts the initial update from the base"),
     "option": (lambda t, c: c.update(use_qalora=True), r"pooled inputs \(QA-LoRA\)"),
