@@ -44,7 +44,7 @@ def content_of(tuning: Tuning, format: str) -> Content:
     if layers and scales:
         raise Refused(f"{tuning.method} has both low-rank updates and (IA)³ vectors; a {format} file holds one of them")
     whole = _whole_modules(tuning.model, masks) if masks else {}
-    rates = {p.part.dropout for p in tuning.placements if isinstance(p.part, Delta)}
+    rates = {p.part.dropout for p in tuning.placements if isinstance(p.part, Delta) and not p.part.lookup}
     dropout = rates.pop() if len(rates) == 1 else 0.0
     return Content(format, layers, _scalings(tuning.model, scales), whole, dropout)
 

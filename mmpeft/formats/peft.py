@@ -83,9 +83,14 @@ def read_folder(folder: Path) -> Content:
     tensors, _ = read_tensors(folder / WEIGHTS)
     _check_options(config, folder / CONFIG)
     slots, rest = split(tensors, folder / WEIGHTS)
+    lookups = {key.removeprefix(PREFIX).removesuffix(EMBEDDING) for key in tensors if key.endswith(EMBEDDING)}
+    tables = [
+        f"{path}.base_layer.weight" for path in lookups if rest.pop(f"{path}.base_layer.weight", None) is not None
+    ]
     modules = tuple(config.get("modules_to_save") or ())
     whole = _whole(rest, modules, folder / WEIGHTS)
-    told: dict[str, Any] = {"whole": whole, "modules": modules, "targets": _targets(config)}
+    notes = tuple(f"holds a copy of the base's table, which is not read: {name}" for name in tables)
+    told: dict[str, Any] = {"whole": whole, "modules": modules, "targets": _targets(config), "notes": notes}
     expected = {"gamma"} if kind == "IA3" else {"down", "up", "magnitude"}
     for path, own in slots.items():
         if not set(own) <= expected:
@@ -98,7 +103,6 @@ def read_folder(folder: Path) -> Content:
     if kind == "IA3":
         scalings = [_scaling(path, own["gamma"], config, folder) for path, own in slots.items()]
         return Content("peft", scalings=scalings, **told)
-    lookups = {key.removeprefix(PREFIX).removesuffix(EMBEDDING) for key in tensors if key.endswith(EMBEDDING)}
     layers = [scaled(assemble(own, path, folder), config, folder / CONFIG) for path, own in slots.items()]
     layers = [replace(x, lookup=True, transposed=True) if x.path in lookups else x for x in layers]
     _check_dora(layers, config, folder)

@@ -24,7 +24,8 @@ class LoRA(Sited):
     """`y = W x + b + s B A drop(x)`, `s = α/r` (rsLoRA: `α/√r`), A Kaiming-uniform, B zero.
 
     `rank_pattern` and `alpha_pattern` map selectors to values for the sites they match, the last match
-    winning: `LoRA(rank=8, rank_pattern={"mlp.* & depth>=6": 16})`. Parameters: `r (i + o)` a site.
+    winning: `LoRA(rank=8, rank_pattern={"mlp.* & depth>=6": 16})`. The words an embedding looks up are not dropped.
+    Parameters: `r (i + o)` a site.
     """
 
     at: Selector = "attn.{q,v}"
@@ -58,16 +59,16 @@ class LoRA(Sited):
         module = module_at(model, site.path)
         grouped = getattr(module, "groups", 1) > 1
         lookup = site.kind == "embedding"
-        if self.dropout and (grouped or lookup or site.via == "weight"):
+        if self.dropout and (grouped or site.via == "weight"):
             why = "the convolution is grouped" if grouped else "the backbone reads this weight directly"
-            why = "an embedding looks rows up" if lookup else why
             raise Refused(f"{name} at {site}: {why}, so the update has no input of its own to drop; use dropout=0")
         if grouped or site.via == "weight":
             hook = Hook(site.path, "read", site.tensor)
         else:
             hook = Hook(site.path, "call" if site.kind == "linear" else "exit")
         weight = own_weight(model, site)
-        part = Delta(weight, rank, scale, site.rows, self.dropout, self.magnitude, site.transposed, lookup)
+        dropout = 0.0 if lookup else self.dropout
+        part = Delta(weight, rank, scale, site.rows, dropout, self.magnitude, site.transposed, lookup)
         return Placement(part, site.path, f"{name.lower()}_{site.label}", (hook,), site.role)
 
     def count(self, model: nn.Module, available: list[Site]) -> int:
