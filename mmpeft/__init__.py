@@ -21,9 +21,10 @@ _HOME = {
     "Site": "sites",
     "select": "selector",
     "list_methods": "methods",
+    "allocate": "methods.selective.spt",
 }
-_MODULES = {"sites", "methods", "embedded", "parts", "functional", "errors", "training", "bench", "formats"}
-_MODULES |= {"vision", "vla", "diffusion", "llm"}
+_MODULES = {"sites", "parts", "controllers", "methods", "functional", "formats", "errors"}
+_MODULES |= {"training", "bench", "embedded", "vision", "vla", "diffusion", "llm"}
 
 
 def __getattr__(name: str) -> Any:

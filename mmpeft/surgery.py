@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from mmpeft.errors import ConfigError, Refused, nearest
+from mmpeft.controllers import Controllers
+from mmpeft.controllers.scores import Loss, default_loss
+from mmpeft.errors import ConfigError, DataError, Refused, nearest
 from mmpeft.host import CHILD, Plan, is_host, make_host, mark_route, module_at, unmake_host
 from mmpeft.methods.base import Method
 from mmpeft.parts.base import Hook, Part, Placement
@@ -37,6 +39,7 @@ class State:
     """requires_grad of every base tensor before the first tuning."""
     merged: dict[str, list[tuple[str, str, Tensor | None]]] = field(default_factory=dict)
     """Originals `(host, attribute, tensor)` replaced by each merged tuning, in the order of merging."""
+    controllers: dict[str, Controllers] = field(default_factory=dict)
 
 
 def state_of(model: nn.Module) -> State | None:
@@ -44,8 +47,18 @@ def state_of(model: nn.Module) -> State | None:
     return model.__dict__.get(STATE)
 
 
-def attach(model: nn.Module, method: Method, name: str = "default") -> Tuning:
+def attach(
+    model: nn.Module,
+    method: Method,
+    name: str = "default",
+    *,
+    data: Iterable[Any] | None = None,
+    loss: Loss = default_loss,
+) -> Tuning:
     """Tune `model` by `method`: freeze the base and hang trainable parts under it; nothing else changes.
+
+    A method that chooses by data what it trains (a Fisher mask) scores batches of `data` by `loss(model, batch)`
+    first, by default the cross entropy of `(inputs, labels)` or the model's own loss of keyword arguments.
 
     The model stays the same object, `isinstance` still holds and no state-dict key is renamed. Several
     tunings may live on one model under different names; the newest one is in use.
@@ -68,6 +81,15 @@ def attach(model: nn.Module, method: Method, name: str = "default") -> Tuning:
         raise ConfigError(f"a tuning named {name!r} is attached already; detach it or choose another name")
     if state.merged:
         raise ConfigError(f"tuning {next(iter(state.merged))!r} is merged into the base; unmerge it before attaching")
+    if not method.decided:
+        if method.needs_data and data is None:
+            raise DataError(
+                f"{type(method).__name__} chooses by data what trains: attach(model, method, data=loader), or attach "
+                "the plan that method.resolve(model, loader) gives"
+            )
+        if state.placements:
+            use(model, None)  # scores are those of the plain backbone
+        method = method.resolve(model, data or (), loss)
     available = sites(model)
     placements = method.place(model, available)  # all checks happen here, before anything is changed
     for placement in placements:
@@ -79,6 +101,7 @@ def attach(model: nn.Module, method: Method, name: str = "default") -> Tuning:
         state.blocks = [site.path for site in available if site.role == "block"]
     _install(model, state, name, placements)
     state.methods[name], state.placements[name] = method, placements
+    state.controllers[name] = Controllers(method.controllers(placements))
     set_route(model, name)
     return Tuning(model, name)
 
@@ -129,7 +152,7 @@ def detach(model: nn.Module, name: str) -> None:
     state = state_with(model, name)
     if name in state.merged:
         raise ConfigError(f"tuning {name!r} is merged; unmerge() first, or keep the merged weights and drop the handle")
-    del state.placements[name], state.methods[name]
+    del state.placements[name], state.methods[name], state.controllers[name]
     for host in state.hosts.values():
         under = host._modules.get(CHILD)
         if isinstance(under, nn.ModuleDict) and name in under:

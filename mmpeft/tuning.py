@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
+from mmpeft.controllers import Controllers
 from mmpeft.errors import AdapterFileError, ConfigError, Refused, nearest
 from mmpeft.host import base_value
 from mmpeft.liveness import Liveness, liveness
@@ -54,6 +55,11 @@ class Tuning:
     @property
     def placements(self) -> list[Placement]:
         return self._state.placements[self.name]
+
+    @property
+    def controllers(self) -> Controllers:
+        """What drives the parts while they train: the six moments a training loop calls, and the loss's extra terms."""
+        return self._state.controllers[self.name]
 
     # -- what trains ----------------------------------------------------------------------------------------
 

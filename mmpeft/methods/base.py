@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from fnmatch import fnmatch
 from typing import Any, ClassVar, Literal, TypeVar
 
 from torch import Tensor, nn
 
+from mmpeft.controllers.base import Controller
+from mmpeft.controllers.scores import Loss, default_loss
 from mmpeft.errors import ConfigError, Refused, nearest
 from mmpeft.functional.rows import Rows, count_rows
 from mmpeft.host import base_value, module_at
@@ -104,6 +106,24 @@ class Method(ABC):
             return NotImplemented
         return Union([*_members(self), *_members(other)])
 
+    @property
+    def decided(self) -> bool:
+        """Whether what trains follows from the model's sites alone; if not, `resolve` gives the method that is."""
+        return True
+
+    @property
+    def needs_data(self) -> bool:
+        """Whether `resolve` must see batches."""
+        return False
+
+    def resolve(self, model: nn.Module, data: Iterable[Any] = (), loss: Loss = default_loss) -> Method:
+        """The method with everything decided that its data decide; the model is left as it was."""
+        return self
+
+    def controllers(self, placements: Sequence[Placement]) -> list[Controller]:
+        """What drives this method's parts while they train."""
+        return []
+
     def baked(self) -> Method:
         """The method that describes this one's parts after `bake`, when only what the forward pass needs is left."""
         return self
@@ -135,7 +155,7 @@ class Union(Method):
         placements: list[Placement] = []
         taken: set[tuple[str, str]] = set()
         owners: dict[tuple[Hook, Rows | None], str] = {}
-        for method in self.methods:
+        for number, method in enumerate(self.methods):
             for p in method.place(model, available):
                 if isinstance(p.part, Mask):
                     tensor = (p.hooks[0], p.part.rows)
@@ -149,8 +169,30 @@ class Union(Method):
                 while (p.home, key) in taken:
                     key, copy = f"{p.key}_{copy}", copy + 1
                 taken.add((p.home, key))
-                placements.append(replace(p, key=key))
+                placements.append(replace(p, key=key, owners=(*p.owners, number)))
         return placements
+
+    @property
+    def decided(self) -> bool:
+        return all(method.decided for method in self.methods)
+
+    @property
+    def needs_data(self) -> bool:
+        return any(method.needs_data for method in self.methods)
+
+    def resolve(self, model: nn.Module, data: Iterable[Any] = (), loss: Loss = default_loss) -> Method:
+        return Union([method.resolve(model, data, loss) for method in self.methods])
+
+    def controllers(self, placements: Sequence[Placement]) -> list[Controller]:
+        shares = self._shares(placements)
+        return [c for method, own in zip(self.methods, shares) for c in method.controllers(own)]
+
+    def _shares(self, placements: Sequence[Placement]) -> list[list[Placement]]:
+        """Placements by the method they belong to."""
+        return [
+            [replace(p, owners=p.owners[:-1]) for p in placements if p.owners[-1] == number]
+            for number in range(len(self.methods))
+        ]
 
     def count(self, model: nn.Module, available: list[Site]) -> int:
         return sum(method.count(model, available) for method in self.methods)
@@ -187,6 +229,18 @@ class Restricted(Method):
 
     def count(self, model: nn.Module, available: list[Site]) -> int:
         return self.method.count(model, self._narrow(available))
+
+    @property
+    def decided(self) -> bool:
+        return self.method.decided
+
+    def resolve(self, model: nn.Module, data: Iterable[Any] = (), loss: Loss = default_loss) -> Method:
+        if self.decided:
+            return self
+        raise ConfigError(f"{type(self.method).__name__} chooses among what its own at= selects: set that")
+
+    def controllers(self, placements: Sequence[Placement]) -> list[Controller]:
+        return self.method.controllers(placements)
 
     def baked(self) -> Method:
         return Restricted(self.method.baked(), self.at)

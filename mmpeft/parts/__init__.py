@@ -8,6 +8,7 @@ from mmpeft.parts.mask import Mask
 from mmpeft.parts.prefix import GatedPrefix, Prefix
 from mmpeft.parts.prompt import Prompt, PromptLayer
 from mmpeft.parts.rescale import Rescale
+from mmpeft.parts.sparse import Sparse
 
 __all__ = [
     "Branch",
@@ -23,4 +24,5 @@ __all__ = [
     "Prompt",
     "PromptLayer",
     "Rescale",
+    "Sparse",
 ]

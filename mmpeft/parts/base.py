@@ -79,13 +79,17 @@ class Hook:
 
 @dataclass(frozen=True)
 class Placement:
-    """A part, the module it is registered under, its key there and the hooks through which it enters."""
+    """A part, the module it is registered under, its key there and the hooks through which it enters.
+
+    `owners` are the numbers of the method in the unions around it, the innermost first.
+    """
 
     part: Part
     home: str
     key: str
     hooks: tuple[Hook, ...]
     role: str = ""
+    owners: tuple[int, ...] = ()
 
 
 def trainable_dtype(dtype: torch.dtype) -> torch.dtype:

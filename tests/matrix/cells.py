@@ -4,12 +4,34 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
+import torch
+from torch import Tensor, nn
+
 import mmpeft
 from mmpeft.methods import METHODS, Method
+from tests.matrix.example import Example
 from tests.matrix.families import FAMILIES
 
 VARIANTS: dict[str, list[dict[str, object]]] = {"VPT": [{}, {"deep": True}], "LoRA": [{}, {"at": "mlp.*,embed"}]}
 """Further settings of a method worth a row of their own."""
+
+ALIKE = ("PaFi", "RandomMask", "SAMMask", "LTSFT", "ChildTuningD")
+"""Methods whose parts are those of `FishMask`."""
+
+SMALL: dict[str, object] = {"bottleneck": 8, "tokens": 3, "rank": 2, "hidden": 16}
+SMALL |= {"density": 0.02, "samples": 2, "batches": 1, "steps": 1, "budget": "5%"}
+
+
+def decided(example: Example, method: Method) -> Method:
+    """The method with everything decided that batches decide, by the example's own batch."""
+    if method.decided:
+        return method
+
+    def loss(model: nn.Module, batch: object) -> Tensor:
+        y = example(model, batch)
+        return (y * torch.randn(y.shape, generator=torch.Generator().manual_seed(5))).square().mean()
+
+    return method.resolve(example.model, [example.batch], loss)
 
 
 @dataclass(frozen=True)
@@ -26,9 +48,11 @@ def rows() -> dict[str, Method]:
     """Label -> method, for every registered method; dropout off, so that passes can be compared."""
     found: dict[str, Method] = {}
     for name, cls in sorted(METHODS.items()):
+        if name == "Plan":  # what the methods that choose by data become
+            continue
         names = {f.name for f in fields(cls)}
         still = {key: 0.0 for key in ("dropout", "drop_path") if key in names}
-        small = {key: n for key, n in (("bottleneck", 8), ("tokens", 3), ("rank", 2), ("hidden", 16)) if key in names}
+        small = {key: value for key, value in SMALL.items() if key in names}
         for extra in VARIANTS.get(name, [{}]):
             label = name + "".join(f"[{key}={value}]" for key, value in extra.items())
             found[label] = cls(**{**still, **small, **extra})

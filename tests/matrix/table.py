@@ -11,7 +11,7 @@ from pathlib import Path
 
 import mmpeft
 from mmpeft.errors import MMPEFTError, Refused
-from tests.matrix.cells import rows
+from tests.matrix.cells import decided, rows
 from tests.matrix.families import FAMILIES, LIBRARIES
 
 PAGE = Path(__file__).parents[2] / "docs" / "matrix.md"
@@ -28,9 +28,9 @@ copies, pickles, bf16 autocast, gradient accumulation.
 
 def cell(label: str, family: str) -> tuple[str, str]:
     """`(mark, reason)` of one cell."""
-    model = FAMILIES[family]().model
+    example = FAMILIES[family]()
     try:
-        tuning = mmpeft.attach(model, rows()[label])
+        tuning = mmpeft.attach(example.model, decided(example, rows()[label]))
     except MMPEFTError as error:
         return "", str(error)
     try:

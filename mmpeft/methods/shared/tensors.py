@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
-from torch import nn
+from torch import Tensor, nn
 
-from mmpeft.errors import SiteError
+from mmpeft.errors import ConfigError, SiteError
 from mmpeft.functional.rows import Rows, take_rows
 from mmpeft.methods.base import Method, tensor_of
-from mmpeft.parts import Mask
+from mmpeft.parts import Mask, Sparse
 from mmpeft.parts.base import Hook, Placement
 from mmpeft.selector import select
 from mmpeft.sites import Selector, Site
@@ -76,6 +76,34 @@ def _train(method: str, model: nn.Module, group: list[Site]) -> Placement:
     owners = [site.path.rpartition(".") for site in group]
     hooks = tuple(Hook(path, "read", tensor) for path, _, tensor in owners)
     return Placement(part, home, key, hooks, "param")
+
+
+def place_entries(
+    method: str, model: nn.Module, available: list[Site], chosen: Mapping[str, Tensor]
+) -> list[Placement]:
+    """A `Sparse` part on the flat indices chosen of each tensor, under every name the tensor is read by.
+
+    A linear that is called gets the update of its output; whatever else reads the tensor reads the sum.
+    """
+    called = {f"{s.path}.weight": s for s in available if s.kind == "linear" and s.via == "call"}
+    names: dict[int, list[str]] = {}
+    for site in available:
+        if site.role == "param":
+            names.setdefault(id(tensor_of(model, site.path)), []).append(site.path)
+    placements = []
+    for path, indices in chosen.items():
+        tensor = tensor_of(model, path)
+        if len(indices) and not 0 <= int(indices.min()) <= int(indices.max()) < tensor.numel():
+            raise ConfigError(f"{path} has {tensor.numel()} entries, the indices go up to {int(indices.max())}")
+        hooks = []
+        for name in names[id(tensor)]:
+            owner, _, attribute = name.rpartition(".")
+            hooks.append(Hook(owner, "exit") if name in called else Hook(owner, "read", attribute))
+        transposed = any(called[name].transposed for name in names[id(tensor)] if name in called)
+        home, _, label = path.rpartition(".")
+        part = Sparse(tensor, indices, any(hook.kind == "exit" for hook in hooks), transposed)
+        placements.append(Placement(part, home, f"{method}_{label}_entries", tuple(hooks), "param"))
+    return placements
 
 
 def elements(model: nn.Module, site: Site) -> int:

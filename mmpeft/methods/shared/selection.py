@@ -1,0 +1,110 @@
+"""Methods that choose single entries by a score and train those alone: `θ = θ0 + M ⊙ δ`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import nn
+
+from mmpeft.controllers.scores import DATA_FREE, Loss, Score, Tensors, default_loss, score
+from mmpeft.errors import ConfigError, DataError
+from mmpeft.functional.rows import put_rows, take_rows
+from mmpeft.functional.top_k import top_k_masks
+from mmpeft.host import original_class
+from mmpeft.methods.base import tensor_of
+from mmpeft.methods.selective.plan import Plan
+from mmpeft.methods.shared.plan_file import plan_content
+from mmpeft.methods.shared.tensors import TensorMethod, elements, tied
+from mmpeft.parts.base import Placement
+from mmpeft.sites import Site, sites
+
+
+@dataclass(frozen=True)
+class EntryMask(TensorMethod):
+    """Trains the share `density` of all entries that score highest; subclasses say by which score.
+
+    Candidates are the tensors of the blocks (embeddings and head are not), or what `at` selects. The chosen entries
+    are known after `resolve`, which gives a `Plan`; methods that score by data need some. Parameters:
+    `round(density · entries)`, by tensor where `scope` is `tensor`.
+    """
+
+    density: float = 0.005
+
+    score: ClassVar[Score]
+    scope: ClassVar[Literal["global", "tensor"]] = "global"
+    matrices: ClassVar[bool] = False
+    """Whether vectors (biases, norms) are left out."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.density <= 1:
+            raise ConfigError(f"{type(self).__name__}: density is the share that trains, in (0, 1], got {self.density}")
+
+    @property
+    def decided(self) -> bool:
+        return False
+
+    @property
+    def needs_data(self) -> bool:
+        return self.score not in DATA_FREE
+
+    def tensors(self, model: nn.Module, available: list[Site]) -> Iterable[Site]:
+        for site in available:
+            inside = site.role == "param" and (site.depth >= 0 or bool(self.at))
+            if inside and (not self.matrices or tensor_of(model, site.path).dim() > 1):
+                yield site
+
+    def candidates(self, model: nn.Module, available: list[Site]) -> list[Site]:
+        """One site for every tensor or row slice; a tied tensor counts once."""
+        return [group[0] for group in tied(model, self.chosen(model, available))]
+
+    def scores(self, model: nn.Module, tensors: Tensors, data: Iterable[Any], loss: Loss) -> Tensors:
+        """Scores of every entry of whole tensors."""
+        return score(model, tensors, self.score, data, loss)
+
+    def resolve(self, model: nn.Module, data: Iterable[Any] = (), loss: Loss = default_loss) -> Plan:
+        """Score, select, and write down what was selected; the model is left as it was.
+
+        Raises:
+            ConfigError: the budget is below one entry. DataError: scores need data, none was given.
+        """
+        chosen = self.candidates(model, sites(model))
+        budgets = self.budgets(model, chosen)
+        tensors = {site.path: tensor_of(model, site.path) for site in chosen}
+        found = self.scores(model, tensors, data, loss)
+        own = {str(i): take_rows(found[s.path], s.rows, int(s.transposed)) for i, s in enumerate(chosen)}
+        if self.scope == "global":
+            masks = top_k_masks(own, sum(budgets))
+        else:
+            masks = {key: top_k_masks({key: own[key]}, k)[key] for (key, k) in zip(own, budgets)}
+        whole = {name: torch.zeros_like(tensor, dtype=torch.bool) for name, tensor in tensors.items()}
+        for site, mask in zip(chosen, masks.values()):
+            before = take_rows(whole[site.path], site.rows, int(site.transposed))
+            whole[site.path] = put_rows(whole[site.path], before | mask, site.rows, int(site.transposed))
+        sparse = {name: mask.flatten().nonzero().flatten() for name, mask in whole.items() if mask.any()}
+        shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+        return Plan(
+            plan_content(
+                original_class(model).__name__, sparse=sparse, shapes=shapes, chosen_by=f"{self}", score=self.score
+            )
+        )
+
+    def budgets(self, model: nn.Module, chosen: list[Site]) -> list[int]:
+        """Entries to select of each candidate; under a global scope only the sum counts."""
+        sizes = [elements(model, site) for site in chosen]
+        if self.scope == "tensor":
+            return [max(1, round(self.density * size)) for size in sizes]
+        total = round(self.density * sum(sizes))
+        if total < 1:
+            raise ConfigError(
+                f"{type(self).__name__}: density {self.density} of {sum(sizes)} entries is less than one; raise it"
+            )
+        return [total, *[0] * (len(sizes) - 1)]
+
+    def place(self, model: nn.Module, available: list[Site]) -> list[Placement]:
+        raise DataError(f"{type(self).__name__} chooses entries first: place the plan that its resolve() gives")
+
+    def count(self, model: nn.Module, available: list[Site]) -> int:
+        return sum(self.budgets(model, self.candidates(model, available)))
