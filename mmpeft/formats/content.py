@@ -26,6 +26,7 @@ class Layer:
     `m ⊙ (W + ΔW) / ‖W + ΔW‖`. `path` names the module in the base model; with `flat` its dots are written as
     underscores, so that only the model can tell them apart. `component` says which model of a pipeline it is.
     `transposed` marks a base weight stored as [i, o]; so is the table of an embedding (`lookup`), [words, d].
+    `factor` names what the file holds instead of the two halves, where that is another factor of the same ΔW.
     """
 
     path: str
@@ -37,6 +38,7 @@ class Layer:
     flat: bool = False
     transposed: bool = False
     lookup: bool = False
+    factor: str = ""
 
     @property
     def rank(self) -> int:
@@ -88,7 +90,7 @@ class Content:
     @property
     def method(self) -> str:
         """`LoRA`, `DoRA`, `IA3`, or what else the layers are, joined by `+`."""
-        names = {"LoRA" if layer.magnitude is None else "DoRA" for layer in self.layers}
+        names = {layer.factor or ("LoRA" if layer.magnitude is None else "DoRA") for layer in self.layers}
         names |= set(self.others.values()) | ({"IA3"} if self.scalings else set())
         return "+".join(sorted(names)) or "none"
 

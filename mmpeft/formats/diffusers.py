@@ -2,7 +2,7 @@
 
 diffusers: `unet.<path>.lora_A.weight` (once `.lora.down.weight`), `.lora_B.weight`, `.lora_magnitude_vector`; alpha in
 the metadata `lora_adapter_metadata`. kohya: `lora_unet_<path with _>.lora_down.weight`, `.lora_up.weight`,
-`.dora_scale`; alpha in a tensor `.alpha` for each layer.
+`.dora_scale`; alpha in a tensor `.alpha` for each layer. LyCORIS: the same names with `.hada_…` and `.lokr_…`.
 
 Written files carry their scale in the tensors (alpha = r, in kohya's style one alpha for all): every tool agrees on
 them, whether or not it reads the metadata.
@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,12 +21,15 @@ import torch
 from torch import Tensor, nn
 
 from mmpeft.errors import AdapterFileError, Refused
+from mmpeft.formats import lycoris
 from mmpeft.formats.content import Content, Layer, assemble, dump_tensors, parse_object, read_tensors
 from mmpeft.formats.peft import NOT_YET, PREFIX, exact_targets, lora_fields, lora_tensors, scaled
 from mmpeft.host import CHILD
 
 WEIGHTS = "pytorch_lora_weights.safetensors"
 METADATA = "lora_adapter_metadata"
+
+Reader = Callable[[Mapping[str, Tensor], str, Path], Layer]
 
 SLOTS = {
     ".lora_A.weight": ("down", "diffusers"),
@@ -41,11 +44,7 @@ SLOTS = {
     ".alpha": ("alpha", ""),
 }
 FACTORS = {
-    "hada_w1_a": "LoHa", "hada_w1_b": "LoHa", "hada_w2_a": "LoHa", "hada_w2_b": "LoHa",
-    "hada_t1": "LoHa", "hada_t2": "LoHa",
-    "lokr_w1": "LoKr", "lokr_w1_a": "LoKr", "lokr_w1_b": "LoKr", "lokr_w2": "LoKr", "lokr_w2_a": "LoKr",
-    "lokr_w2_b": "LoKr", "lokr_t2": "LoKr", "lora_mid.weight": "Tucker LoRA", "diff": "full difference",
-    "diff_b": "full difference", "w_norm": "full difference", "b_norm": "full difference",
+    "diff": "full difference", "diff_b": "full difference", "w_norm": "full difference", "b_norm": "full difference",
     "oft_blocks": "OFT", "oft_diag": "OFT", "boft_blocks": "BOFT", "glora_a1.weight": "GLoRA", "ia3_l": "IA3",
 }  # fmt: skip
 """Endings of keys that are recognised and belong to factors without a part here."""
@@ -79,6 +78,7 @@ def read_file(path: Path) -> Content:
     """
     tensors, metadata = read_tensors(path)
     slots: dict[str, dict[str, Tensor]] = {}
+    factored: set[str] = set()
     others: dict[str, str] = {}
     styles: dict[str, str] = {}
     for key, tensor in sorted(tensors.items()):
@@ -88,8 +88,17 @@ def read_file(path: Path) -> Content:
         key = PROCESSOR.sub(lambda m: f".to_{m[1]}{'.0' if m[1] == 'out' else ''}.lora.{m[2]}.", key)
         found = next((s for s in SLOTS if key.endswith(s)), "")
         factor = next((f for f in FACTORS if key.endswith(f".{f}")), "")
-        if found:
+        part = next((f for f in lycoris.KINDS if key.endswith(f".{f}")), "")
+        if part:
+            factored.add(name := key.removesuffix(f".{part}"))
+            slots.setdefault(name, {})[part] = tensor
+        elif found:
             slot, style = SLOTS[found]
+            if found == ".dora_scale" and len(tensor) == 1 < tensor.numel():
+                raise AdapterFileError(
+                    f"{path}: {key} has shape {tuple(tensor.shape)}, the lengths of input columns, which are another "
+                    "method than DoRA; expected one length for each output row"
+                )
             slots.setdefault(key.removesuffix(found), {})[slot] = tensor
             styles.setdefault(style, key)
         elif factor:
@@ -107,7 +116,7 @@ def read_file(path: Path) -> Content:
         raise AdapterFileError(
             f"{path} holds the tensors of a PEFT folder; their alpha is in adapter_config.json, which is not beside it"
         )
-    layers = [_layer(name, own, path) for name, own in slots.items()]
+    layers = [_layer(name, own, path) for name, own in slots.items() if name not in factored]
     notes = []
     configs = _configs(metadata, path)
     with_alpha = [layer for layer in layers if layer.alpha is not None]
@@ -121,7 +130,8 @@ def read_file(path: Path) -> Content:
         )
     elif layers and not with_alpha:
         notes.append("the file carries no alpha: scale 1, as every reader takes it")
-    style = next(iter(styles), "lycoris" if others else "diffusers")
+    layers += [_layer(name, slots[name], path, lycoris.layer_of) for name in sorted(factored & set(slots))]
+    style = next(iter(styles), "lycoris" if others or factored else "diffusers")
     return Content(style, layers, notes=tuple(notes), others={_place(name)[1]: kind for name, kind in others.items()})
 
 
@@ -134,9 +144,11 @@ def _place(name: str) -> tuple[str, str, bool]:
     return (DOTTED[first], rest, False) if first in DOTTED and rest else ("", name, False)
 
 
-def _layer(name: str, own: Mapping[str, Tensor], where: Path) -> Layer:
+def _layer(name: str, own: Mapping[str, Tensor], where: Path, read: Reader = assemble) -> Layer:
     component, path, flat = _place(name)
-    return replace(assemble(own, path, where), component=component, flat=flat and "_" in path)
+    layer = read(own, path, where)
+    kernel = bool(layer.factor) and layer.down.dim() == 2  # perhaps a convolution's, flattened
+    return replace(layer, component=component, flat=(flat and "_" in path) or kernel)
 
 
 def _configs(metadata: Mapping[str, str], where: Path) -> dict[str, dict[str, Any]]:
@@ -174,15 +186,15 @@ def resolve(layers: Sequence[Layer], model: nn.Module | None, where: object) -> 
         flat = next((layer for layer in layers if layer.flat), None)
         if flat is not None:
             raise AdapterFileError(
-                f"{where}: the name {flat.path!r} does not say which underscores are dots; give the model whose "
-                "modules it names"
+                f"{where}: the name {flat.path!r} does not say which underscores are dots, or a flat kernel how it was "
+                "folded; give the model whose modules it names"
             )
         return list(layers)
     flats: dict[str, list[str]] = {}
     for name, _ in model.named_modules():
         if CHILD not in name.split("."):
             flats.setdefault(name.replace(".", "_"), []).append(name)
-    return [_resolved(layer, flats, where) for layer in layers]
+    return [lycoris.shaped(_resolved(layer, flats, where), model) for layer in layers]
 
 
 def _resolved(layer: Layer, flats: Mapping[str, list[str]], where: object) -> Layer:

@@ -10,8 +10,8 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from mmpeft.errors import AdapterFileError
-from mmpeft.formats import diffusers, native, peft
-from mmpeft.formats.content import PICKLED, Content, read_tensors
+from mmpeft.formats import diffusers, lycoris, native, peft
+from mmpeft.formats.content import PICKLED, Content, read_json, read_tensors
 from mmpeft.formats.low_rank import tunable_sites
 
 
@@ -49,11 +49,11 @@ def read(path: str | Path) -> Content:
     path = Path(path)
     if path.is_file():
         beside = path.name == peft.WEIGHTS and (path.parent / peft.CONFIG).exists()
-        return peft.read_folder(path.parent) if beside or path.name == peft.CONFIG else diffusers.read_file(path)
+        return _read_folder(path.parent) if beside or path.name == peft.CONFIG else diffusers.read_file(path)
     if not path.exists():
         raise AdapterFileError(f"{path} does not exist")
     if (path / peft.CONFIG).exists():
-        return peft.read_folder(path)
+        return _read_folder(path)
     if (path / native.MANIFEST).exists():
         raise AdapterFileError(
             f"{path} is this suite's own folder; attach it with mmpeft.load(), or write it anew with `mmpeft export`"
@@ -65,6 +65,11 @@ def read(path: str | Path) -> Content:
         why = "; pickled files are never read, because unpickling runs code" if pickled else ""
         raise AdapterFileError(f"expected {peft.CONFIG} or one .safetensors file in {path}; it holds {names}{why}")
     return diffusers.read_file(files[0])
+
+
+def _read_folder(folder: Path) -> Content:
+    factored = read_json(folder / peft.CONFIG).get("peft_type") in lycoris.TYPES
+    return lycoris.read_folder(folder) if factored else peft.read_folder(folder)
 
 
 def inspect(path: str | Path, model: nn.Module | None = None) -> FileInfo:
@@ -110,7 +115,7 @@ def refusal(content: Content) -> str:
     if not content.others:
         return ""
     kinds = ", ".join(f"{kind} ×{n}" for kind, n in Counter(content.others.values()).items())
-    return f"it holds layers of {kinds}, a factor this suite does not have yet; only low-rank layers are loaded"
+    return f"it holds layers of {kinds}, a factor that is not read here; read are low-rank layers, LoHa and LoKr"
 
 
 def _inspect_native(folder: Path) -> FileInfo:

@@ -129,7 +129,8 @@ def _rename(tensors: Tensors, old: str, new: str) -> None:
 
 
 BAD: dict[str, tuple[Callable[[Tensors, Config], Any], str]] = {
-    "type": (lambda t, c: c.update(peft_type="LOHA"), "peft_type 'LOHA' is not read; supported: LORA, IA3"),
+    "type": (lambda t, c: c.update(peft_type="OFT"), "peft_type 'OFT' is not read; supported: LORA, IA3"),
+    "LoHa": (lambda t, c: c.update(peft_type="LOHA", modules_to_save=[]), "unknown key .* in a LOHA adapter"),
     "no alpha": (lambda t, c: c.pop("lora_alpha"), "no lora_alpha, so the scale"),
     "alpha 0": (lambda t, c: c.update(lora_alpha=0), "alpha 0"),
     "rank": (lambda t, c: c.update(r=7), "rank 7 for .* its tensors have rank 4"),
@@ -237,9 +238,10 @@ BAD_FILES: dict[str, tuple[Tensors, str]] = {
     "alpha 0": (_kohya((8.0, 0.0)), "has alpha 0"),
     "some alphas": (_kohya((8.0, None)), "1 of 2 layers have an alpha"),
     "two styles": (_kohya() | {"unet.head.lora_A.weight": torch.ones(1, 8)}, "mixes two formats"),
-    "LoHa": (_kohya() | {"lora_unet_head.hada_w1_a": torch.ones(3, 1)}, "LoHa ×1, a factor this suite does not have"),
-    "LoKr": ({"lycoris_head.lokr_w1": torch.ones(1, 1), "lycoris_head.alpha": torch.tensor(1.0)}, "LoKr ×1"),
-    "Tucker": (_kohya() | {"lora_unet_head.lora_mid.weight": torch.ones(1, 1, 3, 3)}, "Tucker LoRA ×1"),
+    "LoHa": (_kohya() | {"lora_unet_head.hada_w1_a": torch.ones(3, 1)}, "has hada_w1_a but no hada_w1_b"),
+    "LoKr": ({"lycoris_head.lokr_w1": torch.ones(1, 1), "lycoris_head.alpha": torch.tensor(1.0)}, "no lokr_w2_a"),
+    "Tucker": (_kohya() | {"lora_unet_head.lora_mid.weight": torch.ones(1, 1, 3, 3)}, "but no up"),
+    "OFT": (_kohya() | {"lora_unet_head.oft_blocks": torch.ones(1, 3, 3)}, "OFT ×1, a factor that is not read"),
     "foreign": ({"model.weight": torch.ones(2)}, r"unknown key 'model\.weight'"),
     "pipeline": (_kohya() | _kohya(prefix="lora_te1_"), "choose one with component="),
     "original": (
