@@ -21,6 +21,7 @@ _HOME = {
     "Site": "sites",
     "select": "selector",
     "list_methods": "methods",
+    "at_rank": "methods.reparameterized.dylora",
     "allocate": "methods.selective.spt",
 }
 _MODULES = {"sites", "parts", "controllers", "methods", "functional", "formats", "errors"}

@@ -17,10 +17,12 @@ from mmpeft.methods.base import Method
 from mmpeft.parts.base import Placement
 from mmpeft.recompute import Recompute
 from mmpeft.report import Report, report
-from mmpeft.surgery import State, detach, set_route, state_of, state_with, use
+from mmpeft.sites import sites
+from mmpeft.surgery import State, attach, detach, set_route, state_of, state_with, use
 
 if TYPE_CHECKING:
     from mmpeft.formats.exchange import Exported
+    from mmpeft.formats.merged import Merged
 
 BatchLike = Any
 
@@ -197,6 +199,15 @@ class Tuning:
         for placement in self.placements:
             placement.part.forget()
         self._state.methods[self.name] = self.method.baked()
+        method, tensors = self.method.compact(self.placements)
+        if method is not self.method:
+            route = self._state.route
+            self.detach()
+            attach(self.model, method, self.name)
+            for placement, own in zip(self.placements, tensors, strict=True):
+                for name, parameter in placement.part.named_parameters():
+                    parameter.copy_(own[name])
+            set_route(self.model, route)
 
     # -- checks, reports, files -----------------------------------------------------------------------------
 
@@ -212,11 +223,23 @@ class Tuning:
         """Sites, parameters and memory; prints as a table."""
         return report(self)
 
-    def save(self, folder: str | Path) -> Path:
-        """Write `adapter.safetensors` and `adapter.json`, atomically."""
+    def save(self, folder: str | Path, *, bake: bool = False) -> Path:
+        """Write `adapter.safetensors` and `adapter.json`, atomically; with `bake`, what `bake()` would leave."""
         from mmpeft.formats.native import save
 
-        return save(self, folder)
+        return save(self, folder, bake=bake)
+
+    def compact(self) -> tuple[Method, dict[str, Tensor], list[Placement]]:
+        """The method, tensors and parts that `bake()` would leave, beside the tuning as it is."""
+        method, tensors = self.method.compact(self.placements)
+        if method is self.method:
+            return method, self.state_dict(), self.placements
+        placements = method.place(self.model, sites(self.model))
+        found = {}
+        for placement, own in zip(placements, tensors, strict=True):
+            prefix = ".".join(filter(None, (placement.home, placement.key)))
+            found.update({f"{prefix}.{name}": tensor.detach() for name, tensor in own.items()})
+        return method, found, placements
 
     def export(
         self, path: str | Path, format: Literal["peft", "diffusers", "kohya"] = "peft", *, verify: bool = True
@@ -229,6 +252,16 @@ class Tuning:
         from mmpeft.formats.exchange import export
 
         return export(self, path, format, verify=verify)
+
+    def save_merged(self, path: str | Path) -> Merged:
+        """Write the whole model with the tuning merged in, as its own library reads it; the model here stays as it is.
+
+        Raises:
+            Refused: a part cannot be merged, or the library's model has no place for a tensor that merging creates.
+        """
+        from mmpeft.formats.merged import save_merged
+
+        return save_merged(self, path)
 
 
 def _exchange(host: nn.Module, name: str, tensor: Tensor | None) -> Tensor | None:

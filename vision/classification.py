@@ -101,7 +101,7 @@ class ImageClassifier(TuningModule):
 
     def configure_callbacks(self) -> list[Callback]:
         """Lightning's hook: what a task brings along."""
-        return [PredictionWriter(self.predictions)]
+        return [*super().configure_callbacks(), PredictionWriter(self.predictions)]
 
     def forward(self, images: Tensor) -> Tensor:
         """Class scores, [B, classes]."""
@@ -119,7 +119,7 @@ class ImageClassifier(TuningModule):
     def on_test_batch_start(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
         check_labels(batch[1], self.num_classes or 0)
 
-    def training_step(self, batch: tuple[Tensor, Tensor], index: int) -> Tensor:
+    def loss(self, batch: tuple[Tensor, Tensor], index: int) -> Tensor:
         images, labels = batch
         if index == 0 and self.current_epoch == 0:
             self.board.images(self, images, labels)

@@ -143,7 +143,7 @@ class EmojiPretraining(TuningModule):
         schedule = warmup_cosine(optimizer, int(self.trainer.estimated_stepping_batches), self.warmup)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
-    def training_step(self, batch: tuple[Tensor, Tensor], index: int) -> Tensor:
+    def loss(self, batch: tuple[Tensor, Tensor], index: int) -> Tensor:
         drawings, identity = batch
         styles = drawings.shape[1]
         images = self.augment(drawings.flatten(0, 1).float() / 255, self.generator)

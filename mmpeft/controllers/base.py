@@ -68,7 +68,7 @@ class Controllers:
     """
 
     def __init__(self, controllers: Sequence[Controller]) -> None:
-        self.list, self.step, self.total = list(controllers), 0, 0
+        self.list, self.step, self.total, self.ended = list(controllers), 0, 0, False
 
     def __bool__(self) -> bool:
         return bool(self.list)
@@ -77,7 +77,7 @@ class Controllers:
         """`total` is the number of optimiser steps of the whole run, those before a resumption included."""
         if total <= 0 and self.list:
             raise ConfigError(f"{type(self.list[0]).__name__} needs the number of steps in the run, got {total}")
-        self.total = total
+        self.total, self.ended = total, False
         for controller in self.list:
             controller.fit_start(total)
 
@@ -99,6 +99,10 @@ class Controllers:
         self.step += 1
 
     def fit_end(self) -> None:
+        """Acts once, whoever asks first: what writes the adapter may not wait for the loop."""
+        if self.ended or not self.total:
+            return
+        self.ended = True
         for controller in self.list:
             controller.fit_end()
 

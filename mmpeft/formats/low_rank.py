@@ -16,9 +16,8 @@ from mmpeft.host import CHILD, base_value, module_at
 from mmpeft.methods.base import Method, Union, own_weight
 from mmpeft.methods.reparameterized.dora import DoRA
 from mmpeft.methods.reparameterized.lora import LoRA
-from mmpeft.parts import Delta
+from mmpeft.parts import Delta, LowRank
 from mmpeft.parts.base import Placement
-from mmpeft.parts.delta import LowRank
 from mmpeft.sites import Site, sites
 
 
@@ -55,7 +54,8 @@ def _stack(model: nn.Module, path: str, placements: list[Placement]) -> Layer:
     for part in parts:
         if not isinstance(part.factor, LowRank):
             raise Refused(f"{path}: a {type(part.factor).__name__} factor is no low-rank update; use tuning.save()")
-        down, up = part.factor.A.detach(), part.factor.B.detach() * part.scale
+        down, up = (tensor.detach() for tensor in part.pair())
+        up = up * part.scale
         same = next((i for i, known in enumerate(downs) if torch.equal(known, down)), None)
         if same is None:
             same = len(downs)
@@ -245,8 +245,8 @@ def set_pieces(placements: Sequence[Placement], pieces: Sequence[Piece]) -> None
         part = placement.part
         if isinstance(part, Delta):
             piece = wanted.pop((placement.home, part.rows))
-            part.factor.A.copy_(piece.down)
-            part.factor.B.copy_(piece.up)
+            for own, value in zip(part.pair(), (piece.down, piece.up)):
+                own.copy_(value)
             if part.magnitude is not None and piece.magnitude is not None:
                 part.magnitude.copy_(piece.magnitude)
     assert not wanted

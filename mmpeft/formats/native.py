@@ -33,8 +33,10 @@ SAMPLE = 256
 """Elements of each base tensor that enter its fingerprint."""
 
 
-def save(tuning: Tuning, folder: str | Path) -> Path:
+def save(tuning: Tuning, folder: str | Path, *, bake: bool = False) -> Path:
     """Write a tuning's trainable tensors and its manifest; return the folder.
+
+    With `bake` only what the forward pass needs is written: of AdaLoRA the components that are left.
 
     Raises:
         ConfigError: the tuning is merged, so the base is not itself.
@@ -43,17 +45,18 @@ def save(tuning: Tuning, folder: str | Path) -> Path:
     folder = Path(folder)
     if tuning._state.merged:
         raise ConfigError(f"unmerge() {list(tuning._state.merged)} before saving: the base holds merged weights")
-    tensors = {name: tensor.cpu().contiguous() for name, tensor in tuning.state_dict().items()}
+    method, found, placements = tuning.compact() if bake else (tuning.method, tuning.state_dict(), tuning.placements)
+    tensors = {name: tensor.cpu().contiguous() for name, tensor in found.items()}
     data = dump_tensors(tensors, metadata={"format": "pt"})
     digest = hashlib.sha256(data).hexdigest()
     file = folder / f"adapter-{digest[:12]}.safetensors"
     manifest = {
         "format": FORMAT,
         "version": VERSION,
-        "method": to_spec(tuning.method),
+        "method": to_spec(method),
         "base": {"class": _base_class(tuning.model), "fingerprint": fingerprint(tuning)},
         "tensors": {"file": file.name, "sha256": digest, "count": len(tensors)},
-        "sites": [{"path": p.home, "part": p.key, "role": p.role} for p in tuning.placements],
+        "sites": [{"path": p.home, "part": p.key, "role": p.role} for p in placements],
         "libraries": _versions(),
     }
     write_atomic(file, data)

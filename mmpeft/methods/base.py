@@ -124,6 +124,13 @@ class Method(ABC):
         """What drives this method's parts while they train."""
         return []
 
+    def compact(self, placements: Sequence[Placement]) -> tuple[Method, list[dict[str, Tensor]]]:
+        """What is left of trained parts when only the forward pass counts: a method, and its tensors part by part.
+
+        The tensors are in the order in which that method places its parts. By default everything is left.
+        """
+        return self, [dict(placement.part.named_parameters()) for placement in placements]
+
     def baked(self) -> Method:
         """The method that describes this one's parts after `bake`, when only what the forward pass needs is left."""
         return self
@@ -197,6 +204,13 @@ class Union(Method):
     def count(self, model: nn.Module, available: list[Site]) -> int:
         return sum(method.count(model, available) for method in self.methods)
 
+    def compact(self, placements: Sequence[Placement]) -> tuple[Method, list[dict[str, Tensor]]]:
+        shares = zip(self.methods, self._shares(placements))
+        found = [method.compact(own) for method, own in shares]
+        if all(method is before for (method, _), before in zip(found, self.methods)):
+            return super().compact(placements)
+        return Union([method for method, _ in found]), [tensors for _, own in found for tensors in own]
+
     def baked(self) -> Method:
         return Union([method.baked() for method in self.methods])
 
@@ -241,6 +255,10 @@ class Restricted(Method):
 
     def controllers(self, placements: Sequence[Placement]) -> list[Controller]:
         return self.method.controllers(placements)
+
+    def compact(self, placements: Sequence[Placement]) -> tuple[Method, list[dict[str, Tensor]]]:
+        method, tensors = self.method.compact(placements)
+        return (self if method is self.method else Restricted(method, self.at)), tensors
 
     def baked(self) -> Method:
         return Restricted(self.method.baked(), self.at)

@@ -3,7 +3,8 @@
 from mmpeft.parts.base import Hook, Part, Placement
 from mmpeft.parts.branch import Branch
 from mmpeft.parts.context import Context
-from mmpeft.parts.delta import Delta, LowRank
+from mmpeft.parts.delta import Delta
+from mmpeft.parts.factors import DiagonalLowRank, Factor, Kron, LowRank, NestedLowRank
 from mmpeft.parts.mask import Mask
 from mmpeft.parts.prefix import GatedPrefix, Prefix
 from mmpeft.parts.prompt import Prompt, PromptLayer
@@ -14,10 +15,14 @@ __all__ = [
     "Branch",
     "Context",
     "Delta",
+    "DiagonalLowRank",
+    "Factor",
     "GatedPrefix",
     "Hook",
+    "Kron",
     "LowRank",
     "Mask",
+    "NestedLowRank",
     "Part",
     "Placement",
     "Prefix",

@@ -2,47 +2,20 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmpeft.functional.fused import Update, low_rank_composed, low_rank_linear
-from mmpeft.functional.low_rank import low_rank_delta, low_rank_row_norms, squared_row_norms
-from mmpeft.functional.rows import Rows, count_rows, put_rows, take_rows
+from mmpeft.functional.low_rank import low_rank_row_norms, squared_row_norms
+from mmpeft.functional.rows import Rows, put_rows, take_rows
 from mmpeft.parts.base import Call, Hook, Part, cast, trainable_dtype
+from mmpeft.parts.factors import Factor, LowRank
 
 FUSED_FROM = 32_768
 """Input elements from which the fused autograd function pays for its own call overhead."""
-
-
-class LowRank(nn.Module):
-    """The factor `ΔW = B A`, `A` [r, i] Kaiming-uniform, `B` [o, r] zero (Hu et al. 2021).
-
-    For a `lookup` of columns it is the other way round, `A` zero and `B` normal, as in the reference code.
-    """
-
-    def __init__(self, rows: int, columns: int, rank: int, like: Tensor, lookup: bool = False) -> None:
-        super().__init__()
-        options: dict[str, Any] = {"device": like.device, "dtype": trainable_dtype(like.dtype)}
-        bound = 1 / math.sqrt(columns)  # Kaiming-uniform with a = √5
-        if lookup:
-            self.A = nn.Parameter(torch.zeros(rank, columns, **options))
-            self.B = nn.Parameter(torch.randn(rows, rank, **options))
-        else:
-            self.A = nn.Parameter(torch.empty(rank, columns, **options).uniform_(-bound, bound))
-            self.B = nn.Parameter(torch.zeros(rows, rank, **options))
-
-    def materialise(self) -> Tensor:
-        """`B A`, [o, i]."""
-        return low_rank_delta(self.A, self.B, 1.0)
-
-    def components(self) -> list[tuple[Tensor, Tensor]]:
-        """The rank-one pieces `(B_k, A_k)`."""
-        return list(zip(self.B.T, self.A))
 
 
 class Delta(Part):
@@ -59,7 +32,7 @@ class Delta(Part):
     def __init__(
         self,
         weight: Tensor,
-        rank: int,
+        factor: Factor,
         scale: float,
         rows: Rows | None = None,
         dropout: float = 0.0,
@@ -69,12 +42,12 @@ class Delta(Part):
     ) -> None:
         super().__init__()
         self.rows, self.scale, self.dropout, self.transposed, self.lookup = rows, scale, dropout, transposed, lookup
-        self.factor = LowRank(count_rows(rows, len(weight)), weight.numel() // len(weight), rank, weight, lookup)
+        self.factor = factor
         self.magnitude: nn.Parameter | None = None
         if magnitude:
             square = squared_row_norms(take_rows(weight, rows).flatten(1))
             self.register_buffer("weight_sq", square, persistent=False)
-            self.magnitude = nn.Parameter(square.sqrt().to(self.factor.A.dtype))
+            self.magnitude = nn.Parameter(square.sqrt().to(trainable_dtype(weight.dtype)))
 
     def gain(self, weight: Tensor) -> Tensor | None:
         """DoRA's `m / ‖W + s ΔW‖` for a [o, ...] weight; None without a magnitude."""
@@ -82,19 +55,24 @@ class Delta(Part):
             return None
         own = take_rows(weight, self.rows).flatten(1)
         square: Tensor = self.weight_sq  # type: ignore[assignment]
-        norm = low_rank_row_norms(own, square, self.factor.A, self.factor.B, self.scale)
+        norm = low_rank_row_norms(own, square, *self.pair(), self.scale)
         return self.magnitude / norm.to(self.magnitude.dtype)
+
+    def pair(self) -> tuple[Tensor, Tensor]:
+        """`A` and `B` of a low-rank factor."""
+        assert isinstance(self.factor, LowRank)
+        return self.factor.pair()
 
     def update(self, weight: Tensor) -> Update:
         """The update of one range of rows; interleaved rows become the whole range, zero where not owned."""
-        up: Tensor = self.factor.B
+        down, up = self.pair()
         gain = self.gain(weight)
         if self.rows is not None and len(self.rows) == 2:
-            return Update(*self.rows, self.scale, self.factor.A, up, gain)
+            return Update(*self.rows, self.scale, down, up, gain)
         up = put_rows(up.new_zeros(len(weight), up.shape[1]), up, self.rows)
         if gain is not None:
             gain = put_rows(gain.new_ones(len(weight)), gain, self.rows)
-        return Update(0, len(weight), self.scale, self.factor.A, up, gain)
+        return Update(0, len(weight), self.scale, down, up, gain)
 
     def read(self, host: nn.Module, name: str, base: Tensor) -> Tensor:
         """The effective weight, in the base's type and layout."""
@@ -116,14 +94,7 @@ class Delta(Part):
         channel = 1 if conv else -1
         if self.dropout and self.training:
             x = F.dropout(x, self.dropout)
-        down, up = cast(self.factor.A, y.dtype), cast(self.factor.B, y.dtype)
-        if self.lookup:
-            delta = F.linear(_lookup(host, x, down.t()), up)
-        elif conv:
-            inner = host._conv_forward(x, down.view(-1, *weight.shape[1:]), None)  # type: ignore[operator]
-            delta = F.linear(inner.movedim(1, -1), up).movedim(-1, 1)
-        else:
-            delta = F.linear(F.linear(x, down), up)
+        delta = self.applied(host, x, y.dtype, weight)
         own = take_rows(y, self.rows, channel)
         gain = self.gain(weight)
         if gain is None:
@@ -133,6 +104,20 @@ class Delta(Part):
             offset = 0.0 if bias is None else take_rows(bias, self.rows).view(shape)
             tuned = torch.add(own - offset, delta, alpha=self.scale) * cast(gain, y.dtype).view(shape) + offset
         return put_rows(y, tuned, self.rows, channel)
+
+    def applied(self, host: nn.Module, x: Tensor, dtype: torch.dtype, weight: Tensor) -> Tensor:
+        """`ΔW x` as the host applies its own weight: a product, a convolution, a lookup."""
+        if not self.lookup and weight.dim() == 2:
+            found: Tensor = self.factor(cast(x, dtype))
+            return found
+        if not isinstance(self.factor, LowRank):
+            kernel = cast(self.factor.materialise(), dtype).view(-1, *weight.shape[1:])
+            return host._conv_forward(x, kernel, None)  # type: ignore[operator, no-any-return]
+        down, up = (cast(tensor, dtype) for tensor in self.pair())
+        if self.lookup:
+            return F.linear(_lookup(host, x, down.t()), up)
+        inner = host._conv_forward(x, down.view(-1, *weight.shape[1:]), None)  # type: ignore[operator]
+        return F.linear(inner.movedim(1, -1), up).movedim(-1, 1)
 
     def weight_of(self, host: nn.Module) -> Tensor:
         """The host's weight as [o, i, ...]."""
@@ -149,6 +134,7 @@ class Delta(Part):
     def combine(cls, parts: Sequence[Delta], host: nn.Module, read: Sequence[str]) -> Call:
         only = parts[0]
         plain = only.rows is None and only.magnitude is None and not (only.dropout or only.transposed)
+        plain = plain and type(only.factor) is LowRank
         if len(parts) == 1 and plain and not read:
             return _WholeCall(only)
         return _RowsCall(tuple(parts))
@@ -172,7 +158,9 @@ class _WholeCall:
     """
 
     def __init__(self, delta: Delta) -> None:
-        self.scale, self.factor, self.rows = delta.scale, delta.factor._parameters, len(delta.factor.B)
+        factor = delta.factor._parameters
+        assert factor["B"] is not None
+        self.scale, self.factor, self.rows = delta.scale, factor, len(factor["B"])
 
     def __call__(self, host: nn.Module, x: Tensor) -> Tensor:
         own, factor = host._parameters, self.factor

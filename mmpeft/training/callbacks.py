@@ -121,7 +121,9 @@ class Outcome(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         folder = folder_of(trainer)
         if folder and isinstance(pl_module, TuningModule):
-            self._adapter = pl_module.prepare().save(folder / "adapter")
+            tuning = pl_module.prepare()
+            tuning.controllers.fit_end()
+            self._adapter = tuning.save(folder / "adapter", bake=True)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not trainer.is_global_zero or not isinstance(pl_module, TuningModule):

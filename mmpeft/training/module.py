@@ -8,22 +8,28 @@ from typing import Any
 
 import lightning
 import torch
+from lightning.fabric.utilities.apply_func import move_data_to_device
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 from torch.nn.modules.module import _IncompatibleKeys
 
+from mmpeft.controllers.scores import default_loss
 from mmpeft.errors import AdapterFileError, ConfigError, nearest
 from mmpeft.methods import LinearProbe
 from mmpeft.methods.base import Method
+from mmpeft.methods.spec import from_spec
 from mmpeft.recompute import Recompute
 from mmpeft.sites import sites
 from mmpeft.surgery import attach
+from mmpeft.training.checkpoint import AtomicCheckpointIO
+from mmpeft.training.control import METHOD, Control
 from mmpeft.training.schedule import warmup_cosine
 from mmpeft.tuning import Tuning
 
 
 class TuningModule(lightning.LightningModule):
-    """A backbone, a method and an optimiser; a task adds the backbone (`build`) and the loss (`training_step`).
+    """A backbone, a method and an optimiser; a task adds the backbone (`build`) and the loss of a batch (`loss`).
 
     The optimiser sees only what trains. Weight decay is left off vectors (biases, norms, scalings: (IA)³ must
     decay to 1, not to 0). Checkpoints hold only what trains, and loading one is strict. `train_head` adds the
@@ -69,6 +75,27 @@ class TuningModule(lightning.LightningModule):
     def build(self) -> nn.Module:
         """Create the backbone, pretrained or not. The trainer and its data module are known by now."""
 
+    @abstractmethod
+    def loss(self, batch: Any, index: int) -> Tensor:
+        """The task's loss on a training batch, a scalar."""
+
+    def training_step(self, batch: Any, index: int) -> Tensor:
+        """The task's loss and the terms that the method's controllers add."""
+        loss = self.loss(batch, index)
+        penalty = self.prepare().controllers.penalty()
+        if not isinstance(penalty, Tensor):
+            return loss
+        self.log("train/penalty", penalty.detach())
+        return loss + penalty
+
+    def scoring_loss(self, model: nn.Module, batch: Any) -> Tensor:
+        """The loss by whose gradients a method chooses what trains; by default that of `(inputs, labels)`."""
+        return default_loss(model, batch)
+
+    def configure_callbacks(self) -> list[Callback]:
+        """Lightning's hook: what a task brings along; a task that brings more adds to it."""
+        return [Control()]
+
     def prepare(self) -> Tuning:
         """Create the backbone and attach the method once; configuration errors come out here, before any compute."""
         if self.tuning is None:
@@ -76,7 +103,7 @@ class TuningModule(lightning.LightningModule):
             method: Method = self.method
             if self.train_head and not method.trains_head:
                 method = method + LinearProbe()
-            tuning = attach(model, method)
+            tuning = attach(model, self._decided(model, method))
             tuning.recompute = self.recompute
             if self.compile_blocks:
                 for site in sites(model):
@@ -87,6 +114,23 @@ class TuningModule(lightning.LightningModule):
                 self.load_state_dict(self._waiting)
                 self._waiting = None
         return self.tuning
+
+    def _decided(self, model: nn.Module, method: Method) -> Method:
+        """The method with all chosen that data choose: by the checkpoint that is resumed, or by scoring now."""
+        if method.decided:
+            return method
+        path = self._trainer and self._trainer.ckpt_path
+        kept = AtomicCheckpointIO().load_checkpoint(path).get(METHOD) if path else None
+        if kept:
+            return from_spec(kept)
+        if not method.needs_data:
+            return method.resolve(model)
+        data = getattr(self._trainer, "datamodule", None)
+        if data is None or self._trainer is None:
+            raise ConfigError(f"{method} chooses by data what trains; fit with a data module, or load a checkpoint")
+        device = self._trainer.strategy.root_device
+        batches = _Moved(data.train_dataloader(), device)
+        return method.resolve(model.to(device), batches, self.scoring_loss)
 
     def configure_model(self) -> None:
         """Lightning's hook, called before a checkpoint is restored and before any batch."""
@@ -155,6 +199,19 @@ class TuningModule(lightning.LightningModule):
                 )
         super().load_state_dict(state_dict, strict=strict, assign=assign)
         return _IncompatibleKeys(missing, extra)
+
+
+class _Moved:
+    """Batches on another device."""
+
+    def __init__(self, loader: Any, device: torch.device) -> None:
+        self.loader, self.device = loader, device
+
+    def __iter__(self) -> Iterator[Any]:
+        return (move_data_to_device(batch, self.device) for batch in self.loader)
+
+    def __len__(self) -> int:
+        return len(self.loader)
 
 
 def _frozen(module: nn.Module) -> dict[str, nn.Parameter]:

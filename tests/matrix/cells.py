@@ -18,7 +18,7 @@ VARIANTS: dict[str, list[dict[str, object]]] = {"VPT": [{}, {"deep": True}], "Lo
 ALIKE = ("PaFi", "RandomMask", "SAMMask", "LTSFT", "ChildTuningD")
 """Methods whose parts are those of `FishMask`."""
 
-SMALL: dict[str, object] = {"bottleneck": 8, "tokens": 3, "rank": 2, "hidden": 16}
+SMALL: dict[str, object] = {"bottleneck": 8, "tokens": 3, "rank": 2, "target": 1, "hidden": 16}
 SMALL |= {"density": 0.02, "samples": 2, "batches": 1, "steps": 1, "budget": "5%"}
 
 

@@ -21,7 +21,7 @@ REFUSED = {
     ("VPT*", "swin*"): WINDOWS,
     ("VPT*", "convnext"): "no token sequence",
     ("AdaptFormer", "convnext"): "residual stream",
-    ("[LD]oRA", "convnext"): "'attn.q' .*matches no site",
+    ("*oRA", "convnext"): "'attn.q' .*matches no site",
     ("AdaptFormer", "vit_parallel"): NO_SUBLAYER,
     ("Houlsby", "vit_parallel"): NO_SUBLAYER,
     ("Pfeiffer", "vit_parallel"): NO_SUBLAYER,

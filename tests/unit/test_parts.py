@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from mmpeft.functional.pointwise import along, bottleneck, insert_tokens, stochastic_depth, strip_tokens
-from mmpeft.parts import Branch, Delta, Mask, Rescale
+from mmpeft.parts import Branch, Delta, LowRank, Mask, Rescale
 
 
 @given(batch=st.integers(1, 3), count=st.integers(1, 6), tokens=st.integers(1, 4), prefix=st.integers(0, 3))
@@ -40,7 +40,9 @@ def test_along_broadcasts_over_the_channel_dimension() -> None:
 def test_delta_on_a_grouped_and_a_strided_convolution_equals_the_effective_weight() -> None:
     for groups, kind in ((1, "exit"), (4, "read")):
         conv = nn.Conv2d(8, 12, 3, stride=2, padding=2, dilation=2, groups=groups, padding_mode="circular")
-        part = Delta(conv.weight, rank=2, scale=1.5, magnitude=True)
+        part = Delta(
+            conv.weight, LowRank(len(conv.weight), conv.weight[0].numel(), 2, conv.weight), scale=1.5, magnitude=True
+        )
         nn.init.normal_(part.factor.B, std=0.3)
         x = torch.randn(2, 8, 9, 9)
         dense = conv._conv_forward(x, part.read(conv, "weight", conv.weight), conv.bias)
@@ -50,7 +52,7 @@ def test_delta_on_a_grouped_and_a_strided_convolution_equals_the_effective_weigh
 
 def test_trainables_are_fp32_on_a_low_precision_base_and_identity_is_exact() -> None:
     linear = nn.Linear(6, 5).bfloat16()
-    delta = Delta(linear.weight, rank=2, scale=1.0)
+    delta = Delta(linear.weight, LowRank(*linear.weight.shape, 2, linear.weight), scale=1.0)
     mask, rescale = Mask(linear.weight, rows=(1, 3)), Rescale(5, linear.weight, shift=True)
     branch = Branch(5, 2, linear.weight, source="output")
     for part in (delta, mask, rescale, branch):

@@ -7,12 +7,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-from torch import nn
+from torch import Tensor, nn
 
 from mmpeft.errors import ConfigError, Refused
 from mmpeft.host import module_at
 from mmpeft.methods.base import Sited, fan, own_weight, positive, rate, register
-from mmpeft.parts import Delta
+from mmpeft.parts import Delta, Factor, LowRank
 from mmpeft.parts.base import Hook, Placement
 from mmpeft.selector import select
 from mmpeft.sites import Kind, Selector, Site
@@ -68,8 +68,13 @@ class LoRA(Sited):
             hook = Hook(site.path, "call" if site.kind == "linear" else "exit")
         weight = own_weight(model, site)
         dropout = 0.0 if lookup else self.dropout
-        part = Delta(weight, rank, scale, site.rows, dropout, self.magnitude, site.transposed, lookup)
+        factor = self.factor(*fan(model, site), rank, weight, lookup)
+        part = Delta(weight, factor, scale, site.rows, dropout, self.magnitude, site.transposed, lookup)
         return Placement(part, site.path, f"{name.lower()}_{site.label}", (hook,), site.role)
+
+    def factor(self, rows: int, columns: int, rank: int, like: Tensor, lookup: bool) -> Factor:
+        """What the update of one site is made of."""
+        return LowRank(rows, columns, rank, like, lookup)
 
     def count(self, model: nn.Module, available: list[Site]) -> int:
         total = 0

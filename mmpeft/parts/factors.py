@@ -1,0 +1,112 @@
+"""Factors: how the update of a weight is parametrised."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mmpeft.functional.kron import kron_apply
+from mmpeft.functional.low_rank import low_rank_delta
+from mmpeft.parts.base import cast, trainable_dtype
+
+
+def like_options(like: Tensor) -> dict[str, Any]:
+    """Device and type of tensors that train beside `like`."""
+    return {"device": like.device, "dtype": trainable_dtype(like.dtype)}
+
+
+class Factor(nn.Module):
+    """`ΔW` [o, i] of a weight: `forward(x)` is `ΔW x`, `materialise()` is `ΔW` itself."""
+
+    def materialise(self) -> Tensor:
+        raise NotImplementedError
+
+
+class LowRank(Factor):
+    """The factor `ΔW = B A`, `A` [r, i] Kaiming-uniform, `B` [o, r] zero (Hu et al. 2021).
+
+    For a `lookup` of columns it is the other way round, `A` zero and `B` normal, as in the reference code.
+    """
+
+    def __init__(self, rows: int, columns: int, rank: int, like: Tensor, lookup: bool = False) -> None:
+        super().__init__()
+        options = like_options(like)
+        bound = 1 / math.sqrt(columns)  # Kaiming-uniform with a = √5
+        if lookup:
+            self.A = nn.Parameter(torch.zeros(rank, columns, **options))
+            self.B = nn.Parameter(torch.randn(rows, rank, **options))
+        else:
+            self.A = nn.Parameter(torch.empty(rank, columns, **options).uniform_(-bound, bound))
+            self.B = nn.Parameter(torch.zeros(rows, rank, **options))
+
+    def pair(self) -> tuple[Tensor, Tensor]:
+        """`A` and `B` as they act now."""
+        return self.A, self.B
+
+    def forward(self, x: Tensor) -> Tensor:
+        down, up = self.pair()
+        return F.linear(F.linear(x, cast(down, x.dtype)), cast(up, x.dtype))
+
+    def materialise(self) -> Tensor:
+        return low_rank_delta(*self.pair(), 1.0)
+
+    def components(self) -> list[tuple[Tensor, Tensor]]:
+        """The rank-one pieces `(B_k, A_k)`."""
+        down, up = self.pair()
+        return list(zip(up.T, down))
+
+
+class DiagonalLowRank(LowRank):
+    """`ΔW = B diag(g) A`: each rank component has a weight of its own, and none when that is 0.
+
+    `start` is where g starts: `zero` with A, B ~ N(0, .02²) (AdaLoRA), or `normal` with B = 0 (SoRA).
+    """
+
+    def __init__(self, rows: int, columns: int, rank: int, like: Tensor, start: str) -> None:
+        super().__init__(rows, columns, rank, like)
+        if start == "zero":
+            nn.init.normal_(self.A, std=0.02)
+            nn.init.normal_(self.B, std=0.02)
+        self.g = nn.Parameter(torch.zeros(rank, **like_options(like)))
+        if start == "normal":
+            nn.init.normal_(self.g)
+
+    def pair(self) -> tuple[Tensor, Tensor]:
+        return self.A, self.B * self.g
+
+
+class NestedLowRank(LowRank):
+    """The first `active` components alone, `(r / b) B[:, :b] A[:b]`: with a scale `α / r` outside, that is `α / b`."""
+
+    def __init__(self, rows: int, columns: int, rank: int, like: Tensor) -> None:
+        super().__init__(rows, columns, rank, like)
+        self.active, self.newest_alone = rank, False
+
+    def pair(self) -> tuple[Tensor, Tensor]:
+        b, rank = self.active, len(self.A)
+        down, up = self.A[:b], self.B[:, :b]
+        if self.newest_alone and self.training and b > 1:
+            down = torch.cat([down[:-1].detach(), down[-1:]])
+            up = torch.cat([up[:, :-1].detach(), up[:, -1:]], dim=1)
+        return down, up * (rank / b)
+
+
+class Kron(Factor):
+    """`ΔW = L ⊗ R`, `L` [a, c] Kaiming-uniform and `R` [b, d] zero, `a b = o` and `c d = i`; never formed in a call."""
+
+    def __init__(self, left: tuple[int, int], right: tuple[int, int], like: Tensor) -> None:
+        super().__init__()
+        options = like_options(like)
+        bound = 1 / math.sqrt(left[1])
+        self.left = nn.Parameter(torch.empty(*left, **options).uniform_(-bound, bound))
+        self.right = nn.Parameter(torch.zeros(*right, **options))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return kron_apply(x, cast(self.left, x.dtype), cast(self.right, x.dtype))
+
+    def materialise(self) -> Tensor:
+        return torch.kron(self.left, self.right)
