@@ -144,14 +144,14 @@ def test_every_rank_of_dylora_is_a_lora() -> None:
     images = torch.randn(2, 3, 32, 32)
     module.eval()
     whole = module(images)
-    mmpeft.at_rank(tuning, 2)
+    mmpeft.at_rank(tuning.placements, 2)
     cut = module(images)
     assert not torch.allclose(cut, whole)
     tuning.bake()
     torch.testing.assert_close(module(images), cut)
     assert "rank=2" in str(tuning.method)
     with pytest.raises(ConfigError, match="expected a DyLoRA"):
-        mmpeft.at_rank(tuning, 2)
+        mmpeft.at_rank(tuning.placements, 2)
 
 
 def test_sora_prunes_what_its_threshold_closes() -> None:

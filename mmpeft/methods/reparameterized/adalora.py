@@ -22,7 +22,8 @@ class AdaLoRA(PrunedLoRA):
     """`ΔW = (α/r) B diag(g) A`, g starting at 0; the components of all sites compete for `target` ones a site.
 
     Of the run, `warmup` trains all of them, then a cubic takes the worst away every `every` steps, and the last
-    `settle` trains what is left. The saved adapter is a LoRA with a rank for each site. Parameters: `r (i + o + 1)` a site.
+    `settle` trains what is left. The saved adapter is a LoRA with a rank for each site. Parameters: `r (i + o + 1)`
+    a site.
     """
 
     rank: int = 12

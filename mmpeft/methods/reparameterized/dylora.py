@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -19,16 +19,13 @@ from mmpeft.parts import Delta, Factor, NestedLowRank
 from mmpeft.parts.base import Placement
 from mmpeft.sites import Kind
 
-if TYPE_CHECKING:
-    from mmpeft.tuning import Tuning
-
 
 @register("https://arxiv.org/abs/2210.07558", "reparameterized", mergeable=True)
 @dataclass(frozen=True)
 class DyLoRA(LoRA):
     """`ΔW = (α/b) B[:, :b] A[:b]` with one `b ~ U{least, …, rank}` for all sites at each step.
 
-    Any rank up to `rank` can be cut out afterwards (`at_rank(tuning, b)`) and is saved, merged and exported so.
+    Any rank up to `rank` can be cut out afterwards (`at_rank(tuning.placements, b)`) and is saved, merged and exported so.
     `frozen` trains the b-th component alone. Parameters: `r (i + o)` a site.
     """
 
@@ -56,16 +53,16 @@ class DyLoRA(LoRA):
         return as_lora(placements, alive, "")
 
 
-def at_rank(tuning: Tuning, rank: int) -> None:
+def at_rank(placements: Sequence[Placement], rank: int) -> None:
     """Let the first `rank` components act alone, everywhere: also in what is then merged, baked or exported.
 
     Raises:
         ConfigError: not a DyLoRA, or a rank it has not.
     """
-    factors = nested(tuning.placements)
+    factors = nested(placements)
     highest = max((len(factor.A) for factor in factors), default=0)
     if not 1 <= rank <= highest:
-        raise ConfigError(f"expected a DyLoRA and one of its ranks 1 … {highest}, got {tuning.method} and {rank}")
+        raise ConfigError(f"expected a DyLoRA and one of its ranks 1 … {highest}, got {rank}")
     for factor in factors:
         factor.active = min(rank, len(factor.A))
 
