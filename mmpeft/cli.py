@@ -28,6 +28,7 @@ COMMANDS: dict[str, Command] = {
     "inspect": Command("mmpeft.formats.commands:inspect_command", "describe adapter files of any known format"),
     "export": Command("mmpeft.formats.commands:export_command", "write an adapter in another tool's format, verified"),
     "convert": Command("mmpeft.formats.commands:convert_command", "rewrite an adapter file in another format"),
+    "merge": Command("mmpeft.formats.commands:merge_command", "write a whole model with an adapter merged in"),
     "methods": Command("mmpeft.cli:methods", "list the methods, or those a wildcard names: mmpeft methods '*lora*'"),
 }
 

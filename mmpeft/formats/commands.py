@@ -1,4 +1,4 @@
-"""The shell's way to adapter files: `mmpeft inspect`, `mmpeft convert`, `mmpeft export`."""
+"""The shell's way to adapter files: `mmpeft inspect`, `convert`, `export`, `merge`."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ from torch import nn
 
 from mmpeft.errors import ConfigError
 from mmpeft.formats import native
-from mmpeft.formats.exchange import FORMATS, Exported, convert, export, inspect
+from mmpeft.formats.exchange import FORMATS, Exported, convert, export, inspect, load_foreign
 from mmpeft.formats.inspection import FileInfo
+from mmpeft.formats.merged import save_merged
 
 MODEL_HELP = "a Python call that returns the base model, as module:function, e.g. my_project.models:unet"
 
@@ -66,6 +67,25 @@ def export_command(argv: Sequence[str] | None = None) -> int:
     model = _model(options.model)
     assert model is not None
     _say(export(native.load(model, options.src), options.dst, options.to, prefix=options.prefix))
+    return 0
+
+
+def merge_command(argv: Sequence[str] | None = None) -> int:
+    """Write the whole model with an adapter merged in, as its own library reads it."""
+    parser = argparse.ArgumentParser(
+        "mmpeft merge", description="Write a whole model with an adapter merged in, as its own library reads it."
+    )
+    parser.add_argument("src", type=Path, metavar="SRC", help="an adapter of any known format")
+    parser.add_argument("dst", type=Path, metavar="DST", help="the folder (transformers, diffusers) or file to write")
+    parser.add_argument("--component", default="", help="the layers of one model in a pipeline's file, e.g. unet")
+    parser.add_argument("--model", required=True, help=MODEL_HELP)
+    options = parser.parse_args(_arguments(argv))
+    model = _model(options.model)
+    assert model is not None
+    written = save_merged(load_foreign(model, options.src, component=options.component), options.dst)
+    print(f"{written.path}: {written.bytes:,} bytes; {written.library} read back {written.tensors} tensors, all equal")
+    for name in written.untied:
+        print(f"note: {name} is a tensor of its own now")
     return 0
 
 
