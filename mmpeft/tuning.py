@@ -242,7 +242,7 @@ class Tuning:
         return method, found, placements
 
     def export(
-        self, path: str | Path, format: Literal["peft", "diffusers", "kohya"] = "peft", *, verify: bool = True
+        self, path: str | Path, format: Literal["peft", "diffusers", "kohya", "comfy"] = "peft", *, verify: bool = True
     ) -> Exported:
         """Write the tuning as other tools read it, and prove it: reloaded by its consumer, compared layer by layer.
 

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from mmpeft.errors import AdapterFileError, Refused
-from mmpeft.formats import lycoris
+from mmpeft.formats import lycoris, original
 from mmpeft.formats.content import Content, Layer, assemble, dump_tensors, parse_object, read_tensors
 from mmpeft.formats.peft import NOT_YET, PREFIX, exact_targets, lora_fields, lora_tensors, scaled
 from mmpeft.host import CHILD
@@ -40,7 +40,7 @@ SLOTS = {
     ".lora_up.weight": ("up", "kohya"),
     ".lora.down.weight": ("down", "diffusers"),
     ".lora.up.weight": ("up", "diffusers"),
-    ".dora_scale": ("magnitude", "kohya"),
+    ".dora_scale": ("magnitude", ""),
     ".alpha": ("alpha", ""),
 }
 FACTORS = {
@@ -132,6 +132,8 @@ def read_file(path: Path) -> Content:
         notes.append("the file carries no alpha: scale 1, as every reader takes it")
     layers += [_layer(name, slots[name], path, lycoris.layer_of) for name in sorted(factored & set(slots))]
     style = next(iter(styles), "lycoris" if others or factored else "diffusers")
+    if style == "diffusers" and all(name.startswith(original.PREFIX) for name in slots):
+        style = "comfy"
     return Content(style, layers, notes=tuple(notes), others={_place(name)[1]: kind for name, kind in others.items()})
 
 
@@ -190,6 +192,7 @@ def resolve(layers: Sequence[Layer], model: nn.Module | None, where: object) -> 
                 "folded; give the model whose modules it names"
             )
         return list(layers)
+    layers = original.split(layers, model, where)
     flats: dict[str, list[str]] = {}
     for name, _ in model.named_modules():
         if CHILD not in name.split("."):

@@ -12,7 +12,7 @@ from torch import nn
 
 from mmpeft.errors import AdapterFileError, ConfigError, Refused, nearest
 from mmpeft.files import write_atomic
-from mmpeft.formats import diffusers, native, peft
+from mmpeft.formats import diffusers, native, original, peft
 from mmpeft.formats.bridge import attach_content, content_of
 from mmpeft.formats.content import Content
 from mmpeft.formats.inspection import FileInfo, inspect, read, refusal
@@ -22,8 +22,8 @@ from mmpeft.tuning import Tuning
 
 __all__ = ["FORMATS", "Exported", "FileInfo", "convert", "export", "inspect", "load_foreign", "read"]
 
-Format = Literal["peft", "diffusers", "kohya"]
-FORMATS: tuple[Format, ...] = ("peft", "diffusers", "kohya")
+Format = Literal["peft", "diffusers", "kohya", "comfy"]
+FORMATS: tuple[Format, ...] = ("peft", "diffusers", "kohya", "comfy")
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ def load_foreign(model: nn.Module, path: str | Path, name: str = "default", comp
 def export(
     tuning: Tuning, path: str | Path, format: Format = "peft", *, verify: bool = True, prefix: str = ""
 ) -> Exported:
-    """Write a tuning as a PEFT folder, or as one file of the diffusers or kohya style; then prove it.
+    """Write a tuning as a PEFT folder, or as one file of the diffusers, kohya or comfy style; then prove it.
 
     What is written is first reloaded from a temporary folder, by its consumer where that is installed and by this
     suite's own reader, and compared layer by layer; only then it takes its place, atomically. `prefix` is the model's
@@ -95,7 +95,7 @@ def export(
     prefix = prefix or diffusers.component_for(model)
     modules = [n for n, _ in model.named_modules() if CHILD not in n.split(".")]
     base = getattr(getattr(model, "config", None), "name_or_path", None) or None
-    files = _files(content, format, prefix, modules, base)
+    files = _files(content, model, prefix, modules, base)
     notes: list[str] = []
 
     def prove(copy: Path) -> tuple[Check, ...]:
@@ -104,6 +104,8 @@ def export(
             checks += by_peft(model, copy, content)
         elif format == "kohya" and (limits := _kohya_limits(content, prefix)):
             notes.append(limits)
+        elif format == "comfy":
+            notes.append("no reader of these names is a library; they are those of diffusers' converters")
         else:
             checks += by_diffusers(model, copy, prefix, content)
         return tuple(checks)
@@ -135,14 +137,14 @@ def convert(
         raise Refused(
             f"{src} holds {'(IA)³ vectors' if content.scalings else 'whole modules'}; {format} has no key for them"
         )
-    if format == "peft" and len(content.components) > 1:
-        raise Refused(f"{src} holds layers of {content.components}; a PEFT folder is for one model")
+    if format in ("peft", "comfy") and len(content.components) > 1:
+        raise Refused(f"{src} holds layers of {content.components}; a {format} adapter is for one model")
     if prefix and len(content.components) == 1:
         layers = [replace(layer, component=prefix) for layer in layers]
     prefix = prefix or ("unet" if model is None else diffusers.component_for(model))
     content = replace(content, format=format, layers=[layer.baked() for layer in layers])
     modules = [n for n, _ in model.named_modules()] if model is not None else []
-    files = _files(content, format, prefix, modules, None)
+    files = _files(content, model, prefix, modules, None)
     return _write(files, dst, content, lambda copy: (_by_own_reader(model, copy, content, prefix),), [])
 
 
@@ -157,11 +159,17 @@ def _known(format: str, prefix: str) -> None:
             raise ConfigError(f"unknown {what} {value!r}; known: {listed}.{nearest(value, known)}")
 
 
-def _files(content: Content, format: str, prefix: str, modules: Sequence[str], base: str | None) -> dict[str, bytes]:
+def _files(
+    content: Content, model: nn.Module | None, prefix: str, modules: Sequence[str], base: str | None
+) -> dict[str, bytes]:
     """Names and bytes of what a format writes; the file that makes the rest valid comes last."""
-    if format == "peft":
+    if content.format == "peft":
         return peft.folder_files(content, modules, base)
-    if format == "diffusers":
+    if content.format == "comfy":
+        if model is None:
+            raise Refused("the names of the original repository are known for a model only; give it")
+        return {diffusers.WEIGHTS: original.comfy_bytes(content.layers, model)}
+    if content.format == "diffusers":
         return {diffusers.WEIGHTS: diffusers.diffusers_bytes(content.layers, prefix, modules)}
     return {diffusers.WEIGHTS: diffusers.kohya_bytes(content.layers, prefix)}
 
@@ -174,11 +182,14 @@ def _by_own_reader(model: nn.Module | None, copy: Path, content: Content, prefix
         names = {layer.path.replace(".", "_"): layer.path for layer in content.layers}
         layers = [replace(x, path=names.get(x.path, x.path), flat=False) if x.flat else x for x in layers]
     back = replace(back, layers=diffusers.resolve(layers, model, copy))
-    if content.format != "peft":
+    if content.format not in ("peft", "comfy"):
         content = replace(content, layers=[replace(x, component=x.component or prefix) for x in content.layers])
     else:
         content = replace(content, layers=[replace(x, component="") for x in content.layers])
-    return compare("mmpeft", expected(content), expected(back))
+    wanted, got = expected(content), expected(back)
+    if content.format == "comfy":  # rows of zeros in a fused module are no layer of their own
+        wanted, got = ({name: t for name, t in side.items() if t.any()} for side in (wanted, got))
+    return compare("mmpeft", wanted, got)
 
 
 def _kohya_limits(content: Content, prefix: str) -> str:
