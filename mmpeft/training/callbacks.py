@@ -6,6 +6,7 @@ import csv
 import io
 import sys
 import time
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ from rich.console import Console
 from rich.table import Table
 
 from mmpeft.files import write_atomic
+from mmpeft.methods.base import Method, Union
+from mmpeft.methods.selective.plan import Plan
 from mmpeft.training.module import TuningModule
 
 
@@ -124,6 +127,10 @@ class Outcome(Callback):
             tuning = pl_module.prepare()
             tuning.controllers.fit_end()
             self._adapter = tuning.save(folder / "adapter", bake=True)
+            for plan in plans(tuning.method):
+                plan.save(folder / "plan.json")
+                if find_spec("matplotlib"):
+                    plan.draw(folder / "plan.png")
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not trainer.is_global_zero or not isinstance(pl_module, TuningModule):
@@ -149,6 +156,13 @@ class Outcome(Callback):
         for name, text in rows.items():
             table.add_row(name, text)
         Console().print(table)
+
+
+def plans(method: Method) -> list[Plan]:
+    """The plans in a method."""
+    if isinstance(method, Union):
+        return [plan for member in method.methods for plan in plans(member)]
+    return [method] if isinstance(method, Plan) else []
 
 
 def peak_memory() -> int:

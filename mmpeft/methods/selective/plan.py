@@ -14,6 +14,7 @@ from mmpeft.errors import AdapterFileError, ConfigError
 from mmpeft.files import write_atomic
 from mmpeft.methods.base import Method, Sited, register, tensor_of
 from mmpeft.methods.shared.plan_file import read_plan, unpack
+from mmpeft.methods.shared.plan_picture import draw_plan
 from mmpeft.methods.shared.tensors import elements, place_entries, tied, train_tensors
 from mmpeft.methods.spec import from_spec
 from mmpeft.parts.base import Placement
@@ -58,6 +59,18 @@ class Plan(Method):
     def save(self, path: str | Path) -> Path:
         """Write the plan as JSON, atomically."""
         write_atomic(Path(path), (json.dumps(self.content, indent=1) + "\n").encode())
+        return Path(path)
+
+    def draw(self, path: str | Path) -> Path:
+        """Write a picture (PNG) of which layers and roles got what."""
+        entries = sum(entry["count"] for entry in self.content["sparse"].values())
+        parts = {
+            "modules": len(self._modules()),
+            "whole tensors": len(self.content["whole"]),
+            "single entries": entries,
+        }
+        title = f"{self.content['model']}: " + ", ".join(f"{count:,} {what}" for what, count in parts.items() if count)
+        write_atomic(Path(path), draw_plan(self.content.get("units", ()), title))
         return Path(path)
 
     def place(self, model: nn.Module, available: list[Site]) -> list[Placement]:

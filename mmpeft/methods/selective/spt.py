@@ -19,6 +19,7 @@ from mmpeft.methods.base import Method, Sited, positive, register, tensor_of
 from mmpeft.methods.reparameterized.lora import LoRA
 from mmpeft.methods.selective.plan import Plan
 from mmpeft.methods.shared.plan_file import plan_content
+from mmpeft.methods.shared.plan_picture import label_of
 from mmpeft.methods.spec import to_spec
 from mmpeft.parts.base import Placement
 from mmpeft.selector import select
@@ -157,6 +158,7 @@ class SPT(Method):
             sparse={name: mask.flatten().nonzero().flatten() for name, mask in single.items()},
             shapes={name: tuple(value.shape) for name, value in scores.items()},
             trainable=sum(unit.spent(threshold, self.entries) for unit in units),
+            units=[account for unit in units for account in unit.accounts(threshold, self.entries)],
             sensitivity={name: float(value.sum()) for name, value in scores.items()},
         )
 
@@ -215,6 +217,8 @@ class _Piece:
     dim: int
     path: str
     role: str
+    depth: int
+    tower: str
 
     def inside(self, site: Site) -> bool:
         """Whether a module at `site` stands for this piece: the same projection, or one inside the sub-layer."""
@@ -224,6 +228,8 @@ class _Piece:
 
 
 def _pieces(available: list[Site], tensors: dict[str, Tensor]) -> list[_Piece]:
+    params = {site.path: site for site in available if site.role == "param"}
+    towers = len({site.tower for site in available}) > 1
     owners: dict[str, list[Site]] = {}
     for site in available:
         if site.kind in ("linear", "conv", "embedding"):
@@ -231,7 +237,9 @@ def _pieces(available: list[Site], tensors: dict[str, Tensor]) -> list[_Piece]:
     found = []
     for name in tensors:
         for site in owners.get(name, [Site("", "")]):
-            found.append(_Piece(name, site.rows, int(site.transposed), site.path, site.role))
+            own = params[name]
+            tower = own.tower if towers else ""
+            found.append(_Piece(name, site.rows, int(site.transposed), site.path, site.role, own.depth, tower))
     return found
 
 
@@ -249,6 +257,23 @@ class _Unit:
 
     def masks(self, threshold: int) -> list[Tensor]:
         return [word > threshold for word in self.words]
+
+    def accounts(self, threshold: int, entries: bool) -> list[dict[str, Any]]:
+        """What became of each piece, for people."""
+        fate = "module" if self.module else "whole"
+        fate = fate if self.whole(threshold) else "entries" if entries else ""
+        return [
+            {
+                "label": piece.role or label_of(piece.name),
+                "depth": piece.depth,
+                "tower": piece.tower,
+                "vector": word.dim() == 1,
+                "size": word.numel(),
+                "selected": int(mask.sum()),
+                "as": fate if mask.any() or fate != "entries" else "",
+            }
+            for piece, word, mask in zip(self.pieces, self.words, self.masks(threshold))
+        ]
 
     def count(self, threshold: int) -> int:
         return sum(int(mask.sum()) for mask in self.masks(threshold))

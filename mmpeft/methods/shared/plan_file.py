@@ -66,9 +66,10 @@ def plan_content(
     whole: list[str] | None = None,
     sparse: Mapping[str, Tensor] | None = None,
     shapes: Mapping[str, tuple[int, ...]] | None = None,
+    units: list[dict[str, Any]] | None = None,
     **known: Any,
 ) -> dict[str, Any]:
-    """JSON-ready content; `sparse` maps tensor names to ascending flat indices."""
+    """JSON-ready content; `sparse` maps tensor names to ascending flat indices, `units` is an account for people."""
     entries = {
         name: {"shape": list((shapes or {})[name]), "count": len(indices), "indices": pack(indices)}
         for name, indices in (sparse or {}).items()
@@ -82,4 +83,5 @@ def plan_content(
         "whole": whole or [],
         "sparse": entries,
         "encoding": ENCODING,
+        "units": units or [],
     }

@@ -17,6 +17,7 @@ from mmpeft.host import original_class
 from mmpeft.methods.base import tensor_of
 from mmpeft.methods.selective.plan import Plan
 from mmpeft.methods.shared.plan_file import plan_content
+from mmpeft.methods.shared.plan_picture import label_of
 from mmpeft.methods.shared.tensors import TensorMethod, elements, tied
 from mmpeft.parts.base import Placement
 from mmpeft.sites import Site, sites
@@ -85,9 +86,27 @@ class EntryMask(TensorMethod):
             whole[site.path] = put_rows(whole[site.path], before | mask, site.rows, int(site.transposed))
         sparse = {name: mask.flatten().nonzero().flatten() for name, mask in whole.items() if mask.any()}
         shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+        several = len({site.tower for site in chosen}) > 1
+        units = [
+            {
+                "label": label_of(site.path),
+                "depth": site.depth,
+                "tower": site.tower if several else "",
+                "vector": mask.dim() == 1,
+                "size": mask.numel(),
+                "selected": int(mask.sum()),
+                "as": "entries" if mask.any() else "",
+            }
+            for site, mask in zip(chosen, masks.values())
+        ]
         return Plan(
             plan_content(
-                original_class(model).__name__, sparse=sparse, shapes=shapes, chosen_by=f"{self}", score=self.score
+                original_class(model).__name__,
+                sparse=sparse,
+                shapes=shapes,
+                units=units,
+                chosen_by=f"{self}",
+                score=self.score,
             )
         )
 
