@@ -25,7 +25,7 @@ from mmpeft.sites import Kind
 class DyLoRA(LoRA):
     """`ΔW = (α/b) B[:, :b] A[:b]` with one `b ~ U{least, …, rank}` for all sites at each step.
 
-    Any rank up to `rank` can be cut out afterwards (`at_rank(tuning.placements, b)`) and is saved, merged and exported so.
+    `at_rank(tuning.placements, b)` cuts any rank out afterwards; it is then what is saved, merged and exported.
     `frozen` trains the b-th component alone. Parameters: `r (i + o)` a site.
     """
 
