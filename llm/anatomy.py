@@ -12,12 +12,13 @@ from typing import Any
 
 from torch import nn
 
-from mmpeft.anatomy import Builder
+from mmpeft.anatomy import Builder, is_a
 from mmpeft.errors import SiteError
 from mmpeft.functional.rows import count_rows
 from mmpeft.host import CHILD
 from mmpeft.llm.attention import view
-from mmpeft.llm.prompt import prompted
+from mmpeft.llm.prompt import bidirectional, cross_attended, prompted, stripped, unlengthened
+from mmpeft.llm.rotary import shifted
 from mmpeft.sites import Connect, Site, anatomy
 
 TEXT = "positions and the attention mask are made before the blocks; tokens put in between would have neither"
@@ -157,11 +158,30 @@ def transformer(model: nn.Module) -> list[Site]:
         embed={path for path in paths if path.rpartition(".")[2] in EMBEDDINGS},
         heads={path for path in paths if HEADS & set(path.split("."))},
     )
-    attentions = [builder.module(site.path) for site in found if site.role == "kv"]
-    if set(depths) == {"lm"} and all(getattr(module, "is_causal", False) for module in attentions):
-        prompt = Connect("", prompted)
-        return [replace(s, connect=prompt) if s.kind == "embedding" and s.role == "embed" else s for s in found]
-    return found
+    where, prompt = _prompt(builder, found)
+    words = {s.path for s in found if s.kind == "embedding" and s.role == "embed" and f"{s.path}.".startswith(where)}
+    return [replace(s, connect=prompt) if s.path in words else s for s in found]
+
+
+def _prompt(builder: _Builder, found: list[Site]) -> tuple[str, Connect | None]:
+    """How a prompt gets before the text, and where the text's embedding is; None where no way is known."""
+    towers = {s.tower for s in found if s.role == "stack"}
+    causal = [getattr(builder.module(s.path), "is_causal", False) for s in found if s.role == "kv"]
+    if towers == {"lm"} and all(causal):
+        return "", Connect("", prompted, layers=True)
+    stacks = {s.tower: s.path.rpartition(".")[0] for s in found if s.role == "stack"}
+    whole = {tower: is_a(builder.module(path), "PreTrainedModel") for tower, path in stacks.items()}
+    if towers == {"encoder", "decoder"} and all(whole.values()):  # T5
+        path = stacks["encoder"]
+        return f"{path}.", Connect(path, bidirectional, beside=((stacks["decoder"], cross_attended),))
+    if towers == {"lm"} and not any(causal):
+        path = stacks["lm"]
+        if whole["lm"]:  # T5's encoder alone
+            return f"{path}.", Connect(path, stripped)
+        model = path.rpartition(".")[0]  # BERT: embeddings and pooler are beside the encoder
+        if is_a(builder.module(model), "PreTrainedModel"):
+            return f"{model}.".lstrip("."), Connect(model, stripped, beside=((path, unlengthened),))
+    return "", None
 
 
 def _has(block: nn.Module, path: str) -> bool:
@@ -218,7 +238,7 @@ class _Builder(Builder):
             s for s in self.sites if s.role == f"{sub.role}.k" and s.depth == depth and s.path.startswith(f"{path}.")
         )
         heads = count_rows(rows.rows, self.features(rows.path)[0]) // head
-        self.add(where, "kv", depth, width=head, heads=heads, connect=Connect("config", view))
+        self.add(where, "kv", depth, width=head, heads=heads, connect=Connect("config", view, shift=shifted))
 
     def projection(self, path: str, sub: Sublayer, uses: str, depth: int, block: str) -> None:
         """One projection, for one use or for several."""

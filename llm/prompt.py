@@ -1,4 +1,7 @@
-"""How a prompt enters a causal transformers model: its keys and values once, the text's positions behind it."""
+"""How a prompt enters a transformers model, the text's positions behind it.
+
+Causal models keep its keys and values; encoders see it as part of the sequence.
+"""
 
 from __future__ import annotations
 
@@ -7,8 +10,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
+from mmpeft.errors import ConfigError
 from mmpeft.host import original_class
 from mmpeft.parts.prompt import Prompt
 
@@ -41,3 +47,100 @@ def prompted(
         past = cache.get_seq_length() if cache is not None else 0
         positions = torch.arange(past, past + text.shape[1], device=text.device)[None]
     return run(**{**kwargs, "position_ids": positions + len(part)})
+
+
+def bidirectional(
+    host: nn.Module, run: Callable[..., Any], part: Prompt, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    """An encoder's forward pass on the prompt and the text, one sequence with one mask; all of it is returned.
+
+    Positions of the text move behind the prompt's, and the prompt is of token type 0, as with concatenated
+    `inputs_embeds`.
+    """
+    return run(**_lengthened(host, part, args, kwargs)[0])
+
+
+def stripped(
+    host: nn.Module, run: Callable[..., Any], part: Prompt, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    """The same, and the prompt's positions are taken out of every output."""
+    longer, length = _lengthened(host, part, args, kwargs)
+    return _without(run(**longer), len(part), length)
+
+
+def unlengthened(
+    host: nn.Module, run: Callable[..., Any], part: Prompt, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    """The layers alone, between embeddings and pooler: what comes after them sees the text."""
+    states = args[0] if args else kwargs["hidden_states"]
+    return _without(run(*args, **kwargs), len(part), states.shape[1])
+
+
+def cross_attended(
+    host: nn.Module, run: Callable[..., Any], part: Prompt, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    """A decoder behind a lengthened encoder: the mask of what it attends to is the text's, and grows by ones."""
+    kwargs = _named(host, args, kwargs)
+    mask, states = kwargs.get("encoder_attention_mask"), kwargs.get("encoder_hidden_states")
+    if mask is not None and states is not None and mask.shape[-1] + len(part) == states.shape[1]:
+        kwargs["encoder_attention_mask"] = _visible(mask, len(part))
+    return run(**kwargs)
+
+
+def _named(host: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    parameters = list(inspect.signature(original_class(host).forward).parameters)[1:]
+    return {**dict(zip(parameters, args)), **kwargs}
+
+
+def _lengthened(
+    host: nn.Module, part: Prompt, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[dict[str, Any], int]:
+    """Arguments with the prompt in front of every row, and how long the sequence is now."""
+    kwargs = _named(host, args, kwargs)
+    text, count = kwargs.get("inputs_embeds"), len(part)
+    if kwargs.get("input_ids") is not None:
+        text = host.get_input_embeddings()(kwargs["input_ids"])  # type: ignore[operator]
+    assert text is not None
+    _check_room(host, count, text.shape[1])
+    rows = part.embeddings().to(text.dtype).expand(len(text), -1, -1)
+    longer: dict[str, Any] = {"input_ids": None, "inputs_embeds": torch.cat([rows, text], dim=1)}
+    if kwargs.get("attention_mask") is not None:
+        longer["attention_mask"] = _visible(kwargs["attention_mask"], count)
+    if kwargs.get("token_type_ids") is not None:
+        longer["token_type_ids"] = F.pad(kwargs["token_type_ids"], (count, 0))
+    positions = kwargs.get("position_ids")
+    if positions is not None:
+        first = torch.arange(count, device=positions.device) + positions.min()
+        longer["position_ids"] = torch.cat([first.expand(len(positions), -1), positions + count], dim=1)
+    return {**kwargs, **longer}, count + text.shape[1]
+
+
+def _check_room(host: nn.Module, count: int, length: int) -> None:
+    """Raise ConfigError where a table of positions is too short; the lookup's own error names no length."""
+    table = next((m for n, m in host.named_modules() if n.endswith("position_embeddings")), None)
+    if isinstance(table, nn.Embedding):
+        room = table.num_embeddings - (0 if table.padding_idx is None else table.padding_idx + 1)
+        if count + length > room:
+            raise ConfigError(
+                f"{count} prompt tokens and {length} of the text are more than the {room} positions of "
+                f"{original_class(host).__name__}; shorten the text to {room - count}"
+            )
+
+
+def _visible(mask: Tensor, count: int) -> Tensor:
+    if mask.dim() != 2:
+        raise ConfigError(
+            f"a prompt extends attention masks of shape [rows, words], got {tuple(mask.shape)}; give the padding mask"
+        )
+    return F.pad(mask, (count, 0), value=1)
+
+
+def _without(output: Any, count: int, length: int) -> Any:
+    """Outputs without the prompt's positions: states [B, n, d], and the queries of attentions [B, h, n, m]."""
+
+    def strip(value: Any) -> Any:
+        if isinstance(value, Tensor) and value.dim() in (3, 4):
+            return value.narrow(-2, count, length - count) if value.shape[-2] == length else value
+        return value
+
+    return tree_map(strip, output)

@@ -148,5 +148,7 @@ def nested(builder: Builder, path: str, tower: str) -> None:
     inner = builder.module(path)
     for site in find_anatomy(inner)(inner):
         fields = ("path", "bias", "stream", "out", "entry", "prefix_reader")
-        moved = {name: f"{path}.{value}" for name in fields if (value := getattr(site, name))}
+        moved: dict[str, object] = {name: f"{path}.{value}" for name in fields if (value := getattr(site, name))}
+        if site.kind == "embedding":  # what takes the inner model's text is not what takes this one's
+            moved["connect"] = None
         builder.sites.append(replace(site, tower=tower, **moved))  # type: ignore[arg-type]

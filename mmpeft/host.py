@@ -31,10 +31,12 @@ class Plan:
     exit: tuple[Part, ...] = ()
     call: Call | None = None
     reads: dict[str, tuple[Part, ...]] = field(default_factory=dict)
-    around: Callable[..., Any] | None = None
-    """Runs the whole host: `around(run, *args, **kwargs)`; recomputation and per-group execution use it."""
+    route: Callable[..., Any] | None = None
+    """At the root, runs everything: `route(run, *args, **kwargs)` marks the graph, or runs group after group."""
     wraps: tuple[Part, ...] = ()
     """Parts that run the host themselves, the first one outermost."""
+    around: Callable[..., Any] | None = None
+    """Runs the host inside `wraps`: recomputation, which repeats the host and none of the parts that wrap it."""
     alone: bool = False
     """Whether `call` is all there is: the common case of a tuned linear, kept free of further tests."""
 
@@ -44,6 +46,10 @@ class TunedMeta(type):
 
     base: type
     reads: frozenset[str]
+
+    def __str__(cls) -> str:
+        """The backbone's own: transformers keeps by it which outputs a class can record."""
+        return str(cls.base)
 
 
 _CLASSES: dict[tuple[type, frozenset[str]], TunedMeta] = {}
@@ -58,13 +64,14 @@ class Host:
         plan = self._plan
         if plan.alone and not kwargs:
             return plan.call(self, *args)  # type: ignore[misc, arg-type]
-        if plan.around is not None:
-            return plan.around(self._run, *args, **kwargs)
+        if plan.route is not None:
+            return plan.route(self._run, *args, **kwargs)
         return self._run(*args, **kwargs)
 
     def _run(self, *args: Any, **kwargs: Any) -> Any:
-        run = self._inner
-        for part in reversed(self._plan.wraps):
+        plan = self._plan
+        run = partial(plan.around, self._inner) if plan.around is not None else self._inner
+        for part in reversed(plan.wraps):
             run = partial(part.around, self, run)  # type: ignore[arg-type, assignment]
         return run(*args, **kwargs)
 

@@ -50,13 +50,22 @@ ROLES: dict[str, str] = {
 
 @dataclass(frozen=True)
 class Connect:
-    """How keys and values are reached inside an attention module: through what it reads from its own `attribute`.
+    """How learned keys and values, or a prompt, enter a backbone.
 
-    `view(module, value, part)` answers in place of the attribute's value and has the part extend keys and values.
+    At a `kv` site, through what the attention reads from its own `attribute`: `view(module, value, part)` answers in
+    place of its value and has the part extend keys and values. `shift(model, site, keys, by)` turns keys given for a
+    text at its own positions into those for a text moved by so many positions, as other tools have it.
+
+    At an input embedding, `attribute` is the path of the module that takes the text and `view` runs it with the
+    prompt in front; `beside` are other modules that must know of the prompt, and what runs each. With `layers`, the
+    prompt's keys and values are the same for every text and each attention keeps them.
     """
 
     attribute: str
     view: Callable[..., Any]
+    beside: tuple[tuple[str, Callable[..., Any]], ...] = ()
+    layers: bool = False
+    shift: Callable[..., Any] | None = None
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""`Prompt`: learned embeddings in front of a causal model's input, kept as the keys and values they come to."""
+"""`Prompt`: learned embeddings in front of a language model's input; under causal attention, its keys and values."""
 
 from __future__ import annotations
 
@@ -49,7 +49,8 @@ class Prompt(Part):
 
     Under causal attention they see only each other: their keys and values are the same for every row, so they are
     computed once, by one row, and put in front of the text's own in every layer (`PromptLayer`). Without gradients
-    they are kept until a tensor or the route changes: a step of generation costs no prompt.
+    they are kept until a tensor or the route changes: a step of generation costs no prompt. Elsewhere they lengthen
+    the sequence, and what reads it further on is told (`PromptBeside`).
     """
 
     order = 0
@@ -114,6 +115,22 @@ class Prompt(Part):
 
     def around(self, host: nn.Module, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         return self.run(host, run, self, args, kwargs)
+
+
+class PromptBeside(Part):
+    """A further module that must know that a `Prompt` has lengthened the sequence; owns nothing."""
+
+    order = 0
+    rowwise = False
+    unmergeable = UNMERGEABLE
+
+    def __init__(self, prompt: Prompt, run: Around) -> None:
+        super().__init__()
+        self._prompt = (prompt,)  # a tuple: the prompt stays registered under the model itself
+        self.run = run
+
+    def around(self, host: nn.Module, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        return self.run(host, run, self._prompt[0], args, kwargs)
 
 
 class PromptLayer(Part):

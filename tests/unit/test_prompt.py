@@ -1,14 +1,15 @@
-"""Prompts on causal language models agree with plain concatenation of embeddings, everywhere."""
+"""Prompts on language models agree with plain concatenation of embeddings, everywhere."""
 
 from __future__ import annotations
 
 import pytest
 import torch
+import transformers as hf
 from torch import Tensor, nn
 
 import mmpeft
 from mmpeft.errors import ConfigError, Refused
-from tests.matrix.families.transformers import FAMILIES, TOKENS, WORDS
+from tests.matrix.families.transformers import FAMILIES, LM, T5, TOKENS, WORDS
 
 P = 3
 CAUSAL = ["llama", "gemma2", "phi", "phi3", "gpt2", "gpt_neox"]
@@ -111,5 +112,61 @@ def test_where_it_starts() -> None:
     assert torch.equal(tuning.placements[0].part.embeddings(), words)
     with pytest.raises(ConfigError, match="init_ids"):
         _tuned("llama", mmpeft.PromptTuning(init_ids=(WORDS,)))
-    with pytest.raises(Refused, match="is not causal"):
-        _tuned("bert", mmpeft.PromptTuning())
+    with pytest.raises(Refused, match="no way to lengthen"):
+        _tuned("hf_clip", mmpeft.PromptTuning())
+
+
+ENCODERS = {
+    "bert": (hf.BertModel, hf.BertConfig, LM),
+    "roberta": (hf.RobertaModel, hf.RobertaConfig, LM),
+    "t5": (hf.T5EncoderModel, hf.T5Config, T5),
+}
+
+
+@pytest.mark.parametrize("family", ENCODERS)
+def test_an_encoder_agrees_with_concatenation_and_pools_the_text(family: str) -> None:
+    cls, config, sizes = ENCODERS[family]
+    torch.manual_seed(0)
+    model = cls(config(**sizes)).eval()
+    ids, mask = torch.randint(3, WORDS, (2, TOKENS)), _masks()["right"]
+    tuning = mmpeft.attach(model, mmpeft.PromptTuning(tokens=P))
+    (tokens,) = tuning.parameters()
+    more = {} if family == "t5" else {"token_type_ids": torch.zeros_like(ids)}
+    ours = model(ids, attention_mask=mask, output_hidden_states=True, **more)
+    with mmpeft.use(model, None):
+        theirs = model(**_concatenated(model, tuning, ids, mask), output_hidden_states=True)
+    torch.testing.assert_close(ours.last_hidden_state, theirs.last_hidden_state[:, P:])
+    for a, b in zip(ours.hidden_states, theirs.hidden_states):
+        torch.testing.assert_close(a, b[:, P:])
+    weights = torch.randn(ours.last_hidden_state.shape)
+    states = (ours.last_hidden_state, theirs.last_hidden_state[:, P:])
+    own, other = (torch.autograd.grad((state * weights).sum(), tokens)[0] for state in states)
+    torch.testing.assert_close(own, other, atol=1e-5, rtol=1e-5)
+    if family != "t5":
+        torch.testing.assert_close(ours.pooler_output, model.pooler(ours.last_hidden_state))
+        first = family == "roberta"  # its positions start behind that of padding
+        again = model(ids, attention_mask=mask, position_ids=torch.arange(TOKENS)[None] + first)
+        torch.testing.assert_close(again.last_hidden_state, ours.last_hidden_state)
+        room = 16 - first
+        model.embeddings.position_embeddings.num_embeddings = 16  # as if the table were that short
+        with pytest.raises(ConfigError, match=f"more than the {room} positions"):
+            model(torch.ones(1, room - P + 1, dtype=torch.long))
+
+
+def test_a_prompt_before_the_encoder_of_a_pair() -> None:
+    """The decoder attends to the prompt; generation runs the encoder by itself."""
+    model, tuning, ids = _tuned("t5", mmpeft.PromptTuning(tokens=P))
+    mask, told = _masks()["right"], torch.randint(3, WORDS, (2, 4))
+    model.config.decoder_start_token_id = model.config.pad_token_id = 0
+    inputs = _concatenated(model, tuning, ids, mask)
+    options = {"max_new_tokens": 5, "do_sample": False, "decoder_start_token_id": 0, "eos_token_id": WORDS + 1}
+    options["pad_token_id"] = 0
+    for labels in ({"labels": told}, {"decoder_input_ids": told}):
+        ours = model(ids, attention_mask=mask, **labels).logits
+        with mmpeft.use(model, None):
+            theirs = model(**inputs, **labels).logits
+        torch.testing.assert_close(ours, theirs)
+    for beams in (1, 3):
+        ours = model.generate(ids, attention_mask=mask, num_beams=beams, **options)
+        with mmpeft.use(model, None):
+            assert torch.equal(ours, model.generate(**inputs, num_beams=beams, **options))

@@ -13,13 +13,18 @@ from mmpeft.errors import ConfigError, Refused
 from mmpeft.host import module_at
 from mmpeft.methods.base import Sited, any_tensor, own_weight, positive, register
 from mmpeft.parts.base import Hook, Placement, trainable_dtype
-from mmpeft.parts.prompt import Prompt, PromptLayer, PromptLSTM, PromptMLP
+from mmpeft.parts.prompt import Prompt, PromptBeside, PromptLayer, PromptLSTM, PromptMLP
 from mmpeft.sites import Selector, Site
 
 
 @dataclass(frozen=True)
 class InputPrompt(Sited):
-    """`tokens` learned embeddings before the text; subclasses say what they start from or what makes them."""
+    """`tokens` learned embeddings before the text; subclasses say what they start from or what makes them.
+
+    A decoder keeps their keys and values. In an encoder they are part of the sequence until its last layer, and are
+    taken out before pooling and heads, so that `[CLS]` stays first. In an encoder-decoder they stand before the
+    encoder's text alone, and cross-attention sees them.
+    """
 
     at: Selector = "embed"
     tokens: int = 20
@@ -36,18 +41,18 @@ class InputPrompt(Sited):
         return None
 
     def only(self, available: list[Site]) -> Site:
-        """The one input embedding with causal attention behind it."""
+        """The one input embedding that learned ones can stand beside."""
         chosen = [site for site in self.chosen(available) if site.kind == "embedding"]
         name = type(self).__name__
         if not chosen:
             raise Refused(f"{name}: the model has no embedding of words to put learned ones beside")
-        site = chosen[0]
-        if len(chosen) > 1 or site.connect is None:
+        found = [site for site in chosen if site.connect is not None]
+        if len(found) != 1:
             raise Refused(
-                f"{name} at {site}: attention behind it is not causal, so a prompt's keys and values would differ with "
-                "every text; use PrefixTuning or PTuningV2, which learn them directly"
+                f"{name} at {chosen[0]}: the anatomy knows no way to lengthen the text of this model (it does for "
+                "decoders, BERT's family and T5); use PrefixTuning or PTuningV2, which learn keys and values directly"
             )
-        return site
+        return found[0]
 
     def place(self, model: nn.Module, available: list[Site]) -> list[Placement]:
         site = self.only(available)
@@ -61,9 +66,11 @@ class InputPrompt(Sited):
             site.connect.view,
         )
         key = type(self).__name__.lower()
-        placements = [Placement(prompt, "", key, (Hook("", "around"),), "embed")]
+        placements = [Placement(prompt, "", key, (Hook(site.connect.attribute, "around"),), "embed")]
+        for path, run in site.connect.beside:
+            placements.append(Placement(PromptBeside(prompt, run), path, key, (Hook(path, "around"),), "embed"))
         layers = [s for s in available if s.role == "kv" and s.tower == site.tower and s.connect is not None]
-        for i, layer in enumerate(layers):
+        for i, layer in enumerate(layers if site.connect.layers else ()):
             assert layer.connect is not None
             hook = Hook(layer.path, "read", layer.connect.attribute)
             placements.append(Placement(PromptLayer(prompt, i, layer.connect.view), layer.path, key, (hook,), "kv"))
