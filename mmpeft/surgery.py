@@ -246,7 +246,7 @@ def set_route(model: nn.Module, route: Route) -> Route:
                 state.hosts[path] = block
             block.__dict__["_plan"].around = recompute_around(state.recompute)
     root = model.__dict__["_plan"]
-    root.around = Grouped(route, _Setter(model)) if grouped and isinstance(route, tuple) else _Marked(model, route)
+    root.route = Grouped(route, _Setter(model)) if grouped and isinstance(route, tuple) else _Marked(model, route)
     return before
 
 
