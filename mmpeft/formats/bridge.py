@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from mmpeft.errors import AdapterFileError, ConfigError, Refused, SiteError
+from mmpeft.formats import peft_prompts
 from mmpeft.formats.content import Content, Layer, Scaling
 from mmpeft.formats.low_rank import check_paths, fit_layers, layers_of, method_for, selector, set_pieces, tunable_sites
 from mmpeft.formats.peft import targeted
@@ -34,6 +35,12 @@ def content_of(tuning: Tuning, format: str) -> Content:
         raise ConfigError(f"unmerge() {list(tuning._state.merged)} before exporting: the base holds merged weights")
     masks = [p for p in tuning.placements if isinstance(p.part, Mask)]
     scales = [p for p in tuning.placements if isinstance(p.part, Rescale)]
+    learned = [p for p in tuning.placements if peft_prompts.is_learned(p)] if format == "peft" else []
+    if learned and len(learned) + len(masks) < len(tuning.placements):
+        raise Refused(f"{tuning.method} has a prompt or prefix beside other parts; a PEFT folder holds one of them")
+    if learned:
+        whole = _whole_modules(tuning.model, masks)
+        return Content(format, whole=whole, learned=peft_prompts.learned_of(tuning.model, learned, whole))
     layers = layers_of(tuning)
     for placement in tuning.placements:
         _check_part(placement, format)
@@ -130,6 +137,10 @@ def attach_content(model: nn.Module, content: Content, name: str, where: object)
     tensors = _fit_whole(model, content.whole, where)
     _check_complete(model, content, where)
     methods: list[Method] = [method_for(model, pieces, content.dropout)] if pieces else []
+    tokens: dict[str, Tensor] = {}
+    if content.learned is not None:
+        method, tokens = peft_prompts.method_for(model, content.learned, where)
+        methods.append(method)
     available = [site for site in sites(model) if site.kind != "param"]
     if vectors:
         methods.append(IA3(at=selector([site for site, _ in vectors], available)))
@@ -142,6 +153,7 @@ def attach_content(model: nn.Module, content: Content, name: str, where: object)
     except (SiteError, Refused) as error:
         raise AdapterFileError(f"{where} does not attach to {type(model).__name__}: {error}") from error
     set_pieces(tuning.placements, pieces)
+    peft_prompts.fill(tuning.placements, tokens)
     by_rows = {(site.path, site.rows): gamma for site, gamma in vectors}
     for placement in tuning.placements:
         part, path = placement.part, placement.home

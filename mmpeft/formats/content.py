@@ -70,8 +70,17 @@ class Scaling:
 
 
 @dataclass(frozen=True)
+class Learned:
+    """Learned embeddings [p, d], or the keys and values of all layers [p, 2 L h d], and what PEFT's config says."""
+
+    kind: str
+    tensor: Tensor
+    config: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
 class Content:
-    """A whole adapter: updates, or scalings, and beside them modules that are saved whole (a new head)."""
+    """A whole adapter: updates, scalings or learned tokens, and beside them modules saved whole (a new head)."""
 
     format: str
     layers: list[Layer] = field(default_factory=list)
@@ -84,6 +93,7 @@ class Content:
     """The modules that the file says it is for, as PEFT names them; empty where it does not say."""
     modules: tuple[str, ...] = ()
     """Names of modules that the file says it saves whole, where the model has them."""
+    learned: Learned | None = None
     others: dict[str, str] = field(default_factory=dict)
     """Module path → the factor (LoHa, LoKr, …) that is recognised and cannot be loaded."""
 
@@ -92,6 +102,7 @@ class Content:
         """`LoRA`, `DoRA`, `IA3`, or what else the layers are, joined by `+`."""
         names = {layer.factor or ("LoRA" if layer.magnitude is None else "DoRA") for layer in self.layers}
         names |= set(self.others.values()) | ({"IA3"} if self.scalings else set())
+        names |= {self.learned.kind} if self.learned else set()
         return "+".join(sorted(names)) or "none"
 
     @property

@@ -16,7 +16,7 @@ from mmpeft.formats import diffusers, native, original, peft
 from mmpeft.formats.bridge import attach_content, content_of
 from mmpeft.formats.content import Content
 from mmpeft.formats.inspection import FileInfo, inspect, read, refusal
-from mmpeft.formats.verify import Check, by_diffusers, by_peft, compare, expected
+from mmpeft.formats.verify import Check, by_diffusers, by_peft, by_peft_answers, compare, expected
 from mmpeft.host import CHILD
 from mmpeft.tuning import Tuning
 
@@ -101,7 +101,9 @@ def export(
     def prove(copy: Path) -> tuple[Check, ...]:
         checks = [_by_own_reader(model, copy, content, prefix)]
         if format == "peft":
-            checks += by_peft(model, copy, content)
+            checks += (
+                by_peft(model, copy, content) if content.learned is None else by_peft_answers(tuning, copy, content)
+            )
         elif format == "kohya" and (limits := _kohya_limits(content, prefix)):
             notes.append(limits)
         elif format == "comfy":
@@ -133,6 +135,8 @@ def convert(
     layers = diffusers.resolve(content.layers, model, src)
     if any(layer.flat for layer in layers):
         raise AdapterFileError(f"{src}: {next(x.path for x in layers if x.flat)!r} names no module of the model given")
+    if format != "peft" and content.learned is not None:
+        raise Refused(f"{src} holds learned tokens ({content.learned.kind}); {format} has no key for them")
     if format != "peft" and (content.scalings or content.whole):
         raise Refused(
             f"{src} holds {'(IA)³ vectors' if content.scalings else 'whole modules'}; {format} has no key for them"
@@ -223,5 +227,5 @@ def _write(
             checks = prove(Path(scratch) if content.format == "peft" else Path(scratch) / next(iter(files)))
     for name, data in files.items():
         write_atomic(path / name if content.format == "peft" else path, data)
-    count = len(content.layers) + len(content.scalings)
+    count = len(content.layers) + len(content.scalings) + (content.learned is not None)
     return Exported(path, content.format, count, sum(map(len, files.values())), checks, tuple(notes))

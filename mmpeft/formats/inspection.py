@@ -86,7 +86,7 @@ def inspect(path: str | Path, model: nn.Module | None = None) -> FileInfo:
         path,
         content.format,
         content.method,
-        len(content.layers) + len(content.scalings) + len(content.others),
+        len(content.layers) + len(content.scalings) + len(content.others) + (content.learned is not None),
         _size(path),
         dict(sorted(Counter(layer.rank for layer in content.layers).items())),
         dict(sorted(Counter(round(layer.scale, 6) for layer in content.layers).items())),
@@ -140,6 +140,7 @@ def _size(path: Path) -> int:
 def _tensors(content: Content) -> list[Tensor]:
     found = [tensor for layer in content.layers for tensor in (layer.down, layer.up)]
     found += [scaling.gamma for scaling in content.scalings]
+    found += [content.learned.tensor] if content.learned else []
     return found + [tensor for own in content.whole.values() for tensor in own.values()]
 
 

@@ -18,11 +18,12 @@ from typing import Any
 from torch import Tensor
 
 from mmpeft.errors import AdapterFileError, Refused, nearest
+from mmpeft.formats import peft_prompts
 from mmpeft.formats.content import PICKLED, Content, Layer, Scaling, assemble, dump_tensors, read_json, read_tensors
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
-TYPES = ("LORA", "IA3")
+TYPES = ("LORA", "IA3", *peft_prompts.TYPES)
 EMBEDDING = ".lora_embedding_A"
 
 SLOTS = {
@@ -81,6 +82,12 @@ def read_folder(folder: Path) -> Content:
         )
         raise AdapterFileError(f"no {WEIGHTS} in {folder}: {why}")
     tensors, _ = read_tensors(folder / WEIGHTS)
+    if kind in peft_prompts.TYPES:
+        learned = peft_prompts.read(config, tensors, folder / WEIGHTS)
+        rest = {k.removeprefix(peft_prompts.WRAPPED): t for k, t in tensors.items() if k != peft_prompts.KEY}
+        modules = tuple(config.get("modules_to_save") or ())
+        whole = _whole(rest, modules, folder / WEIGHTS)
+        return Content("peft", learned=learned, whole=whole, modules=modules if whole else ())
     _check_options(config, folder / CONFIG)
     slots, rest = split(tensors, folder / WEIGHTS)
     lookups = {key.removeprefix(PREFIX).removesuffix(EMBEDDING) for key in tensors if key.endswith(EMBEDDING)}
@@ -243,7 +250,13 @@ def folder_files(content: Content, modules: Collection[str] = (), base_name: str
         "target_modules": exact_targets(targets, modules),
         "task_type": None,
     }
-    if content.scalings:
+    if content.learned is not None:
+        tensors = {f"{peft_prompts.WRAPPED}{m}.{n}": t for m, own in content.whole.items() for n, t in own.items()}
+        tensors[peft_prompts.KEY] = content.learned.tensor
+        for name in ("fan_in_fan_out", "target_modules"):
+            del config[name]
+        config |= peft_prompts.fields(content.learned)
+    elif content.scalings:
         inputs = [scaling.path for scaling in content.scalings if scaling.side == "input"]
         config |= {"peft_type": "IA3", "feedforward_modules": exact_targets(inputs, modules) if inputs else []}
         for scaling in content.scalings:

@@ -20,10 +20,13 @@ from torch import Tensor, nn
 from mmpeft.errors import AdapterFileError
 from mmpeft.formats.content import Content
 from mmpeft.formats.low_rank import delta_weights
-from mmpeft.tuning import tunings
+from mmpeft.tuning import Tuning, tunings
 
 TOLERANCE = 1e-5
 """Largest difference of a reloaded tensor, relative to its largest value; a reader in half precision may round."""
+
+ANSWERS = 1e-4
+"""Largest difference of an answer, relative to its largest value: two kernels may add up in another order."""
 
 REFUSALS = (ValueError, KeyError, TypeError, RuntimeError, AttributeError)
 """What readers raise on a file they do not understand."""
@@ -60,6 +63,8 @@ def expected(content: Content) -> dict[str, Tensor]:
         found[f"ΔW of {name}"] = delta_weights([replace(layer, magnitude=None)])[layer.path]
         if layer.magnitude is not None:
             found[f"magnitude of {name}"] = layer.magnitude
+    if content.learned is not None:
+        found["learned tokens"] = content.learned.tensor
     found |= {f"vector on {x.path}'s {x.side}": x.gamma for x in content.scalings}
     found |= {f"{module}.{name}": tensor for module, own in content.whole.items() for name, tensor in own.items()}
     return found
@@ -108,6 +113,54 @@ def by_peft(model: nn.Module, folder: Path, content: Content) -> list[Check]:
         except REFUSALS as error:
             raise AdapterFileError(f"{reader} refuses the folder that was written: {error}") from error
     return [compare(reader, expected(content), _adapters(loaded.get_base_model(), "default"))]
+
+
+@torch.no_grad()
+def by_peft_answers(tuning: Tuning, folder: Path, content: Content) -> list[Check]:
+    """Load a folder of learned tokens with PEFT and compare its tensor, and its answers with the tuned model's.
+
+    Answers, because PEFT has conventions of its own for where a text stands behind such tokens.
+    """
+    if find_spec("peft") is None:
+        return []
+    from peft import PeftModel
+
+    assert content.learned is not None
+    reader, model = f"peft {version('peft')}", tuning.model
+    training = {module: module.training for module in model.modules()}
+    ids = torch.arange(8, device=next(model.parameters()).device).view(2, 4) + 1
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    if getattr(model.config, "is_encoder_decoder", False):
+        batch["decoder_input_ids"] = ids.flip(1)
+    try:
+        model.eval()
+        with _quiet(), tuning.use():
+            try:
+                loaded: Any = PeftModel.from_pretrained(plain_copy(model), str(folder)).eval()
+                theirs = loaded(**batch)
+            except REFUSALS as error:
+                raise AdapterFileError(f"{reader} refuses the folder that was written: {error}") from error
+            ours = model(**batch)
+    finally:
+        for module, mode in training.items():
+            module.training = mode
+    check = compare(
+        reader,
+        {"learned tokens": content.learned.tensor},
+        {"learned tokens": loaded.prompt_encoder["default"].embedding.weight},
+    )
+    name = next(n for n, value in ours.items() if isinstance(value, Tensor) and value.is_floating_point())
+    mine, other = ours[name].float(), theirs[name].float()
+    if other.dim() > 1:
+        other = other[:, -mine.shape[1] :]
+    off = float((mine - other).abs().max() / mine.abs().max().clamp_min(1e-12))
+    limit = ANSWERS if ours[name].dtype.itemsize > 2 else 16 * torch.finfo(ours[name].dtype).eps
+    if not off <= limit:
+        raise AdapterFileError(
+            f"{reader} answers with {name} at a relative difference of {off:.1e}; at most {limit:.0e} is accepted, "
+            "nothing is kept"
+        )
+    return [Check(reader, check.modules, max(check.difference, off))]
 
 
 def by_diffusers(model: nn.Module, file: Path, component: str, content: Content) -> list[Check]:
