@@ -9,6 +9,7 @@ import sys
 from dataclasses import MISSING, Field, fields
 from pathlib import Path
 
+import lightning.pytorch  # noqa: F401  (its log handler must hold the real stderr, not one that a test captures)
 import pytest
 import yaml
 from jsonargparse import ArgumentParser
