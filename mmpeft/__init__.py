@@ -13,6 +13,8 @@ __version__ = "0.1.0"
 _HOME = {
     "attach": "surgery",
     "use": "surgery",
+    "Together": "together",
+    "Bank": "bank",
     "detach": "surgery",
     "Tuning": "tuning",
     "tunings": "tuning",
@@ -24,7 +26,7 @@ _HOME = {
     "at_rank": "methods.reparameterized.dylora",
     "allocate": "methods.selective.spt",
 }
-_MODULES = {"sites", "parts", "controllers", "methods", "functional", "formats", "errors"}
+_MODULES = {"sites", "parts", "controllers", "methods", "bank", "functional", "formats", "errors"}
 _MODULES |= {"training", "bench", "embedded", "vision", "vla", "diffusion", "llm"}
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -11,14 +11,12 @@ from torch.utils._pytree import tree_map
 
 from mmpeft.errors import ConfigError
 from mmpeft.parts.base import Part
-
-Route = str | None | tuple[str | None, ...]
-"""One tuning's name, None for the plain backbone, or a name for each row of the batch."""
+from mmpeft.together import Entry, Route
 
 
-def row_groups(route: Sequence[str | None]) -> dict[str | None, list[int]]:
-    """Row numbers of each name, in order of first appearance."""
-    groups: dict[str | None, list[int]] = {}
+def row_groups(route: Iterable[Entry]) -> dict[Entry, list[int]]:
+    """Row numbers of each entry, in order of first appearance."""
+    groups: dict[Entry, list[int]] = {}
     for row, name in enumerate(route):
         groups.setdefault(name, []).append(row)
     return groups
@@ -62,7 +60,7 @@ class Grouped:
     that mixes the rows of a batch (logits of every image with every text) has no value then and is None.
     """
 
-    def __init__(self, route: Sequence[str | None], set_route: Callable[[Route], Route]) -> None:
+    def __init__(self, route: Sequence[Entry], set_route: Callable[[Route], Route]) -> None:
         self.route, self.set_route = tuple(route), set_route
 
     def __call__(self, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

@@ -16,8 +16,9 @@ from mmpeft.host import CHILD, Plan, is_host, make_host, mark_route, module_at, 
 from mmpeft.methods.base import Method
 from mmpeft.parts.base import Hook, Part, Placement
 from mmpeft.recompute import Recompute, recompute_around
-from mmpeft.routing import Grouped, Route, RowPart, row_groups
+from mmpeft.routing import Grouped, RowPart, row_groups
 from mmpeft.sites import sites
+from mmpeft.together import Entry, Route, Together, check_together, entries_of, names_of, weighted
 
 if TYPE_CHECKING:
     from mmpeft.tuning import Tuning
@@ -101,7 +102,7 @@ def attach(
         state.blocks = [site.path for site in available if site.role == "block"]
     _install(model, state, name, placements)
     state.methods[name], state.placements[name] = method, placements
-    state.controllers[name] = Controllers(method.controllers(placements))
+    state.controllers[name] = Controllers(method.controllers(placements), _Replan(model))
     set_route(model, name)
     return Tuning(model, name)
 
@@ -160,7 +161,7 @@ def detach(model: nn.Module, name: str) -> None:
             if not under:
                 del host._modules[CHILD]
     if state.placements:
-        if name in (state.route if isinstance(state.route, tuple) else (state.route,)):
+        if name in names_of(state.route):
             state.route = None
         used = {path for ps in state.placements.values() for p in ps for path in (p.home, *(h.path for h in p.hooks))}
         for path in [p for p in state.hosts if p and p not in used and p not in state.blocks]:
@@ -192,20 +193,23 @@ def state_with(model: nn.Module, name: str | None = None) -> State:
 
 
 class use:
-    """Choose the tuning that runs: a name, None for the plain backbone, or a name for each row of a batch.
+    """Choose the tuning that runs: a name, several `Together`, None for the plain backbone, or one for each row.
 
     Takes effect at once; as a context manager it restores the former choice on exit.
 
     Raises:
-        ConfigError: an unknown name.
+        ConfigError: an unknown name. Refused: tunings whose parts do not add up.
     """
 
-    def __init__(self, model: nn.Module, which: str | Sequence[str | None] | None) -> None:
+    def __init__(self, model: nn.Module, which: Entry | Sequence[Entry]) -> None:
         state = state_with(model)
-        route: Route = which if which is None or isinstance(which, str) else tuple(which)
-        for name in route if isinstance(route, tuple) else (route,):
-            if name is not None:
-                state_with(model, name)
+        route: Route = which if which is None or isinstance(which, str | Together) else tuple(which)
+        for name in names_of(route):
+            state_with(model, name)
+        for entry in set(entries_of(route)):
+            if isinstance(entry, Together):
+                check_together({name: list(_hooks(state, name)) for name in entry.names})
+                list(_hooks(state, entry))
         if route == ():
             raise ConfigError("use() got an empty list; give one name (or None) for each row of the batch")
         self.model, self.before = model, state.route
@@ -225,10 +229,10 @@ def set_route(model: nn.Module, route: Route) -> Route:
     plans: dict[str, list[tuple[Hook, Part]]] = {}
     grouped = False
     if isinstance(route, tuple):
-        grouped = not all(_rowwise(state, name) for name in set(route) if name)
+        grouped = not all(_rowwise(state, entry) for entry in set(route))
         if not grouped:
-            for name, rows in row_groups(route).items():
-                for hook, part in _hooks(state, name):
+            for entry, rows in row_groups(route).items():
+                for hook, part in _hooks(state, entry):
                     kind = "exit" if hook.kind == "call" else hook.kind
                     routed = RowPart(part, rows, len(route))
                     routed.order = part.order  # type: ignore[misc]
@@ -250,16 +254,24 @@ def set_route(model: nn.Module, route: Route) -> Route:
     return before
 
 
-def _hooks(state: State, name: str | None) -> Iterable[tuple[Hook, Part]]:
-    if name is None or name in state.merged:
-        return
-    for placement in state.placements[name]:
-        for hook in placement.hooks:
-            yield hook, placement.part
+def _hooks(state: State, entry: Entry) -> Iterable[tuple[Hook, Part]]:
+    if isinstance(entry, Together):
+        for name, weight in zip(entry.names, entry.weights or (1.0,) * len(entry.names)):
+            for placement in _working(state, name):
+                part = weighted(placement.part, weight, name in entry.unit)
+                yield from ((hook, part) for hook in placement.hooks)
+    elif entry is not None:
+        for placement in _working(state, entry):
+            yield from ((hook, placement.part) for hook in placement.hooks)
 
 
-def _rowwise(state: State, name: str) -> bool:
-    return all(part.rowwise and hook.kind != "read" for hook, part in _hooks(state, name))
+def _working(state: State, name: str) -> list[Placement]:
+    """The parts of a tuning that run: none of a merged one, and none that rests."""
+    return [p for p in state.placements[name] if not p.part.resting] if name not in state.merged else []
+
+
+def _rowwise(state: State, entry: Entry) -> bool:
+    return all(part.rowwise and hook.kind != "read" for hook, part in _hooks(state, entry))
 
 
 def _plan(host: nn.Module, hooks: Iterable[tuple[Hook, Part]]) -> Plan:
@@ -287,6 +299,16 @@ class _Setter:
         if before is not route and before != route:
             set_route(self.model, route)
         return before
+
+
+class _Replan:
+    """Plans every host anew for the route that is set; picklable and copied with its model."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    def __call__(self) -> None:
+        set_route(self.model, state_with(self.model).route)
 
 
 class _Marked:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterable, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 from mmpeft.errors import AdapterFileError, ConfigError, MMPEFTError
 from mmpeft.files import write_atomic
 from mmpeft.methods.spec import from_spec, to_spec
+from mmpeft.parts.base import Placement
 from mmpeft.parts.mask import Mask
 from mmpeft.surgery import attach, base_parameters
 from mmpeft.tuning import Tuning
@@ -54,10 +56,10 @@ def save(tuning: Tuning, folder: str | Path, *, bake: bool = False) -> Path:
         "format": FORMAT,
         "version": VERSION,
         "method": to_spec(method),
-        "base": {"class": _base_class(tuning.model), "fingerprint": fingerprint(tuning)},
+        "base": {"class": base_class(tuning.model), "fingerprint": fingerprint(tuning)},
         "tensors": {"file": file.name, "sha256": digest, "count": len(tensors)},
         "sites": [{"path": p.home, "part": p.key, "role": p.role} for p in placements],
-        "libraries": _versions(),
+        "libraries": library_versions(),
     }
     write_atomic(file, data)
     write_atomic(folder / MANIFEST, (json.dumps(manifest, indent=1, ensure_ascii=False) + "\n").encode())
@@ -78,7 +80,7 @@ def load(model: nn.Module, folder: str | Path, name: str = "default", *, check_b
     """
     folder = Path(folder)
     manifest = read_manifest(folder)
-    tensors = _read_tensors(folder, manifest)
+    tensors = read_tensors(folder, manifest["tensors"], MANIFEST)
     try:
         method = from_spec(manifest["method"])
     except (ConfigError, TypeError, KeyError) as error:
@@ -91,14 +93,14 @@ def load(model: nn.Module, folder: str | Path, name: str = "default", *, check_b
     except MMPEFTError as error:
         raise AdapterFileError(
             f"the adapter in {folder} was made for {manifest['base']['class']} and does not attach to "
-            f"{_base_class(model)}: {error}"
+            f"{base_class(model)}: {error}"
         ) from error
     try:
         own = fingerprint(tuning)
         if check_base and own != manifest["base"]["fingerprint"]:
             raise AdapterFileError(
                 f"the adapter in {folder} was made for another base: expected {manifest['base']['class']} "
-                f"{manifest['base']['fingerprint']}, this model is {_base_class(model)} {own}. Load the base it was "
+                f"{manifest['base']['fingerprint']}, this model is {base_class(model)} {own}. Load the base it was "
                 "trained on, or pass check_base=False if the weights are meant to differ"
             )
         tuning.load_state_dict(tensors)
@@ -114,14 +116,19 @@ def fingerprint(tuning: Tuning) -> str:
     The rounding lets an adapter trained on an fp32 base load on the same base cast to bf16. Tensors that the
     tuning trains whole (a new head) are not part of what the adapter needs from the base.
     """
+    return base_fingerprint(tuning.model, tuning.placements)
+
+
+def base_fingerprint(model: nn.Module, placements: Iterable[Placement] = ()) -> str:
+    """The same for a model, without the tensors that these parts train whole."""
     replaced = {
         f"{hook.path}.{hook.name}".lstrip(".")
-        for placement in tuning.placements
+        for placement in placements
         if isinstance(placement.part, Mask) and placement.part.rows is None
         for hook in placement.hooks
     }
     digest = hashlib.sha256()
-    for name, tensor in sorted(base_parameters(tuning.model)):
+    for name, tensor in sorted(base_parameters(model)):
         if name not in replaced:
             flat = tensor.detach().flatten()
             sample = flat[:: max(1, len(flat) // SAMPLE)][:SAMPLE].to("cpu", torch.bfloat16)
@@ -164,12 +171,16 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return manifest  # type: ignore[no-any-return]
 
 
-def _read_tensors(folder: Path, manifest: dict[str, Any]) -> dict[str, Tensor]:
-    entry = manifest["tensors"]
+def read_tensors(folder: Path, entry: Mapping[str, Any], manifest: str) -> dict[str, Tensor]:
+    """The tensors of the `file` that a manifest's entry names, checked against its `sha256`.
+
+    Raises:
+        AdapterFileError: missing, partial, changed after saving, or no safetensors.
+    """
     path = folder / str(entry["file"])
     if path.parent != folder or path.suffix != ".safetensors":
         raise AdapterFileError(
-            f"{folder / MANIFEST} names {entry['file']!r}; only a .safetensors file beside it is read"
+            f"{folder / manifest} names {entry['file']!r}; only a .safetensors file beside it is read"
         )
     if not path.exists():
         raise AdapterFileError(f"{path} is missing; the folder was copied in part")
@@ -186,11 +197,13 @@ def _read_tensors(folder: Path, manifest: dict[str, Any]) -> dict[str, Tensor]:
         raise AdapterFileError(f"{path} is no safetensors file: {error}") from error
 
 
-def _base_class(model: nn.Module) -> str:
+def base_class(model: nn.Module) -> str:
+    """The name of the model's class as its library wrote it."""
     return type(model).__name__.removeprefix("Tuned")
 
 
-def _versions() -> dict[str, str]:
+def library_versions() -> dict[str, str]:
+    """Versions of this suite and of the libraries whose models it tunes."""
     found = {}
     for library in LIBRARIES:
         try:
