@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from mmpeft.controllers import Controllers
+from mmpeft.controllers.layers import rest_below
 from mmpeft.errors import AdapterFileError, ConfigError, Refused, nearest
 from mmpeft.host import base_value
 from mmpeft.liveness import Liveness, liveness
-from mmpeft.methods.base import Method
+from mmpeft.methods.base import Method, with_depth
 from mmpeft.parts.base import Placement
 from mmpeft.recompute import Recompute
 from mmpeft.report import Report, report
@@ -125,6 +126,21 @@ class Tuning:
         self._state.recompute = mode
         set_route(self.model, self._state.route)
 
+    def leave_out(self, layers: int) -> None:
+        """Run the first `layers` blocks plain, without their parts, from now on; 0 lets all parts run.
+
+        Raises:
+            ConfigError: no number of blocks that leaves a part. Refused: parts that need one another across blocks.
+        """
+        if not self.method.sitewise:
+            raise Refused(f"the parts of {self.method} do not act at one site each, so that none can be left out")
+        placements = with_depth(self.placements, sites(self.model))
+        deepest = max(p.depth for p in placements)
+        if not 0 <= layers <= deepest:
+            raise ConfigError(f"leave_out: expected a number of blocks from 0 to {deepest}, got {layers}")
+        rest_below(placements, layers)
+        set_route(self.model, self._state.route)
+
     # -- merging --------------------------------------------------------------------------------------------
 
     @torch.no_grad()
@@ -182,7 +198,7 @@ class Tuning:
         """Hooks of each host, innermost part first, as the forward pass applies them."""
         found: dict[str, list[tuple[Any, Any]]] = {}
         for placement in self.placements:
-            for hook in placement.hooks:
+            for hook in placement.hooks if not placement.part.resting else ():
                 if placement.part.unmergeable:
                     placement.part.fold(self._state.hosts[hook.path], hook, {})
                 found.setdefault(hook.path, []).append((hook, placement.part))

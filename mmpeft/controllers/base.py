@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -13,10 +13,15 @@ from mmpeft.errors import AdapterFileError, ConfigError
 class Controller:
     """Changes a tuning while it trains; every moment does nothing unless overridden.
 
+    A controller that lets parts rest or work says so in `replans`, and hosts plan anew after each of its moments that
+    comes before a forward pass.
+
     `step` counts optimiser steps from 0, `total` is their number in the whole run. With gradient accumulation
     `before_forward` and `after_backward` come once a micro-batch, the others once a step; gradients are unscaled and
     averaged over processes in `before_step` and still there in `after_step`. No moment waits for the device.
     """
+
+    replans: ClassVar[bool] = False
 
     def fit_start(self, total: int) -> None:
         """Before the first step, and again when a run is resumed."""
@@ -67,8 +72,9 @@ class Controllers:
     control.fit_end()
     """
 
-    def __init__(self, controllers: Sequence[Controller]) -> None:
+    def __init__(self, controllers: Sequence[Controller], replan: Callable[[], object] | None = None) -> None:
         self.list, self.step, self.total, self.ended = list(controllers), 0, 0, False
+        self.replan = replan if any(controller.replans for controller in self.list) else None
 
     def __bool__(self) -> bool:
         return bool(self.list)
@@ -84,6 +90,8 @@ class Controllers:
     def before_forward(self) -> None:
         for controller in self.list:
             controller.before_forward(self.step)
+        if self.replan is not None:
+            self.replan()
 
     def after_backward(self) -> None:
         for controller in self.list:
@@ -96,6 +104,8 @@ class Controllers:
     def after_step(self) -> None:
         for controller in self.list:
             controller.after_step(self.step)
+        if self.replan is not None:
+            self.replan()
         self.step += 1
 
     def fit_end(self) -> None:

@@ -116,6 +116,11 @@ class Method(ABC):
         """Whether `resolve` must see batches."""
         return False
 
+    @property
+    def sitewise(self) -> bool:
+        """Whether each part acts at its own site alone, so that any of them can be left out."""
+        return False
+
     def resolve(self, model: nn.Module, data: Iterable[Any] = (), loss: Loss = default_loss) -> Method:
         """The method with everything decided that its data decide; the model is left as it was."""
         return self
@@ -215,6 +220,10 @@ class Union(Method):
         return Union([method.baked() for method in self.methods])
 
     @property
+    def sitewise(self) -> bool:
+        return all(method.sitewise for method in self.methods)
+
+    @property
     def mergeable(self) -> bool:
         return all(method.mergeable for method in self.methods)
 
@@ -262,6 +271,10 @@ class Restricted(Method):
 
     def baked(self) -> Method:
         return Restricted(self.method.baked(), self.at)
+
+    @property
+    def sitewise(self) -> bool:
+        return self.method.sitewise
 
     @property
     def mergeable(self) -> bool:
@@ -313,6 +326,10 @@ class Sited(Method):
 class SiteMethod(Sited):
     """A method that treats each selected site alone: subclasses give `build` and `count_at` for one site."""
 
+    @property
+    def sitewise(self) -> bool:
+        return True
+
     @abstractmethod
     def build(self, model: nn.Module, site: Site) -> Placement:
         """The part for one site."""
@@ -326,6 +343,18 @@ class SiteMethod(Sited):
 
     def count(self, model: nn.Module, available: list[Site]) -> int:
         return sum(self.count_at(model, site) for site in self.chosen(available))
+
+
+def with_depth(placements: Sequence[Placement], available: Sequence[Site]) -> list[Placement]:
+    """Placements with the depth of the block each stands in; -1 outside every block."""
+    blocks = {site.path: site.depth for site in available if site.role in ("block", "tokens")}
+
+    def depth(path: str) -> int:
+        while path and path not in blocks:
+            path = path.rpartition(".")[0]
+        return blocks.get(path, -1)
+
+    return [replace(p, depth=depth(p.hooks[-1].path if p.hooks else p.home)) for p in placements]
 
 
 # -- helpers for recipes ------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ from typing import Any
 
 from mmpeft.errors import ConfigError, nearest
 from mmpeft.methods.base import METHODS, Method, Restricted, Union
+from mmpeft.methods.gated import Gated
 
 
 def to_spec(method: Method) -> dict[str, Any]:
@@ -29,7 +30,9 @@ def _plain(method: Method, name: str) -> Any:
         return to_spec(value)
     if isinstance(value, Mapping):
         return dict(value)
-    return [to_spec(v) for v in value] if isinstance(value, list | tuple) else value
+    if isinstance(value, list | tuple):
+        return [to_spec(item) if isinstance(item, Method) else item for item in value]
+    return value
 
 
 def from_spec(spec: Mapping[str, Any]) -> Method:
@@ -38,7 +41,7 @@ def from_spec(spec: Mapping[str, Any]) -> Method:
     Raises:
         ConfigError: an unknown method or field.
     """
-    classes: dict[str, type[Method]] = {**METHODS, "Union": Union, "Restricted": Restricted}
+    classes: dict[str, type[Method]] = {**METHODS, "Union": Union, "Restricted": Restricted, "Gated": Gated}
     name = spec.get("name")
     if not isinstance(name, str) or name not in classes:
         raise ConfigError(f"unknown method {name!r}; known: {', '.join(sorted(classes))}.{nearest(str(name), classes)}")
@@ -48,8 +51,11 @@ def from_spec(spec: Mapping[str, Any]) -> Method:
     for key in values:
         if key not in known:
             raise ConfigError(f"{name} has no field {key!r}; fields: {', '.join(sorted(known))}.{nearest(key, known)}")
-    if cls is Union:
-        values["methods"] = [from_spec(inner) for inner in values["methods"]]
-    if cls is Restricted:
-        values["method"] = from_spec(values["method"])
-    return cls(**values)
+    return cls(**{key: _built(value) for key, value in values.items()})
+
+
+def _built(value: Any) -> Any:
+    """A field's value, methods inside it built."""
+    if isinstance(value, list):
+        return [_built(item) for item in value]
+    return from_spec(value) if isinstance(value, Mapping) and "name" in value else value

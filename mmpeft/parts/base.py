@@ -29,6 +29,8 @@ class Part(nn.Module):
     """Whether `enter` and `exit` act on each row of the batch alone, so that rows can be routed in place."""
     unmergeable: ClassVar[str] = ""
     """Why this part cannot be folded into the base weights; empty when it can."""
+    resting: bool = False
+    """Whether the part is left out of the forward pass; hosts see a change when they plan anew (`Tuning.replan`)."""
 
     def enter(self, host: nn.Module, x: Tensor) -> Tensor:
         return x
@@ -81,7 +83,8 @@ class Hook:
 class Placement:
     """A part, the module it is registered under, its key there and the hooks through which it enters.
 
-    `owners` are the numbers of the method in the unions around it, the innermost first.
+    `owners` are the numbers of the method in the unions around it, the innermost first. `depth` is that of the block
+    around it where a method tells blocks apart by it.
     """
 
     part: Part
@@ -90,6 +93,7 @@ class Placement:
     hooks: tuple[Hook, ...]
     role: str = ""
     owners: tuple[int, ...] = ()
+    depth: int = -1
 
 
 def trainable_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -18,8 +18,12 @@ VARIANTS: dict[str, list[dict[str, object]]] = {"VPT": [{}, {"deep": True}], "Lo
 ALIKE = ("PaFi", "RandomMask", "SAMMask", "LTSFT", "ChildTuningD")
 """Methods whose parts are those of `FishMask`."""
 
-SMALL: dict[str, object] = {"bottleneck": 8, "tokens": 3, "rank": 2, "target": 1, "hidden": 16}
+SMALL: dict[str, object] = {"bottleneck": 8, "tokens": 3, "rank": 2, "target": 1, "hidden": 16, "reduction": 2, "epsilon": 0.3}
 SMALL |= {"density": 0.02, "samples": 2, "batches": 1, "steps": 1, "budget": "5%"}
+
+
+WRAPPED: dict[str, dict[str, object]] = {"AdapterDrop": {"method": mmpeft.Pfeiffer(bottleneck=8)}}
+"""Methods around another one, and which."""
 
 
 def decided(example: Example, method: Method) -> Method:
@@ -55,7 +59,7 @@ def rows() -> dict[str, Method]:
         small = {key: value for key, value in SMALL.items() if key in names}
         for extra in VARIANTS.get(name, [{}]):
             label = name + "".join(f"[{key}={value}]" for key, value in extra.items())
-            found[label] = cls(**{**still, **small, **extra})
+            found[label] = cls(**{**still, **small, **WRAPPED.get(name, {}), **extra})
     found["LoRA+BitFit+Houlsby"] = mmpeft.LoRA(rank=2) + mmpeft.BitFit() + mmpeft.Houlsby(bottleneck=8)
     found["DoRA[where]"] = mmpeft.DoRA(rank=2, at="attn.*|mlp.*").where("depth>=1")
     return found

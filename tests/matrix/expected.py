@@ -12,7 +12,7 @@ NO_SUBLAYER = "matches no site"  # one projection serves attention and the feed-
 TEXT = ("llama", "gemma2", "phi", "phi3", "gpt2", "gpt_neox", "bert", "t5")
 DIFFUSERS = tuple(diffusers.FAMILIES)
 NO_KV = (*timm.FAMILIES, *DIFFUSERS, "open_clip", "coca")  # attention computed inline: no extension point to enter by
-NO_MLP = ("AdaptFormer", "ParallelAdapter", "Pfeiffer", "DoRA[where]", "LoRA[at=mlp.*,embed]")
+NO_MLP = ("AdaptFormer", "AdapterDrop", "ParallelAdapter", "Pfeiffer", "DoRA[where]", "LoRA[at=mlp.*,embed]")
 PROMPTS = ("PromptTuning", "PTuning")
 VISION = tuple(timm.FAMILIES)
 PAIRS = ("hf_clip", "hf_siglip", "open_clip", "open_clip_timm_hf", "coca")
@@ -25,6 +25,7 @@ REFUSED = {
     ("AdaptFormer", "vit_parallel"): NO_SUBLAYER,
     ("Houlsby", "vit_parallel"): NO_SUBLAYER,
     ("Pfeiffer", "vit_parallel"): NO_SUBLAYER,
+    ("AdapterDrop", "vit_parallel"): NO_SUBLAYER,
     ("ParallelAdapter", "vit_parallel"): NO_SUBLAYER,
     ("LoRA+BitFit+Houlsby", "vit_parallel"): NO_SUBLAYER,
     ("LoRA+BitFit+Houlsby", "convnext"): "matches no site",
@@ -35,6 +36,16 @@ REFUSED = {
         for method in ("PrefixTuning", "PTuningV2", "LLaMAAdapter")
         for family in NO_KV
     },
+    **{("CoDA", family): "rotary positions" for family in ("eva02*", "dinov3", "rope_vit")},
+    ("CoDA", "beit"): "relative-position bias",
+    ("CoDA", "swin*"): WINDOWS,
+    ("CoDA", "convnext"): "no token sequence",
+    ("CoDA", "unet2d"): "work on maps",
+    **{("CoDA", family): "made before the blocks" for family in TEXT},
+    **{("CoDA", family): "two streams" for family in ("sd3", "flux")},
+    **{("LST", family): "look at another tower" for family in ("coca", "t5")},
+    ("LST", "s*_unet"): "maps and blocks on tokens",
+    **{("LST", family): "two streams" for family in ("sd3", "flux")},
     ("AdapterPlus", "sd3"): "two streams",
     ("AdapterPlus", "flux"): "two streams",
     ("VPT*", "sd3"): "two streams",

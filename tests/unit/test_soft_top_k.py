@@ -10,7 +10,9 @@ from hypothesis import strategies as st
 from mmpeft.functional.soft_top_k import soft_top_k
 
 
-@given(n=st.integers(2, 40), part=st.floats(0.01, 1.0), epsilon=st.sampled_from([0.03, 0.3, 1.0]), seed=st.integers(0, 9))
+@given(
+    n=st.integers(2, 40), part=st.floats(0.01, 1.0), epsilon=st.sampled_from([0.03, 0.3, 1.0]), seed=st.integers(0, 9)
+)
 @settings(max_examples=60, deadline=None)
 def test_budget_is_filled_exactly_and_order_is_kept(n: int, part: float, epsilon: float, seed: int) -> None:
     k = max(1, round(part * n))

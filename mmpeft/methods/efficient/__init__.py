@@ -1,0 +1,1 @@
+"""Methods that save memory or time beyond the parameters."""

@@ -1,0 +1,82 @@
+"""CoDA: conditional adapters, where most tokens skip the frozen block."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from mmpeft.errors import ConfigError, Refused
+from mmpeft.methods.base import Sited, any_tensor, positive, register
+from mmpeft.parts import Branch
+from mmpeft.parts.base import Hook, Placement
+from mmpeft.parts.conditional import Conditional
+from mmpeft.sites import Selector, Site
+
+
+@register("https://arxiv.org/abs/2304.04947", "efficient", mergeable=False, identity=False)
+@dataclass(frozen=True)
+class CoDA(Sited):
+    """`y = x + A(x) + scatter_I(λ_I ⊙ (block(x_I) - x_I))`: the block runs on k = n / `reduction` tokens alone.
+
+    `λ = softtopk(w·x; k, ε)` with a learned w [d], I its k largest; class tokens and registers always run. A is a
+    bottleneck beside the block on all tokens. With `reduction=1` it is the parallel adapter. Blocks must treat
+    tokens as a set: no windows, no positions or masks made for the whole sequence.
+
+    Behind the last block a class-token head reads nothing that λ weighs, so that a router there would never learn:
+    with class tokens the last block uses the w of the block before. Parameters: `2 d r + r + d` a block, d a router.
+    """
+
+    at: Selector = "tokens"
+    reduction: float = 4.0
+    bottleneck: int = 64
+    epsilon: float = 0.03
+
+    def __post_init__(self) -> None:
+        positive(self, bottleneck=self.bottleneck, epsilon=self.epsilon)
+        if self.reduction < 1:
+            raise ConfigError(f"CoDA: reduction is tokens over tokens that run, 1 or more, got {self.reduction}")
+
+    @property
+    def identity(self) -> bool:
+        return self.reduction == 1
+
+    def place(self, model: nn.Module, available: list[Site]) -> list[Placement]:
+        placements: list[Placement] = []
+        before: dict[str, Conditional] = {}
+        for site in self.chosen(available):
+            self._check(site)
+            like = any_tensor(model, site)
+            part = Conditional(
+                Branch(site.width, self.bottleneck, like, source="input"),
+                site.width,
+                like,
+                prefix=site.prefix,
+                reduction=self.reduction,
+                epsilon=self.epsilon,
+                shared=before.get(site.tower) if self._borrows(site, available) else None,
+            )
+            before[site.tower] = part
+            placements.append(Placement(part, site.path, "coda", (Hook(site.path, "around"),), site.role))
+        return placements
+
+    def count(self, model: nn.Module, available: list[Site]) -> int:
+        total, towers = 0, set()
+        for site in self.chosen(available):
+            total += 2 * site.width * self.bottleneck + self.bottleneck + site.width
+            borrowed = site.tower in towers and self._borrows(site, available)
+            total += site.width if self.reduction > 1 and not borrowed else 0
+            towers.add(site.tower)
+        return total
+
+    @staticmethod
+    def _borrows(site: Site, available: list[Site]) -> bool:
+        """Whether the router would stand in the last block of a tower with class tokens."""
+        last = max(s.depth for s in available if s.role == "tokens" and s.tower == site.tower)
+        return site.prefix > 0 and site.depth == last
+
+    def _check(self, site: Site) -> None:
+        if site.role != "tokens":
+            raise Refused(f"CoDA at {site}: it runs whole blocks on fewer tokens, select 'tokens' sites")
+        if site.prefix_reader:
+            raise Refused(f"CoDA at {site}: its rotary positions are those of the whole sequence, not of chosen tokens")
