@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from mmpeft.errors import Refused
 from mmpeft.host import base_value, original_class
+from mmpeft.parts.gate import GatedKeys
 from mmpeft.parts.prefix import GatedPrefix
 
 NAME = "mmpeft"
@@ -56,20 +57,35 @@ def attend(
     parts = module._plan.reads["config"]  # type: ignore[union-attr]
     function = _original(module)
     beside = [part for part in parts if isinstance(part, GatedPrefix)]
-    length = key.shape[2]
-    for part in parts:
-        if not isinstance(part, GatedPrefix):
-            key, value = part.extend(key, value)
-    count = key.shape[2] - length
-    if count:
-        attention_mask = _extended(module, attention_mask, query, length, count)
-        if options.get("position_bias") is not None:
-            options["position_bias"] = F.pad(options["position_bias"], (count, 0))
-    output, weights = function(module, query, key, value, attention_mask, **options)
+    gated = [part for part in parts if isinstance(part, GatedKeys)]
+
+    def with_(front: list[Any]) -> tuple[Tensor, Any]:
+        keys, values, mask, own = key, value, attention_mask, options
+        for part in front:
+            keys, values = part.extend(keys, values)
+        count, length = keys.shape[2] - key.shape[2], key.shape[2]
+        if count:
+            mask = _extended(module, mask, query, length, count)
+            if own.get("position_bias") is not None:
+                own = {**own, "position_bias": F.pad(own["position_bias"], (count, 0))}
+        return function(module, query, keys, values, mask, **own)  # type: ignore[no-any-return]
+
+    front = [part for part in parts if part not in beside and part not in gated]
+    output, weights = with_(front)
+    for part in gated:
+        output = part.interpolate(output, with_([*front, part])[0], _padding(attention_mask))
     for part in beside:
         scaling = options.get("scaling") or query.shape[-1] ** -0.5
         output = output + part.beside(query, scaling).to(output.dtype)
     return output, weights
+
+
+def _padding(mask: Any) -> Tensor | None:
+    """[B, m], true where some query sees a key; None where no mask says."""
+    if not isinstance(mask, Tensor):
+        return None
+    seen = mask if mask.dtype == torch.bool or mask.dim() == 2 else mask == 0
+    return (seen if seen.dim() == 2 else seen[:, 0].any(1)).bool()
 
 
 def _original(module: nn.Module) -> Any:

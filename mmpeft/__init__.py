@@ -23,6 +23,7 @@ _HOME = {
     "Site": "sites",
     "select": "selector",
     "list_methods": "methods",
+    "gate": "methods.gated",
     "at_rank": "methods.reparameterized.dylora",
     "allocate": "methods.selective.spt",
 }

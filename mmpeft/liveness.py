@@ -86,6 +86,7 @@ def liveness(tuning: Tuning, batch: Any) -> Liveness:
     """
     model = tuning.model
     trainable = dict(tuning.named_parameters())
+    loud = {id(p) for p in _checked(tuning)}
     roles = {
         id(parameter): placement.role for placement in tuning.placements for parameter in placement.part.parameters()
     }
@@ -102,7 +103,16 @@ def liveness(tuning: Tuning, batch: Any) -> Liveness:
                     norms[name] = max(norms[name], float(parameter.grad.norm()))
             optimizer.step()
         moved = [name for name, p in frozen.items() if _fingerprint(p) != before[name]]
-    return Liveness([Pulse(roles[id(p)], name, norms[name]) for name, p in trainable.items()], moved)
+    pulses = [Pulse(roles[id(p)], name, norms[name]) for name, p in trainable.items() if id(p) in loud]
+    return Liveness(pulses, moved)
+
+
+def _checked(tuning: Tuning) -> Iterator[nn.Parameter]:
+    """Trainable tensors that a loss must reach; not those that a part declares `quiet`."""
+    for placement in tuning.placements:
+        for name, parameter in placement.part.named_parameters():
+            if name not in placement.part.quiet:
+                yield parameter
 
 
 def _call(model: nn.Module, batch: Any) -> Any:

@@ -8,7 +8,7 @@ from typing import Any
 
 from mmpeft.methods.base import METHODS, Method, Restricted, Union, list_methods
 
-for _folder in ("additive", "selective", "reparameterized", "efficient"):
+for _folder in ("additive", "selective", "reparameterized", "hybrid", "efficient"):
     _package = import_module(f"mmpeft.methods.{_folder}")
     for _module in iter_modules(_package.__path__):
         import_module(f"{_package.__name__}.{_module.name}")

@@ -9,6 +9,7 @@ from mmpeft.parts.mask import Mask
 from mmpeft.parts.prefix import GatedPrefix, Prefix
 from mmpeft.parts.prompt import Prompt, PromptLayer
 from mmpeft.parts.rescale import Rescale
+from mmpeft.parts.shared import Shared, View
 from mmpeft.parts.sparse import Sparse
 
 __all__ = [
@@ -29,5 +30,7 @@ __all__ = [
     "Prompt",
     "PromptLayer",
     "Rescale",
+    "Shared",
     "Sparse",
+    "View",
 ]

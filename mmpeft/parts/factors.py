@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mmpeft.functional.kron import kron_apply
+from mmpeft.functional.kron import kron_apply, kron_sum
 from mmpeft.functional.low_rank import low_rank_delta
 from mmpeft.parts.base import cast, trainable_dtype
 
@@ -110,3 +111,36 @@ class Kron(Factor):
 
     def materialise(self) -> Tensor:
         return torch.kron(self.left, self.right)
+
+
+class PHMBank(nn.Module):
+    """`A` [n, n, n], the n small matrices that all linears of a `PHMLinear` family share; N(0, .01)."""
+
+    def __init__(self, n: int, like: Tensor) -> None:
+        super().__init__()
+        self.A = nn.Parameter(torch.empty(n, n, n, **like_options(like)).normal_(std=0.01))
+
+
+class PHMLinear(nn.Module):
+    """`W = Σ_k A_k ⊗ (s_k t_kᵀ)` [o, i] and a bias, `A` shared, `s` [n, o/n] and `t` [n, i/n] own (arXiv:2106.04647).
+
+    s and t are Glorot-uniform, so W is small and not zero.
+    """
+
+    def __init__(self, columns: int, rows: int, n: int, bank: Callable[[], PHMBank], like: Tensor) -> None:
+        super().__init__()
+        options = like_options(like)
+        self.bank = bank
+        self.s = nn.Parameter(_glorot(torch.empty(n, rows // n, **options)))
+        self.t = nn.Parameter(_glorot(torch.empty(n, columns // n, **options)))
+        self.bias = nn.Parameter(torch.zeros(rows, **options))
+
+    @property
+    def weight(self) -> Tensor:
+        return kron_sum(self.bank().A, self.s, self.t)
+
+
+def _glorot(vectors: Tensor) -> Tensor:
+    """Each row a [m, 1] matrix: U(±√(6 / (m + 1)))."""
+    bound = math.sqrt(6 / (vectors.shape[1] + 1))
+    return vectors.uniform_(-bound, bound)

@@ -13,6 +13,7 @@ TEXT = ("llama", "gemma2", "phi", "phi3", "gpt2", "gpt_neox", "bert", "t5")
 DIFFUSERS = tuple(diffusers.FAMILIES)
 NO_KV = (*timm.FAMILIES, *DIFFUSERS, "open_clip", "coca")  # attention computed inline: no extension point to enter by
 NO_MLP = ("AdaptFormer", "AdapterDrop", "ParallelAdapter", "Pfeiffer", "DoRA[where]", "LoRA[at=mlp.*,embed]")
+READ_DIRECTLY = ("beit", "eva", "eva02", "rope_vit", "swinv2", "open_clip", "coca")  # a gate sees what a projection is called with
 PROMPTS = ("PromptTuning", "PTuning")
 VISION = tuple(timm.FAMILIES)
 PAIRS = ("hf_clip", "hf_siglip", "open_clip", "open_clip_timm_hf", "coca")
@@ -46,6 +47,12 @@ REFUSED = {
     **{("LST", family): "look at another tower" for family in ("coca", "t5")},
     ("LST", "s*_unet"): "maps and blocks on tokens",
     **{("LST", family): "two streams" for family in ("sd3", "flux")},
+    ("KronA", "convnext"): "'attn.q' .*matches no site",
+    **{(method, "vit_parallel"): NO_SUBLAYER for method in ("KronAB", "Compacter*", "UniPELT", "MAM")},
+    **{(method, "unet2d"): "'mlp' .*matches no site" for method in ("KronAB", "CompacterPlus", "UniPELT", "MAM")},
+    ("UniPELT", "convnext"): "'attn.q' .*matches no site",
+    ("MAM", "convnext"): "'kv' .*matches no site",
+    **{("UniPELT", family): "reads this weight itself" for family in READ_DIRECTLY},
     ("AdapterPlus", "sd3"): "two streams",
     ("AdapterPlus", "flux"): "two streams",
     ("VPT*", "sd3"): "two streams",

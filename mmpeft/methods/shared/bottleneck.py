@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
-from torch import nn
+from torch import Tensor, nn
 
 from mmpeft.errors import ConfigError, Refused, nearest
 from mmpeft.functional.pointwise import ACTIVATIONS
@@ -14,6 +15,9 @@ from mmpeft.parts import Branch
 from mmpeft.parts.base import Hook, Placement
 from mmpeft.parts.branch import Init, Scale, Source
 from mmpeft.sites import Kind, Selector, Site
+
+Linears = Callable[[Site, Tensor], tuple[nn.Module, nn.Module]]
+"""Down and up of a site, already initialised."""
 
 
 @dataclass(frozen=True)
@@ -57,14 +61,15 @@ class Bottleneck(SiteMethod):
         """Where the branch enters: by default behind the sub-layer, just before the residual sum."""
         return (Hook(site.out or site.path, "exit"),)
 
-    def build(self, model: nn.Module, site: Site) -> Placement:
+    def build(self, model: nn.Module, site: Site, linears: Linears | None = None) -> Placement:
+        """The branch of one site; `linears` makes its down and up, plain ones by default."""
         if not site.width:
             raise Refused(f"{type(self).__name__} at {site}: the anatomy gives no width for this sub-layer")
-        hooks = self.hooks(model, site)
+        hooks, like = self.hooks(model, site), any_tensor(model, site)
         part = Branch(
             site.width,
             self.size(site),
-            any_tensor(model, site),
+            like,
             source="tap" if len(hooks) > 1 else self.source,
             activation=self.activation,
             init=self.init,
@@ -72,6 +77,7 @@ class Bottleneck(SiteMethod):
             dropout=self.dropout,
             drop_path=self.drop_path_rate(),
             channel_dim=site.channel_dim,
+            linears=linears(site, like) if linears else None,
         )
         home = home_of(model, hooks[-1].path)
         return Placement(part, home, f"{type(self).__name__.lower()}_{site.label}", hooks, site.role)
@@ -90,6 +96,9 @@ class Parallel(Bottleneck):
     source: ClassVar[Source] = "input"
 
     def hooks(self, model: nn.Module, site: Site) -> tuple[Hook, ...]:
-        if site.entry:
-            return (Hook(site.entry, "enter"), Hook(site.path, "exit"))
-        return (Hook(site.path, "exit"),)
+        return parallel_hooks(site)
+
+
+def parallel_hooks(site: Site) -> tuple[Hook, ...]:
+    """Where a part enters that reads what a sub-layer reads: at its entry, if that is another module, and its exit."""
+    return (*([Hook(site.entry, "enter")] if site.entry else []), Hook(site.path, "exit"))

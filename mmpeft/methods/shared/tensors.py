@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
@@ -12,7 +12,7 @@ from mmpeft.errors import ConfigError, SiteError
 from mmpeft.functional.rows import Rows, take_rows
 from mmpeft.methods.base import Method, tensor_of
 from mmpeft.parts import Mask, Sparse
-from mmpeft.parts.base import Hook, Placement
+from mmpeft.parts.base import Hook, Part, Placement
 from mmpeft.selector import select
 from mmpeft.sites import Selector, Site
 
@@ -52,7 +52,11 @@ class TensorMethod(Method):
         return train_tensors(type(self).__name__.lower(), model, self.chosen(model, available))
 
     def count(self, model: nn.Module, available: list[Site]) -> int:
-        return sum(elements(model, group[0]) for group in tied(model, self.chosen(model, available)))
+        return sum(elements(model, group[0]) for group in self.groups(model, available))
+
+    def groups(self, model: nn.Module, available: list[Site]) -> list[list[Site]]:
+        """The chosen names, those of one tensor together."""
+        return tied(model, self.chosen(model, available))
 
 
 def tied(model: nn.Module, chosen: Iterable[Site]) -> list[list[Site]]:
@@ -63,15 +67,17 @@ def tied(model: nn.Module, chosen: Iterable[Site]) -> list[list[Site]]:
     return list(groups.values())
 
 
-def train_tensors(method: str, model: nn.Module, chosen: Iterable[Site]) -> list[Placement]:
-    """A `Mask` on each tensor, or on the rows of it that a site owns, wherever the tensor is read."""
-    return [_train(method, model, group) for group in tied(model, chosen)]
+def train_tensors(
+    method: str, model: nn.Module, chosen: Iterable[Site], make: Callable[..., Part] = Mask
+) -> list[Placement]:
+    """A `Mask`, or what `make` makes, on each tensor or the rows that a site owns of it, wherever it is read."""
+    return [_train(method, model, group, make) for group in tied(model, chosen)]
 
 
-def _train(method: str, model: nn.Module, group: list[Site]) -> Placement:
+def _train(method: str, model: nn.Module, group: list[Site], make: Callable[..., Part]) -> Placement:
     site = group[0]
     home, _, name = site.path.rpartition(".")
-    part = Mask(tensor_of(model, site.path), rows=site.rows, dim=int(site.transposed))
+    part = make(tensor_of(model, site.path), rows=site.rows, dim=int(site.transposed))
     key = f"{method}_{name}" + (f"_{site.rows[0]}" if site.rows else "")
     owners = [site.path.rpartition(".") for site in group]
     hooks = tuple(Hook(path, "read", tensor) for path, _, tensor in owners)

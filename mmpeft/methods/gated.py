@@ -1,0 +1,119 @@
+"""`gate`: methods whose parts act as much as a gate lets them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+from torch import nn
+
+from mmpeft.controllers import Controller
+from mmpeft.controllers.gate import GATES, Gate, GateKind, GateLevels
+from mmpeft.errors import ConfigError, Refused, nearest
+from mmpeft.host import module_at
+from mmpeft.methods.base import Method, MethodInfo, Sited, Union, any_tensor, fan, own_weight
+from mmpeft.parts import Delta
+from mmpeft.parts.base import Hook, Placement
+from mmpeft.parts.branch import Branch
+from mmpeft.parts.factors import like_options
+from mmpeft.parts.gate import GatedKeys, GatedOutput, GatedPart
+from mmpeft.parts.prefix import Prefix
+from mmpeft.parts.shared import Shared
+from mmpeft.sites import Site
+
+
+@dataclass(frozen=True)
+class Gated(Method):
+    """A method with a gate of its own on each of its parts, `y + g (part(y) - y)`; what the gate sees, the part sees.
+
+    Updates of weights, adapters and prefixes can be gated. A `pooled` gate is by the token where attention is causal:
+    a mean over a text would tell earlier words of later ones. Parameters: those of the method, and `d + 1` a part
+    (`scalar`: 1).
+    """
+
+    info: ClassVar[MethodInfo] = MethodInfo("Gated", "", "hybrid", mergeable=False, identity=True)
+    method: Method
+    kind: GateKind = "token"
+    start: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.method, Sited):
+            raise ConfigError(f"Gated takes one method that works on sites, such as LoRA(); got {self.method!r}")
+        if self.kind not in GATES:
+            raise ConfigError(f"unknown gate {self.kind!r}; known: {', '.join(GATES)}.{nearest(self.kind, GATES)}")
+
+    @property
+    def sited(self) -> Sited:
+        assert isinstance(self.method, Sited)
+        return self.method
+
+    def place(self, model: nn.Module, available: list[Site]) -> list[Placement]:
+        placed = self.method.place(model, available)
+        own = iter(self.sited.chosen(available))
+        return [p if isinstance(p.part, Shared) else self._gated(model, available, next(own), p) for p in placed]
+
+    def _gated(self, model: nn.Module, available: list[Site], site: Site, p: Placement) -> Placement:
+        kind: GateKind = "token" if self.kind == "pooled" and _causal(model, available, site) else self.kind
+        part, hooks, reads = p.part, p.hooks, p.hooks[0].kind == "read"
+        name = type(self.method).__name__
+        if isinstance(part, Delta) and (reads or part.lookup):
+            why = "the backbone reads this weight itself" if reads else "an embedding sees words, no vectors"
+            raise Refused(f"{name} at {site}: {why}, so a gate has no input; choose other sites, such as at='mlp.*'")
+        if not isinstance(part, Delta | Branch | Prefix):
+            raise Refused(f"{name} at {site}: gates act on updates of weights, adapters and prefixes alone")
+        gate = Gate(kind, _width(model, available, site), self.start, **like_options(any_tensor(model, site)))
+        if isinstance(part, Prefix):
+            return replace(
+                p, part=GatedKeys(part, gate), hooks=(*([Hook(site.path, "enter")] if reads else []), *hooks)
+            )
+        if isinstance(part, Delta):
+            channel_dim = 1 if site.kind == "conv" else -1
+            hooks = tuple(replace(hook, kind="exit") for hook in hooks)
+        else:
+            channel_dim = part.channel_dim
+        return replace(p, part=GatedOutput(part, gate, channel_dim), hooks=hooks)
+
+    def count(self, model: nn.Module, available: list[Site]) -> int:
+        widths = [_width(model, available, site) for site in self.sited.chosen(available)]
+        return self.method.count(model, available) + sum(Gate.count(self.kind, width) for width in widths)
+
+    @property
+    def identity(self) -> bool:
+        return self.method.identity
+
+    def controllers(self, placements: Sequence[Placement]) -> list[Controller]:
+        gated = [(p, p.part) for p in placements if isinstance(p.part, GatedPart)]
+        inner = [replace(p, part=part.inner) for p, part in gated]
+        levels = GateLevels({type(self.method).__name__.lower(): [part.gate for _, part in gated]})
+        return [*self.method.controllers(inner), levels]
+
+    def baked(self) -> Method:
+        return replace(self, method=self.method.baked())
+
+
+def gate(*methods: Method, kind: GateKind = "token", start: float = 1.0) -> Method:
+    """Unite methods, each behind gates of its own: `gate(LoRA(), Pfeiffer(), kind="pooled")`."""
+    single = [m for method in methods for m in (method.methods if isinstance(method, Union) else [method])]
+    gated = [Gated(method, kind, start) for method in single]
+    return gated[0] if len(gated) == 1 else Union(gated)
+
+
+def _width(model: nn.Module, available: list[Site], site: Site) -> int:
+    """Features of what a part at a site sees: of an attention, those its queries are made of."""
+    if site.kind in ("linear", "conv"):
+        weight = own_weight(model, site)
+        return weight.shape[1] * int(getattr(module_at(model, site.path), "groups", 1))
+    if site.role != "kv":
+        return site.width
+    found = [s for s in available if s.role.endswith(".q") and f"{s.path}.".startswith(f"{site.path}.")]
+    if not found:
+        raise Refused(f"a gate at {site}: the anatomy names no projection of its queries")
+    return fan(model, found[0])[1]
+
+
+def _causal(model: nn.Module, available: list[Site], site: Site) -> bool:
+    """Whether an attention of the block around a site is causal."""
+    blocks = [s.path for s in available if s.role == "block" and f"{site.path}.".startswith(f"{s.path}.")]
+    inside = [s for s in available if s.role == "kv" and blocks and s.path.startswith(f"{blocks[-1]}.")]
+    return any(getattr(module_at(model, s.path), "is_causal", False) for s in inside)

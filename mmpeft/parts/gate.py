@@ -1,0 +1,113 @@
+"""Parts behind a gate: `y + g (part(y) - y)`, which is the plain `y` exactly where the gate is closed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from mmpeft.controllers.gate import Gate
+from mmpeft.parts.base import Part
+from mmpeft.parts.branch import Branch
+from mmpeft.parts.prefix import Prefix
+
+UNMERGEABLE = "how much of it acts depends on a gate, and a weight has none"
+
+
+class GatedPart(Part):
+    """A part and its gate."""
+
+    unmergeable = UNMERGEABLE
+
+    def __init__(self, inner: Part, gate: Gate) -> None:
+        super().__init__()
+        self.inner, self.gate = inner, gate
+
+    def bake(self) -> None:
+        self.inner.bake()
+
+    def forget(self) -> None:
+        self.inner.forget()
+
+
+class GatedOutput(GatedPart):
+    """A part that changes an output, `y + g(src) (part(y) - y)`: the source is what the part itself reads.
+
+    Of an update of a weight that is `y + g(x) ⊙ s ΔW x`, of an adapter `h + g(src) ⊙ U σ(D src)`.
+    """
+
+    def __init__(self, inner: Part, gate: Gate, channel_dim: int) -> None:
+        super().__init__(inner, gate)
+        self.order = inner.order  # type: ignore[misc]
+        self.channel_dim = channel_dim
+        self._tapped: Tensor | None = None
+
+    def enter(self, host: nn.Module, x: Tensor) -> Tensor:
+        self._tapped = x
+        return self.inner.enter(host, x)
+
+    def exit(self, host: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        source = x
+        if isinstance(self.inner, Branch) and self.inner.source != "input":
+            source = y if self.inner.source == "output" else self._tapped  # type: ignore[assignment]
+            self._tapped = None
+        tuned = self.inner.exit(host, x, y)
+        if self.channel_dim == -1:
+            return mixed(y, tuned, self.gate(source))
+        g = self.gate(source.movedim(self.channel_dim, -1))
+        return mixed(y, tuned, g.movedim(-1, self.channel_dim) if g.dim() > 1 else g)
+
+
+class GatedKeys(GatedPart):
+    """A prefix whose share of the attention is gated, `(1 - g λ) attention(K, V) + g λ attention(P_K, P_V)`.
+
+    λ is the share of the prefix under one softmax; the gate turns it and not the keys, for a key scaled to zero still
+    takes its share. As λ is linear in the output, that is the attention without and with the prefix, interpolated.
+    """
+
+    order = -1
+    rowwise = False
+    repeated = True
+
+    inner: Prefix
+
+    def __init__(self, inner: Prefix, gate: Gate) -> None:
+        super().__init__(inner, gate)
+        self._seen: Tensor | None = None
+
+    def enter(self, host: nn.Module, x: Tensor) -> Tensor:
+        """Where the attention calls a function: keep what the module sees for the gate."""
+        self._seen = x
+        return x
+
+    def read(self, host: nn.Module, name: str, base: Any) -> Any:
+        return self.inner.view(host, base, self)
+
+    def extend(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        return self.inner.extend(keys, values)
+
+    def interpolate(self, plain: Tensor, full: Tensor, padding: Tensor | None) -> Tensor:
+        """[B, n, H, d] without and with the prefix; `padding` [B, m] is true where a key counts."""
+        x, self._seen = self._seen, None
+        assert x is not None, "the attention ran without its module"
+        known = padding is not None and padding.shape == x.shape[:2]
+        g = self.gate(x, padding if known else None)
+        return mixed(plain, full, g.unsqueeze(-1) if g.dim() > 1 else g)
+
+    def around(self, host: nn.Module, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Where the whole module is run: what follows the attention is linear, so its outputs are interpolated."""
+        x: Tensor = args[0] if args else next(iter(kwargs.values()))
+        plain = run(*args, **kwargs)
+        full = self.inner.view(host, run, [self.inner], args, kwargs)
+        first = getattr(host, "batch_first", True)
+        g = self.gate(x if first else x.transpose(0, 1))
+        g = g if first or g.dim() == 1 else g.transpose(0, 1)
+        return tree_map(lambda a, b: mixed(a, b, g) if isinstance(a, Tensor) else a, plain, full)
+
+
+def mixed(plain: Tensor, tuned: Tensor, g: Tensor) -> Tensor:
+    """`plain + g (tuned - plain)`, exact for g of 0 and 1."""
+    return torch.lerp(plain.to(tuned.dtype), tuned, g.to(tuned.dtype))
