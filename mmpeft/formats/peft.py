@@ -36,7 +36,7 @@ SLOTS = {
     ".ia3_l": "gamma",
 }
 NOT_YET = {
-    ".base_layer.out_proj.lora_A.weight": "an update of nn.MultiheadAttention, where PEFT does not compute W + ΔW",
+    ".base_layer.out_proj.lora_A.weight": "an update of nn.MultiheadAttention, of whose out_proj PEFT adds ΔW twice",
     ".lora_A.bias": "a bias inside the update (lora_bias=True)",
     ".lora_B.bias": "a bias inside the update (lora_bias=True)",
     ".trainable_tokens_delta": "trained rows of an embedding (trainable_token_indices)",
