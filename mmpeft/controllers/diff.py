@@ -43,7 +43,7 @@ class DiffSelection(Controller):
         self.micro = 0
         if not self.fixed:
             for part in self.parts:
-                part.rest()
+                part.calm()
             if step + 1 >= self.last:
                 self._select()
 
@@ -56,7 +56,7 @@ class DiffSelection(Controller):
     @torch.no_grad()
     def _select(self) -> None:
         for part in self.parts:
-            part.rest()
+            part.calm()
         scores = {str(i): part.delta().abs() for i, part in enumerate(self.parts)}
         for part, mask in zip(self.parts, top_k_masks(scores, self.keep).values()):
             part.fix(mask)

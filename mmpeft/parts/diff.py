@@ -53,7 +53,7 @@ class Diff(Part):
         if self.a_group is not None:
             self.noise_group = logistic_noise(torch.empty_like(self.a_group), generator)
 
-    def rest(self) -> None:
+    def calm(self) -> None:
         """Forget the noise."""
         self.noise, self.noise_group = self.w.new_zeros(()), self.w.new_zeros(())
 
@@ -79,15 +79,16 @@ class Diff(Part):
     @torch.no_grad()
     def fix(self, mask: Tensor) -> None:
         """From now on exactly the entries of `mask` change, beginning where they are."""
-        self.rest()
-        self.w.copy_(self.delta() * mask)
+        self.calm()
+        self.w.copy_(self.delta())
         self.mask = mask
         self.settle()
 
     @torch.no_grad()
     def settle(self) -> None:
-        """Set the gates to what the mask says."""
+        """Set values and gates to what the mask says; momentum has moved some that it leaves out."""
         assert self.mask is not None
+        self.w.mul_(self.mask)
         self.a.copy_(torch.where(self.mask, OPEN, -OPEN) / self.speed - self.start / self.speed)
         if self.a_group is not None:
             self.a_group.fill_((OPEN - self.start) / self.speed)

@@ -105,7 +105,15 @@ def test_adalora_ends_at_its_target_and_saves_a_lora(tmp_path) -> None:
 
 
 @pytest.mark.parametrize(
-    "method", [ADALORA, mmpeft.SoRA(rank=4), mmpeft.DyLoRA(rank=4), mmpeft.ChildTuningF(), mmpeft.FishMask(samples=8)]
+    "method",
+    [
+        ADALORA,
+        mmpeft.SoRA(rank=4),
+        mmpeft.DyLoRA(rank=4),
+        mmpeft.ChildTuningF(),
+        mmpeft.FishMask(samples=8),
+        mmpeft.DiffPruning(density=0.01, until=0.5),
+    ],
 )
 def test_a_resumed_run_is_the_uninterrupted_one(method, tmp_path) -> None:
     def fit(folder, epochs: int, path: str | None = None):
