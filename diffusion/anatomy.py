@@ -20,7 +20,8 @@ from typing import Any
 from torch import nn
 
 from mmpeft.anatomy import Builder, is_a, is_projection
-from mmpeft.sites import Site, anatomy
+from mmpeft.parts.attention import attend
+from mmpeft.sites import Connect, Site, anatomy
 
 PRESETS = {
     "content": "path=up_blocks.0.attentions.0.*",
@@ -32,9 +33,22 @@ MAPS = "the blocks work on maps; there is no token sequence to put prompts into"
 PAIR = "the block takes and returns two streams, image and context; a single tensor does not hold its tokens"
 DEAD = "its output is discarded: after the last block nothing reads the context stream"
 FUSED = "its projections are fused into another one; call the model's unfuse_qkv_projections() before attaching"
+PROCESSOR = (
+    "its attention processor {} is not known to make one call of scaled_dot_product_attention; "
+    "set AttnProcessor2_0 (or the model's own default) before attaching"
+)
 
 RESNETS = ("ResnetBlock2D", "ResnetBlockCondNorm2D")
 ATTENTIONS = ("Attention", "FluxAttention")
+PROCESSORS = (
+    "AttnProcessor2_0",
+    "FusedAttnProcessor2_0",
+    "AttnAddedKVProcessor2_0",
+    "JointAttnProcessor2_0",
+    "FusedJointAttnProcessor2_0",
+    "FluxAttnProcessor",
+)
+"""Processors that make one call of `scaled_dot_product_attention`."""
 JOINT = ("JointTransformerBlock", "FluxTransformerBlock")
 STAGES = ("down_blocks", "mid_block", "up_blocks")
 STACKS = (*STAGES, "transformer_blocks", "single_transformer_blocks")
@@ -200,6 +214,15 @@ class _Builder(Builder):
             self.linear(f"{path}.to_out.0", f"{own}.out", depth)
         if _child(attention, "to_add_out") is not None:
             self.linear(f"{path}.to_add_out", "cross.out", depth)
+        self.keys_and_values(path, attention, depth)
+
+    def keys_and_values(self, path: str, attention: Any, depth: int) -> None:
+        """The `kv` site: of a joint attention one for both streams, of added keys and values one for all."""
+        heads = int(attention.heads)
+        processor = type(attention.processor).__name__
+        refuse = "" if processor in PROCESSORS else PROCESSOR.format(processor)
+        known = {"width": int(attention.inner_dim) // heads, "heads": heads, "refuse": refuse}
+        self.add(path, "kv", depth, connect=Connect("", attend), **known)
 
     def feed_forward(self, path: str, network: Any, depth: int) -> None:
         """A gated network projects to both halves at once; the activation is applied to the second."""

@@ -36,7 +36,7 @@ class Plan:
     wraps: tuple[Part, ...] = ()
     """Parts that run the host themselves, the first one outermost."""
     around: Callable[..., Any] | None = None
-    """Runs the host inside `wraps`: recomputation, which repeats the host and none of the parts that wrap it."""
+    """Runs the host inside `wraps`: recomputation, which repeats it and those of `wraps` that are `repeated`."""
     alone: bool = False
     """Whether `call` is all there is: the common case of a tuned linear, kept free of further tests."""
 
@@ -70,10 +70,16 @@ class Host:
 
     def _run(self, *args: Any, **kwargs: Any) -> Any:
         plan = self._plan
-        run = partial(plan.around, self._inner) if plan.around is not None else self._inner
-        for part in reversed(plan.wraps):
-            run = partial(part.around, self, run)  # type: ignore[arg-type, assignment]
-        return run(*args, **kwargs)
+        run = self._wrapped(self._inner, repeated=True)
+        if plan.around is not None:
+            run = partial(plan.around, run)
+        return self._wrapped(run, repeated=False)(*args, **kwargs)
+
+    def _wrapped(self, run: Callable[..., Any], repeated: bool) -> Callable[..., Any]:
+        for part in reversed(self._plan.wraps):
+            if part.repeated == repeated:
+                run = partial(part.around, self, run)  # type: ignore[arg-type]
+        return run
 
     def _inner(self, *args: Any, **kwargs: Any) -> Any:
         plan = self._plan

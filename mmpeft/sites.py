@@ -53,8 +53,10 @@ class Connect:
     """How learned keys and values, or a prompt, enter a backbone.
 
     At a `kv` site, through what the attention reads from its own `attribute`: `view(module, value, part)` answers in
-    place of its value and has the part extend keys and values. `shift(model, site, keys, by)` turns keys given for a
-    text at its own positions into those for a text moved by so many positions, as other tools have it.
+    place of its value and has the part extend keys and values; with an empty `attribute`,
+    `view(module, run, parts, args, kwargs)` runs the module with the keys and values of all parts.
+    `shift(model, site, keys, by)` turns keys given for a text at its own positions into those for a text moved by so
+    many positions, as other tools have it.
 
     At an input embedding, `attribute` is the path of the module that takes the text and `view` runs it with the
     prompt in front; `beside` are other modules that must know of the prompt, and what runs each. With `layers`, the

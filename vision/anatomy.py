@@ -10,13 +10,16 @@ from __future__ import annotations
 from torch import nn
 
 from mmpeft.anatomy import Builder
-from mmpeft.sites import Site, anatomy
+from mmpeft.parts.attention import attend
+from mmpeft.sites import Connect, Site, anatomy
+from mmpeft.vision.attention import cosine
 
 TIMM = "timm.models"
 WINDOWS = "attention runs inside fixed windows with a bias for every pair of positions; a prompt has no place in them"
 RELATIVE = "the relative-position bias is indexed by a fixed number of tokens; a prompt has no entry in it"
 NO_TOKENS = "a convolutional network has no token sequence to put prompts into"
 STANDARDISED = "the convolution standardises its weight in every pass; a change of it is no change of the output"
+DIFFERENCE = "its output is the difference of two softmaxes over half a head each; a learned key would enter only one"
 
 POST_NORM = {"ResPostBlock", "EvaBlockPostNorm", "SwinTransformerV2Block"}
 """Blocks that normalise a sub-layer's output, so that the sub-layer itself reads the residual stream."""
@@ -116,6 +119,18 @@ class _Builder(Builder):
         self.linear(f"{path}.proj", "attn.out", depth)
         width = int(attention.proj.weight.shape[0])  # type: ignore[index, union-attr, arg-type]
         self.add(path, "attn", depth, width=width, stream=stream, out=out)
+        self.keys_and_values(path, attention, depth)
+
+    def keys_and_values(self, path: str, attention: nn.Module, depth: int) -> None:
+        """The `kv` site; keys and values have a head for every head of the queries by the time they meet."""
+        heads = int(attention.num_heads)  # type: ignore[arg-type]
+        out = next(m for n in ("proj", "attn_out_proj", "out_proj") if (m := getattr(attention, n, None)) is not None)
+        inner = int(attention.in_split[-1] if hasattr(attention, "in_split") else out.weight.shape[1])  # type: ignore
+        # SwinV2's scores are cosines; differential attention keeps its λ
+        view = cosine if hasattr(attention, "logit_scale") else attend
+        refuse = DIFFERENCE if hasattr(attention, "dual_lambda") else ""
+        known = {"width": inner // heads, "heads": heads, "refuse": refuse}
+        self.add(path, "kv", depth, connect=Connect("", view), **known)
 
     def mlp(self, path: str, mlp: nn.Module, depth: int, stream: str = "", out: str = "") -> None:
         if hasattr(mlp, "fc1_g"):
@@ -144,6 +159,7 @@ class _Builder(Builder):
         for name, role in (("out_proj", "attn.out"), ("attn_out_proj", "attn.out"), ("mlp_out_proj", "mlp.down")):
             if getattr(block, name, None) is not None:
                 self.linear(f"{path}.{name}", role, depth)
+        self.keys_and_values(path, block, depth)
 
     def ends(self, embed: str) -> list[Site]:
         """All sites; the classifier is the head, DeiT's distilled models have two."""

@@ -12,9 +12,12 @@ from typing import Any
 from torch import nn
 
 from mmpeft.anatomy import Builder, is_a, nested
-from mmpeft.sites import Site, anatomy
+from mmpeft.parts.attention import attend
+from mmpeft.sites import Connect, Site, anatomy
+from mmpeft.vla.attention import multihead
 
 TEXT = "the causal mask and the pooled position are fixed before the blocks; a prompt in between has no place in them"
+COSINE = "open_clip's scaled cosine attention multiplies [B, h, n, d] by torch.bmm, which takes no such tensors"
 OPEN_CLIP = "open_clip"
 
 
@@ -65,6 +68,11 @@ class _Builder(Builder):
         roles = {name: f"{role}.{name}" for name in ("q", "k", "v", "out")}
         self.attention(attention, block.attn, roles, depth)
         self.add(attention, role, depth, width=width, stream=f"{path}.ln_1", out=f"{path}.ls_1")
+        heads = int(block.attn.num_heads)
+        view = multihead if isinstance(block.attn, nn.MultiheadAttention) else attend
+        refuse = COSINE if getattr(block.attn, "logit_scale", None) is not None else ""
+        known = {"width": width // heads, "heads": heads, "refuse": refuse}
+        self.add(attention, "kv", depth, connect=Connect("", view), **known)
         self.linear(f"{path}.mlp.c_fc", "mlp.up", depth)
         self.linear(f"{path}.mlp.c_proj", "mlp.down", depth)
         self.add(f"{path}.mlp", "mlp", depth, width=width, stream=f"{path}.ln_2", out=f"{path}.ls_2")

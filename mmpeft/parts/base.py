@@ -27,6 +27,8 @@ class Part(nn.Module):
     order: ClassVar[int] = 0
     rowwise: ClassVar[bool] = True
     """Whether `enter` and `exit` act on each row of the batch alone, so that rows can be routed in place."""
+    repeated: ClassVar[bool] = False
+    """Whether `around` is needed again where recomputation repeats the host; if not, its result is kept."""
     quiet: ClassVar[tuple[str, ...]] = ()
     """Own tensors that a term of the loss or noise moves, and the task alone may not: no liveness is expected."""
     unmergeable: ClassVar[str] = ""

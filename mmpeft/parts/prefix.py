@@ -11,7 +11,24 @@ from torch import Tensor, nn
 
 from mmpeft.parts.base import Part, cast, trainable_dtype
 
-View = Callable[[nn.Module, Any, Any], Any]
+View = Callable[..., Any]
+
+
+class KeyValues(Part):
+    """A part that enters an attention: by what it reads from an attribute, or around it, all such parts at once."""
+
+    order = 0
+    rowwise = False
+    repeated = True
+
+    view: View
+
+    def read(self, host: nn.Module, name: str, base: Any) -> Any:
+        return self.view(host, base, self)
+
+    def around(self, host: nn.Module, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        parts = [part for part in host._plan.wraps if isinstance(part, KeyValues)]  # type: ignore[union-attr]
+        return self.view(host, run, parts, args, kwargs) if parts[0] is self else run(*args, **kwargs)
 
 
 class PrefixMLP(nn.Module):
@@ -33,15 +50,13 @@ class PrefixMLP(nn.Module):
         return F.linear(hidden, self.outer.weight[rows], self.outer.bias[rows])
 
 
-class Prefix(Part):
+class Prefix(KeyValues):
     """`softmax(q [K_p; K]ᵀ) [V_p; V]` with `p` learned keys and values [p, h, d] for each key-value head.
 
     They carry no position: keys are prepended after rotation. Owned here as one tensor [2, p, h, d], or generated
     by a `PrefixMLP` that the first layer's part owns and all of them read.
     """
 
-    order = 0
-    rowwise = False
     unmergeable = "learned keys and values lengthen the attended sequence; no base weight can stand for them"
 
     def __init__(
@@ -81,19 +96,14 @@ class Prefix(Part):
         batch = own.expand(-1, len(keys), -1, -1, -1)
         return torch.cat([batch[0], keys], dim=2), torch.cat([batch[1], values], dim=2)
 
-    def read(self, host: nn.Module, name: str, base: Any) -> Any:
-        return self.view(host, base, self)
 
-
-class GatedPrefix(Part):
+class GatedPrefix(KeyValues):
     """`attention(q, K, V) + tanh(g) softmax(q K_pᵀ/√d) V_p`, `K_p`, `V_p` projected from tokens [p, d] by the layer.
 
     The gate `g`, one scalar a layer, starts at 0 (LLaMA-Adapter, arXiv:2303.16199). The two softmaxes are apart, so
     that a closed gate leaves the model as it was.
     """
 
-    order = 0
-    rowwise = False
     unmergeable = "a second softmax over learned keys is no change of the base weights"
 
     def __init__(
@@ -111,17 +121,15 @@ class GatedPrefix(Part):
         self.tokens = nn.Parameter(torch.randn(count, width, **options))
         self.gate = nn.Parameter(torch.zeros(1, **options))
 
-    def beside(self, queries: Tensor, scaling: float) -> Tensor:
-        """The gated second attention for queries [B, H, n, d]; [B, n, H, d]."""
+    def beside(self, queries: Tensor, scaling: float, keyed: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+        """The gated second attention for queries [B, H, n, d]; [B, n, H, d]. `keyed` is done to its keys first."""
         dtype = queries.dtype
         tokens = cast(self.tokens, dtype)
         keys, values = (
             project(tokens).view(self.count, -1, self.head).transpose(0, 1)[None] for project in self.project
         )
+        keys = keyed(keys) if keyed else keys
         groups = queries.shape[1] // keys.shape[1]
         keys, values = (t.repeat_interleave(groups, dim=1).expand(len(queries), -1, -1, -1) for t in (keys, values))
         found = F.scaled_dot_product_attention(queries, keys, values, scale=scaling)
         return found.transpose(1, 2) * cast(torch.tanh(self.gate), dtype)
-
-    def read(self, host: nn.Module, name: str, base: Any) -> Any:
-        return self.view(host, base, self)

@@ -11,7 +11,6 @@ NO_KEY_BIAS = "no state dict"  # the key bias is a buffer of zeros that is never
 NO_SUBLAYER = "matches no site"  # one projection serves attention and the feed-forward network
 TEXT = ("llama", "gemma2", "phi", "phi3", "gpt2", "gpt_neox", "bert", "t5")
 DIFFUSERS = tuple(diffusers.FAMILIES)
-NO_KV = (*timm.FAMILIES, *DIFFUSERS, "open_clip", "coca")  # attention computed inline: no extension point to enter by
 NO_MLP = ("AdaptFormer", "AdapterDrop", "ParallelAdapter", "Pfeiffer", "DoRA[where]", "LoRA[at=mlp.*,embed]")
 READ_DIRECTLY = ("beit", "eva", "eva02", "rope_vit", "swinv2", "open_clip", "coca")  # a gate sees what a projection is called with
 PROMPTS = ("PromptTuning", "PTuning")
@@ -32,11 +31,7 @@ REFUSED = {
     ("LoRA+BitFit+Houlsby", "convnext"): "matches no site",
     ("DoRA[where]", "convnext"): "matches no site",
     **{("VPT*", family): "made before the blocks" for family in TEXT},
-    **{
-        (method, family): "'kv' .*matches no site"
-        for method in ("PrefixTuning", "PTuningV2", "LLaMAAdapter")
-        for family in NO_KV
-    },
+    **{(method, "convnext"): "'kv' .*matches no site" for method in ("PrefixTuning", "PTuningV2", "LLaMAAdapter")},
     **{("CoDA", family): "rotary positions" for family in ("eva02*", "dinov3", "rope_vit")},
     ("CoDA", "beit"): "relative-position bias",
     ("CoDA", "swin*"): WINDOWS,

@@ -215,7 +215,7 @@ def test_stable_diffusion() -> None:
         sites = check_structure(UNet2DConditionModel(cross_attention_dim=768))
     attention = [f"{role}{name}" for role in ("attn", "cross") for name in ("", ".q", ".k", ".v", ".out")]
     counts = dict.fromkeys([*attention, "mlp", "mlp.up", "mlp.gate", "mlp.down", "tokens"], 16)
-    counts |= {"embed": 1, "head": 1, "stack": 3}
+    counts |= {"embed": 1, "head": 1, "stack": 3, "kv": 32}
     counts |= {"conv": 2 * 22 + 14 + 3 + 3, "time": 22 + 2, "norm": 2 * 22 + 4 * 16 + 1, "block": 38, "proj": 2 * 16}
     assert Counter(s.role for s in sites) == counts
 

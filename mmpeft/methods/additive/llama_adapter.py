@@ -10,26 +10,37 @@ from torch import Tensor, nn
 from mmpeft.errors import Refused
 from mmpeft.functional.rows import take_rows
 from mmpeft.host import base_value, module_at
+from mmpeft.methods.additive.prefix_tuning import entry
 from mmpeft.methods.base import Sited, any_tensor, fan, positive, register
 from mmpeft.parts import GatedPrefix
-from mmpeft.parts.base import Hook, Placement, cast
+from mmpeft.parts.base import Placement, cast
 from mmpeft.sites import Selector, Site
 
 
 @dataclass(frozen=True)
 class _Projection:
-    """A frozen projection of the layer, its own rows alone; refers to the module and owns nothing."""
+    """A frozen projection of the layer, its own rows alone; refers to modules and owns nothing.
+
+    `home` is the module that holds the bias, under the name `bias`.
+    """
 
     module: nn.Module
     site: Site
+    home: nn.Module
+    bias: str
+
+    @classmethod
+    def of(cls, model: nn.Module, site: Site) -> _Projection:
+        home, _, bias = (site.bias or f"{site.path}.bias").rpartition(".")
+        return cls(module_at(model, site.path), site, module_at(model, home), bias)
 
     def __call__(self, x: Tensor) -> Tensor:
         weight = base_value(self.module, self.site.tensor)
-        bias = self.module._parameters.get("bias")
         weight = take_rows(weight.t() if self.site.transposed else weight, self.site.rows)
-        return F.linear(
-            x, cast(weight, x.dtype), None if bias is None else cast(take_rows(bias, self.site.rows), x.dtype)
-        )
+        bias = self.home._parameters.get(self.bias, self.home._buffers.get(self.bias))
+        if bias is not None and len(bias) != len(weight):  # of a fused projection; else it is that of keys alone
+            bias = take_rows(bias, self.site.rows)
+        return F.linear(x, cast(weight, x.dtype), None if bias is None else cast(bias, x.dtype))
 
 
 @register("https://arxiv.org/abs/2303.16199", "additive", mergeable=False)
@@ -55,9 +66,14 @@ class LLaMAAdapter(Sited):
         for site in chosen:
             if site.depth > depths[site.tower] - self.layers:
                 near = [s for s in available if s.depth == site.depth and s.tower == site.tower]
-                own = [s for s in near if s.role.endswith((".k", ".v")) and s.path.startswith(f"{site.path}.")]
+                inside = [s for s in near if f"{s.path}.".startswith(f"{site.path}.")]
+                own = [s for s in inside if s.role.endswith((".k", ".v"))]
+                if len(own) > 2:  # attention over two streams: the tokens are in that of `attn`
+                    own = [s for s in own if s.role.startswith("attn.")]
                 if len(own) != 2 or site.connect is None:
                     raise Refused(f"LLaMAAdapter at {site}: the anatomy names no projections of its keys and values")
+                if own[0].refuse:
+                    raise Refused(f"LLaMAAdapter at {site}: of its keys, {own[0].refuse}")
                 found.append((site, *sorted(own, key=lambda s: s.role)))
         return found  # type: ignore[return-value]
 
@@ -65,10 +81,10 @@ class LLaMAAdapter(Sited):
         placements = []
         for site, keys, values in self.last(available):
             assert site.connect is not None
-            project = tuple(_Projection(module_at(model, s.path), s) for s in (keys, values))
+            project = tuple(_Projection.of(model, s) for s in (keys, values))
             width = fan(model, keys)[1]
             part = GatedPrefix(self.tokens, width, site.width, project, any_tensor(model, site), site.connect.view)
-            hook = Hook(site.path, "read", site.connect.attribute)
+            hook = entry(site.path, site.connect)
             placements.append(Placement(part, site.path, "llamaadapter", (hook,), site.role))
         return placements
 

@@ -10,7 +10,12 @@ from mmpeft.errors import Refused
 from mmpeft.methods.base import Sited, any_tensor, positive, register
 from mmpeft.parts.base import Hook, Placement
 from mmpeft.parts.prefix import Prefix, PrefixMLP
-from mmpeft.sites import Selector, Site
+from mmpeft.sites import Connect, Selector, Site
+
+
+def entry(path: str, connect: Connect) -> Hook:
+    """How keys and values enter the attention at `path`."""
+    return Hook(path, "read", connect.attribute) if connect.attribute else Hook(path, "around")
 
 
 @dataclass(frozen=True)
@@ -41,7 +46,7 @@ class KeyValues(Sited):
             source = (mlp, i) if mlp is not None else None
             like = any_tensor(model, site)
             part = Prefix(self.tokens, site.heads, site.width, like, site.connect.view, source)
-            hook = Hook(site.path, "read", site.connect.attribute)
+            hook = entry(site.path, site.connect)
             placements.append(Placement(part, site.path, type(self).__name__.lower(), (hook,), site.role))
         return placements
 
