@@ -5,13 +5,16 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 WORKERS ?= 2
 
-.PHONY: demo test lint docs bench clean
+.PHONY: demo test matrix lint docs bench clean
 
 demo: $(STAMP)  ## adapt a pretrained ViT to a drawing style it never saw, by six methods; a table and a plot
 	$(BIN)/mmpeft compare -c configs/vision/demo.yaml --out runs/demo
 
 test: lint  ## everything that CI checks
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -q -m "not slow and not gpu"
+
+matrix: $(STAMP)  ## every method x backbone x invariant; `make test` runs a third of three of the invariants
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -q tests/matrix
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
