@@ -24,11 +24,12 @@ _HOME = {
     "select": "selector",
     "list_methods": "methods",
     "gate": "methods.gated",
+    "soup": "combine.soup",
     "at_rank": "methods.reparameterized.dylora",
     "allocate": "methods.selective.spt",
 }
 _MODULES = {"sites", "parts", "controllers", "methods", "bank", "functional", "formats", "errors"}
-_MODULES |= {"training", "bench", "embedded", "vision", "vla", "diffusion", "llm"}
+_MODULES |= {"training", "bench", "combine", "embedded", "vision", "vla", "diffusion", "llm"}
 
 
 def __getattr__(name: str) -> Any:

@@ -97,7 +97,7 @@ def liveness(tuning: Tuning, batch: Any) -> Liveness:
         optimizer = torch.optim.AdamW(trainable.values(), lr=1e-3, weight_decay=0.1)
         for step in range(STEPS):
             optimizer.zero_grad()
-            torch.autograd.backward(_loss(_call(model, batch), seed=step))
+            torch.autograd.backward(_loss(call(model, batch), seed=step))
             for name, parameter in trainable.items():
                 if parameter.grad is not None:
                     norms[name] = max(norms[name], float(parameter.grad.norm()))
@@ -115,7 +115,8 @@ def _checked(tuning: Tuning) -> Iterator[nn.Parameter]:
                 yield parameter
 
 
-def _call(model: nn.Module, batch: Any) -> Any:
+def call(model: nn.Module, batch: Any) -> Any:
+    """The model on a tensor, a tuple of arguments or a mapping of keyword arguments."""
     if isinstance(batch, Mapping):
         return model(**batch)
     return model(*batch) if isinstance(batch, tuple) else model(batch)

@@ -78,16 +78,23 @@ class Tuning:
         return (parameter for _, parameter in self.named_parameters())
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Detached trainable tensors by name."""
-        return {name: parameter.detach() for name, parameter in self.named_parameters()}
+        """Detached trainable tensors by name, and frozen ones that a part brought with it."""
+        return {name: tensor.detach() for name, tensor in self._named_tensors()}
+
+    def _named_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        yield from self.named_parameters()
+        for placement in self.placements:
+            prefix = ".".join(filter(None, (placement.home, placement.key)))
+            for name, tensor in placement.part.frozen().items():
+                yield f"{prefix}.{name}", tensor
 
     def load_state_dict(self, tensors: Mapping[str, Tensor]) -> None:
-        """Set every trainable tensor; nothing is changed unless all names and shapes agree.
+        """Set every tensor of `state_dict`; nothing is changed unless all names and shapes agree.
 
         Raises:
             AdapterFileError: missing or unknown names, other shapes, or values that are not finite.
         """
-        own = dict(self.named_parameters())
+        own = dict(self._named_tensors())
         missing, extra = sorted(set(own) - set(tensors)), sorted(set(tensors) - set(own))
         if missing or extra:
             hint = nearest(extra[0], missing) if extra else ""
@@ -221,8 +228,8 @@ class Tuning:
             self.detach()
             attach(self.model, method, self.name)
             for placement, own in zip(self.placements, tensors, strict=True):
-                for name, parameter in placement.part.named_parameters():
-                    parameter.copy_(own[name])
+                for name, tensor in {**dict(placement.part.named_parameters()), **placement.part.frozen()}.items():
+                    tensor.copy_(own[name])
             set_route(self.model, route)
 
     # -- checks, reports, files -----------------------------------------------------------------------------

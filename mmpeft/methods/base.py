@@ -134,7 +134,7 @@ class Method(ABC):
 
         The tensors are in the order in which that method places its parts. By default everything is left.
         """
-        return self, [dict(placement.part.named_parameters()) for placement in placements]
+        return self, [{**dict(p.part.named_parameters()), **p.part.frozen()} for p in placements]
 
     def baked(self) -> Method:
         """The method that describes this one's parts after `bake`, when only what the forward pass needs is left."""

@@ -59,6 +59,10 @@ class Part(nn.Module):
         if hook.kind == "read":
             params[hook.name] = self.read(host, hook.name, params[hook.name])
 
+    def frozen(self) -> dict[str, Tensor]:
+        """Tensors that never train and that a file must hold all the same."""
+        return {}
+
     def bake(self) -> None:
         """Keep the result of what only training needs; what the part computes stays the same."""
 

@@ -71,6 +71,13 @@ class Branch(Part):
         return x
 
     def exit(self, host: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        z = self.shift(x, y)
+        if isinstance(self.scale, Tensor):
+            return y + z * along(cast(self.scale, z.dtype), z.dim(), self.channel_dim)
+        return torch.add(y, z, alpha=self.scale)
+
+    def shift(self, x: Tensor, y: Tensor) -> Tensor:
+        """What is added to the sub-layer's output, before the scale."""
         if self.source == "output":
             source = y
         elif self.source == "input":
@@ -85,9 +92,7 @@ class Branch(Part):
             z = z.movedim(-1, self.channel_dim)
         if self.drop_path and self.training:
             z = stochastic_depth(z, self.drop_path)
-        if isinstance(self.scale, Tensor):
-            return y + z * along(cast(self.scale, z.dtype), z.dim(), self.channel_dim)
-        return torch.add(y, z, alpha=self.scale)
+        return z
 
 
 def _plain(down: nn.Linear, up: nn.Linear, init: Init) -> tuple[nn.Linear, nn.Linear]:

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from mmpeft.errors import Refused
 from mmpeft.functional.soft_top_k import soft_top_k
-from mmpeft.parts.base import Part, cast, trainable_dtype
+from mmpeft.parts.base import Part, cast
 from mmpeft.parts.branch import Branch
+from mmpeft.parts.factors import like_options
 
 MASKS = ("attn_mask", "attention_mask")
 
@@ -45,7 +46,7 @@ class Conditional(Part):
         self._shared = (shared,)  # a tuple: the other part stays registered under its own host only
         self.router: nn.Parameter | None = None
         if reduction > 1 and shared is None:
-            start = torch.empty(width, device=like.device, dtype=trainable_dtype(like.dtype))
+            start = torch.empty(width, **like_options(like))
             self.router = nn.Parameter(start.normal_(std=epsilon * width**-0.5))
 
     def around(self, host: nn.Module, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmpeft.errors import Refused
-from mmpeft.parts.base import Part, cast, trainable_dtype
+from mmpeft.parts.base import Part, cast
+from mmpeft.parts.factors import like_options
 
 EXPANSION = 4
 
@@ -79,7 +80,7 @@ class SideLayer(Part):
 
     def climb(self, width: int, side: int, below: int, attention: bool, like: Tensor) -> None:
         """Own a rung: `below` is the width of the rung under this one."""
-        options = {"device": like.device, "dtype": trainable_dtype(like.dtype)}
+        options = like_options(like)
         self.down = nn.Linear(width, side, bias=False, **options)
         self.alpha = nn.Parameter(torch.zeros((), **options))
         if below != side:
@@ -87,10 +88,10 @@ class SideLayer(Part):
         self.block = SideBlock(side, attention, options)
 
     def begin(self, width: int, side: int, like: Tensor) -> None:
-        self.start = nn.Linear(width, side, bias=False, device=like.device, dtype=trainable_dtype(like.dtype))
+        self.start = nn.Linear(width, side, bias=False, **like_options(like))
 
     def end(self, side: int, width: int, add: bool, like: Tensor) -> None:
-        self.up = nn.Linear(side, width, bias=False, device=like.device, dtype=trainable_dtype(like.dtype))
+        self.up = nn.Linear(side, width, bias=False, **like_options(like))
         self.add = add
         if add:
             nn.init.zeros_(self.up.weight)

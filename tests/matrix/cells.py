@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
+from tempfile import TemporaryDirectory
 
 import torch
 from torch import Tensor, nn
 
 import mmpeft
 from mmpeft.methods import METHODS, Method
+from mmpeft.methods.additive.adapter_fusion import AdapterFusion
 from tests.matrix.example import Example
 from tests.matrix.families import FAMILIES
 
@@ -18,24 +20,39 @@ VARIANTS: dict[str, list[dict[str, object]]] = {"VPT": [{}, {"deep": True}], "Lo
 ALIKE = ("PaFi", "RandomMask", "SAMMask", "LTSFT", "ChildTuningD")
 """Methods whose parts are those of `FishMask`."""
 
-SMALL: dict[str, object] = {"bottleneck": 8, "tokens": 3, "rank": 2, "target": 1, "hidden": 16, "reduction": 2, "epsilon": 0.3}
-SMALL |= {"density": 0.02, "samples": 2, "batches": 1, "steps": 1, "budget": "5%"}
-
+SMALL: dict[str, object] = {"bottleneck": 8, "tokens": 3, "rank": 2, "target": 1, "hidden": 16}
+SMALL |= {"reduction": 2, "epsilon": 0.3, "density": 0.02, "samples": 2, "batches": 1, "steps": 1, "budget": "5%"}
 
 WRAPPED: dict[str, dict[str, object]] = {"AdapterDrop": {"method": mmpeft.Pfeiffer(bottleneck=8)}}
 """Methods around another one, and which."""
 
 
 def decided(example: Example, method: Method) -> Method:
-    """The method with everything decided that batches decide, by the example's own batch."""
+    """The method with everything decided that batches or saved adapters decide, by the example's own batch."""
     if method.decided:
         return method
+    if isinstance(method, AdapterFusion):
+        with TemporaryDirectory() as folder:
+            return replace(method, adapters=library(example.model, folder)).resolve(example.model)
 
     def loss(model: nn.Module, batch: object) -> Tensor:
         y = example(model, batch)
         return (y * torch.randn(y.shape, generator=torch.Generator().manual_seed(5))).square().mean()
 
     return method.resolve(example.model, [example.batch], loss)
+
+
+def library(model: nn.Module, folder: str) -> list[str]:
+    """Two saved adapters of the model, far from their start."""
+    for seed in (0, 1):
+        tuning = mmpeft.attach(model, mmpeft.Pfeiffer(bottleneck=8))
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for parameter in tuning.parameters():
+                parameter.normal_(std=0.1, generator=generator)
+        tuning.save(f"{folder}/{seed}")
+        tuning.detach()
+    return [f"{folder}/{seed}" for seed in (0, 1)]
 
 
 @dataclass(frozen=True)

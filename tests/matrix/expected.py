@@ -11,7 +11,8 @@ NO_KEY_BIAS = "no state dict"  # the key bias is a buffer of zeros that is never
 NO_SUBLAYER = "matches no site"  # one projection serves attention and the feed-forward network
 TEXT = ("llama", "gemma2", "phi", "phi3", "gpt2", "gpt_neox", "bert", "t5")
 DIFFUSERS = tuple(diffusers.FAMILIES)
-NO_MLP = ("AdaptFormer", "AdapterDrop", "ParallelAdapter", "Pfeiffer", "DoRA[where]", "LoRA[at=mlp.*,embed]")
+NO_MLP = ("AdaptFormer", "ParallelAdapter", "Pfeiffer", "DoRA[where]", "LoRA[at=mlp.*,embed]")
+NO_MLP += ("AdapterDrop", "AdapterFusion")
 READ_DIRECTLY = ("beit", "eva", "eva02", "rope_vit", "swinv2", "open_clip", "coca")  # a gate sees what a projection is called with
 PROMPTS = ("PromptTuning", "PTuning")
 VISION = tuple(timm.FAMILIES)
@@ -26,6 +27,7 @@ REFUSED = {
     ("Houlsby", "vit_parallel"): NO_SUBLAYER,
     ("Pfeiffer", "vit_parallel"): NO_SUBLAYER,
     ("AdapterDrop", "vit_parallel"): NO_SUBLAYER,
+    ("AdapterFusion", "vit_parallel"): NO_SUBLAYER,
     ("ParallelAdapter", "vit_parallel"): NO_SUBLAYER,
     ("LoRA+BitFit+Houlsby", "vit_parallel"): NO_SUBLAYER,
     ("LoRA+BitFit+Houlsby", "convnext"): "matches no site",

@@ -39,6 +39,10 @@ class LoRA(Sited):
     takes: ClassVar[tuple[Kind, ...]] = ("linear", "conv", "embedding")
     magnitude: ClassVar[bool] = False
 
+    @property
+    def sitewise(self) -> bool:
+        return True
+
     def __post_init__(self) -> None:
         positive(self, rank=self.rank, alpha=self.alpha, **{f"rank of {k!r}": v for k, v in self.rank_pattern.items()})
         rate(self, dropout=self.dropout)

@@ -1,0 +1,1 @@
+"""After training: what several adapters give together."""
