@@ -25,6 +25,7 @@ COMMANDS: dict[str, Command] = {
     "test": Command("mmpeft.training.cli:main", "evaluate on the test data"),
     "predict": Command("mmpeft.training.cli:main", "write predictions to a file"),
     "compare": Command("mmpeft.bench.compare:main", "train by several methods and put them into one table"),
+    "continual": Command("mmpeft.vision.continual.command:main", "learn a sequence of tasks by several methods"),
     "inspect": Command("mmpeft.formats.commands:inspect_command", "describe adapter files of any known format"),
     "export": Command("mmpeft.formats.commands:export_command", "write an adapter in another tool's format, verified"),
     "convert": Command("mmpeft.formats.commands:convert_command", "rewrite an adapter file in another format"),

@@ -1,0 +1,1 @@
+"""Class-incremental learning: a sequence of tasks over disjoint classes, no samples of earlier ones."""

@@ -1,0 +1,148 @@
+"""`mmpeft continual`: a sequence of tasks by several methods and seeds, in one table and one heat map of each matrix.
+
+The configuration has `run` (arguments of ContinualClassifier), `data`, `seeds`, and `methods`: a name for each entry,
+its `learner`, and whatever of `run` and `data` it overrides. The seed of a run is also the seed of its class order
+unless `run` has `order`. Each run is a folder below --out; an interrupted one goes on after its last finished task.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import hashlib
+import json
+import logging
+import sys
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jsonargparse import ArgumentParser
+from rich.console import Console
+from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from mmpeft.errors import ConfigError, nearest
+from mmpeft.files import write_atomic
+from mmpeft.training.cli import import_named, words
+from mmpeft.vision.continual import report
+from mmpeft.vision.continual.learner import Learner
+from mmpeft.vision.continual.runner import ContinualClassifier, Record
+from mmpeft.vision.data.base import ImageData
+
+KEYS = {"run", "data", "methods", "seeds", "title"}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the sequence by every method and seed; `argv` starts with the sub-command."""
+    summary = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser("mmpeft continual", description=__doc__, formatter_class=summary)
+    parser.add_argument("-c", "--config", type=Path, required=True)
+    parser.add_argument("--methods", help="names of entries, comma-separated; default: all")
+    parser.add_argument("--seeds", help="comma-separated integers; default: those of the configuration")
+    parser.add_argument("--out", type=Path, default=Path("runs/continual"))
+    args = parser.parse_args(list(sys.argv[1:] if argv is None else argv)[1:])
+    if not args.config.is_file():
+        raise ConfigError(f"no configuration {args.config}")
+    import_named(words(["-c", str(args.config)]))
+    config = read(args.config.read_text("utf-8"))
+    seeds = [int(seed) for seed in args.seeds.split(",")] if args.seeds else list(config.get("seeds", [1993]))
+    sequence(config, chosen(config["methods"], args.methods), seeds, args.out)
+    return 0
+
+
+def read(text: str) -> dict[str, Any]:
+    """A configuration, checked for unknown and missing keys."""
+    config = yaml.safe_load(text)
+    if not isinstance(config, dict):
+        raise ConfigError("expected a YAML mapping with run, data and methods")
+    for key in config:
+        if key not in KEYS:
+            raise ConfigError(f"unknown key {key!r}; keys: {', '.join(sorted(KEYS))}.{nearest(str(key), KEYS)}")
+    for key in ("run", "data", "methods"):
+        if not config.get(key):
+            raise ConfigError(f"the configuration of a task sequence needs {key!r}")
+    return config
+
+
+def chosen(methods: Mapping[str, Any], wanted: str | None) -> dict[str, Any]:
+    """The entries named, in that order; all of them for None."""
+    names = [name.strip() for name in wanted.split(",")] if wanted else list(methods)
+    for name in names:
+        if name not in methods:
+            raise ConfigError(f"no entry {name!r} in methods: {', '.join(methods)}.{nearest(name, methods)}")
+    return {name: methods[name] for name in names}
+
+
+def merged(config: Mapping[str, Any], entry: Mapping[str, Any], seed: int) -> dict[str, Any]:
+    """The configuration of one run: the common part under an entry's own."""
+    run = {"run": copy.deepcopy(config["run"]), "data": copy.deepcopy(config["data"])}
+    for key in entry:
+        if key not in ("learner", *run):
+            raise ConfigError(
+                f"a method's entry has learner, run or data, not {key!r}.{nearest(key, ['learner', *run])}"
+            )
+    if "learner" not in entry:
+        raise ConfigError("a method's entry needs its learner, such as {class_path: SimpleCIL}")
+    run["run"].update(entry.get("run", {}))
+    run["run"].setdefault("order", seed)
+    run["run"]["seed"] = seed
+    run["data"].setdefault("init_args", {}).update({**entry.get("data", {}), "seed": seed})
+    return {"learner": copy.deepcopy(entry["learner"]), **run}
+
+
+def parse(run: Mapping[str, Any]) -> tuple[ArgumentParser, Any]:
+    """Parse one run; raises ConfigError with jsonargparse's account of what is wrong."""
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_subclass_arguments(Learner, "learner")
+    parser.add_subclass_arguments(ImageData, "data")
+    parser.add_class_arguments(ContinualClassifier, "run", skip={"learner", "data"})
+    try:
+        return parser, parser.parse_object(dict(run))
+    except Exception as error:
+        raise ConfigError(f"the configuration of a run is wrong: {error}") from error
+
+
+def build(run: Mapping[str, Any]) -> ContinualClassifier:
+    """The classifier that a run's configuration describes."""
+    parser, config = parse(run)
+    options = config.run.as_dict()
+    built = parser.instantiate_classes(ArgumentParser.strip_meta(config))
+    return ContinualClassifier(learner=built.learner, data=built.data, **options)
+
+
+def sequence(config: Mapping[str, Any], methods: Mapping[str, Any], seeds: Sequence[int], out: Path) -> list[Record]:
+    """Run every method with every seed; write `results.json`, `table.md`, `matrices.png` and `curves.png`."""
+    runs = {(name, seed): merged(config, entry, seed) for name, entry in methods.items() for seed in seeds}
+    for run in runs.values():
+        parse(run)  # every configuration error comes out before the first training step
+    console, records = Console(), []
+    columns = (TextColumn("{task.description}"), MofNCompleteColumn(), TimeElapsedColumn())
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    with warnings.catch_warnings(), Progress(*columns, console=console) as progress:
+        warnings.simplefilter("ignore")
+        bar = progress.add_task("continual", total=len(runs))
+        for (name, seed), run in runs.items():
+            key = hashlib.sha256(json.dumps(run, sort_keys=True).encode()).hexdigest()[:16]
+
+            def tell(text: str, label: str = f"{name}, seed {seed}") -> None:
+                progress.update(bar, description=f"{label}, {text}")
+
+            folder = out / f"{''.join(c if c.isalnum() else '_' for c in name)}-{seed}"
+            record = build(run).run(folder, key, name, tell)
+            last = report.summaries([record])[0]
+            progress.console.print(
+                f"{name}, seed {seed}: last {last.last:.3f}, average {last.average:.3f} in {record.seconds:.0f} s"
+            )
+            records.append(record)
+            progress.advance(bar)
+    title = str(config.get("title", "class-incremental learning"))
+    console.print(report.table(records, title))
+    facts = [r.__dict__ | {"metrics": s.__dict__} for r, s in zip(records, report.summaries(records))]
+    write_atomic(out / "results.json", (json.dumps(facts, indent=1, ensure_ascii=False) + "\n").encode())
+    write_atomic(out / "table.md", report.to_markdown(records).encode())
+    write_atomic(out / "matrices.png", report.heat_map(records, title))
+    write_atomic(out / "curves.png", report.curves(records, title))
+    console.print(f"table:    {out / 'table.md'}\nmatrices: {out / 'matrices.png'}\nruns:     {out / 'results.json'}")
+    return records

@@ -1,0 +1,110 @@
+"""InfLoRA (arXiv:2404.00228)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+import mmpeft
+from mmpeft.errors import ConfigError
+from mmpeft.host import module_at
+from mmpeft.methods.base import Method
+from mmpeft.parts import LowRank
+from mmpeft.vision.continual.data import Task
+from mmpeft.vision.continual.learner import Batches
+from mmpeft.vision.continual.methods.o_lora import SummedLoRA
+
+
+class InfLoRA(SummedLoRA):
+    """`A_t` fixed to the top-r directions of the task's inputs outside those of old tasks; only `B_t` trains.
+
+    `A_t = U_rᵀ / √3`, U the eigenvectors of `(I − MMᵀ) XᵀX`; M [d, m] spans what old tasks used: it grows by gradient
+    projection memory until it holds the share ε of the inputs' energy, ε from `share` to 1 over the sequence. Branches
+    sum with weight 1, so that past ones are folded into one entry and memory stays flat.
+    """
+
+    default = mmpeft.LoRA(rank=10, alpha=10.0, at="attn.{k,v}")
+
+    def __init__(self, method: Method | None = None, share: float = 0.95) -> None:
+        """Args:
+        method: a low-rank method.
+        share: ε at the first task.
+        """
+        super().__init__(method)
+        if not 0 < share <= 1:
+            raise ConfigError(f"share is a part of the energy in (0, 1], got {share}")
+        self.share = share
+
+    def extend(self, task: Task, samples: Batches) -> None:
+        if "memory" not in self.bank:
+            self.bank.add_task("memory")
+        name = f"t{task.number}"
+        before = self.loras()
+        self.bank.add_task(name, self.tuned())
+        inputs = self._inputs(samples, before[-1] if before else None)
+        for p in self.bank.tuning(name).placements:
+            factor = p.part.factor
+            if not isinstance(factor, LowRank):
+                raise ConfigError(f"InfLoRA needs a low-rank method, got {self.method}")
+            own = _outside(inputs[p.home], self.bank["memory"].state.get(p.home))
+            directions = torch.linalg.eigh(own).eigenvectors.flip(1)[:, : len(factor.A)]
+            with torch.no_grad():
+                factor.A.copy_(directions.T / 3**0.5)
+            factor.A.requires_grad_(False)
+
+    def _inputs(self, samples: Batches, route: str | None) -> dict[str, Tensor]:
+        """`XᵀX / n` [d, d] of the inputs of every tuned module."""
+        names = {p.home for name in self.loras() for p in self.bank.tuning(name).placements}
+        found: dict[str, Tensor] = {}
+        count: dict[str, int] = {}
+
+        def hook(home: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+            def see(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+                x = args[0].detach().flatten(0, -2).double()
+                found[home] = found.get(home, 0) + x.T @ x
+                count[home] = count.get(home, 0) + len(x)
+
+            return see
+
+        handles = [module_at(self.bank.model, n).register_forward_pre_hook(hook(n)) for n in names]
+        try:
+            with torch.no_grad():
+                for images, _ in samples:
+                    self.bank.features(images, route)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return {home: total / count[home] for home, total in found.items()}
+
+    def end(self, task: Task, samples: Batches) -> None:
+        names = self.loras()
+        self.bank.fold(names, into="past")
+        state = self.bank["memory"].state
+        wanted = self.share + (1 - self.share) * task.number / task.total
+        for home, inputs in self._inputs(samples, "past").items():
+            state[home] = grown(state.get(home), inputs, wanted)
+        super().end(task, samples)
+
+
+def _outside(inputs: Tensor, basis: Tensor | None) -> Tensor:
+    """`(I − MMᵀ) C (I − MMᵀ)`."""
+    if basis is None:
+        return inputs
+    out = torch.eye(len(inputs), dtype=inputs.dtype, device=inputs.device) - basis @ basis.T
+    return out @ inputs @ out
+
+
+def grown(basis: Tensor | None, inputs: Tensor, share: float) -> Tensor:
+    """`M` with as few further eigenvectors as hold `share` of the energy of inputs `C` [d, d]."""
+    rest = _outside(inputs, basis)
+    total = inputs.trace()
+    values, vectors = torch.linalg.eigh(rest)
+    values, vectors = values.flip(0).clamp_min(0), vectors.flip(1)
+    held = (total - rest.trace()) / total + torch.cat([values.new_zeros(1), values.cumsum(0)]) / total
+    missing = int((held < share).sum())
+    room = len(inputs) - (0 if basis is None else basis.shape[1])
+    new = vectors[:, : min(missing, room)]
+    whole = new if basis is None else torch.cat([basis, new], dim=1)
+    return torch.linalg.qr(whole).Q if whole.shape[1] else whole
