@@ -73,19 +73,11 @@ def attend(
     front = [part for part in parts if part not in beside and part not in gated]
     output, weights = with_(front)
     for part in gated:
-        output = part.interpolate(output, with_([*front, part])[0], _padding(attention_mask))
+        output = part.interpolate(output, with_([*front, part])[0])
     for part in beside:
         scaling = options.get("scaling") or query.shape[-1] ** -0.5
         output = output + part.beside(query, scaling).to(output.dtype)
     return output, weights
-
-
-def _padding(mask: Any) -> Tensor | None:
-    """[B, m], true where some query sees a key; None where no mask says."""
-    if not isinstance(mask, Tensor):
-        return None
-    seen = mask if mask.dtype == torch.bool or mask.dim() == 2 else mask == 0
-    return (seen if seen.dim() == 2 else seen[:, 0].any(1)).bool()
 
 
 def _original(module: nn.Module) -> Any:

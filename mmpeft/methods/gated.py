@@ -4,20 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from inspect import signature
+from typing import Any, ClassVar
 
-from torch import nn
+from torch import Tensor, nn
 
 from mmpeft.controllers import Controller
 from mmpeft.controllers.gate import GATES, Gate, GateKind, GateLevels
 from mmpeft.errors import ConfigError, Refused, nearest
-from mmpeft.host import module_at
+from mmpeft.host import module_at, original_class
 from mmpeft.methods.base import Method, MethodInfo, Sited, Union, any_tensor, fan, own_weight
 from mmpeft.parts import Delta
 from mmpeft.parts.base import Hook, Placement
 from mmpeft.parts.branch import Branch
 from mmpeft.parts.factors import like_options
-from mmpeft.parts.gate import GatedKeys, GatedOutput, GatedPart
+from mmpeft.parts.gate import GatedKeys, GatedOutput, GatedPart, Padding
 from mmpeft.parts.prefix import Prefix
 from mmpeft.parts.shared import Shared
 from mmpeft.sites import Site
@@ -28,7 +29,8 @@ class Gated(Method):
     """A method with a gate of its own on each of its parts, `y + g (part(y) - y)`; what the gate sees, the part sees.
 
     Updates of weights, adapters and prefixes can be gated. A `pooled` gate is by the token where attention is causal:
-    a mean over a text would tell earlier words of later ones. Parameters: those of the method, and `d + 1` a part
+    a mean over a text would tell earlier words of later ones. It leaves padding out where the blocks are given an
+    attention mask. Parameters: those of the method, and `d + 1` a part
     (`scalar`: 1).
     """
 
@@ -51,10 +53,18 @@ class Gated(Method):
     def place(self, model: nn.Module, available: list[Site]) -> list[Placement]:
         placed = self.method.place(model, available)
         own = iter(self.sited.chosen(available))
-        return [p if isinstance(p.part, Shared) else self._gated(model, available, next(own), p) for p in placed]
+        masks: dict[str, Placement] = {}
+        gated = [
+            p if isinstance(p.part, Shared) else self._gated(model, available, next(own), p, masks) for p in placed
+        ]
+        return [*gated, *masks.values()]
 
-    def _gated(self, model: nn.Module, available: list[Site], site: Site, p: Placement) -> Placement:
-        kind: GateKind = "token" if self.kind == "pooled" and _causal(model, available, site) else self.kind
+    def _gated(
+        self, model: nn.Module, available: list[Site], site: Site, p: Placement, masks: dict[str, Placement]
+    ) -> Placement:
+        block = _block(available, site)
+        kind: GateKind = "token" if self.kind == "pooled" and _causal(model, available, block) else self.kind
+        padding = _padding(model, block, masks) if kind == "pooled" else None
         part, hooks, reads = p.part, p.hooks, p.hooks[0].kind == "read"
         name = type(self.method).__name__
         if isinstance(part, Delta) and (reads or part.lookup):
@@ -65,14 +75,14 @@ class Gated(Method):
         gate = Gate(kind, _width(model, available, site), self.start, **like_options(any_tensor(model, site)))
         if isinstance(part, Prefix):
             return replace(
-                p, part=GatedKeys(part, gate), hooks=(*([Hook(site.path, "enter")] if reads else []), *hooks)
+                p, part=GatedKeys(part, gate, padding), hooks=(*([Hook(site.path, "enter")] if reads else []), *hooks)
             )
         if isinstance(part, Delta):
             channel_dim = 1 if site.kind == "conv" else -1
             hooks = tuple(replace(hook, kind="exit") for hook in hooks)
         else:
             channel_dim = part.channel_dim
-        return replace(p, part=GatedOutput(part, gate, channel_dim), hooks=hooks)
+        return replace(p, part=GatedOutput(part, gate, padding, channel_dim), hooks=hooks)
 
     def count(self, model: nn.Module, available: list[Site]) -> int:
         widths = [_width(model, available, site) for site in self.sited.chosen(available)]
@@ -88,8 +98,15 @@ class Gated(Method):
         levels = GateLevels({type(self.method).__name__.lower(): [part.gate for _, part in gated]})
         return [*self.method.controllers(inner), levels]
 
-    def baked(self) -> Method:
-        return replace(self, method=self.method.baked())
+    def compact(self, placements: Sequence[Placement]) -> tuple[Method, list[dict[str, Tensor]]]:
+        within = [replace(p, part=p.part.inner) if isinstance(p.part, GatedPart) else p for p in placements]
+        method, tensors = self.method.compact([p for p in within if not isinstance(p.part, Padding)])
+        if method is self.method:
+            return super().compact(placements)
+        for p, own in zip(placements, tensors):
+            gate = dict(p.part.gate.named_parameters(prefix="gate")) if isinstance(p.part, GatedPart) else {}
+            own.update({f"inner.{name}": own.pop(name) for name in list(own)} | gate)
+        return replace(self, method=method), [*tensors, *({} for _ in placements[len(tensors) :])]
 
 
 def gate(*methods: Method, kind: GateKind = "token", start: float = 1.0) -> Method:
@@ -112,8 +129,26 @@ def _width(model: nn.Module, available: list[Site], site: Site) -> int:
     return fan(model, found[0])[1]
 
 
-def _causal(model: nn.Module, available: list[Site], site: Site) -> bool:
-    """Whether an attention of the block around a site is causal."""
-    blocks = [s.path for s in available if s.role == "block" and f"{site.path}.".startswith(f"{s.path}.")]
-    inside = [s for s in available if s.role == "kv" and blocks and s.path.startswith(f"{blocks[-1]}.")]
+def _block(available: list[Site], site: Site) -> str:
+    """The path of the block around a site; empty outside every block."""
+    return max(
+        (s.path for s in available if s.role == "block" and f"{site.path}.".startswith(f"{s.path}.")), default=""
+    )
+
+
+def _causal(model: nn.Module, available: list[Site], block: str) -> bool:
+    """Whether an attention of a block is causal."""
+    inside = [s for s in available if s.role == "kv" and block and f"{s.path}.".startswith(f"{block}.")]
     return any(getattr(module_at(model, s.path), "is_causal", False) for s in inside)
+
+
+def _padding(model: nn.Module, block: str, masks: dict[str, Placement]) -> Padding | None:
+    """What knows the padding in a block, placed once; None where the block takes no attention mask."""
+    cls: Any = original_class(module_at(model, block))
+    names = list(signature(cls.forward).parameters)[1:]
+    if not block or "attention_mask" not in names:
+        return None
+    new = Placement(Padding(names.index("attention_mask")), block, "padding", (Hook(block, "around"),), "block")
+    part = masks.setdefault(block, new).part
+    assert isinstance(part, Padding)
+    return part

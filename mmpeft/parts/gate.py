@@ -13,8 +13,39 @@ from mmpeft.controllers.gate import Gate
 from mmpeft.parts.base import Part
 from mmpeft.parts.branch import Branch
 from mmpeft.parts.prefix import Prefix
+from mmpeft.parts.shared import View
 
 UNMERGEABLE = "how much of it acts depends on a gate, and a weight has none"
+
+
+class Padding(Part):
+    """Which positions the attention mask of a block leaves in, for pooled gates inside it; owns no tensor.
+
+    `position` is that of `attention_mask` among the block's arguments. It is read again where the block is repeated.
+    """
+
+    order = -2
+    rowwise = False
+    repeated = True
+    unmergeable = UNMERGEABLE
+
+    def __init__(self, position: int) -> None:
+        super().__init__()
+        self.position = position
+        self.seen: Tensor | None = None
+
+    def around(self, host: nn.Module, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        given = args[self.position] if len(args) > self.position else kwargs.get("attention_mask")
+        self.seen = visible(given)
+        return run(*args, **kwargs)
+
+
+def visible(mask: Any) -> Tensor | None:
+    """[B, m], true where some query sees a key, of a mask [B, m] or [B, h, n, m]; None where no such mask is given."""
+    if not isinstance(mask, Tensor) or mask.dim() not in (2, 4):
+        return None
+    seen = mask if mask.dtype == torch.bool or mask.dim() == 2 else mask == 0  # scores: 0 or very negative
+    return (seen if seen.dim() == 2 else seen[:, 0].any(1)).bool()
 
 
 class GatedPart(Part):
@@ -22,15 +53,16 @@ class GatedPart(Part):
 
     unmergeable = UNMERGEABLE
 
-    def __init__(self, inner: Part, gate: Gate) -> None:
+    def __init__(self, inner: Part, gate: Gate, padding: Padding | None = None) -> None:
         super().__init__()
         self.inner, self.gate = inner, gate
+        self.padding = View(padding) if padding is not None else None
 
-    def bake(self) -> None:
-        self.inner.bake()
-
-    def forget(self) -> None:
-        self.inner.forget()
+    def level(self, x: Tensor) -> Tensor:
+        """The gate for x [B, ..., d], padding left out where the mask of the block tells it."""
+        seen = self.padding().seen if self.padding else None
+        g: Tensor = self.gate(x, seen if seen is not None and seen.shape == x.shape[:-1] else None)
+        return g
 
 
 class GatedOutput(GatedPart):
@@ -39,8 +71,8 @@ class GatedOutput(GatedPart):
     Of an update of a weight that is `y + g(x) ⊙ s ΔW x`, of an adapter `h + g(src) ⊙ U σ(D src)`.
     """
 
-    def __init__(self, inner: Part, gate: Gate, channel_dim: int) -> None:
-        super().__init__(inner, gate)
+    def __init__(self, inner: Part, gate: Gate, padding: Padding | None = None, channel_dim: int = -1) -> None:
+        super().__init__(inner, gate, padding)
         self.order = inner.order  # type: ignore[misc]
         self.channel_dim = channel_dim
         self._tapped: Tensor | None = None
@@ -56,8 +88,8 @@ class GatedOutput(GatedPart):
             self._tapped = None
         tuned = self.inner.exit(host, x, y)
         if self.channel_dim == -1:
-            return mixed(y, tuned, self.gate(source))
-        g = self.gate(source.movedim(self.channel_dim, -1))
+            return mixed(y, tuned, self.level(source))
+        g = self.level(source.movedim(self.channel_dim, -1))
         return mixed(y, tuned, g.movedim(-1, self.channel_dim) if g.dim() > 1 else g)
 
 
@@ -74,8 +106,8 @@ class GatedKeys(GatedPart):
 
     inner: Prefix
 
-    def __init__(self, inner: Prefix, gate: Gate) -> None:
-        super().__init__(inner, gate)
+    def __init__(self, inner: Prefix, gate: Gate, padding: Padding | None = None) -> None:
+        super().__init__(inner, gate, padding)
         self._seen: Tensor | None = None
 
     def enter(self, host: nn.Module, x: Tensor) -> Tensor:
@@ -89,12 +121,11 @@ class GatedKeys(GatedPart):
     def extend(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         return self.inner.extend(keys, values)
 
-    def interpolate(self, plain: Tensor, full: Tensor, padding: Tensor | None) -> Tensor:
-        """[B, n, H, d] without and with the prefix; `padding` [B, m] is true where a key counts."""
+    def interpolate(self, plain: Tensor, full: Tensor) -> Tensor:
+        """The gated output of outputs [B, n, H, d] without and with the prefix."""
         x, self._seen = self._seen, None
         assert x is not None, "the attention ran without its module"
-        known = padding is not None and padding.shape == x.shape[:2]
-        g = self.gate(x, padding if known else None)
+        g = self.level(x)
         return mixed(plain, full, g.unsqueeze(-1) if g.dim() > 1 else g)
 
     def around(self, host: nn.Module, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -103,7 +134,7 @@ class GatedKeys(GatedPart):
         plain = run(*args, **kwargs)
         full = self.inner.view(host, run, [self.inner], args, kwargs)
         first = getattr(host, "batch_first", True)
-        g = self.gate(x if first else x.transpose(0, 1))
+        g = self.level(x if first else x.transpose(0, 1))
         g = g if first or g.dim() == 1 else g.transpose(0, 1)
         return tree_map(lambda a, b: mixed(a, b, g) if isinstance(a, Tensor) else a, plain, full)
 

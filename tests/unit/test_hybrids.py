@@ -12,7 +12,7 @@ from mmpeft.controllers.gate import Gate
 from mmpeft.errors import ConfigError, Refused
 from mmpeft.methods.spec import from_spec, to_spec
 from mmpeft.parts import Delta, LowRank
-from mmpeft.parts.gate import GatedKeys, GatedOutput
+from mmpeft.parts.gate import GatedKeys, GatedOutput, GatedPart
 from mmpeft.parts.prefix import Prefix
 from tests.matrix.families import FAMILIES
 from tests.matrix.families.transformers import TOKENS, WORDS
@@ -73,7 +73,7 @@ def test_lora_behind_a_gate_by_the_token() -> None:
     part = Delta(host.weight, LowRank(6, 8, 2, host.weight), 0.25)
     nn.init.normal_(part.factor.B)
     g, x = gate("token"), torch.randn(2, 5, 8).double()
-    y = GatedOutput(part, g, -1).exit(host, x, host(x))
+    y = GatedOutput(part, g).exit(host, x, host(x))
     torch.testing.assert_close(y, host(x) + g(x) * 0.25 * x @ (part.factor.B @ part.factor.A).T)
 
 
@@ -84,7 +84,7 @@ def test_the_gate_of_a_prefix_turns_its_share_of_the_attention() -> None:
     longer = part.extend(k, v)
     plain, full = (F.scaled_dot_product_attention(q, *kv).transpose(1, 2) for kv in ((k, v), longer))
     x = part.enter(nn.Identity(), torch.randn(2, 5, 8).double())
-    found = part.interpolate(plain, full, None)
+    found = part.interpolate(plain, full)
     share = (q @ longer[0].transpose(-2, -1) / 2).softmax(-1)[..., :2].sum(-1, keepdim=True).transpose(1, 2)
     own = F.scaled_dot_product_attention(q, longer[0][:, :, :2], longer[1][:, :, :2]).transpose(1, 2)
     g = part.gate(x).unsqueeze(-1)
@@ -94,7 +94,7 @@ def test_the_gate_of_a_prefix_turns_its_share_of_the_attention() -> None:
 def test_unipelt_is_its_three_methods_each_with_its_gates() -> None:
     example = FAMILIES["bert"]()
     tuning = mmpeft.attach(example.model, mmpeft.UniPELT(**SMALL))
-    parts = [p.part for p in tuning.placements]
+    parts = [p.part for p in tuning.placements if isinstance(p.part, GatedPart)]
     kinds = [(type(part.inner).__name__, part.gate.kind) for part in parts]
     assert set(kinds) == {("Delta", "token"), ("Prefix", "pooled"), ("Branch", "pooled")}
     assert all(part.gate.linear.weight.numel() == 32 for part in parts)
@@ -102,15 +102,20 @@ def test_unipelt_is_its_three_methods_each_with_its_gates() -> None:
         tuning.merge()
 
 
-def test_padding_does_not_open_the_gate_of_a_prefix() -> None:
+@pytest.mark.parametrize("recompute", [None, "block"])
+def test_padding_opens_no_gate(recompute: str | None) -> None:
     example = FAMILIES["bert"]()
-    stirred(example.model, mmpeft.gate(mmpeft.PTuningV2(tokens=3), kind="pooled"), by=2.0)
+    tuning = stirred(example.model, mmpeft.UniPELT(**SMALL), by=1.0)
+    tuning.recompute = recompute
     words = torch.randint(3, WORDS, (2, TOKENS))
     mask = torch.tensor([[1] * TOKENS, [1] * (TOKENS - 2) + [0, 0]])
-    with torch.no_grad():
-        padded = example.model(words, attention_mask=mask).logits[1:]
-        alone = example.model(words[1:, : TOKENS - 2]).logits
+    padded = example.model(words, attention_mask=mask).logits[1:]
+    alone = example.model(words[1:, : TOKENS - 2]).logits
     torch.testing.assert_close(padded, alone, atol=1e-5, rtol=1e-5)
+    tensors = list(tuning.parameters())
+    first, second = (torch.autograd.grad(y.square().sum(), tensors) for y in (padded, alone))
+    for one, other in zip(first, second):
+        torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
 
 
 def test_no_gate_tells_earlier_words_of_later_ones() -> None:
@@ -126,11 +131,8 @@ def test_no_gate_tells_earlier_words_of_later_ones() -> None:
     options = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0, "attention_mask": torch.ones_like(words)}
     cached = example.model.generate(words, use_cache=True, **options)
     assert torch.equal(cached, example.model.generate(words, use_cache=False, **options))
-    t5 = FAMILIES["t5"]()
-    kinds = {
-        (p.home.split(".")[0], p.part.gate.kind)
-        for p in stirred(t5.model, mmpeft.gate(PARTS[2], kind="pooled")).placements
-    }
+    placed = stirred(FAMILIES["t5"]().model, mmpeft.gate(PARTS[2], kind="pooled")).placements
+    kinds = {(p.home.split(".")[0], p.part.gate.kind) for p in placed if isinstance(p.part, GatedPart)}
     assert kinds == {("encoder", "pooled"), ("decoder", "token")}
 
 
@@ -146,7 +148,7 @@ def test_levels_are_logged_by_kind() -> None:
     values = tuning.controllers.values()
     assert set(values) == {"gate_lora", "gate_prefixtuning", "gate_pfeiffer"}
     assert all(isinstance(value, Tensor) and 0.3 < value < 0.7 for value in values.values())
-    assert {float(p.part.gate.seen) for p in tuning.placements} == {1.0}
+    assert {float(p.part.gate.seen) for p in tuning.placements if isinstance(p.part, GatedPart)} == {1.0}
 
 
 @pytest.mark.parametrize("method", [mmpeft.UniPELT(**SMALL), mmpeft.MAM(tokens=3, hidden=16, bottleneck=8)])
