@@ -213,15 +213,10 @@ class Tuning:
 
     @torch.no_grad()
     def bake(self) -> None:
-        """Drop what only training needed (the MLP behind a prefix, an encoder behind a prompt); answers stay the same.
+        """Drop what only training needed (the MLP behind a prefix, closed rank components); answers stay the same.
 
-        The tuning can still be trained, saved and loaded: as the method that `tuning.method` then names.
+        What is left can be trained, saved and loaded: as the method that `tuning.method` then names.
         """
-        for placement in self.placements:
-            placement.part.bake()
-        for placement in self.placements:
-            placement.part.forget()
-        self._state.methods[self.name] = self.method.baked()
         method, tensors = self.method.compact(self.placements)
         if method is not self.method:
             route = self._state.route

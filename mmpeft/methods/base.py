@@ -136,10 +136,6 @@ class Method(ABC):
         """
         return self, [{**dict(p.part.named_parameters()), **p.part.frozen()} for p in placements]
 
-    def baked(self) -> Method:
-        """The method that describes this one's parts after `bake`, when only what the forward pass needs is left."""
-        return self
-
     def where(self, at: Selector) -> Restricted:
         """This method on the sites that also match `at`: `LoRA(at="mlp.*").where("depth>=6")`."""
         return Restricted(self, at)
@@ -216,9 +212,6 @@ class Union(Method):
             return super().compact(placements)
         return Union([method for method, _ in found]), [tensors for _, own in found for tensors in own]
 
-    def baked(self) -> Method:
-        return Union([method.baked() for method in self.methods])
-
     @property
     def sitewise(self) -> bool:
         return all(method.sitewise for method in self.methods)
@@ -268,9 +261,6 @@ class Restricted(Method):
     def compact(self, placements: Sequence[Placement]) -> tuple[Method, list[dict[str, Tensor]]]:
         method, tensors = self.method.compact(placements)
         return (self if method is self.method else Restricted(method, self.at)), tensors
-
-    def baked(self) -> Method:
-        return Restricted(self.method.baked(), self.at)
 
     @property
     def sitewise(self) -> bool:

@@ -63,12 +63,6 @@ class Part(nn.Module):
         """Tensors that never train and that a file must hold all the same."""
         return {}
 
-    def bake(self) -> None:
-        """Keep the result of what only training needs; what the part computes stays the same."""
-
-    def forget(self) -> None:
-        """After every part of the tuning has baked: drop what produced the results."""
-
     @classmethod
     def combine(cls, parts: Sequence[Any], host: nn.Module, read: Sequence[str]) -> Call:
         """One callable `(host, x) -> y` for all parts with a `call` hook on a host.

@@ -80,16 +80,6 @@ class Prefix(KeyValues):
         mlp, index = self._source
         return mlp.layer(index).view(self.count, 2, self.heads, self.width).transpose(0, 1)
 
-    def bake(self) -> None:
-        """Keep the generated keys and values and drop what generated them."""
-        if self.tokens is None:
-            self.tokens = nn.Parameter(self.keys_and_values().detach().clone())
-
-    def forget(self) -> None:
-        """After every layer has baked: the generator goes."""
-        self._source = None
-        self._modules.pop("mlp", None)
-
     def extend(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Prepend to keys and values [B, h, n, d]."""
         own = cast(self.keys_and_values(), keys.dtype).transpose(1, 2).unsqueeze(1)  # [2, 1, h, p, d]

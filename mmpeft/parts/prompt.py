@@ -84,13 +84,6 @@ class Prompt(Part):
         source: Any = self.tokens if self.tokens is not None else self.encoder.embedding  # type: ignore[union-attr]
         return len(source)
 
-    def bake(self) -> None:
-        if self.tokens is None:
-            self.tokens = nn.Parameter(self.embeddings().detach().clone())
-
-    def forget(self) -> None:
-        self.encoder = None
-
     def record(self, host: nn.Module, run: Callable[[], Any]) -> None:
         """Have every layer keep its keys and values of the prompt while `run` computes them."""
         key = None

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
-from torch import nn
+from torch import Tensor, nn
 
 from mmpeft.errors import Refused
-from mmpeft.methods.base import Sited, any_tensor, positive, register
+from mmpeft.methods.base import Method, Sited, any_tensor, positive, register
 from mmpeft.parts.base import Hook, Placement
 from mmpeft.parts.prefix import Prefix, PrefixMLP
 from mmpeft.sites import Connect, Selector, Site
@@ -89,6 +90,9 @@ class PrefixTuning(KeyValues):
         inner = self.tokens * width + self.hidden * (width + 1)
         return inner + (self.hidden + 1) * sum(self.sizes(chosen))
 
-    def baked(self) -> PrefixTuning:
-        """The method whose files hold the generated prefixes."""
-        return PrefixTuning(at=self.at, tokens=self.tokens, hidden=0)
+    def compact(self, placements: Sequence[Placement]) -> tuple[Method, list[dict[str, Tensor]]]:
+        """The generated keys and values, without what generates them."""
+        if not self.hidden:
+            return super().compact(placements)
+        parts = [p.part for p in placements if isinstance(p.part, Prefix)]
+        return replace(self, hidden=0), [{"tokens": part.keys_and_values()} for part in parts]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from mmpeft.errors import ConfigError, Refused
 from mmpeft.host import module_at
-from mmpeft.methods.base import Sited, any_tensor, own_weight, positive, register
+from mmpeft.methods.base import Method, Sited, any_tensor, own_weight, positive, register
 from mmpeft.parts.base import Hook, Placement, trainable_dtype
 from mmpeft.parts.prompt import Prompt, PromptBeside, PromptLayer, PromptLSTM, PromptMLP
 from mmpeft.sites import Selector, Site
@@ -136,5 +136,9 @@ class PTuning(InputPrompt):
         lstm = 2 * 4 * h * (d + h + 2) + 2 * 4 * h * (2 * h + h + 2)
         return own + lstm + 2 * h * (2 * h + 1) + d * (2 * h + 1)
 
-    def baked(self) -> PTuning:
-        return PTuning(at=self.at, tokens=self.tokens, reparameterisation=self.reparameterisation, hidden=0)
+    def compact(self, placements: Sequence[Placement]) -> tuple[Method, list[dict[str, Tensor]]]:
+        """The embeddings that the encoder makes, without it."""
+        if not self.hidden:
+            return super().compact(placements)
+        prompts = [p.part if isinstance(p.part, Prompt) else None for p in placements]
+        return replace(self, hidden=0), [{"tokens": part.embeddings()} if part else {} for part in prompts]

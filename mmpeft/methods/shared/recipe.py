@@ -6,7 +6,7 @@ from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from torch import nn
+from torch import Tensor, nn
 
 from mmpeft.controllers import Controller
 from mmpeft.methods.base import Method
@@ -37,5 +37,7 @@ class Recipe(Method):
     def controllers(self, placements: Sequence[Placement]) -> list[Controller]:
         return self.recipe.controllers(placements)
 
-    def baked(self) -> Method:
-        return replace(self, hidden=0)
+    def compact(self, placements: Sequence[Placement]) -> tuple[Method, list[dict[str, Tensor]]]:
+        recipe = self.recipe
+        method, tensors = recipe.compact(placements)
+        return (self if method is recipe else replace(self, hidden=0)), tensors
