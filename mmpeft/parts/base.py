@@ -34,7 +34,7 @@ class Part(nn.Module):
     unmergeable: ClassVar[str] = ""
     """Why this part cannot be folded into the base weights; empty when it can."""
     resting: bool = False
-    """Whether the part is left out of the forward pass; hosts see a change when they plan anew (`Tuning.replan`)."""
+    """Whether the part is left out of the forward pass; hosts see it when they plan anew (`Tuning.leave_out`)."""
 
     def enter(self, host: nn.Module, x: Tensor) -> Tensor:
         return x

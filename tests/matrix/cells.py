@@ -23,8 +23,11 @@ ALIKE = ("PaFi", "RandomMask", "SAMMask", "LTSFT", "ChildTuningD")
 SMALL: dict[str, object] = {"bottleneck": 8, "tokens": 3, "rank": 2, "target": 1, "hidden": 16}
 SMALL |= {"reduction": 2, "epsilon": 0.3, "density": 0.02, "samples": 2, "batches": 1, "steps": 1, "budget": "5%"}
 
-WRAPPED: dict[str, dict[str, object]] = {"AdapterDrop": {"method": mmpeft.Pfeiffer(bottleneck=8)}}
-"""Methods around another one, and which."""
+WRAPPED: dict[str, dict[str, object]] = {
+    "AdapterDrop": {"method": mmpeft.Pfeiffer(bottleneck=8)},
+    "AdapterFusion": {"adapters": ()},  # saved by `library` for each model
+}
+"""Methods around others, and which."""
 
 
 def decided(example: Example, method: Method) -> Method:

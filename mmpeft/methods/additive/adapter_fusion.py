@@ -33,7 +33,7 @@ class AdapterFusion(Method):
     `regularization Σ ‖I - W_v‖²`. Parameters: `3 d²` a site.
     """
 
-    adapters: Sequence[str] = ()
+    adapters: Sequence[str]
     temperature: float = 1.0
     regularization: float = 0.01
     members: Sequence[Method] = ()
