@@ -99,13 +99,16 @@ class Gated(Method):
         return [*self.method.controllers(inner), levels]
 
     def compact(self, placements: Sequence[Placement]) -> tuple[Method, list[dict[str, Tensor]]]:
-        within = [replace(p, part=p.part.inner) if isinstance(p.part, GatedPart) else p for p in placements]
-        method, tensors = self.method.compact([p for p in within if not isinstance(p.part, Padding)])
-        if method is self.method:
+        """What the method leaves, behind the same gates; everything where it would leave out whole parts."""
+        own = [p for p in placements if not isinstance(p.part, Padding)]
+        bare = [replace(p, part=p.part.inner) if isinstance(p.part, GatedPart) else p for p in own]
+        method, tensors = self.method.compact(bare)
+        if method is self.method or len(tensors) != len(own):
             return super().compact(placements)
-        for p, own in zip(placements, tensors):
-            gate = dict(p.part.gate.named_parameters(prefix="gate")) if isinstance(p.part, GatedPart) else {}
-            own.update({f"inner.{name}": own.pop(name) for name in list(own)} | gate)
+        for p, left in zip(own, tensors):
+            if isinstance(p.part, GatedPart):
+                gate = dict(p.part.gate.named_parameters(prefix="gate"))
+                left.update({f"inner.{name}": left.pop(name) for name in list(left)} | gate)
         return replace(self, method=method), [*tensors, *({} for _ in placements[len(tensors) :])]
 
 
