@@ -97,7 +97,7 @@ def parse(run: Mapping[str, Any]) -> tuple[ArgumentParser, Any]:
     parser = ArgumentParser(exit_on_error=False)
     parser.add_subclass_arguments(Learner, "learner")
     parser.add_subclass_arguments(ImageData, "data")
-    parser.add_class_arguments(ContinualClassifier, "run", skip={"learner", "data"})
+    parser.add_class_arguments(ContinualClassifier, "run", skip={"learner", "data"}, instantiate=False)
     try:
         return parser, parser.parse_object(dict(run))
     except Exception as error:
@@ -108,7 +108,7 @@ def build(run: Mapping[str, Any]) -> ContinualClassifier:
     """The classifier that a run's configuration describes."""
     parser, config = parse(run)
     options = config.run.as_dict()
-    built = parser.instantiate_classes(ArgumentParser.strip_meta(config))
+    built = parser.instantiate_classes(config)
     return ContinualClassifier(learner=built.learner, data=built.data, **options)
 
 
