@@ -42,11 +42,16 @@ def recompute_around(mode: Literal["pointwise", "block"]) -> Callable[..., Any]:
     return _Pointwise() if mode == "pointwise" else _Block()
 
 
+def is_cache(value: Any) -> bool:
+    """Whether an argument is a key-value cache, which a forward pass writes into."""
+    return hasattr(value, "get_seq_length") and hasattr(value, "update")
+
+
 def _without_caches(args: Any, kwargs: Any) -> tuple[Any, Any]:
     """Arguments without key-value caches: a block that runs twice would write its keys and values twice."""
 
     def keep(value: Any) -> Any:
-        return None if hasattr(value, "get_seq_length") and hasattr(value, "update") else value
+        return None if is_cache(value) else value
 
     return tuple(map(keep, args)), {name: keep(value) for name, value in kwargs.items()}
 

@@ -11,6 +11,7 @@ from torch.utils._pytree import tree_map
 
 from mmpeft.errors import ConfigError
 from mmpeft.parts.base import Part
+from mmpeft.recompute import is_cache
 from mmpeft.together import Entry, Route
 
 
@@ -53,6 +54,19 @@ class RowPart(Part):
         return y.index_copy(0, index, self._part[0].exit(host, x[index], y[index]))
 
 
+class Outside:
+    """At a module that a grouped route tunes, between the passes: run on its own it would be the plain backbone."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def __call__(self, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        raise ConfigError(
+            f"the rows in use() need passes of their own through the whole model, but {self.path} was run by itself "
+            "(generate() runs an encoder so, encode_image() a tower): call the model, or use() one name at a time"
+        )
+
+
 class Grouped:
     """Runs the whole model once for each distinct name and puts the rows back in order.
 
@@ -70,6 +84,11 @@ class Grouped:
             raise ConfigError(
                 f"use() named an adapter for {batch} rows, but the batch has {tensors[0].shape[0]}; "
                 "give one name (or None) for each row"
+            )
+        if any(is_cache(value) for value in (*args, *kwargs.values())):
+            raise ConfigError(
+                "the rows in use() need passes of their own, which cannot write into one key-value cache: generate for "
+                "one name at a time, or pass use_cache=False"
             )
         groups = row_groups(self.route)
         outputs = []
@@ -91,6 +110,6 @@ class Grouped:
                 if len({value.shape[1:] for value in values}) > 1:
                     return None
                 return torch.cat(values)[order.to(values[0].device)]
-            return values[0]
+            return None if is_cache(values[0]) else values[0]
 
         return tree_map(join, *outputs)

@@ -16,7 +16,7 @@ from mmpeft.host import CHILD, Plan, is_host, make_host, mark_route, module_at, 
 from mmpeft.methods.base import Method
 from mmpeft.parts.base import Hook, Part, Placement
 from mmpeft.recompute import Recompute, recompute_around
-from mmpeft.routing import Grouped, RowPart, row_groups
+from mmpeft.routing import Grouped, Outside, RowPart, row_groups
 from mmpeft.sites import sites
 from mmpeft.together import Entry, Route, Together, check_together, entries_of, names_of, weighted
 
@@ -242,6 +242,9 @@ def set_route(model: nn.Module, route: Route) -> Route:
             plans.setdefault(hook.path, []).append((hook, part))
     for path, host in state.hosts.items():
         host.__dict__["_plan"] = _plan(host, plans.get(path, ()))
+    if grouped and isinstance(route, tuple):
+        for path in {hook.path for entry in set(route) for hook, _ in _hooks(state, entry)} - {""}:
+            state.hosts[path].__dict__["_plan"] = Plan(around=Outside(path))
     for path in state.blocks:
         if state.recompute and not grouped:
             block = state.hosts.get(path) or module_at(model, path)

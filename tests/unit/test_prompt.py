@@ -170,3 +170,14 @@ def test_a_prompt_before_the_encoder_of_a_pair() -> None:
         ours = model.generate(ids, attention_mask=mask, num_beams=beams, **options)
         with mmpeft.use(model, None):
             assert torch.equal(ours, model.generate(**inputs, num_beams=beams, **options))
+
+
+@pytest.mark.parametrize("family", ["llama", "t5"])
+def test_generation_with_a_prompt_for_each_row_is_refused(family: str) -> None:
+    """One cache cannot hold rows of different lengths, and T5's encoder runs outside the model's own pass."""
+    example = FAMILIES[family]()
+    mmpeft.attach(example.model, mmpeft.PromptTuning(tokens=3))
+    ids = torch.randint(1, 20, (2, 5))
+    with mmpeft.use(example.model, ["default", None]), pytest.raises(ConfigError, match="one name at a time"):
+        example.model.generate(input_ids=ids, max_new_tokens=2)
+    assert example.model.generate(input_ids=ids, max_new_tokens=2).shape[0] == 2
