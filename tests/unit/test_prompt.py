@@ -179,5 +179,5 @@ def test_generation_with_a_prompt_for_each_row_is_refused(family: str) -> None:
     mmpeft.attach(example.model, mmpeft.PromptTuning(tokens=3))
     ids = torch.randint(1, 20, (2, 5))
     with mmpeft.use(example.model, ["default", None]), pytest.raises(ConfigError, match="one name at a time"):
-        example.model.generate(input_ids=ids, max_new_tokens=2)
-    assert example.model.generate(input_ids=ids, max_new_tokens=2).shape[0] == 2
+        example.model.generate(input_ids=ids, max_new_tokens=2, decoder_start_token_id=0)
+    assert example.model.generate(input_ids=ids, max_new_tokens=2, decoder_start_token_id=0).shape[0] == 2
