@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import islice
@@ -115,8 +116,9 @@ def _losses(model: nn.Module, batch: Any, loss: Loss, kind: str) -> Iterator[tup
 
 
 def samples(batch: Any) -> Iterator[Any]:
-    """A batch row by row, each row a batch of one."""
-    rows = max((len(leaf) for leaf in tree_leaves(batch) if isinstance(leaf, Tensor) and leaf.dim()), default=0)
+    """A batch row by row, each row a batch of one; what has not as many rows as most tensors goes with every one."""
+    lengths = Counter(len(leaf) for leaf in tree_leaves(batch) if isinstance(leaf, Tensor) and leaf.dim())
+    rows = lengths.most_common(1)[0][0] if lengths else 0
 
     def own(index: int) -> Callable[[Any], Any]:
         def take(value: Any) -> Any:
