@@ -58,7 +58,7 @@ def list_methods(pattern: str = "*", **metadata: Any) -> list[str]:
 
     >>> import mmpeft
     >>> mmpeft.list_methods("*lora*", mergeable=True)
-    ['LoRA']
+    ['AdaLoRA', 'DyLoRA', 'LoRA']
     """
     known = {f.name for f in fields(MethodInfo)}
     for key in metadata:
