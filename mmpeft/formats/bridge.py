@@ -15,7 +15,8 @@ from mmpeft.formats.peft import targeted
 from mmpeft.functional.rows import put_rows, take_rows
 from mmpeft.host import CHILD, base_value, module_at
 from mmpeft.methods.additive.ia3 import IA3
-from mmpeft.methods.base import Method, Union, own_weight
+from mmpeft.methods.base import Method, own_weight
+from mmpeft.methods.compose import Union
 from mmpeft.methods.selective.full import Full
 from mmpeft.parts import Delta, Mask, Rescale
 from mmpeft.parts.base import Placement

@@ -13,7 +13,8 @@ from mmpeft.errors import AdapterFileError, Refused, nearest
 from mmpeft.formats.content import Layer
 from mmpeft.functional.rows import put_rows, take_rows
 from mmpeft.host import CHILD, base_value, module_at
-from mmpeft.methods.base import Method, Union, own_weight
+from mmpeft.methods.base import Method, own_weight
+from mmpeft.methods.compose import Union
 from mmpeft.methods.reparameterized.dora import DoRA
 from mmpeft.methods.reparameterized.lora import LoRA
 from mmpeft.parts import Delta, LowRank

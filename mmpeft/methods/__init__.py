@@ -6,7 +6,8 @@ from importlib import import_module
 from pkgutil import iter_modules
 from typing import Any
 
-from mmpeft.methods.base import METHODS, Method, Restricted, Union, list_methods
+from mmpeft.methods.base import METHODS, Method, list_methods
+from mmpeft.methods.compose import Restricted, Union
 
 for _folder in ("additive", "selective", "reparameterized", "hybrid", "efficient"):
     _package = import_module(f"mmpeft.methods.{_folder}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, fields, replace
 from fnmatch import fnmatch
 from typing import Any, ClassVar, Literal, TypeVar
 
@@ -13,10 +13,9 @@ from torch import Tensor, nn
 from mmpeft.controllers.base import Controller
 from mmpeft.controllers.scores import Loss, default_loss
 from mmpeft.errors import ConfigError, Refused, nearest
-from mmpeft.functional.rows import Rows, count_rows
+from mmpeft.functional.rows import count_rows
 from mmpeft.host import base_value, module_at
-from mmpeft.parts.base import Hook, Placement
-from mmpeft.parts.mask import Mask
+from mmpeft.parts.base import Placement
 from mmpeft.selector import select
 from mmpeft.sites import Kind, Selector, Site
 
@@ -101,10 +100,10 @@ class Method(ABC):
     def trains_head(self) -> bool:
         return self.info.trains_head
 
-    def __add__(self, other: Method) -> Union:
-        if not isinstance(other, Method):
-            return NotImplemented
-        return Union([*_members(self), *_members(other)])
+    def __add__(self, other: Method) -> Method:
+        from mmpeft.methods.compose import united
+
+        return united(self, other) if isinstance(other, Method) else NotImplemented
 
     @property
     def decided(self) -> bool:
@@ -136,147 +135,11 @@ class Method(ABC):
         """
         return self, [{**dict(p.part.named_parameters()), **p.part.frozen()} for p in placements]
 
-    def where(self, at: Selector) -> Restricted:
+    def where(self, at: Selector) -> Method:
         """This method on the sites that also match `at`: `LoRA(at="mlp.*").where("depth>=6")`."""
+        from mmpeft.methods.compose import Restricted
+
         return Restricted(self, at)
-
-
-def _members(method: Method) -> list[Method]:
-    return list(method.methods) if isinstance(method, Union) else [method]
-
-
-@dataclass(frozen=True)
-class Union(Method):
-    """Several methods as one: every part of each."""
-
-    info: ClassVar[MethodInfo] = MethodInfo("Union", "", "hybrid", mergeable=True, identity=True)
-    methods: Sequence[Method] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        if not self.methods:
-            raise ConfigError("Union needs at least one method, got none")
-        for method in self.methods:
-            if not isinstance(method, Method):
-                raise ConfigError(f"Union unites methods, got {type(method).__name__}: {method!r}")
-
-    def place(self, model: nn.Module, available: list[Site]) -> list[Placement]:
-        placements: list[Placement] = []
-        taken: set[tuple[str, str]] = set()
-        owners: dict[tuple[Hook, Rows | None], str] = {}
-        for number, method in enumerate(self.methods):
-            for p in method.place(model, available):
-                if isinstance(p.part, Mask):
-                    tensor = (p.hooks[0], p.part.rows)
-                    if tensor in owners:
-                        raise ConfigError(
-                            f"{p.hooks[0].path}.{p.hooks[0].name} would be trained by both {owners[tensor]} and "
-                            f"{type(method).__name__}; restrict one with .where(...)"
-                        )
-                    owners[tensor] = type(method).__name__
-                key, copy = p.key, 1
-                while (p.home, key) in taken:
-                    key, copy = f"{p.key}_{copy}", copy + 1
-                taken.add((p.home, key))
-                placements.append(replace(p, key=key, owners=(*p.owners, number)))
-        return placements
-
-    @property
-    def decided(self) -> bool:
-        return all(method.decided for method in self.methods)
-
-    @property
-    def needs_data(self) -> bool:
-        return any(method.needs_data for method in self.methods)
-
-    def resolve(self, model: nn.Module, data: Iterable[Any] = (), loss: Loss = default_loss) -> Method:
-        return Union([method.resolve(model, data, loss) for method in self.methods])
-
-    def controllers(self, placements: Sequence[Placement]) -> list[Controller]:
-        shares = self._shares(placements)
-        return [c for method, own in zip(self.methods, shares) for c in method.controllers(own)]
-
-    def _shares(self, placements: Sequence[Placement]) -> list[list[Placement]]:
-        """Placements by the method they belong to."""
-        return [
-            [replace(p, owners=p.owners[:-1]) for p in placements if p.owners[-1] == number]
-            for number in range(len(self.methods))
-        ]
-
-    def count(self, model: nn.Module, available: list[Site]) -> int:
-        return sum(method.count(model, available) for method in self.methods)
-
-    def compact(self, placements: Sequence[Placement]) -> tuple[Method, list[dict[str, Tensor]]]:
-        shares = zip(self.methods, self._shares(placements))
-        found = [method.compact(own) for method, own in shares]
-        if all(method is before for (method, _), before in zip(found, self.methods)):
-            return super().compact(placements)
-        return Union([method for method, _ in found]), [tensors for _, own in found for tensors in own]
-
-    @property
-    def sitewise(self) -> bool:
-        return all(method.sitewise for method in self.methods)
-
-    @property
-    def mergeable(self) -> bool:
-        return all(method.mergeable for method in self.methods)
-
-    @property
-    def identity(self) -> bool:
-        return all(method.identity for method in self.methods)
-
-    @property
-    def trains_head(self) -> bool:
-        return any(method.trains_head for method in self.methods)
-
-
-@dataclass(frozen=True)
-class Restricted(Method):
-    """A method on fewer sites."""
-
-    info: ClassVar[MethodInfo] = MethodInfo("Restricted", "", "hybrid", mergeable=True, identity=True)
-    method: Method
-    at: Selector
-
-    def _narrow(self, available: list[Site]) -> list[Site]:
-        return select(available, self.at)
-
-    def place(self, model: nn.Module, available: list[Site]) -> list[Placement]:
-        return self.method.place(model, self._narrow(available))
-
-    def count(self, model: nn.Module, available: list[Site]) -> int:
-        return self.method.count(model, self._narrow(available))
-
-    @property
-    def decided(self) -> bool:
-        return self.method.decided
-
-    def resolve(self, model: nn.Module, data: Iterable[Any] = (), loss: Loss = default_loss) -> Method:
-        if self.decided:
-            return self
-        raise ConfigError(f"{type(self.method).__name__} chooses among what its own at= selects: set that")
-
-    def controllers(self, placements: Sequence[Placement]) -> list[Controller]:
-        return self.method.controllers(placements)
-
-    def compact(self, placements: Sequence[Placement]) -> tuple[Method, list[dict[str, Tensor]]]:
-        method, tensors = self.method.compact(placements)
-        return (self if method is self.method else Restricted(method, self.at)), tensors
-
-    @property
-    def sitewise(self) -> bool:
-        return self.method.sitewise
-
-    @property
-    def mergeable(self) -> bool:
-        return self.method.mergeable
-
-    @property
-    def identity(self) -> bool:
-        return self.method.identity
-
-    @property
-    def trains_head(self) -> bool:
-        return self.method.trains_head
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,8 @@ from mmpeft.controllers import Controller
 from mmpeft.controllers.gate import GATES, Gate, GateKind, GateLevels
 from mmpeft.errors import ConfigError, Refused, nearest
 from mmpeft.host import module_at, original_class
-from mmpeft.methods.base import Method, MethodInfo, Sited, Union, any_tensor, fan, own_weight
+from mmpeft.methods.base import Method, MethodInfo, Sited, any_tensor, fan, own_weight
+from mmpeft.methods.compose import Union
 from mmpeft.parts import Delta
 from mmpeft.parts.base import Hook, Placement
 from mmpeft.parts.branch import Branch

@@ -7,7 +7,8 @@ from dataclasses import fields
 from typing import Any
 
 from mmpeft.errors import ConfigError, nearest
-from mmpeft.methods.base import METHODS, Method, Restricted, Union
+from mmpeft.methods.base import METHODS, Method
+from mmpeft.methods.compose import Restricted, Union
 from mmpeft.methods.gated import Gated
 
 

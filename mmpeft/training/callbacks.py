@@ -17,7 +17,8 @@ from rich.console import Console
 from rich.table import Table
 
 from mmpeft.files import write_atomic
-from mmpeft.methods.base import Method, Union
+from mmpeft.methods.base import Method
+from mmpeft.methods.compose import Union
 from mmpeft.methods.selective.plan import Plan
 from mmpeft.training.module import TuningModule
 

@@ -11,14 +11,15 @@ from mmpeft.controllers import Controller
 from mmpeft.controllers.layers import RandomLayers
 from mmpeft.errors import ConfigError
 from mmpeft.methods.additive.pfeiffer import Pfeiffer
-from mmpeft.methods.base import Method, Restricted, register, with_depth
+from mmpeft.methods.base import Method, register, with_depth
+from mmpeft.methods.compose import Restricted, Wrapped
 from mmpeft.parts.base import Placement
 from mmpeft.sites import Site
 
 
 @register("https://arxiv.org/abs/2010.11918", "efficient", mergeable=False, identity=False)
 @dataclass(frozen=True)
-class AdapterDrop(Method):
+class AdapterDrop(Wrapped):
     """`method` without its parts in the first `n ~ U{0, …, drop}` blocks, drawn anew for each step.
 
     `drop` is by default all blocks but the last. At inference `tuning.leave_out(n)` runs the first n blocks plain:
@@ -49,9 +50,6 @@ class AdapterDrop(Method):
             )
         return placements
 
-    def count(self, model: nn.Module, available: list[Site]) -> int:
-        return self.method.count(model, available)
-
     def controllers(self, placements: Sequence[Placement]) -> list[Controller]:
         most = max(p.depth for p in placements) if self.drop is None else self.drop
         return [*self.method.controllers(placements), RandomLayers(placements, most)]
@@ -64,19 +62,3 @@ class AdapterDrop(Method):
             return method, tensors
         kept = [own for own, p in zip(tensors, placements, strict=True) if not p.part.resting]
         return Restricted(method, f"depth>={lowest}"), kept
-
-    @property
-    def sitewise(self) -> bool:
-        return True
-
-    @property
-    def mergeable(self) -> bool:
-        return self.method.mergeable
-
-    @property
-    def identity(self) -> bool:
-        return self.method.identity
-
-    @property
-    def trains_head(self) -> bool:
-        return self.method.trains_head
