@@ -7,33 +7,31 @@ Only safetensors and JSON are read from local files, never a pickle.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 import re
 from collections.abc import Callable, Mapping
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
-from safetensors.torch import save as to_bytes
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from mmpeft.embedded.store import (
+    REMEDY,
+    WEIGHTS,
+    backbone_tensors,
+    differences,
+    read_card,
+    read_weights,
+    write_weights,
+)
 from mmpeft.errors import ConfigError, nearest
-from mmpeft.files import write_atomic
-from mmpeft.host import CHILD
 
 log = logging.getLogger(__name__)
 
-EMBEDDED = Path(str(files("mmpeft"))) / "embedded" / "weights"
-REMEDY = "pass pretrained=False for random weights, a local folder or .safetensors file, or embedded:vit_emoji"
-HALF_MAX = torch.finfo(torch.float16).max
 
 Build = Callable[..., nn.Module]
 
@@ -77,7 +75,7 @@ def normalisation(model: nn.Module) -> tuple[tuple[int, int], tuple[float, ...],
 
 def embedded_names() -> list[str]:
     """Names of the backbones that ship with the suite."""
-    return sorted(path.stem for path in EMBEDDED.glob("*.json") if path.with_suffix(".safetensors").is_file())
+    return sorted(path.stem for path in WEIGHTS.glob("*.json") if path.with_suffix(".safetensors").is_file())
 
 
 # -- timm's registry and hub --------------------------------------------------------------------------------
@@ -139,8 +137,8 @@ def _local(path: Path, num_classes: int, pretrained: bool, kwargs: dict[str, Any
             f"cannot tell the architecture of {path}: none of {', '.join(map(str, cards))} exists; pass "
             "architecture=<timm name>, or a folder written by timm's save_for_hf (config.json and model.safetensors)"
         )
-    if isinstance(_card(card).get("architecture"), str):
-        source = f"local-dir:{weights.parent}" if card.name == "config.json" else _card(card)["architecture"]
+    if isinstance(read_card(card).get("architecture"), str):
+        source = f"local-dir:{weights.parent}" if card.name == "config.json" else read_card(card)["architecture"]
         return _timm_file(source, weights, num_classes, pretrained, kwargs)
     return _carded(card, weights, num_classes, pretrained, kwargs)
 
@@ -156,12 +154,12 @@ def _timm_file(source: str, weights: Path, num_classes: int, pretrained: bool, k
 
     if not pretrained:
         return build(num_classes=num_classes)
-    tensors = _read(weights)
+    tensors = read_weights(weights)
     model = build()
     rows = _head_rows(model, tensors)
     if rows != getattr(model, "num_classes", rows):
         model.reset_classifier(rows)  # type: ignore[operator]
-    problem = _differences(model, tensors)
+    problem = differences(model, tensors)
     if problem:
         # A file in a family's original layout, or for another image size: timm's converter knows how to read it.
         overlay = {"state_dict": tensors, "source": "", "num_classes": rows}
@@ -175,7 +173,7 @@ def _timm_file(source: str, weights: Path, num_classes: int, pretrained: bool, k
 
 
 def _embedded(name: str, num_classes: int, pretrained: bool, kwargs: dict[str, Any]) -> nn.Module:
-    card, weights = EMBEDDED / f"{name}.json", EMBEDDED / f"{name}.safetensors"
+    card, weights = WEIGHTS / f"{name}.json", WEIGHTS / f"{name}.safetensors"
     if name not in embedded_names():
         known = embedded_names()
         raise ConfigError(
@@ -186,7 +184,7 @@ def _embedded(name: str, num_classes: int, pretrained: bool, kwargs: dict[str, A
 
 def _carded(card: Path, weights: Path, num_classes: int, pretrained: bool, kwargs: dict[str, Any]) -> nn.Module:
     """A VisionTransformer whose card holds its keyword arguments."""
-    facts = _card(card)
+    facts = read_card(card)
     if not isinstance(facts.get("architecture"), dict):
         raise ConfigError(f"{card} has no `architecture`: a timm name, or keyword arguments of VisionTransformer")
     size = kwargs.pop("img_size", None)
@@ -197,8 +195,8 @@ def _carded(card: Path, weights: Path, num_classes: int, pretrained: bool, kwarg
     except TypeError as error:
         raise ConfigError(f"VisionTransformer, built from {card}, does not take these arguments: {error}") from error
     if pretrained:
-        tensors = _read(weights, facts.get("sha256"))
-        problem = _differences(model, tensors)
+        tensors = read_weights(weights, facts.get("sha256"))
+        problem = differences(model, tensors)
         if problem:
             raise ConfigError(f"{weights} does not fit the architecture in {card}: {problem}")
         model.load_state_dict(tensors)
@@ -219,65 +217,18 @@ def save_embedded(model: nn.Module, name: str, folder: str | Path, card: Mapping
     Raises:
         ConfigError: the card's architecture has other tensors, or a value does not survive fp16.
     """
-    own = {key: tensor.detach() for key, tensor in model.state_dict().items() if f".{CHILD}." not in f".{key}"}
+    own = backbone_tensors(model)
     with torch.device("meta"):
         twin = VisionTransformer(**card["architecture"], num_classes=int(card.get("num_classes", 0)))
-    problem = _differences(twin, own, finite=False)
+    problem = differences(twin, own, finite=False)
     if problem:
         raise ConfigError(f"the card of {name!r} describes another model: {problem}")
-    for key, tensor in own.items():
-        if tensor.is_floating_point() and not (tensor.abs() <= HALF_MAX).all():
-            raise ConfigError(f"{key} of {name!r} does not fit fp16: it has NaN or values above {HALF_MAX:.0f}")
-    half = {k: (t.half() if t.is_floating_point() else t).cpu().contiguous() for k, t in own.items()}
-    data = to_bytes(half)
     path = Path(folder) / f"{name}.safetensors"
-    write_atomic(path, data)
-    facts = {**card, "name": name, "sha256": hashlib.sha256(data).hexdigest()}
-    write_atomic(path.with_suffix(".json"), (json.dumps(facts, indent=2, ensure_ascii=False) + "\n").encode())
+    write_weights(own, path, path.with_suffix(".json"), {**card, "name": name})
     return path
 
 
 # -- small shared steps -------------------------------------------------------------------------------------
-
-
-def _card(path: Path) -> dict[str, Any]:
-    try:
-        facts = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{path} is no readable JSON card: {error}") from error
-    if not isinstance(facts, dict):
-        raise ConfigError(f"{path} must hold a JSON object, got {type(facts).__name__}")
-    return facts
-
-
-def _read(path: Path, sha256: str | None = None) -> dict[str, Tensor]:
-    """Tensors of a safetensors file."""
-    if not path.is_file():
-        raise ConfigError(f"there is no weight file {path}; {REMEDY}")
-    if sha256 and hashlib.sha256(path.read_bytes()).hexdigest() != sha256:
-        raise ConfigError(f"{path} is not the file its card describes (SHA-256 differs): restore both, or write anew")
-    try:
-        return load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise ConfigError(f"{path} is no whole safetensors file: {error}") from error
-
-
-def _differences(model: nn.Module, tensors: Mapping[str, Tensor], finite: bool = True) -> str:
-    """What keeps tensors from being loaded strictly, with the first names; empty if nothing does."""
-    own = model.state_dict()
-    missing, extra = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
-    shapes = [key for key in own if key in tensors and own[key].shape != tensors[key].shape]
-    found = []
-    for what, keys in (("missing", missing), ("unknown", extra), ("of another shape", shapes)):
-        if keys:
-            found.append(f"{len(keys)} tensors {what} ({', '.join(keys[:3])}{', …' if len(keys) > 3 else ''})")
-    if shapes:
-        key = shapes[0]
-        found.append(f"{key} is {tuple(tensors[key].shape)}, expected {tuple(own[key].shape)}")
-    broken = [key for key, tensor in tensors.items() if finite and not torch.isfinite(tensor).all()]
-    if broken:
-        found.append(f"{len(broken)} tensors with NaN or infinity ({', '.join(broken[:3])})")
-    return "; ".join(found)
 
 
 def _head_rows(model: nn.Module, tensors: Mapping[str, Tensor]) -> int:

@@ -19,12 +19,12 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from mmpeft.embedded import EmojiSet, emoji
+from mmpeft.embedded.augment import StyleAugment
 from mmpeft.methods import Full
 from mmpeft.methods.base import Method
 from mmpeft.training.data import DataModule
 from mmpeft.training.module import TuningModule
 from mmpeft.training.schedule import warmup_cosine
-from mmpeft.vision.augment import StyleAugment
 
 STYLES = ("noto", "twemoji")
 STOP_WORDS = frozenset({"with", "of", "and", "the", "in", "on", "flag"})

@@ -1,0 +1,192 @@
+"""Image-text pairs by name: open_clip's registry and hub, local folders, and the one that ships with the suite.
+
+A local folder is open_clip's own (`open_clip_config.json`, `open_clip_model.safetensors`, tokenizer files), so that
+what is written here opens there and the other way round. Only safetensors and JSON are read from a folder.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import torch
+from timm.models import VisionTransformer, is_model, register_model
+from torch import Tensor, nn
+
+from mmpeft.embedded.store import REMEDY, WEIGHTS, differences, read_card, read_weights, write_weights
+from mmpeft.errors import ConfigError, DataError, nearest
+from mmpeft.files import write_atomic
+
+CONFIG, MODEL, CARD = "open_clip_config.json", "open_clip_model.safetensors", "card.json"
+
+Tokenizer = Callable[[Sequence[str]], Tensor]
+"""Texts to token numbers, int64 [B, context]; longer texts are cut."""
+
+
+def vit_emoji_64(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """The architecture of `embedded:vit_emoji` under a timm name, for the image tower of `embedded:clip_emoji`."""
+    architecture = read_card(WEIGHTS / "vit_emoji.json")["architecture"]
+    for name in ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir"):
+        kwargs.pop(name, None)
+    model = VisionTransformer(**{**architecture, "num_classes": 0, **kwargs})
+    model.pretrained_cfg = model.default_cfg = {"pool_size": None, "input_size": (3, 64, 64), "classifier": "head"}
+    return model
+
+
+if not is_model("vit_emoji_64"):
+    register_model(vit_emoji_64)
+
+
+def create(name: str, pretrained: bool = True, image_size: int | None = None) -> nn.Module:
+    """Build an image-text pair on the CPU in fp32.
+
+    Args:
+        name: `<architecture>/<tag>` such as `ViT-B-16/laion2b_s34b_b88k`, `hf-hub:<repository>`,
+            `local-dir:<folder>` or the folder alone, or `embedded:<name>`. Without weights, `<architecture>` will do.
+        pretrained: load weights; otherwise only the architecture is taken.
+        image_size: height and width in pixels; position embeddings are resampled.
+
+    Raises:
+        ConfigError: an unknown name, or weights that cannot be fetched or do not fit.
+    """
+    local = folder_of(name)
+    if local is not None:
+        return _local(local, pretrained, image_size)
+    hub = name.startswith("hf-hub:")
+    arch, _, tag = (name, "", "") if hub else name.partition("/")
+    if not hub:
+        _check(arch, tag, pretrained)
+    try:
+        model: nn.Module = open_clip.create_model(
+            arch, tag or None if pretrained else None, load_weights=pretrained, force_image_size=image_size
+        )
+    except (OSError, RuntimeError, ValueError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ConfigError(f"cannot load {name}: {reason}; {REMEDY}") from error
+    return model
+
+
+def tokenizer(name: str) -> Tokenizer:
+    """The tokenizer of a pair, by the name `create` takes.
+
+    Raises:
+        ConfigError: its files are missing or cannot be fetched.
+    """
+    local = folder_of(name)
+    source = f"local-dir:{local}" if local else name if name.startswith("hf-hub:") else name.partition("/")[0]
+    try:
+        found: Tokenizer = open_clip.get_tokenizer(source)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"cannot load the tokenizer of {name}: {str(error).splitlines()[0]}") from error
+    return found
+
+
+def preprocessing(model: Any) -> tuple[tuple[int, int], tuple[float, ...], tuple[float, ...]]:
+    """`((height, width), mean, std)` of the images a pair wants."""
+    size = model.visual.image_size
+    height, width = (size, size) if isinstance(size, int) else size
+    mean = getattr(model.visual, "image_mean", None) or open_clip.OPENAI_DATASET_MEAN
+    std = getattr(model.visual, "image_std", None) or open_clip.OPENAI_DATASET_STD
+    return (int(height), int(width)), tuple(map(float, mean)), tuple(map(float, std))
+
+
+def check_length(texts: Sequence[str], tokens: Tokenizer) -> None:
+    """Raise DataError if a text does not fit the context: what was cut off would be missing without a word."""
+    own: Any = tokens
+    context = int(own.context_length)
+    pad = own([""], context_length=context + 1)[0, -1]
+    for start in range(0, len(texts), 4096):
+        part = list(texts[start : start + 4096])
+        for text, row in zip(part, own(part, context_length=context + 1)):
+            if row[-1] != pad:
+                raise DataError(
+                    f"a text is longer than the {context} tokens the text tower takes: {text!r}; shorten it"
+                )
+
+
+def folder_of(name: str) -> Path | None:
+    """The folder a name stands for; None for names of open_clip's registry and of the hub.
+
+    Raises:
+        ConfigError: there is no such folder, or no such embedded pair.
+    """
+    if name.startswith("embedded:"):
+        own = name.removeprefix("embedded:")
+        known = sorted(path.parent.name for path in WEIGHTS.glob(f"*/{CONFIG}"))
+        if own not in known:
+            raise ConfigError(f"no embedded pair {own!r}; embedded: {', '.join(known) or 'none'}.{nearest(own, known)}")
+        return WEIGHTS / own
+    if name.startswith("local-dir:") or Path(name).is_dir():
+        path = Path(name.removeprefix("local-dir:")).expanduser()
+        if not (path / CONFIG).is_file():
+            raise ConfigError(f"{path} has no {CONFIG}; expected a folder of open_clip's layout")
+        return path
+    return None
+
+
+def save(model: nn.Module, folder: Path, config: dict[str, Any], tensors: dict[str, Tensor], **card: Any) -> None:
+    """Write open_clip's folder: its configuration, the tensors in fp16, and a card with their hash.
+
+    Raises:
+        ConfigError: the configuration describes another model.
+    """
+    with torch.device("meta"):
+        twin = build(config["model_cfg"])
+    problem = differences(twin, tensors, finite=False)
+    if problem:
+        raise ConfigError(f"the configuration describes another model: {problem}")
+    write_weights(tensors, folder / MODEL, folder / CARD, card)
+    write_atomic(folder / CONFIG, (json.dumps(config, indent=2) + "\n").encode())
+
+
+def build(model_cfg: dict[str, Any]) -> nn.Module:
+    """A pair with random weights by open_clip's configuration dictionary."""
+    known = copy.deepcopy(model_cfg)
+    custom = known.pop("custom_text", False) or "hf_model_name" in known.get("text_cfg", {})
+    kind = open_clip.CoCa if "multimodal_cfg" in known else open_clip.CustomTextCLIP if custom else open_clip.CLIP
+    try:
+        model: nn.Module = kind(**known)
+    except (TypeError, KeyError) as error:
+        raise ConfigError(f"the model_cfg of {CONFIG} does not describe a model of open_clip: {error}") from error
+    return model
+
+
+def _local(folder: Path, pretrained: bool, image_size: int | None) -> nn.Module:
+    config = read_card(folder / CONFIG)
+    if "model_cfg" not in config:
+        raise ConfigError(f"{folder / CONFIG} has no model_cfg")
+    model: Any = build(config["model_cfg"])
+    if pretrained:
+        card = folder / CARD
+        tensors = read_weights(folder / MODEL, read_card(card).get("sha256") if card.is_file() else None)
+        problem = differences(model, tensors)
+        if problem:
+            raise ConfigError(f"{folder / MODEL} does not fit {folder / CONFIG}: {problem}")
+        model.load_state_dict(tensors)
+    facts = config.get("preprocess_cfg", {})
+    for name in ("mean", "std"):
+        if name in facts:
+            setattr(model.visual, f"image_{name}", tuple(facts[name]))
+    if image_size is not None:
+        if not hasattr(model.visual, "set_input_size"):
+            raise ConfigError(f"the image tower of {folder} takes no other size than {model.visual.image_size}")
+        model.visual.set_input_size(image_size)
+        model.visual.image_size = (image_size, image_size)
+    return model
+
+
+def _check(arch: str, tag: str, pretrained: bool) -> None:
+    known = open_clip.list_models()
+    if arch not in known:
+        raise ConfigError(
+            f"unknown pair {arch!r}.{nearest(arch, known)} open_clip.list_models() has all names; a local folder is "
+            "given as local-dir:<folder>, the shipped pair as embedded:clip_emoji"
+        )
+    tags = open_clip.list_pretrained_tags_by_model(arch)
+    if pretrained and tag not in tags:
+        what = f"no pretrained tag {tag!r}" if tag else "several pretrained weights: choose one"
+        raise ConfigError(f"{arch} has {what}, as in {arch}/<tag>; tags: {', '.join(tags)}.{nearest(tag, tags)}")
