@@ -103,9 +103,7 @@ def check_length(texts: Sequence[str], tokens: Tokenizer) -> None:
         part = list(texts[start : start + 4096])
         for text, row in zip(part, own(part, context_length=context + 1)):
             if row[-1] != pad:
-                raise DataError(
-                    f"a text is longer than the {context} tokens the text tower takes: {text!r}; shorten it"
-                )
+                raise DataError(f"a text is longer than the {context} tokens the text tower takes; shorten {text!r}")
 
 
 def folder_of(name: str) -> Path | None:

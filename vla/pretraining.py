@@ -100,7 +100,7 @@ class CaptionedEmoji(Dataset[tuple[Tensor, int, str]]):
 
 
 class CaptionedEmojiData(DataModule):
-    """Training: `(rgba uint8 [B, 4, 64, 64], captions)`. Validation: `(rgba, identity, subcategory, style)` of unseen ones."""
+    """Batches `(rgba uint8 [B, 4, 64, 64], captions)`; validation: `(rgba, kind, category, row, style)` of others."""
 
     def __init__(self, batch_size: int = 128, num_workers: int = 0, seed: int = 0) -> None:
         super().__init__(batch_size, num_workers, seed, eval_batch_size=256)

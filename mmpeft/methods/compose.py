@@ -26,6 +26,19 @@ def united(first: Method, second: Method) -> Union:
 
 
 @dataclass(frozen=True)
+class Frozen(Method):
+    """Nothing of the backbone trains; for tasks whose own parts do, and for what needs no training."""
+
+    info: ClassVar[MethodInfo] = MethodInfo("Frozen", "", "selective", mergeable=True, identity=True)
+
+    def place(self, model: nn.Module, available: list[Site]) -> list[Placement]:
+        return []
+
+    def count(self, model: nn.Module, available: list[Site]) -> int:
+        return 0
+
+
+@dataclass(frozen=True)
 class Union(Method):
     """Several methods as one: every part of each."""
 

@@ -14,7 +14,11 @@ from mmpeft.methods.additive.adapter_fusion import AdapterFusion
 from tests.matrix.example import Example
 from tests.matrix.families import FAMILIES
 
-VARIANTS: dict[str, list[dict[str, object]]] = {"VPT": [{}, {"deep": True}], "LoRA": [{}, {"at": "mlp.*,embed"}]}
+VARIANTS: dict[str, list[dict[str, object]]] = {
+    "VPT": [{}, {"deep": True}],
+    "LoRA": [{}, {"at": "mlp.*,embed"}],
+    "CoOp": [{}, {"depth": 2}],
+}
 """Further settings of a method worth a row of their own."""
 
 ALIKE = ("PaFi", "RandomMask", "SAMMask", "LTSFT", "ChildTuningD")

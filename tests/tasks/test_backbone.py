@@ -253,7 +253,7 @@ def test_what_cannot_be_written(tmp_path: Path) -> None:
     model = tiny()
     for value in (float("nan"), 1e6):
         model.blocks[0].norm1.weight.data[0] = value  # type: ignore
-        with pytest.raises(ConfigError, match=r"blocks.0.norm1.weight of 'odd' does not fit fp16"):
+        with pytest.raises(ConfigError, match=r"blocks.0.norm1.weight of odd.safetensors does not fit fp16"):
             save_embedded(model, "odd", tmp_path, CARD)
     assert not list(tmp_path.iterdir())
 
