@@ -13,12 +13,12 @@ import mmpeft
 from mmpeft.bank import Bank, LinearHead
 from mmpeft.cli import main
 from mmpeft.errors import ConfigError, DataError
+from mmpeft.training.image_data import ImageData, Pairs
 from mmpeft.vision.continual import methods as learners
 from mmpeft.vision.continual.data import EmojiKinds, TaskSequence, split
 from mmpeft.vision.continual.learner import Learner
 from mmpeft.vision.continual.metrics import summary
 from mmpeft.vision.continual.runner import ContinualClassifier
-from mmpeft.vision.data.base import ImageData, Pairs
 from tests.tasks.tiny import BACKBONE, SMALL
 
 OPTIONS = {

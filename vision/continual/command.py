@@ -26,10 +26,10 @@ from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeElapsedC
 from mmpeft.errors import ConfigError, nearest
 from mmpeft.files import write_atomic
 from mmpeft.training.cli import import_named, words
+from mmpeft.training.image_data import ImageData
 from mmpeft.vision.continual import report
 from mmpeft.vision.continual.learner import Learner
 from mmpeft.vision.continual.runner import ContinualClassifier, Record
-from mmpeft.vision.data.base import ImageData
 
 KEYS = {"run", "data", "methods", "seeds", "title"}
 

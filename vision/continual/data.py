@@ -13,7 +13,7 @@ from torch import Tensor
 from mmpeft.embedded import emoji
 from mmpeft.errors import ConfigError, DataError
 from mmpeft.training.data import EpochSampler, ResumableLoader, Seeded, SizedDataset
-from mmpeft.vision.data.base import Augment, ImageData, Pairs
+from mmpeft.training.image_data import Augment, ImageData, Pairs
 
 
 @dataclass(frozen=True)

@@ -18,11 +18,11 @@ from mmpeft.bank import Bank
 from mmpeft.errors import AdapterFileError, ConfigError, DataError
 from mmpeft.files import write_atomic
 from mmpeft.training.data import mix
+from mmpeft.training.image_data import ImageData
 from mmpeft.training.schedule import warmup_cosine
 from mmpeft.vision.backbone import create, normalisation
 from mmpeft.vision.continual.data import Task, TaskSequence
 from mmpeft.vision.continual.learner import Learner
-from mmpeft.vision.data.base import ImageData
 
 QUIET = {"logger": False, "enable_checkpointing": False, "enable_model_summary": False, "enable_progress_bar": False}
 Tell = Callable[[str], None]

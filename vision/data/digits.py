@@ -9,7 +9,7 @@ import torch
 from sklearn.datasets import load_digits
 
 from mmpeft.training.data import mix
-from mmpeft.vision.data.base import Augment, ImageData, Pairs
+from mmpeft.training.image_data import Augment, ImageData, Pairs
 
 TEST_SHARE, VAL_SHARE = 0.2, 0.1
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from mmpeft.embedded import EmojiSet, emoji
 from mmpeft.embedded.emoji import composite
-from mmpeft.vision.data.base import Augment, ImageData, Pairs, few
+from mmpeft.training.image_data import Augment, ImageData, Pairs, few
 
 
 class EmojiData(ImageData):

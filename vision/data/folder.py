@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mmpeft.errors import ConfigError, DataError
-from mmpeft.vision.data.base import Augment, ImageData, Renamed
+from mmpeft.training.image_data import Augment, ImageData, Renamed
 from mmpeft.vision.data.files import SUFFIXES, ImageFiles, images_below, readable
 
 TRAIN = ("train", "training")

@@ -11,7 +11,7 @@ from PIL import Image
 
 from mmpeft.errors import ConfigError, DataError, nearest
 from mmpeft.training.data import mix
-from mmpeft.vision.data.base import Augment, ImageData, Renamed, check_labels
+from mmpeft.training.image_data import Augment, ImageData, Renamed, check_labels
 from mmpeft.vision.data.files import to_rgb
 
 VAL = ("validation", "val", "valid", "dev")

@@ -14,7 +14,7 @@ from typing import Literal
 from rich.progress import track
 
 from mmpeft.errors import ConfigError, DataError, nearest
-from mmpeft.vision.data.base import Augment, ImageData, Renamed, check_labels
+from mmpeft.training.image_data import Augment, ImageData, Renamed, check_labels
 from mmpeft.vision.data.files import WORTH_A_BAR, ImageFiles
 
 LOG = logging.getLogger(__name__)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mmpeft.errors import ConfigError, DataError, nearest
 from mmpeft.training.data import DataModule, SizedDataset
-from mmpeft.vision.data.transforms import AUGMENTS, OfImage, evaluation, training
+from mmpeft.training.transforms import AUGMENTS, OfImage, evaluation, training
 
 Augment = Literal["none", "light", "strong"]
 FALLBACK_SIZE, FALLBACK_MEAN, FALLBACK_STD = 224, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
