@@ -175,7 +175,12 @@ class EmojiPretraining(TuningModule):
         """Write the backbone alone, with its architecture, data and final metrics as the card."""
         from mmpeft.vision.backbone import save_embedded
 
-        if self.trainer.sanity_checking or self.trainer.interrupted or not self.trainer.is_global_zero:
+        if (
+            self.trainer.sanity_checking
+            or self.trainer.interrupted
+            or self.trainer.received_sigterm
+            or not self.trainer.is_global_zero
+        ):
             return
         assert self.model is not None
         assert self.tuning is not None

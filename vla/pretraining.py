@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from lightning.pytorch.cli import OptimizerCallable
+from open_clip.loss import ClipLoss
 from tokenizers import Tokenizer as Fast
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from mmpeft.embedded import EmojiSet, emoji
+from mmpeft.embedded import EmojiSet, emoji, spoken
 from mmpeft.embedded.augment import StyleAugment
 from mmpeft.embedded.store import WEIGHTS, backbone_tensors, read_weights
 from mmpeft.files import write_atomic
@@ -22,9 +25,10 @@ from mmpeft.methods import Full
 from mmpeft.methods.base import Method
 from mmpeft.training.data import DataModule
 from mmpeft.vla.backbone import build, save, tokenizer
-from mmpeft.vla.contrastive import ContrastiveTuner, recall
+from mmpeft.vla.contrastive import MAX_SCALE, ContrastiveTuner, recall
 
 STYLES = ("noto", "twemoji")
+TEMPLATES = ("{}", "a drawing of {}", "a picture of {}", "an icon of a {}", "a photo of a {}.")
 MEAN, STD = [0.5] * 3, [0.5] * 3
 WORDS = (
     "a photo of a drawing of the an icon emoji what where how many which is are there in on to left right above below "
@@ -33,9 +37,10 @@ WORDS = (
 )
 
 
-def spoken(label: str) -> str:
-    """A subcategory or category as words: `animal-mammal` is `animal mammal`."""
-    return label.replace("-", " ").replace("_", " ").replace("&", "and").lower()
+def dressed(text: str) -> str:
+    """A text alone, half of the time, or in one of the templates that people put around class names."""
+    alone = bool(torch.rand(()) < 0.5)
+    return text if alone else TEMPLATES[int(torch.randint(len(TEMPLATES), ()))].format(text)
 
 
 def captions(sets: EmojiSet) -> list[list[str]]:
@@ -45,7 +50,7 @@ def captions(sets: EmojiSet) -> list[list[str]]:
         kind, group = spoken(sets.subcategories[sub]), spoken(sets.classes[label])
         names = list(dict.fromkeys([spoken(name), *map(spoken, keywords)]))
         said = [*names, *(f"{n}, {kind}" for n in names), f"{names[0]}, {kind}, {group}", f"{group}: {names[0]}"]
-        found.append([*said, kind, f"{kind}, {group}"])
+        found.append(said)
     return found
 
 
@@ -80,27 +85,28 @@ def train_tokenizer(texts: Sequence[str], size: int, folder: Path, context: int)
     write_atomic(folder / "tokenizer_config.json", (json.dumps(facts, indent=2) + "\n").encode())
 
 
-class CaptionedEmoji(Dataset[tuple[Tensor, int, str]]):
+class CaptionedEmoji(Dataset[tuple[Tensor, str, Tensor]]):
     """One drawing of every identity, in a style and with a caption that change from epoch to epoch."""
 
     def __init__(self) -> None:
         sets = [emoji(style, "train") for style in STYLES]
         self.drawings = torch.stack([s.images for s in sets], 1)
         self.captions = captions(sets[0])
+        self.labels = torch.stack([sets[0].sublabels, sets[0].labels], 1)
 
     def __len__(self) -> int:
         """Return the number of identities."""
         return len(self.drawings)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, str]:
-        """Return `(uint8 RGBA [4, 64, 64], caption)`."""
+    def __getitem__(self, index: int) -> tuple[Tensor, str, Tensor]:
+        """Return `(uint8 RGBA [4, 64, 64], caption, (kind, category))`."""
         style = int(torch.randint(len(STYLES), ()))
         said = self.captions[index]
-        return self.drawings[index, style], said[int(torch.randint(len(said), ()))]
+        return self.drawings[index, style], dressed(said[int(torch.randint(len(said), ()))]), self.labels[index]
 
 
 class CaptionedEmojiData(DataModule):
-    """Batches `(rgba uint8 [B, 4, 64, 64], captions)`; validation: `(rgba, kind, category, row, style)` of others."""
+    """Batches `(rgba uint8 [B, 4, 64, 64], captions, labels)`; validation `(rgba, kind, category, row, style)`."""
 
     def __init__(self, batch_size: int = 128, num_workers: int = 0, seed: int = 0) -> None:
         super().__init__(batch_size, num_workers, seed, eval_batch_size=256)
@@ -127,27 +133,33 @@ class PairPretraining(ContrastiveTuner):
         optimizer: OptimizerCallable = torch.optim.AdamW,
         warmup: float = 0.05,
         image_tower: str = "vit_emoji",
-        image_lr: float = 0.1,
+        image_lr: float = 0.02,
+        kind_weight: float = 0.5,
+        smoothing: float = 0.1,
         seed: int = 0,
         name: str = "clip_emoji",
         folder: str = "mmpeft/embedded/weights",
-        micro_batch: int | None = None,
     ) -> None:
         """Args:
         model_cfg: open_clip's configuration of the pair.
         image_tower: the embedded ViT the image tower starts from.
         image_lr: learning rate of the image tower as a share of the text tower's.
+        kind_weight: of the cross entropies over kinds and categories, beside the contrast with captions.
+        smoothing: label smoothing of those.
         folder: where the folder `<name>` is written when training ends.
         """
-        super().__init__(name, method or Full(), False, optimizer, warmup, tune_scale=True, micro_batch=micro_batch)
+        super().__init__(name, method or Full(), False, optimizer, warmup, tune_scale=True)
         self.model_cfg, self.name, self.folder = dict(model_cfg), name, Path(folder) / name
         self.image_tower, self.image_lr = image_tower, image_lr
+        self.kind_weight, self.smoothing = kind_weight, smoothing
+        known = emoji(STYLES[0], "train")
+        self.names = [[spoken(name) for name in names] for names in (known.subcategories, known.classes)]
         self.augment = StyleAugment()
         self.generator = torch.Generator().manual_seed(seed)
 
     def build(self) -> nn.Module:
         known = emoji(STYLES[0], "train")
-        texts = [caption for own in captions(known) for caption in own] + [WORDS] * 20
+        texts = [caption for own in captions(known) for caption in own] + [WORDS, *TEMPLATES] * 20
         text = self.model_cfg["text_cfg"]
         train_tokenizer(texts, text["vocab_size"], self.folder, text["context_length"])
         write_atomic(self.folder / "open_clip_config.json", (json.dumps(self._config(), indent=2) + "\n").encode())
@@ -182,10 +194,28 @@ class PairPretraining(ContrastiveTuner):
         schedule = warmup_cosine(optimizer, int(self.trainer.estimated_stepping_batches), self.warmup)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
-    def loss(self, batch: tuple[Tensor, Sequence[str]], index: int) -> Tensor:
-        drawings, texts = batch
-        images = self.augment(drawings.float() / 255, self.generator)
-        return super().loss(((images - 0.5) / 0.5, texts), index)
+    def loss(self, batch: tuple[Tensor, Sequence[str], Tensor], index: int) -> Tensor:
+        """The contrast with captions, and the cross entropy over the texts of all kinds and of all categories.
+
+        Many emoji are of one kind: in a contrast they would be each other's negatives.
+        """
+        drawings, texts, labels = batch
+        model: Any = self.model
+        images = (self.augment(drawings.float() / 255, self.generator) - 0.5) / 0.5
+        image = model.encode_image(images, normalize=True).float()
+        sets = [self.tokens(own) for own in (texts, *([*map(dressed, own)] for own in self.names))]
+        text = model.encode_text(torch.cat(sets), normalize=True).float()
+        scale = model.logit_scale.clamp(max=math.log(MAX_SCALE)).exp()
+        caption, kinds, groups = text.split([len(own) for own in sets])
+        losses = {
+            "caption": ClipLoss()(image, caption, scale),
+            "kind": F.cross_entropy(scale * image @ kinds.t(), labels[:, 0], label_smoothing=self.smoothing),
+            "category": F.cross_entropy(scale * image @ groups.t(), labels[:, 1], label_smoothing=self.smoothing),
+        }
+        loss = losses["caption"] + self.kind_weight * (losses["kind"] + losses["category"])
+        self.log_dict({f"train/{key}": value for key, value in losses.items()}, on_step=False, on_epoch=True)
+        self.log("train/loss", loss, prog_bar=True, on_step=True, on_epoch=True, batch_size=len(images))
+        return loss
 
     def validation_step(self, batch: tuple[Tensor, ...], index: int) -> None:
         drawings, *rest = batch
@@ -201,8 +231,8 @@ class PairPretraining(ContrastiveTuner):
         self._kept = []
         known = emoji("openmoji", "val")
         names, kinds, groups = (
-            model.encode_text(self.tokens(list(texts)), normalize=True).float()
-            for texts in (map(spoken, known.names), map(spoken, known.subcategories), map(spoken, known.classes))
+            model.encode_text(self.tokens(texts), normalize=True).float()
+            for texts in ([spoken(name) for name in known.names], *self.names)
         )
         for k, style in enumerate((*STYLES, "openmoji")):
             own = facts[:, 3] == k
@@ -213,7 +243,12 @@ class PairPretraining(ContrastiveTuner):
 
     def on_train_end(self) -> None:
         """Write the pair in open_clip's layout, with data and final metrics as the card."""
-        if self.trainer.sanity_checking or self.trainer.interrupted or not self.trainer.is_global_zero:
+        if (
+            self.trainer.sanity_checking
+            or self.trainer.interrupted
+            or self.trainer.received_sigterm
+            or not self.trainer.is_global_zero
+        ):
             return
         assert self.model is not None
         assert self.tuning is not None

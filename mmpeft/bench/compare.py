@@ -1,8 +1,10 @@
 """`mmpeft compare`: the same task by several methods and seeds, in one table and one plot.
 
-The configuration is that of `mmpeft fit` (`model`, `data`, `trainer`) with three more keys: `methods` (a name for
-each entry, its `method`, and whatever of the rest it overrides; `lr` for short), `seeds`, and `metric`. A finished
-run is a line in `results.jsonl`; an interrupted comparison goes on where it stopped.
+The configuration is that of `mmpeft fit` (`model`, `data`, `trainer`) with more keys: `methods` (a name for each
+entry, its `method`, and whatever of the rest it overrides; `lr` for short), `seeds`, `metric`, further metrics to show
+as `columns`, and `axes`: names for settings to go through, each the dotted path of what it sets, such as `{shots:
+data.init_args.shots}` for `--shots 1,2,4`. A finished run is a line in `results.jsonl`; an interrupted comparison goes
+on where it stopped.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ import sys
 import time
 import warnings
 from collections.abc import Mapping, Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +45,8 @@ QUIET = {
     "enable_checkpointing": False,
     "num_sanity_val_steps": 0,
 }
-KEYS = {"model", "data", "trainer", "methods", "seeds", "metric", "title"}
+KEYS = {"model", "data", "trainer", "methods", "seeds", "metric", "title", "columns", "axes"}
+Setting = dict[str, Any]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -50,17 +54,45 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser("mmpeft compare", description=__doc__)
     parser.add_argument("-c", "--config", type=Path, required=True)
     parser.add_argument("--methods", help="names of entries, comma-separated; default: all")
-    parser.add_argument("--seeds", help="comma-separated integers; default: those of the configuration")
+    parser.add_argument(
+        "--seeds", help="a number n for 0 … n - 1, or comma-separated seeds; default: the configuration's"
+    )
     parser.add_argument("--out", type=Path, default=Path("runs/compare"))
-    args = parser.parse_args(list(sys.argv[1:] if argv is None else argv)[1:])
+    parser.epilog = "An axis of the configuration is an option too: --shots 1,2,4"
+    args, rest = parser.parse_known_args(list(sys.argv[1:] if argv is None else argv)[1:])
     if not args.config.is_file():
         raise ConfigError(f"no configuration {args.config}")
     import_named(words(["-c", str(args.config)]))
     config = read(args.config.read_text("utf-8"))
     chosen = _choose(config["methods"], args.methods)
-    seeds = [int(s) for s in args.seeds.split(",")] if args.seeds else list(config.get("seeds", [0]))
-    compare(config, chosen, seeds, args.out)
+    seeds = _seeds(args.seeds) if args.seeds else list(config.get("seeds", [0]))
+    compare(config, chosen, seeds, args.out, settings(config.get("axes") or {}, rest))
     return 0
+
+
+def _seeds(text: str) -> list[int]:
+    """`3` is 0, 1, 2; `3,` is 3 alone."""
+    try:
+        given = [int(part) for part in text.split(",") if part.strip()]
+    except ValueError:
+        given = []
+    if not given or min(given) < 0 or (given == [0] and "," not in text):
+        raise ConfigError(f"--seeds takes a number of seeds >= 1 or seeds with commas, as in 0,1,2; got {text!r}")
+    return given if "," in text else list(range(given[0]))
+
+
+def settings(axes: Mapping[str, str], arguments: Sequence[str]) -> list[Setting]:
+    """Every combination of the values given for axes: `["--shots", "1,2"]` is `[{shots: 1}, {shots: 2}]`."""
+    found: list[Setting] = [{}]
+    words = [part for argument in arguments for part in argument.split("=", 1)]
+    for flag, values in zip_longest(words[::2], words[1::2]):
+        name = flag.removeprefix("--")
+        if name not in axes or values is None or not flag.startswith("--"):
+            known = [f"--{axis}" for axis in axes]
+            hint = f"axes of the configuration: {', '.join(known) or 'none'}"
+            raise ConfigError(f"{flag} is no option of a comparison, or has no values; {hint}.{nearest(flag, known)}")
+        found = [{**one, name: yaml.safe_load(value)} for one in found for value in values.split(",")]
+    return found
 
 
 def read(text: str) -> dict[str, Any]:
@@ -87,39 +119,56 @@ def _choose(methods: Mapping[str, Any], wanted: str | None) -> dict[str, Any]:
     return {name: methods[name] for name in names}
 
 
-def compare(config: Mapping[str, Any], methods: Mapping[str, Any], seeds: Sequence[int], out: Path) -> list[Result]:
-    """Run every method with every seed; write `results.jsonl`, `results.csv`, `table.md` and `plot.png` into `out`."""
-    runs = {(name, seed): merged(config, entry, seed) for name, entry in methods.items() for seed in seeds}
-    for run in runs.values():
+def compare(
+    config: Mapping[str, Any],
+    methods: Mapping[str, Any],
+    seeds: Sequence[int],
+    out: Path,
+    every: Sequence[Setting] = ({},),
+) -> list[Result]:
+    """Run every method with every seed in every setting of the axes.
+
+    Writes `results.jsonl`, `results.csv`, `table.md` and `plot.png` into `out`.
+    """
+    runs = [
+        (name, seed, setting, merged(config, entry, seed, setting))
+        for name, entry in methods.items()
+        for setting in every
+        for seed in seeds
+    ]
+    for *_, run in runs:
         parse(run)  # every configuration error comes out before the first training step
     log = out / "results.jsonl"
     known = {r.key: r for r in _past(log)}
     results = []
     console = Console()
-    columns = (TextColumn("{task.description}"), MofNCompleteColumn(), TimeElapsedColumn())
-    with _quiet(), Progress(*columns, console=console) as progress:
+    bar = (TextColumn("{task.description}"), MofNCompleteColumn(), TimeElapsedColumn())
+    with _quiet(), Progress(*bar, console=console) as progress:
         task = progress.add_task("compare", total=len(runs))
-        for (name, seed), run in runs.items():
+        for name, seed, setting, run in runs:
+            title = ", ".join([name, *(f"{axis} {value}" for axis, value in setting.items()), f"seed {seed}"])
             key = hashlib.sha256(json.dumps(run, sort_keys=True).encode()).hexdigest()[:16]
-            progress.update(task, description=f"{name}, seed {seed}")
+            progress.update(task, description=title)
             if key not in known:
-                known[key] = one(run, name, seed, key, str(config["metric"]))
+                known[key] = one(run, name, seed, key, str(config["metric"]), setting)
                 lines = "".join(json.dumps(r.__dict__) + "\n" for r in known.values())
                 write_atomic(log, lines.encode())
-                progress.console.print(f"{name}, seed {seed}: {known[key].score:.3f} in {known[key].seconds:.0f} s")
+                progress.console.print(f"{title}: {known[key].score:.3f} in {known[key].seconds:.0f} s")
             results.append(known[key])
             progress.advance(task)
-    title = str(config.get("title", "comparison"))
-    console.print(table(results, title, str(config["metric"])))
-    write_atomic(out / "table.md", to_markdown(results, str(config["metric"])).encode())
+    title, columns = str(config.get("title", "comparison")), list(config.get("columns") or [config["metric"]])
+    console.print(table(results, title, columns))
+    write_atomic(out / "table.md", to_markdown(results, columns).encode())
     write_atomic(out / "results.csv", _csv(results).encode())
-    write_atomic(out / "plot.png", plot(results, title, str(config["metric"])))
+    write_atomic(out / "plot.png", plot(results, title, columns, str(config["metric"])))
     console.print(f"table: {out / 'table.md'}\nplot:  {out / 'plot.png'}\nruns:  {out / 'results.csv'}")
     return results
 
 
-def merged(config: Mapping[str, Any], entry: Mapping[str, Any], seed: int) -> dict[str, Any]:
-    """The configuration of one run: the common part under an entry's own."""
+def merged(
+    config: Mapping[str, Any], entry: Mapping[str, Any], seed: int, setting: Mapping[str, Any] = {}
+) -> dict[str, Any]:
+    """The configuration of one run: the common part under an entry's own, with a setting of the axes."""
     run = {key: copy.deepcopy(config.get(key, {})) for key in ("model", "data", "trainer")}
     over = {key: value for key, value in entry.items() if key not in ("method", "lr")}
     for key in over:
@@ -127,12 +176,19 @@ def merged(config: Mapping[str, Any], entry: Mapping[str, Any], seed: int) -> di
             raise ConfigError(f"a method's entry overrides model, data or trainer, not {key!r}.{nearest(key, run)}")
     _merge(run, over)
     arguments = run["model"].setdefault("init_args", {})
-    arguments["method"] = entry["method"]
+    if "method" in entry:
+        arguments["method"] = entry["method"]
     if "lr" in entry:
         arguments.setdefault("optimizer", {"class_path": "torch.optim.AdamW"}).setdefault("init_args", {})["lr"] = (
             entry["lr"]
         )
     run["data"].setdefault("init_args", {})["seed"] = seed
+    for axis, value in setting.items():
+        place = run
+        *above, last = str(config["axes"][axis]).split(".")
+        for part in above:
+            place = place.setdefault(part, {})
+        place[last] = value
     run["trainer"] = {**QUIET, **run["trainer"]}
     return run | {"seed": seed}
 
@@ -152,12 +208,12 @@ def parse(run: Mapping[str, Any]) -> tuple[ArgumentParser, Any]:
     parser.add_subclass_arguments(lightning.LightningDataModule, "data")
     parser.add_class_arguments(lightning.Trainer, "trainer")
     try:
-        return parser, parser.parse_object({key: run[key] for key in ("model", "data", "trainer")})
+        return parser, parser.parse_object(copy.deepcopy({key: run[key] for key in ("model", "data", "trainer")}))
     except Exception as error:
         raise ConfigError(f"the configuration of a run is wrong: {error}") from error
 
 
-def one(run: Mapping[str, Any], name: str, seed: int, key: str, metric: str) -> Result:
+def one(run: Mapping[str, Any], name: str, seed: int, key: str, metric: str, setting: Mapping[str, Any] = {}) -> Result:
     """Train and test one method with one seed."""
     lightning.seed_everything(seed, verbose=False)
     parser, config = parse(run)
@@ -174,10 +230,12 @@ def one(run: Mapping[str, Any], name: str, seed: int, key: str, metric: str) -> 
             f"the task reports no metric {metric!r}; it has {', '.join(sorted(values))}.{nearest(metric, values)}"
         )
     tuning = built.model.prepare()
+    trainable = sum(p.numel() for _, p in built.model.trainable())
+    beside = trainable - sum(p.numel() for p in tuning.parameters())
     head = sum(p.numel() for placed in tuning.placements if "head" in placed.home for p in placed.part.parameters())
     memory = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else meter.found.total if meter.found else 0
-    trainable = sum(p.numel() for p in tuning.parameters())
-    return Result(key, name, seed, values[metric], trainable, head, seconds, memory, values)
+    score = values[metric]
+    return Result(key, name, seed, score, trainable, head + beside, seconds, memory, values, dict(setting))
 
 
 def _past(log: Path) -> list[Result]:
@@ -186,10 +244,11 @@ def _past(log: Path) -> list[Result]:
 
 def _csv(results: Sequence[Result]) -> str:
     out = io.StringIO()
-    columns = ["method", "seed", "score", "trainable", "head", "seconds", "memory"]
+    axes, metrics = ({key: None for r in results for key in getattr(r, name)} for name in ("setting", "metrics"))
+    columns = ["method", *axes, "seed", "score", "trainable", "head", "seconds", "memory", *metrics]
     writer = csv.DictWriter(out, columns, extrasaction="ignore")
     writer.writeheader()
-    writer.writerows(r.__dict__ for r in results)
+    writer.writerows({**r.__dict__, **r.setting, **r.metrics} for r in results)
     return out.getvalue()
 
 

@@ -5,9 +5,14 @@ from __future__ import annotations
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from math import isnan, nan
 from statistics import mean, stdev
+from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 @dataclass(frozen=True)
@@ -23,44 +28,53 @@ class Result:
     seconds: float
     memory: int
     metrics: dict[str, float] = field(default_factory=dict)
+    setting: dict[str, Any] = field(default_factory=dict)
+    """Values of the axes of the comparison."""
 
 
-def by_method(results: Sequence[Result]) -> dict[str, list[Result]]:
-    """Results of each method, in order of appearance."""
-    groups: dict[str, list[Result]] = {}
+def grouped(results: Sequence[Result]) -> dict[tuple[Any, ...], list[Result]]:
+    """Results of each method in each setting, over seeds, in order of appearance."""
+    groups: dict[tuple[Any, ...], list[Result]] = {}
     for result in results:
-        groups.setdefault(result.method, []).append(result)
+        groups.setdefault((result.method, *result.setting.values()), []).append(result)
     return groups
 
 
 def spread(values: Sequence[float]) -> str:
-    """`mean ± standard deviation` over seeds; the bare value for one seed."""
+    """`mean ± standard deviation` over seeds; the bare value for one seed, a dash where a run has none."""
+    if len(values) == 0:
+        return "–"
     return f"{mean(values):.3f}" + (f" ± {stdev(values):.3f}" if len(values) > 1 else "")
 
 
-def rows(results: Sequence[Result], metric: str) -> tuple[list[str], list[list[str]]]:
-    """Header and cells: score, trained parameters in the backbone and in the head, seconds, memory of a step."""
+def values_of(own: Sequence[Result], metric: str) -> list[float]:
+    """A metric of each run that has it."""
+    return [r.metrics[metric] for r in own if not isnan(r.metrics.get(metric, nan))]
+
+
+def rows(results: Sequence[Result], columns: Sequence[str]) -> tuple[list[str], list[list[str]]]:
+    """Header and cells: metrics, trained parameters in the backbone and beside it, seconds, memory of a step."""
     seeds = sorted({r.seed for r in results})
-    name = metric.rpartition("/")[2]
-    header = ["method", f"{name}, {'seed' if len(seeds) == 1 else 'seeds'} {', '.join(map(str, seeds))}"]
-    header += ["tuned", "head", "s", "MiB"]
+    over = f"{'seed' if len(seeds) == 1 else 'seeds'} {', '.join(map(str, seeds))}"
+    names = [metric.rpartition("/")[2] for metric in columns]
+    header = ["method", *results[0].setting, f"{names[0]}, {over}", *names[1:], "tuned", "head", "s", "MiB"]
     cells = [
         [
-            name,
-            spread([r.score for r in own]),
+            *map(str, key),
+            *(spread(values_of(own, metric)) for metric in columns),
             f"{own[0].trainable - own[0].head:,}",
             f"{own[0].head:,}",
             f"{mean(r.seconds for r in own):.0f}",
             f"{own[0].memory / 2**20:.0f}",
         ]
-        for name, own in by_method(results).items()
+        for key, own in grouped(results).items()
     ]
     return header, cells
 
 
-def table(results: Sequence[Result], title: str, metric: str) -> Table:
+def table(results: Sequence[Result], title: str, columns: Sequence[str]) -> Table:
     """The comparison for a terminal."""
-    header, cells = rows(results, metric)
+    header, cells = rows(results, columns)
     out = Table(title=title)
     for i, name in enumerate(header):
         out.add_column(name, justify="left" if i == 0 else "right")
@@ -69,15 +83,25 @@ def table(results: Sequence[Result], title: str, metric: str) -> Table:
     return out
 
 
-def to_markdown(results: Sequence[Result], metric: str) -> str:
+def to_markdown(results: Sequence[Result], columns: Sequence[str]) -> str:
     """The comparison for a document; memory as counted for one training step."""
-    header, cells = rows(results, metric)
+    header, cells = rows(results, columns)
     lines = ["| " + " | ".join(header) + " |", "|---" + "|---:" * (len(header) - 1) + "|"]
     return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in cells)]) + "\n"
 
 
-def plot(results: Sequence[Result], title: str, metric: str) -> bytes:
-    """A PNG: score against trained parameters (log scale), one point a method, bars over seeds."""
+def plot(results: Sequence[Result], title: str, columns: Sequence[str], metric: str) -> bytes:
+    """A PNG: metrics along the first axis of the comparison, or the score against trained parameters."""
+    axis = next(iter(results[0].setting), None)
+    several = axis is not None and len({r.setting[axis] for r in results}) > 1
+    figure = along(results, title, columns, str(axis)) if several else against_parameters(results, title, metric)
+    out = io.BytesIO()
+    figure.savefig(out, format="png")
+    return out.getvalue()
+
+
+def against_parameters(results: Sequence[Result], title: str, metric: str) -> Figure:
+    """Score against trained parameters (log scale), one point a method, bars over seeds."""
     from adjustText import adjust_text
     from matplotlib.figure import Figure
 
@@ -87,15 +111,43 @@ def plot(results: Sequence[Result], title: str, metric: str) -> bytes:
     axes.margins(x=0.3, y=0.15)
     axes.grid(alpha=0.3)
     names, xs, ys = [], [], []
-    for name, own in by_method(results).items():
-        scores = [r.score for r in own]
-        size, score = own[0].trainable, mean(scores)
+    for (name, *_), own in grouped(results).items():
+        scores = [r.score for r in own if not isnan(r.score)]
+        if not scores:
+            continue
+        size, score = max(own[0].trainable, 1), mean(scores)
         bar = stdev(scores) if len(scores) > 1 else 0.0
         axes.errorbar(size, score, yerr=bar, fmt="o", capsize=3)
         names.append(axes.text(size, score, name, fontsize=9))
         xs += [size] * 3
         ys += [score - bar, score, score + bar]
     adjust_text(names, xs, ys, ax=axes, expand=(1.2, 1.6))
-    out = io.BytesIO()
-    figure.savefig(out, format="png")
-    return out.getvalue()
+    return figure
+
+
+def along(results: Sequence[Result], title: str, columns: Sequence[str], axis: str) -> Figure:
+    """One panel a metric, one line a method along an axis of the comparison, bands of one deviation over seeds."""
+    from matplotlib import colormaps
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(4.3 * len(columns) + 1.7, 4.5), dpi=130, layout="constrained")
+    panels = figure.subplots(1, len(columns), sharey=True, squeeze=False)[0]
+    ticks = list(dict.fromkeys(r.setting[axis] for r in results))
+    for panel, metric in zip(panels, columns):
+        panel.set(xlabel=axis, title=metric.rpartition("/")[2], xticks=range(len(ticks)), xticklabels=map(str, ticks))
+        panel.grid(alpha=0.3)
+        for number, name in enumerate(dict.fromkeys(r.method for r in results)):
+            at = [values_of([r for r in results if r.method == name and r.setting[axis] == t], metric) for t in ticks]
+            points = [(x, mean(v), stdev(v) if len(v) > 1 else 0.0) for x, v in enumerate(at) if v]
+            if not points:
+                continue
+            x, y, bar = zip(*points)
+            style = {"color": colormaps["tab20"](number % 20), "linestyle": ("-", "--", ":")[number % 3]}
+            panel.plot(x, y, marker="o", markersize=3, label=name, **style)
+            panel.fill_between(
+                x, [a - b for a, b in zip(y, bar)], [a + b for a, b in zip(y, bar)], alpha=0.08, color=style["color"]
+            )
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside right center", fontsize=9)
+    figure.suptitle(title)
+    return figure

@@ -1,5 +1,5 @@
 """The small world that runs offline: 1906 emoji in three drawing styles, and backbones pretrained on two of them."""
 
-from mmpeft.embedded.emoji import SPLITS, STYLES, EmojiSet, emoji
+from mmpeft.embedded.emoji import SPLITS, STYLES, EmojiSet, emoji, spoken
 
-__all__ = ["SPLITS", "STYLES", "EmojiSet", "emoji"]
+__all__ = ["SPLITS", "STYLES", "EmojiSet", "emoji", "spoken"]

@@ -133,6 +133,11 @@ def emoji(style: str = "openmoji", split: str = "train", size: int = NATIVE) -> 
     )
 
 
+def spoken(label: str) -> str:
+    """A name, keyword, subcategory or category as words: `animal-mammal` is `animal mammal`."""
+    return label.replace("-", " ").replace("_", " ").replace("&", "and").lower()
+
+
 @cache
 def _index() -> dict[str, Any]:
     """Read the table of names and categories."""

@@ -143,6 +143,8 @@ class TuningModule(lightning.LightningModule):
 
     def configure_optimizers(self) -> Any:
         tensors = [p for _, p in self.trainable()]
+        if not tensors:  # zero-shot, or what is solved without gradients
+            return None
         groups: list[dict[str, Any]] = [
             {"params": [p for p in tensors if p.dim() > 1]},
             {"params": [p for p in tensors if p.dim() <= 1], "weight_decay": 0.0},
