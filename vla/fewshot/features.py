@@ -1,0 +1,60 @@
+"""Features that are computed once, where nothing in the image tower trains."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from mmpeft.sites import sites
+from mmpeft.tuning import Tuning
+
+
+class CachedViews(Dataset[tuple[Tensor, int]]):
+    """Unit features of several augmented views of each image, [views, n, d]; a sample is one view, drawn anew."""
+
+    def __init__(self, views: Tensor, labels: Tensor) -> None:
+        self.views, self.labels = views, labels
+
+    def __len__(self) -> int:
+        """Return the number of images."""
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        """Return `(features [d], label)`."""
+        view = int(torch.randint(len(self.views), ()))
+        return self.views[view, index], int(self.labels[index])
+
+    @staticmethod
+    @torch.no_grad()
+    def compute(
+        encode: Callable[[Tensor], Tensor], data: Any, views: int, device: torch.device
+    ) -> tuple[Tensor, Tensor]:
+        """Features [views, n, d] and labels [n] of a data module's training images, augmented as for training."""
+        loader = data.train_dataloader()
+        samples = loader.dataset  # seeded by (epoch, row)
+        labels = torch.tensor([int(samples[0, row][1]) for row in range(len(samples))])
+        found = []
+        for view in range(views):
+            images = torch.stack([samples[view, row][0] for row in range(len(samples))])
+            found.append(torch.cat([encode(part.to(device)) for part in images.split(256)]))
+        return torch.stack(found), labels
+
+
+def tuned_towers(tuning: Tuning) -> set[str]:
+    """Towers in whose modules parts of a tuning enter; the empty name stands for what is outside both."""
+    towers = {site.path: site.tower for site in sites(tuning.model) if site.tower}
+
+    def of(path: str) -> str:
+        above = path
+        while above and above not in towers:
+            above = above.rpartition(".")[0]
+        if above:
+            return towers[above]
+        inside = {tower for other, tower in towers.items() if other.startswith(f"{path}.")}
+        return inside.pop() if path and len(inside) == 1 else ""
+
+    return {of(hook.path) for placed in tuning.placements for hook in placed.hooks}
