@@ -25,6 +25,7 @@ _HOME = {
     "list_methods": "methods",
     "gate": "methods.gated",
     "soup": "combine.soup",
+    "interpolate": "combine.interpolate",
     "at_rank": "methods.reparameterized.dylora",
     "allocate": "methods.selective.spt",
 }

@@ -30,6 +30,10 @@ COMMANDS: dict[str, Command] = {
     "export": Command("mmpeft.formats.commands:export_command", "write an adapter in another tool's format, verified"),
     "convert": Command("mmpeft.formats.commands:convert_command", "rewrite an adapter file in another format"),
     "merge": Command("mmpeft.formats.commands:merge_command", "write a whole model with an adapter merged in"),
+    "classify": Command(
+        "mmpeft.vla.fewshot.command:main", "name what is in your pictures, zero-shot or by a few-shot run"
+    ),
+    "export-clip": Command("mmpeft.vla.export:main", "write a tuned image-text pair as open_clip reads it"),
     "methods": Command("mmpeft.cli:methods", "list the methods, or those a wildcard names: mmpeft methods '*lora*'"),
 }
 

@@ -181,7 +181,7 @@ class Tuning:
         paths = {id(host): path for path, host in state.hosts.items()}
         originals = []
         for host, name, tensor in folded:
-            originals.append((paths[id(host)], name, _exchange(host, name, tensor)))
+            originals.append((paths[id(host)], name, exchange(host, name, tensor)))
         state.merged[self.name] = originals
         set_route(self.model, state.route)
 
@@ -198,7 +198,7 @@ class Tuning:
         if next(reversed(state.merged)) != self.name:
             raise ConfigError(f"unmerge {next(reversed(state.merged))!r} first: it was merged on top of {self.name!r}")
         for path, name, original in state.merged.pop(self.name):
-            _exchange(state.hosts[path], name, original)
+            exchange(state.hosts[path], name, original)
         set_route(self.model, state.route)
 
     def _hooks_by_host(self) -> dict[str, list[tuple[Any, Any]]]:
@@ -282,7 +282,7 @@ class Tuning:
         return save_merged(self, path)
 
 
-def _exchange(host: nn.Module, name: str, tensor: Tensor | None) -> Tensor | None:
+def exchange(host: nn.Module, name: str, tensor: Tensor | None) -> Tensor | None:
     """Put another tensor under a name of a module; return the one it had."""
     if name in host._buffers:
         before, host._buffers[name] = host._buffers[name], tensor

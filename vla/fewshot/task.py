@@ -82,10 +82,11 @@ class FewShot(TuningModule):
 
     def build(self) -> nn.Module:
         data = getattr(self._trainer, "datamodule", None)
-        self.classes = list(getattr(data, "classes", ()))
+        if data is not None:
+            self.classes = list(getattr(data, "classes", ()))
+            self.base = int(getattr(data, "base", len(self.classes)))
         if not self.classes:
             raise ConfigError(f"{type(data).__name__} names no classes; FewShot needs their names")
-        self.base = int(getattr(data, "base", len(self.classes)))
         model = create(self.backbone, self.pretrained, self.image_size)
         if data is not None:
             data.configure(*preprocessing(model))
@@ -190,12 +191,13 @@ class FewShot(TuningModule):
     # -- evaluation ------------------------------------------------------------------------------------------
 
     def validation_step(self, batch: tuple[Tensor, Tensor], index: int) -> None:
-        self._evaluate(batch, "val")
+        self.evaluate(batch, "val")
 
     def test_step(self, batch: tuple[Tensor, Tensor], index: int) -> None:
-        self._evaluate(batch, "test")
+        self.evaluate(batch, "test")
 
-    def _evaluate(self, batch: tuple[Tensor, Tensor], stage: str) -> None:
+    def evaluate(self, batch: tuple[Tensor, Tensor], stage: str) -> None:
+        """Count what is right in a batch."""
         images, labels = batch
         scores = self(images)
         base = labels < self.base
@@ -212,19 +214,21 @@ class FewShot(TuningModule):
         self._finish("test")
 
     def _finish(self, stage: str) -> None:
-        """Accuracies and their harmonic mean `2 b n / (b + n)`; not a number where a head cannot name new classes."""
+        self.log_dict({f"{stage}/{key}": value for key, value in self.collect(stage).items()}, prog_bar=True)
+
+    def collect(self, stage: str) -> dict[str, Tensor]:
+        """Accuracies since the last call and their harmonic mean `2 b n / (b + n)`.
+
+        Not a number where a head cannot name new classes; base classes alone where there are no others.
+        """
         base, new = (self.metrics[f"{stage}_{key}"] for key in ("base", "new"))
-        found = {
-            "base": base.compute(),
-            "new": new.compute() if self.head.names_new_classes else torch.tensor(torch.nan),
-        }
+        found = {"base": base.compute()}
         if self.base < len(self.classes):
+            found["new"] = new.compute() if self.head.names_new_classes else torch.tensor(torch.nan)
             found["harmonic"] = 2 / torch.stack(list(found.values())).clamp(min=1e-8).reciprocal().sum()
-        else:
-            del found["new"]
         base.reset()
         new.reset()
-        self.log_dict({f"{stage}/{key}": value for key, value in found.items()}, prog_bar=True)
+        return found
 
     def predict_step(self, batch: tuple[Tensor, Sequence[str]], index: int) -> dict[str, Any]:
         """Identifiers and class probabilities of one batch."""

@@ -1,0 +1,93 @@
+"""`mmpeft classify`: name what is in pictures of one's own, by class names alone or by a trained few-shot run."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image, UnidentifiedImageError
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from mmpeft.errors import ConfigError, DataError
+from mmpeft.files import write_atomic
+from mmpeft.training.run import load_run
+from mmpeft.training.transforms import evaluation
+from mmpeft.vla.backbone import preprocessing
+from mmpeft.vla.fewshot.picture import labelled
+from mmpeft.vla.fewshot.task import FewShot
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Print the best classes of each picture; write the pictures with their scores."""
+    parser = argparse.ArgumentParser("mmpeft classify", description=__doc__)
+    parser.add_argument("--image", type=Path, nargs="+", required=True, help="picture files")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--checkpoint", type=Path, help="a few-shot run: its folder or a .ckpt file")
+    source.add_argument("--classes", help="comma-separated class names, for zero-shot classification")
+    parser.add_argument(
+        "--backbone", default="embedded:clip_emoji", help="the pair for --classes (default: %(default)s)"
+    )
+    parser.add_argument("--template", default="a photo of a {}.", help="what is said around a name, for --classes")
+    parser.add_argument("--top", type=int, default=3, help="classes to show (default: %(default)s)")
+    parser.add_argument(
+        "--out", type=Path, default=Path("classified.png"), help="picture to write (default: %(default)s)"
+    )
+    options = parser.parse_args((sys.argv[1:] if argv is None else list(argv))[1:])
+    pictures = [read(path) for path in options.image]
+    if options.checkpoint:
+        task, _ = load_run(options.checkpoint)
+        if not isinstance(task, FewShot):
+            raise ConfigError(f"{options.checkpoint} is a run of {type(task).__name__}, classify wants one of FewShot")
+    else:
+        task = zero_shot(options.backbone, options.classes, options.template)
+    probabilities = classify(task, pictures)
+    table = Table("picture", *(f"{rank + 1}." for rank in range(options.top)))
+    rows = []
+    for path, row in zip(options.image, probabilities):
+        values, best = row.topk(min(options.top, len(row)))
+        rows.append([(task.classes[i], float(v)) for v, i in zip(values, best.tolist())])
+        table.add_row(path.name, *(f"{name} {value:.2f}" for name, value in rows[-1]))
+    Console().print(table)
+    write_atomic(options.out, labelled(pictures, rows))
+    print(f"picture: {options.out}")
+    return 0
+
+
+def zero_shot(backbone: str, classes: str, template: str) -> FewShot:
+    """A pair and class names, nothing trained."""
+    names = [name.strip() for name in classes.split(",") if name.strip()]
+    if len(set(names)) < 2 or len(set(names)) < len(names):
+        raise ConfigError(f"--classes takes two or more different names with commas between, got {classes!r}")
+    task = FewShot(backbone, templates=[template])
+    task.classes = names
+    task.prepare()
+    return task.eval()
+
+
+@torch.no_grad()
+def classify(task: FewShot, pictures: Sequence[Image.Image]) -> Tensor:
+    """Class probabilities of pictures, [B, C]."""
+    (size, _), mean, std = preprocessing(task.model)
+    transform: Any = evaluation(size, mean, std)
+    scores: Tensor = task(torch.stack([transform(picture) for picture in pictures]).to(task.device))
+    return scores.softmax(-1).cpu()
+
+
+def read(path: Path) -> Image.Image:
+    """A picture in RGB; what is transparent is white.
+
+    Raises:
+        DataError: the file is missing or no picture.
+    """
+    try:
+        with Image.open(path) as image:
+            whole = image.convert("RGBA")
+    except (OSError, UnidentifiedImageError) as error:
+        raise DataError(f"{path} cannot be read as a picture: {error}") from error
+    return Image.alpha_composite(Image.new("RGBA", whole.size, "white"), whole).convert("RGB")
