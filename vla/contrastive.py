@@ -24,8 +24,8 @@ MAX_SCALE = 100.0
 class ContrastiveTuner(TuningModule):
     """Adapts an image-text pair to captions: `L = ½ (CE(s f gᵀ) + CE(s g fᵀ))`, or SigLIP's sigmoid loss.
 
-    Batches are `(images float [B, 3, H, W], texts: B strings)`. To evaluate, `(images, texts, rows int64 [B])`; rows of
-    one number belong together, so that several captions of one image all count as right.
+    Batches are `(images float [B, 3, H, W], texts: B strings, rows int64 [B])`; pairs of one row belong together, so
+    that several captions of one image all count as right in retrieval.
     """
 
     def __init__(
@@ -72,6 +72,7 @@ class ContrastiveTuner(TuningModule):
         size, mean, std = preprocessing(model)
         if self._trainer is not None and hasattr(self._trainer.datamodule, "configure"):
             self._trainer.datamodule.configure(size, mean, std)
+            self._trainer.datamodule.check(self.tokenizer)
         if self.objective == "siglip" and model.logit_bias is None:
             model.logit_bias = nn.Parameter(torch.tensor(-10.0))
         return model
@@ -117,8 +118,8 @@ class ContrastiveTuner(TuningModule):
             loss = ClipLoss(local_loss=True, gather_with_grad=True, **world)(image, text, scale)
         return loss
 
-    def loss(self, batch: tuple[Tensor, Sequence[str]], index: int) -> Tensor:
-        images, texts = batch
+    def loss(self, batch: tuple[Tensor, Sequence[str], Tensor], index: int) -> Tensor:
+        images, texts, _ = batch
         loss = self.contrast(images, self.tokens(texts))
         self.log("train/loss", loss, prog_bar=True, on_step=True, on_epoch=True, batch_size=len(images))
         return loss

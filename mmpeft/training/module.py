@@ -79,9 +79,11 @@ class TuningModule(lightning.LightningModule):
     def loss(self, batch: Any, index: int) -> Tensor:
         """The task's loss on a training batch, a scalar."""
 
-    def training_step(self, batch: Any, index: int) -> Tensor:
-        """The task's loss and the terms that the method's controllers add."""
+    def training_step(self, batch: Any, index: int) -> Tensor | None:
+        """The task's loss and the terms that the method's controllers add; None where nothing trains."""
         loss = self.loss(batch, index)
+        if not loss.requires_grad and not any(p.requires_grad for p in self.parameters()):
+            return None
         penalty = self.prepare().controllers.penalty()
         if not isinstance(penalty, Tensor):
             return loss

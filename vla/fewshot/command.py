@@ -9,16 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from mmpeft.errors import ConfigError, DataError
+from mmpeft.errors import ConfigError
 from mmpeft.files import write_atomic
 from mmpeft.training.run import load_run
 from mmpeft.training.transforms import evaluation
 from mmpeft.vla.backbone import preprocessing
+from mmpeft.vla.data.captions import read
 from mmpeft.vla.fewshot.picture import labelled
 from mmpeft.vla.fewshot.task import FewShot
 
@@ -77,17 +78,3 @@ def classify(task: FewShot, pictures: Sequence[Image.Image]) -> Tensor:
     transform: Any = evaluation(size, mean, std)
     scores: Tensor = task(torch.stack([transform(picture) for picture in pictures]).to(task.device))
     return scores.softmax(-1).cpu()
-
-
-def read(path: Path) -> Image.Image:
-    """A picture in RGB; what is transparent is white.
-
-    Raises:
-        DataError: the file is missing or no picture.
-    """
-    try:
-        with Image.open(path) as image:
-            whole = image.convert("RGBA")
-    except (OSError, UnidentifiedImageError) as error:
-        raise DataError(f"{path} cannot be read as a picture: {error}") from error
-    return Image.alpha_composite(Image.new("RGBA", whole.size, "white"), whole).convert("RGB")
