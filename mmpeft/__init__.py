@@ -14,6 +14,7 @@ _HOME = {
     "attach": "surgery",
     "use": "surgery",
     "Together": "together",
+    "Mixture": "mixture",
     "Bank": "bank",
     "detach": "surgery",
     "Tuning": "tuning",

@@ -14,6 +14,7 @@ from mmpeft.controllers.scores import Loss, default_loss
 from mmpeft.errors import ConfigError, DataError, Refused, nearest
 from mmpeft.host import CHILD, Plan, is_host, make_host, mark_route, module_at, unmake_host
 from mmpeft.methods.base import Method
+from mmpeft.mixture import Mixture
 from mmpeft.parts.base import Hook, Part, Placement
 from mmpeft.recompute import Recompute, recompute_around
 from mmpeft.routing import Grouped, Outside, RowPart, row_groups
@@ -208,7 +209,8 @@ class use:
             state_with(model, name)
         for entry in set(entries_of(route)):
             if isinstance(entry, Together):
-                check_together({name: list(_hooks(state, name)) for name in entry.names})
+                if not isinstance(entry, Mixture):
+                    check_together({name: list(_hooks(state, name)) for name in entry.names})
                 list(_hooks(state, entry))
         if route == ():
             raise ConfigError("use() got an empty list; give one name (or None) for each row of the batch")
@@ -258,7 +260,9 @@ def set_route(model: nn.Module, route: Route) -> Route:
 
 
 def _hooks(state: State, entry: Entry) -> Iterable[tuple[Hook, Part]]:
-    if isinstance(entry, Together):
+    if isinstance(entry, Mixture):
+        yield from entry.hooks([_working(state, name) for name in entry.names])
+    elif isinstance(entry, Together):
         for name, weight in zip(entry.names, entry.weights or (1.0,) * len(entry.names)):
             for placement in _working(state, name):
                 part = weighted(placement.part, weight, name in entry.unit)

@@ -57,3 +57,19 @@ def nearest_keys(query: Tensor, keys: Mapping[str, Tensor], top: int = 1) -> Cho
     scores = [(own[:, None] * F.normalize(key, dim=-1)).sum(-1).amax(1) for key in keys.values()]
     score, index = torch.stack(scores, 1).topk(top, dim=1)
     return Choice(tuple(keys), index, score)
+
+
+def soft_weights(query: Tensor, focus: Tensor, keys: Tensor) -> Tensor:
+    """`w[..., b, m] = cos(q_b ⊙ A_m, K_m)` for queries [B, d], A and K [..., M, d]; each row for itself.
+
+    Soft in place of a choice: the weights of a `Mixture` (CODA-Prompt, arXiv:2211.13218). A says which features of the
+    query count for a component; gradients flow to both.
+    """
+    if focus.shape != keys.shape or focus.shape[-1] != query.shape[-1]:
+        raise ConfigError(
+            f"expected A and K [..., M, {query.shape[-1]}] for queries {tuple(query.shape)}, got {tuple(focus.shape)} "
+            f"and {tuple(keys.shape)}"
+        )
+    size = (query.square() @ focus.square().mT).sqrt() * keys.norm(dim=-1).unsqueeze(-2)
+    weights: Tensor = query @ (focus * keys).mT / size.clamp_min(torch.finfo(size.dtype).tiny)
+    return weights

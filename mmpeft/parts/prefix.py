@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mmpeft.errors import ConfigError
 from mmpeft.parts.base import Part, cast, trainable_dtype
 
 View = Callable[..., Any]
@@ -82,9 +83,45 @@ class Prefix(KeyValues):
 
     def extend(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Prepend to keys and values [B, h, n, d]."""
-        own = cast(self.keys_and_values(), keys.dtype).transpose(1, 2).unsqueeze(1)  # [2, 1, h, p, d]
-        batch = own.expand(-1, len(keys), -1, -1, -1)
-        return torch.cat([batch[0], keys], dim=2), torch.cat([batch[1], values], dim=2)
+        own = self.batch(cast(self.keys_and_values(), keys.dtype), len(keys)).transpose(2, 3)
+        return torch.cat([own[0], keys], dim=2), torch.cat([own[1], values], dim=2)
+
+    def batch(self, own: Tensor, rows: int) -> Tensor:
+        """What `keys_and_values` gave for that many rows of an attention, [2, B, p, h, d]."""
+        return own.unsqueeze(1).expand(-1, rows, -1, -1, -1)
+
+
+class MixedPrefix(Prefix):
+    """A prefix for each row, `P[b] = Σ_i Σ_m w_i[b, m] P_i[m]`: a view of others that owns nothing.
+
+    `P_i[m]` [2, p, h, d] are the components that prefix i holds side by side as M_i p tokens, w_i is [B, M_i].
+    """
+
+    def __init__(self, parts: Sequence[Prefix], weights: Sequence[Tensor]) -> None:
+        nn.Module.__init__(self)
+        first = parts[0]
+        self._parts, self._weights = tuple(parts), tuple(weights)  # tuples: registered under their own hosts only
+        self.heads, self.width, self.view = first.heads, first.width, first.view
+        sizes = [(part.count, weight.shape[1]) for part, weight in zip(parts, weights)]
+        lengths = {count / components for count, components in sizes}
+        self.count = sizes[0][0] // sizes[0][1]
+        if lengths != {self.count}:
+            raise ConfigError(f"tokens and components {sizes} of the prefixes mixed are not all of one length")
+
+    def keys_and_values(self) -> Tensor:
+        """[2, B, p, h, d]."""
+        mixed = []
+        for part, weight in zip(self._parts, self._weights):
+            components = part.keys_and_values().unflatten(1, (-1, self.count))
+            mixed.append(torch.einsum("bm,smphd->sbphd", cast(weight, components.dtype), components))
+        return torch.stack(mixed).sum(0)
+
+    def batch(self, own: Tensor, rows: int) -> Tensor:
+        """Attentions that fold windows or frames into the batch see the rows of one sample one after the other."""
+        fold, rest = divmod(rows, own.shape[1])
+        if rest:
+            raise ConfigError(f"a Mixture has weights for {own.shape[1]} rows, but the batch has {rows}")
+        return own.repeat_interleave(fold, dim=1) if fold > 1 else own
 
 
 class GatedPrefix(KeyValues):

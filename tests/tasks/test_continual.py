@@ -29,6 +29,7 @@ OPTIONS = {
         "general": mmpeft.PTuningV2(at="kv & depth=0"),
     },
     "L2P": {"pool": 4, "top": 2},
+    "CODAPrompt": {"components": 3},
 }
 
 
@@ -94,7 +95,7 @@ def test_every_learner_leaves_the_past_alone_and_looks_at_each_image_alone(name:
     assert torch.allclose(shuffled, together[order], atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["SDLoRA", "EASE", "InfLoRA", "RanPAC"])
+@pytest.mark.parametrize("name", ["SDLoRA", "EASE", "InfLoRA", "RanPAC", "CODAPrompt"])
 def test_an_interrupted_sequence_goes_on_as_if_it_had_not_been(name: str, tmp_path: Path) -> None:
     whole = classifier(built(name)).run()
     run = classifier(built(name))

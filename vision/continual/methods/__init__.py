@@ -1,6 +1,7 @@
 """Continual learning methods, one file each."""
 
 from mmpeft.vision.continual.methods.aper import APER
+from mmpeft.vision.continual.methods.coda_prompt import CODAPrompt
 from mmpeft.vision.continual.methods.dual_prompt import DualPrompt
 from mmpeft.vision.continual.methods.ease import EASE
 from mmpeft.vision.continual.methods.finetune import Finetune, Joint
@@ -17,6 +18,7 @@ __all__ = [
     "EASE",
     "L2P",
     "LAE",
+    "CODAPrompt",
     "DualPrompt",
     "Finetune",
     "InfLoRA",
