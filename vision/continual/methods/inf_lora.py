@@ -14,6 +14,7 @@ from mmpeft.methods.base import Method
 from mmpeft.parts import LowRank
 from mmpeft.vision.continual.data import Task
 from mmpeft.vision.continual.learner import Batches
+from mmpeft.vision.continual.methods.gpm import Memory
 from mmpeft.vision.continual.methods.o_lora import SummedLoRA
 
 
@@ -21,8 +22,9 @@ class InfLoRA(SummedLoRA):
     """`A_t` fixed to the top-r directions of the task's inputs outside those of old tasks; only `B_t` trains.
 
     `A_t = U_rᵀ / √3`, U the eigenvectors of `(I − MMᵀ) XᵀX`; M [d, m] spans what old tasks used: it grows by gradient
-    projection memory until it holds the share ε of the inputs' energy, ε from `share` to 1 over the sequence. Branches
-    sum with weight 1, so that past ones are folded into one entry and memory stays flat.
+    projection memory until it holds the share ε of the inputs' energy, ε from `share` to 1 over the sequence. Kept is M
+    or its complement, whichever is smaller. Branches sum with weight 1, so that past ones are folded into one entry and
+    memory stays flat.
     """
 
     default = mmpeft.LoRA(rank=10, alpha=10.0, at="attn.{k,v}")
@@ -48,7 +50,7 @@ class InfLoRA(SummedLoRA):
             factor = p.part.factor
             if not isinstance(factor, LowRank):
                 raise ConfigError(f"InfLoRA needs a low-rank method, got {self.method}")
-            own = _outside(inputs[p.home], self.bank["memory"].state.get(p.home))
+            own = self.memory(p.home, inputs[p.home]).outside(inputs[p.home])
             directions = torch.linalg.eigh(own).eigenvectors.flip(1)[:, : len(factor.A)]
             with torch.no_grad():
                 factor.A.copy_(directions.T / 3**0.5)
@@ -81,30 +83,20 @@ class InfLoRA(SummedLoRA):
     def end(self, task: Task, samples: Batches) -> None:
         names = self.loras()
         self.bank.fold(names, into="past")
-        state = self.bank["memory"].state
         wanted = self.share + (1 - self.share) * task.number / task.total
         for home, inputs in self._inputs(samples, "past").items():
-            state[home] = grown(state.get(home), inputs, wanted)
+            self._remember(home, self.memory(home, inputs).grown(inputs, wanted))
         super().end(task, samples)
 
+    def memory(self, home: str, inputs: Tensor) -> Memory:
+        """What past tasks use of the inputs `C` [d, d] of one module."""
+        entry = self.bank["memory"]
+        if home not in entry.state:
+            return Memory.empty(inputs)
+        return Memory(entry.state[home], free=home in entry.meta["free"])
 
-def _outside(inputs: Tensor, basis: Tensor | None) -> Tensor:
-    """`(I − MMᵀ) C (I − MMᵀ)`."""
-    if basis is None:
-        return inputs
-    out = torch.eye(len(inputs), dtype=inputs.dtype, device=inputs.device) - basis @ basis.T
-    return out @ inputs @ out
-
-
-def grown(basis: Tensor | None, inputs: Tensor, share: float) -> Tensor:
-    """`M` with as few further eigenvectors as hold `share` of the energy of inputs `C` [d, d]."""
-    rest = _outside(inputs, basis)
-    total = inputs.trace()
-    values, vectors = torch.linalg.eigh(rest)
-    values, vectors = values.flip(0).clamp_min(0), vectors.flip(1)
-    held = (total - rest.trace()) / total + torch.cat([values.new_zeros(1), values.cumsum(0)]) / total
-    missing = int((held < share).sum())
-    room = len(inputs) - (0 if basis is None else basis.shape[1])
-    new = vectors[:, : min(missing, room)]
-    whole = new if basis is None else torch.cat([basis, new], dim=1)
-    return torch.linalg.qr(whole).Q if whole.shape[1] else whole
+    def _remember(self, home: str, memory: Memory) -> None:
+        entry = self.bank["memory"]
+        entry.state[home] = memory.basis
+        others = {*entry.meta.get("free", ())} - {home}
+        entry.meta["free"] = sorted(others | {home} if memory.free else others)
