@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,43 +10,19 @@ from torch import Tensor, nn
 
 from mmpeft.controllers import Controllers
 from mmpeft.controllers.scores import Loss, default_loss
-from mmpeft.errors import ConfigError, DataError, Refused, nearest
+from mmpeft.errors import ConfigError, DataError, Refused
 from mmpeft.host import CHILD, Plan, is_host, make_host, mark_route, module_at, unmake_host
 from mmpeft.methods.base import Method
 from mmpeft.mixture import Mixture
 from mmpeft.parts.base import Hook, Part, Placement
-from mmpeft.recompute import Recompute, recompute_around
+from mmpeft.recompute import recompute_around
 from mmpeft.routing import Grouped, Outside, RowPart, row_groups
 from mmpeft.sites import sites
+from mmpeft.state import STATE, State, state_of, state_with
 from mmpeft.together import Entry, Route, Together, check_together, entries_of, names_of, weighted
 
 if TYPE_CHECKING:
     from mmpeft.tuning import Tuning
-
-STATE = "_mmpeft_state"
-
-
-@dataclass
-class State:
-    """All tunings of one model, shared by its hosts."""
-
-    hosts: dict[str, nn.Module] = field(default_factory=dict)
-    methods: dict[str, Method] = field(default_factory=dict)
-    placements: dict[str, list[Placement]] = field(default_factory=dict)
-    route: Route = None
-    recompute: Recompute = None
-    blocks: list[str] = field(default_factory=list)
-    trained: dict[str, bool] = field(default_factory=dict)
-    """requires_grad of every base tensor before the first tuning."""
-    merged: dict[str, list[tuple[str, str, Tensor | None]]] = field(default_factory=dict)
-    """Originals `(host, attribute, tensor)` replaced by each merged tuning, in the order of merging."""
-    controllers: dict[str, Controllers] = field(default_factory=dict)
-
-
-def state_of(model: nn.Module) -> State | None:
-    """The state of a model with tunings; None for a plain one."""
-    return model.__dict__.get(STATE)
-
 
 def attach(
     model: nn.Module,
@@ -174,20 +149,6 @@ def detach(model: nn.Module, name: str) -> None:
     for parameter_name, parameter in base_parameters(model):
         parameter.requires_grad_(state.trained[parameter_name])
     del model.__dict__[STATE]
-
-
-def state_with(model: nn.Module, name: str | None = None) -> State:
-    """The state of a model, with `name` among its tunings.
-
-    Raises:
-        ConfigError: no tuning at all, or none of that name.
-    """
-    state = state_of(model)
-    known = list(state.placements) if state else []
-    if state is None or (name is not None and name not in state.placements):
-        what = f"no tuning named {name!r}" if name is not None else "no tuning"
-        raise ConfigError(f"the model has {what}; attached: {known or 'none'}.{nearest(name or '', known)}")
-    return state
 
 
 # -- routes -------------------------------------------------------------------------------------------------

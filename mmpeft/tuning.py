@@ -19,7 +19,8 @@ from mmpeft.parts.base import Placement
 from mmpeft.recompute import Recompute
 from mmpeft.report import Report, report
 from mmpeft.sites import sites
-from mmpeft.surgery import State, attach, detach, set_route, state_of, state_with, use
+from mmpeft.state import State, state_of, state_with
+from mmpeft.surgery import attach, detach, set_route, use
 
 if TYPE_CHECKING:
     from mmpeft.formats.exchange import Exported

@@ -16,7 +16,8 @@ from mmpeft.bank.heads import Head, PrototypeHead
 from mmpeft.bank.router import Choice, nearest_keys
 from mmpeft.errors import ConfigError, Refused, nearest
 from mmpeft.methods.base import Method
-from mmpeft.surgery import attach, state_of, use
+from mmpeft.state import state_of
+from mmpeft.surgery import attach, use
 from mmpeft.together import Entry as RouteEntry
 from mmpeft.together import Together, names_of
 from mmpeft.tuning import Tuning

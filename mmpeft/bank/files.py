@@ -21,7 +21,7 @@ from mmpeft.errors import AdapterFileError, ConfigError, MMPEFTError
 from mmpeft.files import write_atomic
 from mmpeft.formats.native import base_class, base_fingerprint, library_versions, read_tensors
 from mmpeft.methods.spec import from_spec, to_spec
-from mmpeft.surgery import state_of
+from mmpeft.state import state_of
 
 if TYPE_CHECKING:
     from mmpeft.bank.bank import Bank

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from mmpeft.formats.native import load
 from mmpeft.methods.base import Method
 from mmpeft.parts.base import Placement
-from mmpeft.surgery import set_route, state_of
+from mmpeft.state import state_of
+from mmpeft.surgery import set_route
 from mmpeft.tuning import Tuning
 
 

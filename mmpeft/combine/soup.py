@@ -18,7 +18,8 @@ from mmpeft.host import module_at
 from mmpeft.liveness import call
 from mmpeft.parts.base import Placement
 from mmpeft.sites import sites
-from mmpeft.surgery import attach, state_of, use
+from mmpeft.state import state_of
+from mmpeft.surgery import attach, use
 from mmpeft.tuning import Tuning
 
 ALIKE = 0.1

@@ -24,7 +24,8 @@ from mmpeft.parts.base import Placement
 from mmpeft.parts.prefix import Prefix
 from mmpeft.parts.prompt import Prompt, PromptBeside, PromptLayer
 from mmpeft.sites import Site, sites
-from mmpeft.surgery import state_of, use
+from mmpeft.state import state_of
+from mmpeft.surgery import use
 
 PROMPT, P_TUNING, PREFIX = TYPES = ("PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING")
 KEY, WRAPPED = "prompt_embeddings", "base_model."

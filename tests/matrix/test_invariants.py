@@ -12,6 +12,7 @@ import torch
 import mmpeft
 from mmpeft.errors import MMPEFTError, Refused
 from mmpeft.sites import sites
+from mmpeft.state import state_of
 from mmpeft.surgery import base_parameters
 from tests.matrix.cells import ALIKE, CELLS, Cell, decided
 from tests.matrix.example import BATCH, Example
@@ -180,7 +181,7 @@ def test_recomputation(cell: Cell) -> None:
     weights = torch.randn(y.shape, generator=torch.Generator().manual_seed(5))
     with mmpeft.use(model, None):
         late = _grad((y * weights).sum(), tuning)
-        assert mmpeft.surgery.state_of(model).route is None
+        assert state_of(model).route is None
     for name, gradient in zip(plain, late):
         torch.testing.assert_close(gradient, plain[name], atol=1e-5, rtol=1e-4, msg=f"switched: {name}")
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 import mmpeft
 from mmpeft.errors import ConfigError, Refused
+from mmpeft.state import state_of
 from tests.matrix.families.transformers import FAMILIES, LM, T5, TOKENS, WORDS
 
 P = 3
@@ -48,7 +49,7 @@ def test_training_agrees_with_concatenation(family: str, padding: str) -> None:
     own = torch.autograd.grad((ours * weights).mean(), parameters)
     inputs = _concatenated(model, tuning, ids, mask)
     # the plain model with LoRA alone: the prompt's hooks taken out of the plans
-    for host in mmpeft.surgery.state_of(model).hosts.values():
+    for host in state_of(model).hosts.values():
         plan = host.__dict__["_plan"]
         plan.wraps, plan.reads = (), {k: v for k, v in plan.reads.items() if k != "config"}
     theirs = model(**inputs).logits[:, P:][mask.bool()]
