@@ -379,6 +379,19 @@ def test_room_for_learned_tokens() -> None:
         with_room(tokens, 11, 1)
 
 
+def test_a_tokenizer_without_a_start_token_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Bare(Letters):
+        def __call__(self, texts: Any, context_length: int | None = None) -> Tensor:
+            n = context_length or self.context_length
+            return F.pad(super().__call__(texts, n + 1)[:, 1:], (0, 0))
+
+    monkeypatch.setattr("mmpeft.vla.fewshot.task.tokenizer", lambda name: Bare())
+    with pytest.raises(ConfigError, match="position=0"):
+        ready(method=mmpeft.CoOp(tokens=2))
+    task = ready(method=mmpeft.CoOp(tokens=2, position=0))
+    assert (task.texts.tokens[0, :, 2] != WORDS - 2).all()
+
+
 def test_too_long_a_class_name_is_named() -> None:
     task = FewShot("tiny", templates=["{}"])
     task.classes = ["cat", "a very, very long class name"]

@@ -33,6 +33,12 @@ class ClassTexts:
             check_length(own, tokens)
         self.tokens = torch.stack([tokens(own) for own in texts])
         for part in learned:
+            start = self.tokens[0, :, : part.position]
+            if not (start == start[:1]).all():
+                raise ConfigError(
+                    f"position={part.position} stands behind a start token, and this tokenizer writes none (SigLIP's do "
+                    "not): give the method position=0"
+                )
             self.tokens = with_room(self.tokens, len(part.tokens), part.position)
             self.start(part, before, tokens, tuning)
 
