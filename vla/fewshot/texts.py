@@ -36,8 +36,8 @@ class ClassTexts:
             start = self.tokens[0, :, : part.position]
             if not (start == start[:1]).all():
                 raise ConfigError(
-                    f"position={part.position} stands behind a start token, and this tokenizer writes none (SigLIP's do "
-                    "not): give the method position=0"
+                    f"position={part.position} stands behind a start token, which this tokenizer does not write (as "
+                    "SigLIP's): give the method position=0"
                 )
             self.tokens = with_room(self.tokens, len(part.tokens), part.position)
             self.start(part, before, tokens, tuning)
