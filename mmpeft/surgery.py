@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from mmpeft.controllers import Controllers
 from mmpeft.controllers.scores import Loss, default_loss
@@ -23,6 +23,7 @@ from mmpeft.together import Entry, Route, Together, check_together, entries_of, 
 
 if TYPE_CHECKING:
     from mmpeft.tuning import Tuning
+
 
 def attach(
     model: nn.Module,

@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import copy
-import json
 import pickle
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,7 +11,7 @@ from torch import Tensor, nn
 
 import mmpeft
 from mmpeft.bank import Bank, LinearHead, PrototypeHead, RidgeHead
-from mmpeft.errors import AdapterFileError, ConfigError, DataError, Refused
+from mmpeft.errors import ConfigError, DataError, Refused
 from mmpeft.together import Together
 from tests.unit.toy import Toy
 
@@ -146,7 +142,7 @@ def test_what_is_no_sum_is_refused(methods, weights, reason: str) -> None:
     with pytest.raises(Refused, match=reason):
         bank.features(X, Together(("a", "b"), weights))
     if not weights:
-        with pytest.raises(Refused):
+        with pytest.raises(Refused, match=f"merged|{reason}"):
             bank.merge(["a", "b"])
         assert bank.ids == ["a", "b"]
 
@@ -196,65 +192,6 @@ def test_old_entries_do_not_move_and_freezing_is_not_activation() -> None:
     assert all(torch.equal(v, base[k]) for k, v in bank.model.state_dict().items() if k in base)
     bank.unfreeze("old")
     assert len(bank.trainable_parameters()) > len(optimizer.param_groups[0]["params"])
-
-
-CHILD = """
-import sys, torch, mmpeft
-from mmpeft.bank import Bank, LinearHead
-from tests.unit.toy import Toy
-x = torch.load(sys.argv[1] + "/x.pt")
-bank = Bank.load(Toy(), sys.argv[1]).eval()
-out = {n: bank.features(x, n) for n in bank.ids}
-out["scores"] = bank["a"].head(out["a"]), bank["c"].head(out["c"])
-bank.add_task("later", mmpeft.LoRA(at="attn.q"), LinearHead(3, [7, 8]))
-out["keys"], out["meta"] = bank["a"].keys, bank["a"].meta
-out["trains"] = [n for n in bank.ids if any(p.requires_grad for p in bank.parameters_of(n))]
-torch.save(out, sys.argv[1] + "/out.pt")
-"""
-
-
-def test_everything_survives_a_new_process_and_grows_on(tmp_path: Path) -> None:
-    bank = filled({"a": KINDS["lora"], "b": KINDS["adapter"], "c": KINDS["full"]})
-    bank["a"].head = LinearHead(3, range(3))
-    bank["a"].learned["key"] = nn.Parameter(torch.randn(1, 3))
-    bank["c"].head = RidgeHead(3, size=16)
-    bank["c"].head.fit(bank.features(X, "c"), torch.tensor([4, 5, 4, 5, 4, 5]))
-    bank["a"].state["basis"] = torch.randn(4, 2)
-    bank["a"].meta["task"] = 1
-    bank.freeze("a")
-    folder = bank.save(tmp_path)
-    torch.save(X, tmp_path / "x.pt")
-    expected = {name: bank.features(X, name) for name in bank.ids}
-    subprocess.run([sys.executable, "-c", CHILD, str(folder)], check=True, cwd=Path(__file__).parents[2])
-    found = torch.load(tmp_path / "out.pt")
-    for name, features in expected.items():
-        assert torch.equal(found[name], features)
-    assert torch.equal(found["scores"][0], bank["a"].head(expected["a"]))
-    assert torch.equal(found["scores"][1], bank["c"].head(expected["c"]))
-    assert torch.equal(found["keys"], bank["a"].keys)
-    assert found["meta"] == {"task": 1}
-    assert found["trains"] == ["b", "c", "later"]
-    assert len(list(tmp_path.glob("*.safetensors"))) == 3
-    bank.remove("b")
-    bank.save(folder)
-    assert Bank.load(Toy(), folder).ids == ["a", "c"]
-
-
-def test_another_base_is_refused_with_both_fingerprints(tmp_path: Path) -> None:
-    folder = filled().save(tmp_path)
-    other = Toy(seed=1)
-    state = {k: v.clone() for k, v in other.state_dict().items()}
-    expected = json.loads((folder / "bank.json").read_text())["entries"][0]["base"]
-    with pytest.raises(AdapterFileError, match=f"another base: expected Toy {expected}, this model is Toy [0-9a-f]+"):
-        Bank.load(other, folder)
-    assert type(other) is Toy
-    assert all(torch.equal(v, state[k]) for k, v in other.state_dict().items())
-    file = next(folder.glob("wide-*.safetensors"))
-    file.write_bytes(file.read_bytes()[:-3])
-    with pytest.raises(AdapterFileError, match="truncated"):
-        Bank.load(Toy(), folder)
-    with pytest.raises(AdapterFileError, match=r"no bank\.json"):
-        Bank.load(Toy(), tmp_path / "nothing")
 
 
 def test_prototypes_do_not_depend_on_the_increment_and_ridge_is_least_squares() -> None:
