@@ -17,8 +17,9 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from mmpeft.embedded import EmojiSet, emoji, spoken
+from mmpeft.embedded import emoji, spoken
 from mmpeft.embedded.augment import StyleAugment
+from mmpeft.embedded.captions import TEMPLATES, captions, dressed
 from mmpeft.embedded.store import WEIGHTS, backbone_tensors, read_weights
 from mmpeft.files import write_atomic
 from mmpeft.methods import Full
@@ -28,30 +29,12 @@ from mmpeft.vla.backbone import build, save, tokenizer
 from mmpeft.vla.contrastive import MAX_SCALE, ContrastiveTuner, recall
 
 STYLES = ("noto", "twemoji")
-TEMPLATES = ("{}", "a drawing of {}", "a picture of {}", "an icon of a {}", "a photo of a {}.")
 MEAN, STD = [0.5] * 3, [0.5] * 3
 WORDS = (
     "a photo of a drawing of the an icon emoji what where how many which is are there in on to left right above below "
     "between next colour color red orange yellow green blue purple pink brown black white grey behind left of right of "
     "top bottom middle corner one two three four five six seven eight nine zero yes no picture scene kind name object"
 )
-
-
-def dressed(text: str) -> str:
-    """A text alone, half of the time, or in one of the templates that people put around class names."""
-    alone = bool(torch.rand(()) < 0.5)
-    return text if alone else TEMPLATES[int(torch.randint(len(TEMPLATES), ()))].format(text)
-
-
-def captions(sets: EmojiSet) -> list[list[str]]:
-    """What may be said of each emoji: its name and keywords, alone and with what kind of thing it is."""
-    found = []
-    for name, keywords, sub, label in zip(sets.names, sets.keywords, sets.sublabels.tolist(), sets.labels.tolist()):
-        kind, group = spoken(sets.subcategories[sub]), spoken(sets.classes[label])
-        names = list(dict.fromkeys([spoken(name), *map(spoken, keywords)]))
-        said = [*names, *(f"{n}, {kind}" for n in names), f"{names[0]}, {kind}, {group}", f"{group}: {names[0]}"]
-        found.append(said)
-    return found
 
 
 def train_tokenizer(texts: Sequence[str], size: int, folder: Path, context: int) -> None:

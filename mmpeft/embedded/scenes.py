@@ -111,9 +111,7 @@ def _places(
             boxes.append(box)
         else:
             return boxes
-    raise DataError(
-        f"{count} emoji of {scale} times the side find no place; draw fewer, smaller or overlapping"
-    )
+    raise DataError(f"{count} emoji of {scale} times the side find no place; draw fewer, smaller or overlapping")
 
 
 def _shared(a: tuple[int, int, int, int], b: tuple[int, int, int, int]) -> float:
