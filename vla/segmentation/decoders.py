@@ -1,0 +1,228 @@
+"""Decoders from patch features and class names to masks: CLIPSeg's by a prompt each, and SAN's by mask queries."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mmpeft.vla.segmentation.losses import matched
+from mmpeft.vla.segmentation.taps import Taps, grid_of
+
+
+class Decoder(nn.Module):
+    """Scores in [0, 1] of each class at each pixel; open vocabulary: classes are their text features, as many as given.
+
+    Shapes: images [B, 3, H, W], unit text features [C, e], scores [B, C, H, W]; target [B, H, W] holds class numbers,
+    a number ≥ C for background and 255 for what does not count.
+    """
+
+    @abstractmethod
+    def start(self, taps: Taps, text_width: int, patch: int) -> None:
+        """Build what trains for a tower."""
+
+    @abstractmethod
+    def forward(self, taps: Taps, images: Tensor, text: Tensor) -> Tensor:
+        """Scores."""
+
+    @abstractmethod
+    def loss(self, taps: Taps, images: Tensor, text: Tensor, target: Tensor) -> Tensor:
+        """The training loss, a scalar."""
+
+
+class CLIPSegDecoder(Decoder):
+    """`a ← T_i(W_i f_i + a)` from the deepest tap up, `a ← γ(t) ⊙ a + β(t)` at the first, then transposed convolutions.
+
+    A small transformer over patches whose first features are modulated by the text of one class (FiLM); one binary
+    map a class. Lüddecke and Ecker, arXiv:2112.10003.
+    """
+
+    def __init__(self, layers: Sequence[int] | None = None, width: int = 64, heads: int = 4) -> None:
+        """Args:
+        layers: depths of the blocks to decode from; None for three spread over the tower.
+        width: of the decoder's tokens.
+        heads: of its attention.
+        """
+        super().__init__()
+        self.wanted, self.width, self.heads = layers, width, heads
+
+    def start(self, taps: Taps, text_width: int, patch: int) -> None:
+        self.depths = taps.layers(self.wanted)[::-1]
+        width, half = self.width, max(patch // 4, 1)
+        self.reduce = nn.ModuleList(nn.Linear(taps.width, width) for _ in self.depths)
+        self.scale, self.shift = nn.Linear(text_width, width), nn.Linear(text_width, width)
+        self.blocks = nn.ModuleList(
+            nn.TransformerEncoderLayer(width, self.heads, 4 * width, 0.0, batch_first=True) for _ in self.depths
+        )
+        self.up = nn.Sequential(
+            nn.Conv2d(width, width, 3, padding=1),
+            nn.ReLU(),
+            nn.ConvTranspose2d(width, width // 2, half, stride=half),
+            nn.ReLU(),
+            nn.ConvTranspose2d(width // 2, 1, patch // half, stride=patch // half),
+        )
+
+    def film(self, x: Tensor, text: Tensor) -> Tensor:
+        """`γ(t) ⊙ x + β(t)` for every image and class: [B, n, w] and [C, e] to [B, C, n, w]."""
+        return self.scale(text)[None, :, None] * x[:, None] + self.shift(text)[None, :, None]
+
+    def logits(self, taps: Taps, images: Tensor, text: Tensor) -> Tensor:
+        features = taps(images, self.depths)
+        x: Tensor | None = None
+        for number, (depth, reduce, block) in enumerate(zip(self.depths, self.reduce, self.blocks)):
+            own = reduce(taps.patches(features[depth]).to(reduce.weight.dtype))
+            if number == 0:
+                x = self.film(own, text).flatten(0, 1)
+            else:
+                assert x is not None
+                x = x + own.repeat_interleave(len(text), 0)
+            x = block(x)
+        assert x is not None
+        rows, columns = grid_of(x.shape[1], images.shape[-2:])
+        maps = self.up(x.transpose(1, 2).unflatten(2, (rows, columns)))
+        if maps.shape[-2:] != images.shape[-2:]:
+            maps = F.interpolate(maps, images.shape[-2:], mode="bilinear", align_corners=False)
+        return maps[:, 0].unflatten(0, (len(images), len(text)))
+
+    def forward(self, taps: Taps, images: Tensor, text: Tensor) -> Tensor:
+        return self.logits(taps, images, text).sigmoid()
+
+    def loss(self, taps: Taps, images: Tensor, text: Tensor, target: Tensor) -> Tensor:
+        """Binary cross entropy of every class's map, plus a dice loss where the class is present."""
+        logits = self.logits(taps, images, text).float()
+        truth = (target[:, None] == torch.arange(len(text), device=target.device)[None, :, None, None]).float()
+        counts = (target != 255)[:, None].float()
+        errors = F.binary_cross_entropy_with_logits(logits, truth, reduction="none") * counts
+        present = truth.flatten(2).any(2)
+        inside = (logits.sigmoid() * truth).flatten(2).sum(2)
+        both = ((logits.sigmoid() * counts) + truth).flatten(2).sum(2)
+        dice = (1 - 2 * inside / both.clamp(min=1e-6))[present]
+        return errors.sum() / counts.expand_as(errors).sum().clamp(min=1) + 0.5 * dice.sum() / max(len(dice), 1)
+
+
+class SANDecoder(Decoder):
+    """Mask queries of a small side network say where, copies of the class token in the last CLIP blocks say what.
+
+    A side ViT with `queries` tokens takes in CLIP features; `masks = MLP(q) · MLP(x)`, and per-head biases
+    `b = MLP_h(q) · MLP_h(x)` steer what each copy attends to in CLIP's blocks from depth `start_at` on. Class
+    probabilities are `softmax(s c tᵀ, no object)` of what the copies c become. A tower without a class token lends the
+    mean of its patches in its place. Xu et al., arXiv:2302.12242.
+    """
+
+    def __init__(
+        self, width: int = 96, depth: int = 4, heads: int = 4, queries: int = 16, patch: int = 8, last: int = 2
+    ) -> None:
+        """Args:
+        width: of the side network.
+        depth: its blocks.
+        heads: of its attention.
+        queries: masks an image is explained by.
+        patch: pixels of a side patch.
+        last: blocks of the tower that the copies run through.
+        """
+        super().__init__()
+        self.width, self.depth, self.heads = width, depth, heads
+        self.queries, self.patch, self.last = queries, patch, last
+
+    def start(self, taps: Taps, text_width: int, patch: int) -> None:
+        w = self.width
+        self.enter = len(taps.paths) - self.last  # the copies' first block
+        self.lent = sorted(set(taps.layers(None, min(self.depth, max(1, self.enter)))))
+        self.lent = [d for d in self.lent if d < self.enter] or [self.enter - 1]
+        self.embed = nn.Conv2d(3, w, self.patch, stride=self.patch)
+        self.query = nn.Parameter(torch.randn(self.queries, w) * 0.02)
+        self.place = nn.Conv2d(w, w, 5, padding=2, groups=w)  # positions by a convolution: any image size
+        self.lend = nn.ModuleList(nn.Sequential(nn.LayerNorm(taps.width), nn.Linear(taps.width, w)) for _ in self.lent)
+        self.blocks = nn.ModuleList(
+            nn.TransformerEncoderLayer(w, self.heads, 4 * w, 0.0, "gelu", batch_first=True, norm_first=True)
+            for _ in range(self.depth)
+        )
+        self.norm = nn.LayerNorm(w)
+        self.clip_heads = heads_of(taps.blocks[-1])
+        self.mask_query, self.mask_pixel = mlp(w, w), mlp(w, w)
+        self.bias_query, self.bias_pixel = mlp(w, self.clip_heads * 16), mlp(w, self.clip_heads * 16)
+        self.nothing = nn.Parameter(torch.zeros(1, text_width))
+
+    def forward(self, taps: Taps, images: Tensor, text: Tensor) -> Tensor:
+        """`Σ_q p(class | q) · p(pixel | q)`."""
+        classes, masks = self.explain(taps, images, text)
+        return torch.einsum("bqc,bqhw->bchw", classes.softmax(-1)[..., :-1], masks.sigmoid())
+
+    def loss(self, taps: Taps, images: Tensor, text: Tensor, target: Tensor) -> Tensor:
+        """Losses of classes and masks, each query with the segment it fits best (`losses.matched`)."""
+        return matched(*self.explain(taps, images, text), target)
+
+    def explain(self, taps: Taps, images: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
+        """Class scores [B, Q, C + 1], the last one for no object, and mask logits [B, Q, H, W]."""
+        features = taps(images, [*self.lent, self.enter - 1])
+        x = self.embed(images)
+        rows, columns = x.shape[-2:]
+        x = (x + self.place(x)).flatten(2).transpose(1, 2)
+        x = torch.cat([self.query.expand(len(x), -1, -1), x], 1)
+        for number, block in enumerate(self.blocks):
+            if number < len(self.lent):
+                own = taps.patches(features[self.lent[number]])
+                size = grid_of(own.shape[1], images.shape[-2:])
+                lent = self.lend[number](own.float()).transpose(1, 2).unflatten(2, size)
+                lent = F.interpolate(lent, (rows, columns), mode="bilinear", align_corners=False)
+                x = torch.cat([x[:, : self.queries], x[:, self.queries :] + lent.flatten(2).transpose(1, 2)], 1)
+            x = block(x)
+        x = self.norm(x)
+        query, pixel = x[:, : self.queries], x[:, self.queries :]
+        masks = self.mask_query(query) @ self.mask_pixel(pixel).transpose(1, 2) * self.width**-0.5
+        masks = F.interpolate(masks.unflatten(2, (rows, columns)), images.shape[-2:], mode="bilinear")
+        base = features[self.enter - 1]
+        bias = self._bias(query, pixel, (rows, columns), grid_of(taps.patches(base).shape[1], images.shape[-2:]))
+        copies = self.recognise(taps, base, bias)
+        scale = taps.model.logit_scale.exp()  # type: ignore[operator]
+        known = F.normalize(project(taps.model.visual, copies).float(), dim=-1)
+        scores = scale * known @ torch.cat([text, F.normalize(self.nothing + 1e-6, dim=-1)]).t()
+        return scores, masks
+
+    def _bias(self, query: Tensor, pixel: Tensor, side: tuple[int, int], clip: tuple[int, int]) -> Tensor:
+        """Attention biases [B, heads, Q, n] of queries to the tower's patches."""
+        q, p = (
+            net(x).unflatten(2, (self.clip_heads, 16)).transpose(1, 2)
+            for net, x in ((self.bias_query, query), (self.bias_pixel, pixel))
+        )
+        bias = (q @ p.transpose(2, 3) / 4).flatten(1, 2).unflatten(2, side)
+        return F.adaptive_avg_pool2d(bias, clip).flatten(2).unflatten(1, (self.clip_heads, self.queries))
+
+    def recognise(self, taps: Taps, base: Tensor, bias: Tensor) -> Tensor:
+        """What copies of the class token become in the last blocks, [B, Q, d]: they see patches, nobody sees them."""
+        start = base[:, :1] if taps.prefix else base.mean(1, keepdim=True)
+        n, count = base.shape[1], self.queries
+        mask = bias.new_zeros(len(base), self.clip_heads, n + count, n + count)
+        mask[..., n:] = float("-inf")
+        mask[..., n:, taps.prefix : n] = bias
+        if taps.prefix:
+            mask[..., n:, : taps.prefix] = float("-inf")  # it sees all of the image: copies must not ask it
+        x = torch.cat([base, start.expand(-1, count, -1)], 1)
+        for block in taps.blocks[self.enter :]:
+            timm = hasattr(block, "norm1")
+            x = block(x, attn_mask=(mask if timm else mask.flatten(0, 1)).to(x.dtype))
+        return x[:, n:]
+
+
+def heads_of(block: Any) -> int:
+    """Attention heads of a timm or open_clip block."""
+    return int(block.attn.num_heads)
+
+
+def project(visual: Any, tokens: Tensor) -> Tensor:
+    """Tokens [B, Q, d] of the last block into the joint space, as the tower does with what it pools."""
+    trunk = getattr(visual, "trunk", None)
+    if trunk is not None:
+        found: Tensor = visual.head(trunk.fc_norm(trunk.norm(tokens)))
+        return found
+    tokens = visual.ln_post(tokens)
+    return tokens if visual.proj is None else tokens @ visual.proj
+
+
+def mlp(width: int, out: int) -> nn.Sequential:
+    """Three linear layers with ReLU between them."""
+    return nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(), nn.Linear(width, out))

@@ -1,0 +1,50 @@
+"""Masks laid over images, with the names of their classes."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+TITLES = ("image", "truth", "prediction")
+
+
+def overlays(images: Tensor, masks: Sequence[Tensor], classes: Sequence[str]) -> bytes:
+    """A PNG: one row an image, the image first and then each set of masks over it.
+
+    Args:
+        images: float [B, 3, H, W] in [0, 1].
+        masks: class numbers [B, H, W] each; from len(classes) on no class.
+        classes: names.
+    """
+    from matplotlib import colormaps
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
+
+    colours = torch.tensor([colormaps["tab20"](i % 20)[:3] for i in range(len(classes))])
+    titles = TITLES if len(masks) == 2 else ("image", "segments")
+    figure = Figure(figsize=(2.3 * len(titles) + 1.8, 2.3 * len(images)), dpi=100, layout="constrained")
+    cells = figure.subplots(len(images), len(titles), squeeze=False)
+    shown: dict[int, None] = {}
+    for row, image in enumerate(images.cpu().permute(0, 2, 3, 1)):
+        panels = [image]
+        for mask in masks:
+            own = mask[row].cpu()
+            inside = own < len(classes)
+            shown.update(dict.fromkeys(own[inside].unique().tolist()))
+            panels.append(
+                torch.where(inside[..., None], 0.4 * image + 0.6 * colours[own.clamp(max=len(classes) - 1)], image)
+            )
+        for cell, panel, title in zip(cells[row], panels, titles):
+            cell.imshow(panel.clamp(0, 1).numpy())
+            cell.axis("off")
+            if row == 0:
+                cell.set_title(title, fontsize=10)
+    if shown:
+        handles = [Patch(color=tuple(colours[i].tolist()), label=classes[i]) for i in sorted(shown)]
+        figure.legend(handles=handles, loc="outside right upper", fontsize=8)
+    out = io.BytesIO()
+    figure.savefig(out, format="png")
+    return out.getvalue()
