@@ -33,6 +33,10 @@ COMMANDS: dict[str, Command] = {
     "classify": Command(
         "mmpeft.vla.fewshot.command:main", "name what is in your pictures, zero-shot or by a few-shot run"
     ),
+    "segment": Command(
+        "mmpeft.vla.segmentation.command:main", "find things of any names in a picture by a segmentation run"
+    ),
+    "ask": Command("mmpeft.vla.vqa.command:main", "ask a trained run about a picture"),
     "export-clip": Command("mmpeft.vla.export:main", "write a tuned image-text pair as open_clip reads it"),
     "methods": Command("mmpeft.cli:methods", "list the methods, or those a wildcard names: mmpeft methods '*lora*'"),
 }

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmpeft.vla.segmentation.losses import matched
-from mmpeft.vla.segmentation.taps import Taps, grid_of
+from mmpeft.vla.taps import Taps, grid_of
 
 
 class Decoder(nn.Module):

@@ -22,7 +22,7 @@ from mmpeft.vla.data.segmentation import BACKGROUND, IGNORED
 from mmpeft.vla.fewshot.texts import ClassTexts
 from mmpeft.vla.segmentation.decoders import CLIPSegDecoder, Decoder
 from mmpeft.vla.segmentation.picture import overlays
-from mmpeft.vla.segmentation.taps import Taps, grid_of
+from mmpeft.vla.taps import Taps, grid_of
 
 SHOWN = 6
 

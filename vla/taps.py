@@ -1,10 +1,10 @@
-"""Patch features of an image tower's blocks, wherever its library keeps them."""
+"""Features of a tower's blocks, wherever its library keeps them."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
@@ -13,12 +13,15 @@ from mmpeft.sites import sites
 
 
 class Taps:
-    """Blocks of an image tower by the anatomy's sites: `blocks` in order, `prefix` tokens before the patches."""
+    """Blocks of a tower by the anatomy's sites, in order; in an image tower `prefix` tokens stand before the patches."""
 
-    def __init__(self, model: nn.Module) -> None:
-        found = [s for s in sites(model) if s.tower == "image"]
-        self.model = model
+    def __init__(self, model: nn.Module, tower: Literal["image", "text"] = "image") -> None:
+        found = [s for s in sites(model) if s.tower == tower]
+        self.model, self.tower = model, tower
         self.paths = [s.path for s in sorted(found, key=lambda s: s.depth) if s.role == "block"]
+        if tower == "text":
+            self.prefix, self.width = 0, next(s.width for s in found if s.role == "block")
+            return
         tokens = [s for s in found if s.role == "tokens"]
         if not tokens or any(s.refuse for s in tokens):
             raise Refused(f"the image tower of {type(model).__name__} sees no plain sequence of patches to decode from")
@@ -41,8 +44,8 @@ class Taps:
             raise ConfigError(f"the image tower has blocks 0 … {last}, asked for {depths}")
         return depths
 
-    def __call__(self, images: Tensor, depths: Sequence[int]) -> dict[int, Tensor]:
-        """Outputs [B, prefix + n, d] of blocks at `depths`; the tower runs once."""
+    def __call__(self, inputs: Tensor, depths: Sequence[int]) -> dict[int, Tensor]:
+        """Outputs [B, prefix + n, d] of blocks at `depths` for images or token numbers; the tower runs once."""
         kept: dict[int, Tensor] = {}
 
         def keep(depth: int) -> Any:
@@ -50,7 +53,7 @@ class Taps:
 
         handles = [self.blocks[depth].register_forward_hook(keep(depth)) for depth in set(depths)]
         try:
-            self.model.encode_image(images)  # type: ignore[operator]
+            (self.model.encode_image if self.tower == "image" else self.model.encode_text)(inputs)  # type: ignore[operator]
         finally:
             for handle in handles:
                 handle.remove()

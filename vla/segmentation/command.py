@@ -1,0 +1,64 @@
+"""`mmpeft segment`: find things of any names in a picture of one's own, by a trained segmentation run."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from rich.console import Console
+from rich.table import Table
+
+from mmpeft.errors import ConfigError
+from mmpeft.files import write_atomic
+from mmpeft.training.run import load_run
+from mmpeft.training.transforms import evaluation
+from mmpeft.vla.backbone import preprocessing
+from mmpeft.vla.data.captions import read
+from mmpeft.vla.segmentation.picture import overlays
+from mmpeft.vla.segmentation.task import Segmenter
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Write the picture with its segments, and class numbers as a PNG beside it; print how much each name covers."""
+    parser = argparse.ArgumentParser("mmpeft segment", description=__doc__)
+    parser.add_argument("--checkpoint", type=Path, required=True, help="a segmentation run: its folder or a .ckpt file")
+    parser.add_argument("--image", type=Path, required=True, help="the picture")
+    parser.add_argument("--classes", help="comma-separated names, any; default: those of the run")
+    parser.add_argument(
+        "--out", type=Path, default=Path("segmented.png"), help="picture to write (default: %(default)s)"
+    )
+    options = parser.parse_args((sys.argv[1:] if argv is None else list(argv))[1:])
+    picture = read(options.image)
+    task, _ = load_run(options.checkpoint)
+    if not isinstance(task, Segmenter):
+        raise ConfigError(f"{options.checkpoint} is a run of {type(task).__name__}, segment wants one of Segmenter")
+    names = [n.strip() for n in options.classes.split(",") if n.strip()] if options.classes else task.classes
+    if not names or len(set(names)) < len(names):
+        raise ConfigError(f"--classes takes different names with commas between, got {options.classes!r}")
+    numbers = segments(task, picture, names)
+    image = torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None] / 255
+    write_atomic(options.out, overlays(image, [numbers[None]], names))
+    mask = options.out.with_name(f"{options.out.stem}_classes.png")
+    Image.fromarray(numbers.to(torch.uint8).numpy()).save(mask)
+    table = Table("number", "class", "share of the picture")
+    for number, name in enumerate(names):
+        table.add_row(str(number), name, f"{float((numbers == number).float().mean()):.1%}")
+    Console().print(table)
+    print(f"picture: {options.out}\nnumbers: {mask} ({len(names)}: none of them)")
+    return 0
+
+
+@torch.no_grad()
+def segments(task: Segmenter, picture: Image.Image, names: list[str]) -> torch.Tensor:
+    """Class numbers [height, width] of a picture; len(names) for none."""
+    (size, _), mean, std = preprocessing(task.model)
+    transform: Any = evaluation(size, mean, std)
+    scores = task(transform(picture)[None].to(task.device), task.encode(names)).cpu()
+    whole = torch.nn.functional.interpolate(scores, (picture.height, picture.width), mode="bilinear")
+    return task.segment(whole)[0]

@@ -1,0 +1,58 @@
+"""From the tokens of both towers to the scores of answers."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from mmpeft.vla.taps import Taps, grid_of
+
+
+class Fusion(nn.Module):
+    """`W T([a; P_i f; P_t g])₀`: a transformer over a learned answer token, projected patches and question tokens.
+
+    Shapes: patches f [B, n, d_i], question tokens g [B, m, d_t] with padding masked, scores [B, A]. `blind` leaves the
+    patches out: what the question alone gives away.
+    """
+
+    def __init__(
+        self, width: int = 192, depth: int = 3, heads: int = 4, dropout: float = 0.1, blind: bool = False
+    ) -> None:
+        super().__init__()
+        self.width, self.depth, self.heads, self.dropout, self.blind = width, depth, heads, dropout, blind
+
+    def start(self, image: Taps, text: Taps, grid: tuple[int, int], answers: int) -> None:
+        """Build what trains for two towers, a grid of patches and a number of answers."""
+        w = self.width
+        self.answer = nn.Parameter(torch.randn(w) * 0.02)
+        self.of_text = nn.Sequential(nn.LayerNorm(text.width), nn.Linear(text.width, w))
+        if not self.blind:
+            self.of_image = nn.Sequential(nn.LayerNorm(image.width), nn.Linear(image.width, w))
+            self.rows = nn.Parameter(torch.randn(grid[0], 1, w) * 0.02)
+            self.columns = nn.Parameter(torch.randn(1, grid[1], w) * 0.02)
+        self.blocks = nn.TransformerEncoder(
+            nn.TransformerEncoderLayer(w, self.heads, 4 * w, self.dropout, "gelu", batch_first=True, norm_first=True),
+            self.depth,
+            enable_nested_tensor=False,
+        )
+        self.head = nn.Sequential(nn.LayerNorm(w), nn.Linear(w, answers))
+
+    def forward(self, patches: Tensor | None, question: Tensor, padding: Tensor) -> Tensor:
+        tokens = [self.answer.expand(len(question), 1, -1), self.of_text(question.float())]
+        hidden = [padding.new_zeros(len(question), 1), padding]
+        if not self.blind:
+            assert patches is not None
+            seen = self.of_image(patches.float()) + (self.rows + self.columns).flatten(0, 1)
+            tokens.append(seen)
+            hidden.append(padding.new_zeros(seen.shape[:2]))
+        x = self.blocks(torch.cat(tokens, 1), src_key_padding_mask=torch.cat(hidden, 1))
+        scores: Tensor = self.head(x[:, 0])
+        return scores
+
+
+def patch_grid(taps: Taps, size: tuple[int, int]) -> tuple[int, int]:
+    """Rows and columns of patches an image tower makes of images of a size."""
+    last = len(taps.paths) - 1
+    with torch.no_grad():
+        found = taps(torch.zeros(1, 3, *size), [last])[last]
+    return grid_of(found.shape[1] - taps.prefix, size)
