@@ -13,7 +13,7 @@ from mmpeft.sites import sites
 
 
 class Taps:
-    """Blocks of a tower by the anatomy's sites, in order; in an image tower `prefix` tokens stand before the patches."""
+    """Blocks of a tower by the anatomy's sites; in an image tower `prefix` tokens stand before the patches."""
 
     def __init__(self, model: nn.Module, tower: Literal["image", "text"] = "image") -> None:
         found = [s for s in sites(model) if s.tower == tower]

@@ -130,7 +130,7 @@ class SceneQuestionData(QuestionData):
 
 
 class Annotated(Dataset[Sample]):
-    """Questions of a VQAv2 file with the annotators' answers; those without an answer of the vocabulary are left out."""
+    """Questions of a VQAv2 file with the annotators' answers; those with no known answer are left out."""
 
     def __init__(self, items: Sequence[dict[str, Any]], answers: Sequence[str], types: Sequence[str]) -> None:
         self.numbers = {answer: i for i, answer in enumerate(answers)}
