@@ -1,0 +1,234 @@
+"""Segmentation by text: decoders, data, the task, its command."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import lightning
+import numpy as np
+import pytest
+import torch
+from open_clip.model import CLIP
+from PIL import Image
+from torch import Tensor
+
+import mmpeft
+from mmpeft.errors import ConfigError, DataError, Refused
+from mmpeft.vla import backbone
+from mmpeft.vla.data.segmentation import BACKGROUND, KINDS, FolderSegmentationData, SceneSegmentationData
+from mmpeft.vla.segmentation.decoders import CLIPSegDecoder, Decoder, SANDecoder
+from mmpeft.vla.segmentation.losses import assign, matched
+from mmpeft.vla.segmentation.task import Segmenter
+from mmpeft.vla.taps import Taps, grid_of
+from tests.matrix.example import enliven
+
+NAME = "embedded:clip_emoji"
+NATIVE: dict[str, Any] = {
+    "embed_dim": 16,
+    "vision_cfg": {"layers": 3, "width": 32, "head_width": 8, "patch_size": 16, "image_size": 64},
+    "text_cfg": {"context_length": 20, "vocab_size": 90, "width": 24, "heads": 3, "layers": 2},
+}
+DECODERS = {"CLIPSeg": lambda: CLIPSegDecoder(width=16, heads=2), "SAN": lambda: SANDecoder(16, 2, 2, queries=5)}
+QUIET: dict[str, Any] = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+QUIET |= {"enable_model_summary": False, "accelerator": "cpu"}
+
+
+def native() -> CLIP:
+    torch.manual_seed(0)
+    model = CLIP(**NATIVE)
+    enliven(model)
+    return model.eval()
+
+
+def started(decoder: Decoder, model: Any) -> tuple[Decoder, Taps]:
+    taps = Taps(model)
+    size = backbone.preprocessing(model)[0]
+    decoder.start(taps, 192 if hasattr(model.visual, "trunk") else 16, 16)
+    assert size
+    return decoder.eval(), taps
+
+
+@pytest.mark.parametrize("kind", DECODERS)
+@pytest.mark.parametrize("tower", ["timm", "open_clip"])
+def test_scores_for_any_classes_on_either_kind_of_tower(kind: str, tower: str) -> None:
+    model: Any = backbone.create(NAME).eval() if tower == "timm" else native()
+    decoder, taps = started(DECODERS[kind](), model)
+    images = torch.randn(2, 3, 64, 64)
+    width = 192 if tower == "timm" else 16
+    for count in (1, 7):
+        text = torch.nn.functional.normalize(torch.randn(count, width), dim=-1)
+        scores = decoder(taps, images, text)
+        assert scores.shape == (2, count, 64, 64)
+        assert float(scores.min()) >= 0
+        assert float(scores.max()) <= 1
+    target = torch.full((2, 64, 64), BACKGROUND)
+    target[0, :20], target[1, 30:, :9], target[1, :5] = 0, 3, 255
+    loss = decoder.loss(taps, images, text, target)
+    loss.backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in decoder.parameters())
+
+
+def test_film_is_the_published_form() -> None:
+    decoder, _ = started(CLIPSegDecoder(width=16, heads=2), native())
+    assert isinstance(decoder, CLIPSegDecoder)
+    x, text = torch.randn(2, 4, 16), torch.randn(3, 16)
+    made = decoder.film(x, text)
+    for b in range(2):
+        for c in range(3):
+            gamma = decoder.scale.weight @ text[c] + decoder.scale.bias
+            beta = decoder.shift.weight @ text[c] + decoder.shift.bias
+            torch.testing.assert_close(made[b, c], x[b] * gamma + beta)
+
+
+@pytest.mark.parametrize("tower", ["timm", "open_clip"])
+def test_copies_see_the_patches_their_bias_leaves_and_nobody_sees_them(tower: str) -> None:
+    model: Any = backbone.create(NAME).eval() if tower == "timm" else native()
+    decoder, taps = started(SANDecoder(16, 2, 2, queries=3, last=1), model)
+    assert isinstance(decoder, SANDecoder)
+    base = torch.randn(1, taps.prefix + 16, taps.width)
+    bias = torch.full((1, decoder.clip_heads, 3, 16), float("-inf"))
+    bias[..., :4] = 0
+    with torch.no_grad():
+        first = decoder.recognise(taps, base, bias)
+        far, near = base.clone(), base.clone()
+        far[:, taps.prefix + 8] += 5 * torch.randn(taps.width)
+        near[:, taps.prefix + 1] += 5 * torch.randn(taps.width)
+        start = base[:, :1] if taps.prefix else base.mean(1, keepdim=True)
+        if not taps.prefix:  # the copies start as the mean: keep it
+            far[:, 9] -= far.sum(1) - base.sum(1)
+            near[:, 2] -= near.sum(1) - base.sum(1)
+        assert start.shape == (1, 1, taps.width)
+        torch.testing.assert_close(decoder.recognise(taps, far, bias), first, atol=1e-5, rtol=1e-4)
+        assert not torch.allclose(decoder.recognise(taps, near, bias), first, atol=1e-3)
+        block = taps.blocks[-1]
+        plain = block(base)
+        mask = torch.zeros(1, decoder.clip_heads, taps.prefix + 19, taps.prefix + 19)
+        mask[..., taps.prefix + 16 :] = float("-inf")
+        mask[..., taps.prefix + 16 :, : taps.prefix + 16] = 0
+        x = torch.cat([base, torch.randn(1, 3, taps.width)], 1)
+        with_copies = block(x, attn_mask=mask if tower == "timm" else mask.flatten(0, 1))
+        torch.testing.assert_close(with_copies[:, : taps.prefix + 16], plain, atol=1e-5, rtol=1e-4)
+
+
+def test_segments_go_to_the_queries_that_fit() -> None:
+    truth = torch.zeros(2, 10)
+    truth[0, :5], truth[1, 5:] = 1, 1
+    masks = torch.stack([-torch.ones(10), 8 * (2 * truth[1] - 1), 8 * (2 * truth[0] - 1)])
+    classes = torch.zeros(3, 5)
+    queries, segments = assign(classes, masks, truth, [3, 1])
+    assert dict(zip(queries.tolist(), segments.tolist())) == {1: 1, 2: 0}
+    classes[2, 3] = classes[1, 1] = classes[0, 4] = 20
+    target = torch.tensor([[3] * 5 + [1] * 5])[:, None]
+    good = matched(classes[None], masks[None, :, None], target)
+    worse = matched(classes[None], -masks[None, :, None], target)
+    assert float(good) < 0.02 < float(worse)
+    hidden = target.clone()
+    hidden[..., 5:] = 255
+    assert float(matched(classes[None], masks[None, :, None], hidden)) < float(worse)
+
+
+def test_patches_fill_a_grid() -> None:
+    assert grid_of(64, (128, 128)) == (8, 8)
+    assert grid_of(32, (64, 128)) == (4, 8)
+    with pytest.raises(Refused, match="fill no grid"):
+        grid_of(19, (64, 64))
+    with pytest.raises(ConfigError, match="blocks 0 … 2, asked for"):
+        Taps(native()).layers([1, 5])
+
+
+def test_scenes_hide_unseen_kinds_and_test_identities_from_training() -> None:
+    data = SceneSegmentationData(scenes=40, eval_scenes=40, image_size=64)
+    data.setup()
+    train = [data.train_dataloader().dataset[0, i] for i in range(40)]
+    seen = {int(n) for _, mask in train for n in mask.unique()} - {BACKGROUND}
+    assert seen <= set(range(len(KINDS) - 4))
+    assert len(seen) > 6
+    val = [data.val_dataloader().dataset[i] for i in range(40)]
+    again = [data.val_dataloader().dataset[i] for i in range(40)]
+    assert all(torch.equal(a[0], b[0]) for a, b in zip(val, again))
+    assert {int(n) for _, mask in val for n in mask.unique()} & set(range(12, 16))
+    rows = [{row for own in s.rows for row in own} for s in (data.train_set, data.val_set)]
+    assert not rows[0] & rows[1]
+    other = data.train_dataloader().dataset[1, 0]
+    assert not torch.equal(other[0], train[0][0])  # new scenes in the next epoch
+
+
+def folder(root: Path, mask: Tensor | None = None, classes: str = "cat\ndog\n") -> Path:
+    for part in ("images", "masks"):
+        (root / "train" / part).mkdir(parents=True, exist_ok=True)
+    (root / "classes.txt").write_text(classes)
+    Image.new("RGB", (20, 16), "red").save(root / "train" / "images" / "a.jpg")
+    if mask is not None:
+        Image.fromarray(mask.to(torch.uint8).numpy()).save(root / "train" / "masks" / "a.png")
+    return root
+
+
+def test_folders_of_masks(tmp_path: Path) -> None:
+    mask = torch.zeros(16, 20)
+    mask[3:9] = 1
+    mask[0] = 255
+    data = FolderSegmentationData(str(folder(tmp_path, mask)), image_size=32)
+    data.setup()
+    image, target = data.train_dataloader().dataset[0, 0]
+    assert image.shape == (3, 32, 32)
+    assert {int(n) for n in target.unique()} == {0, 1, 255}
+    data = FolderSegmentationData(str(tmp_path), background=0, image_size=32)
+    data.setup()
+    assert BACKGROUND in data.train_dataloader().dataset[0, 0][1]
+
+
+def test_bad_masks(tmp_path: Path) -> None:
+    def first(mask: Tensor | None, classes: str = "cat\ndog\n", name: str = "x") -> Any:
+        data = FolderSegmentationData(str(folder(tmp_path / name, mask, classes)), image_size=32)
+        data.setup()
+        return data.train_set[0]
+
+    with pytest.raises(DataError, match=r"a\.png is \(5, 20\), its image a\.jpg \(16, 20\)"):
+        first(torch.zeros(5, 20))
+    with pytest.raises(DataError, match=r"a\.png holds 7, the classes are 0 … 1"):
+        first(torch.full((16, 20), 7))
+    with pytest.raises(DataError, match="has no mask"):
+        first(None, name="y")
+    with pytest.raises(DataError, match="1 … 253 different classes"):
+        first(torch.zeros(16, 20), "cat\ncat\n", "z")
+    with pytest.raises(DataError, match=r"no .*classes\.txt"):
+        FolderSegmentationData(str(tmp_path))
+    with pytest.raises(ConfigError, match="unseen"):
+        SceneSegmentationData(unseen=16)
+
+
+@pytest.mark.parametrize("kind", DECODERS)
+def test_a_run_reports_seen_and_unseen(kind: str) -> None:
+    data = SceneSegmentationData(scenes=8, eval_scenes=8, batch_size=4, eval_batch_size=4, image_size=64)
+    method = mmpeft.LoRA(at="image:attn.*", rank=2) if kind == "SAN" else None
+    task = Segmenter(NAME, method, DECODERS[kind](), template="a drawing of a {}", image_size=64)
+    trainer = lightning.Trainer(max_epochs=1, **QUIET)
+    trainer.fit(task, datamodule=data)
+    (found,) = trainer.test(task, datamodule=data, verbose=False)
+    seen, unseen = found["test/seen"], found["test/unseen"]
+    assert found["test/mIoU"] == pytest.approx((12 * seen + 4 * unseen) / 16, abs=1e-6)
+    if seen and unseen:
+        assert found["test/hIoU"] == pytest.approx(2 * seen * unseen / (seen + unseen), rel=1e-4)
+    other = task.encode(["zebra", "space ship", "cheese"])
+    assert task(torch.randn(1, 3, 64, 64), other).shape == (1, 3, 64, 64)
+
+
+def test_a_picture_from_the_shell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from mmpeft.cli import main as mmpeft_main
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run.yaml").write_text(
+        "model: {class_path: Segmenter, init_args: {backbone: 'embedded:clip_emoji', image_size: 64,"
+        " decoder: {class_path: CLIPSegDecoder, init_args: {width: 16, heads: 2}}}}\n"
+        "data: {class_path: SceneSegmentationData, init_args: {scenes: 4, eval_scenes: 4, image_size: 64}}\n"
+        "trainer: {max_epochs: 1, enable_progress_bar: false, accelerator: cpu}\n"
+    )
+    assert mmpeft_main(["fit", "-c", "run.yaml", "--name", "seg"]) == 0
+    assert list((tmp_path / "runs/seg").rglob("masks/*.png"))
+    Image.fromarray(np.full((30, 40, 3), 200, np.uint8)).save("pic.png")
+    words = ["segment", "--checkpoint", "runs/seg", "--image", "pic.png", "--classes", "cat,dog", "--out", "out.png"]
+    assert mmpeft_main(words) == 0
+    assert Image.open("out_classes.png").size == (40, 30)
+    assert (tmp_path / "out.png").stat().st_size > 1000
+    assert mmpeft_main([*words[:-4], "--classes", "cat,cat"]) == 2
