@@ -1,8 +1,9 @@
 """Questions about composed scenes, in a small grammar: each with one true answer, all answers equally often.
 
-For every question the answer is drawn first and a scene is made for it, so that who reads the question alone is left
-to guess. Nothing ambiguous is asked: a kind that is asked about by name stands in the scene once, and directions hold
-by a clear margin.
+Kinds, colours and places of a scene are drawn independently of each other, and from an answer's truth or falsehood
+no scene is kept or thrown away. So every answer to a given text is as likely as any other, and who reads the question
+alone is left to guess; several questions about one scene keep that. Nothing ambiguous is asked: a kind that is asked
+about by name stands in the scene once, and directions hold, or fail, by a clear margin.
 """
 
 from __future__ import annotations
@@ -17,117 +18,112 @@ from mmpeft.embedded import EmojiSet
 from mmpeft.embedded.scenes import COLOURS, Scene, Thing, compose
 from mmpeft.errors import DataError
 
-KINDS: dict[str, str] = {
-    "flag": "country-flag",
-    "mammal": "animal-mammal",
-    "vehicle": "transport-ground",
-    "meal": "food-prepared",
-    "fruit": "food-fruit",
-    "heart": "heart",
-    "clock": "time",
-    "building": "place-building",
-    "garment": "clothing",
-    "weather": "sky & weather",
+KINDS: dict[str, tuple[str, ...]] = {
+    "flag": ("country-flag",),
+    "mammal": ("animal-mammal",),
+    "face": ("face-smiling", "face-affection", "face-concerned", "face-neutral-skeptical", "face-unwell"),
+    "worker": ("person-role",),
+    "vehicle": ("transport-ground", "transport-air", "transport-water"),
+    "meal": ("food-prepared", "food-asian"),
+    "garment": ("clothing",),
+    "clock": ("time",),
+    "heart": ("heart",),
+    "building": ("place-building", "place-religious"),
+    "weather sign": ("sky & weather",),
+    "hand": ("hand-fingers-open", "hand-fingers-partial", "hand-fingers-closed", "hand-single-finger", "hands"),
 }
-"""How a question calls a subcategory of emoji."""
+"""How a question calls the emoji of some subcategories; the plural takes an s."""
 
 DIRECTIONS: dict[str, tuple[int, int]] = {"left of": (0, -1), "right of": (0, 1), "above": (1, -1), "below": (1, 1)}
 """Axis (0 across, 1 down) and sign of the first thing's centre from the second's."""
 
 QUADRANTS = ("top left", "top right", "bottom left", "bottom right")
 NUMBERS = ("0", "1", "2", "3")
-TYPES = ("what", "where", "count", "colour", "relation")
-ANSWERS = (*KINDS, *QUADRANTS, *NUMBERS, *COLOURS, "yes", "no")
-TYPE_ANSWERS = {
+TYPE_ANSWERS: dict[str, tuple[str, ...]] = {
     "what": tuple(KINDS),
     "where": QUADRANTS,
     "count": NUMBERS,
     "colour": tuple(COLOURS),
     "relation": ("yes", "no"),
 }
+TYPES = tuple(TYPE_ANSWERS)
+ANSWERS = tuple(answer for answers in TYPE_ANSWERS.values() for answer in answers)
 MARGIN = 0.12
 """Of the scene's side: centres nearer than that are neither left nor right of each other."""
-TRIES = 100
+SIDES = {2: (0.34, 0.46), 3: (0.32, 0.44), 4: (0.3, 0.4)}
+"""Least and largest box of a thing, as shares of the scene's side, by how many there are."""
 
 
 @dataclass(frozen=True)
 class Question:
-    """A scene, what is asked about it, the answer, and which of the five types it is."""
+    """What is asked about a scene, the answer, and which of the `TYPES` it is."""
 
-    scene: Scene
     text: str
     answer: str
     type: str
 
 
 class Grammar:
-    """Asks questions about scenes of emoji of one set."""
+    """Composes scenes of emoji of one set and asks about them."""
 
-    def __init__(self, drawings: EmojiSet, rows: Sequence[Sequence[int]], size: int = 128) -> None:
+    def __init__(self, drawings: EmojiSet, size: int = 128) -> None:
         """Args:
         drawings: where the emoji are from.
-        rows: which of them are of each kind, in the order of `KINDS`.
         size: height and width of the scenes in pixels.
-        """
-        self.drawings, self.size = drawings, size
-        self.rows = dict(zip(KINDS, rows))
-        empty = [kind for kind, own in self.rows.items() if not len(own)]
-        if empty:
-            raise DataError(f"no drawing is of the kind {empty[0]!r}; questions need one of each")
-
-    def ask(self, kind: str, generator: Generator) -> Question:
-        """A question of one of the `TYPES`.
 
         Raises:
-            DataError: no scene is found for it.
+            DataError: a kind has no drawing.
         """
-        for _ in range(TRIES):
-            found: Question | None = getattr(self, f"_{kind}")(generator)
-            if found is not None:
-                return found
-        raise DataError(f"no scene of {self.size} pixels is found for a question of type {kind!r}")
+        self.drawings, self.size = drawings, size
+        labels = [drawings.subcategories[label] for label in drawings.sublabels.tolist()]
+        self.rows = {kind: [r for r, label in enumerate(labels) if label in own] for kind, own in KINDS.items()}
+        empty = [kind for kind, own in self.rows.items() if not own]
+        if empty:
+            raise DataError(f"no drawing is of the kind {empty[0]!r}; questions need one of each")
+        self.kind_of = {row: kind for kind, own in self.rows.items() for row in own}
 
-    def _what(self, g: Generator) -> Question | None:
-        answer, other, third = _draw(g, list(KINDS), 3)
-        if _one(g, 2):
-            scene = self._scene(g, [answer, other, third])
-            return Question(scene, f"what is on the {scene.things[0].colour} disc?", answer, "what")
-        scene = self._scene(g, [answer, other])
-        holds = [d for d in DIRECTIONS if stands(scene.things[0], d, scene.things[1], self.size)]
-        if not holds:
-            return None
-        return Question(scene, f"what is {holds[_one(g, len(holds))]} the {other}?", answer, "what")
+    def ask(self, generator: Generator) -> tuple[Scene, list[Question]]:
+        """A scene of two to four things with at most one question of each type: those that have one clear answer."""
+        asked, *others = _draw(generator, list(KINDS), len(KINDS))
+        count = _one(generator, len(NUMBERS))
+        # one thing more than the asked ones at least, so that no number is told by an empty scene; four at the most
+        more = {0: 2 + _one(generator, 2), 1: 1 + _one(generator, 3), 2: 1 + _one(generator, 2), 3: 1}[count]
+        kinds = [asked] * count + others[:more]
+        rows = [self.rows[kind][_one(generator, len(self.rows[kind]))] for kind in kinds]
+        colours = _draw(generator, list(COLOURS), len(kinds))
+        scene = compose(self.drawings, rows, generator, self.size, SIDES[len(kinds)], colours)
+        alone = [(kind, thing) for kind, thing in zip(kinds, scene.things) if kinds.count(kind) == 1]
+        alone = [alone[i] for i in torch.randperm(len(alone), generator=generator).tolist()]
+        kind, thing = alone[0]
+        questions = [
+            Question(f"how many {asked}s are there?", str(count), "count"),
+            Question(f"what colour is behind the {kind}?", str(thing.colour), "colour"),
+            self._what(generator, scene, kind, thing),
+        ]
+        where = quadrant(thing, self.size)
+        if where is not None:
+            questions.append(Question(f"where is the {kind}?", where, "where"))
+        if len(alone) > 1:
+            axis = _one(generator, 2)
+            names = [name for name, (own, _) in DIRECTIONS.items() if own == axis]
+            name, (other, second) = names[_one(generator, 2)], alone[1]
+            if any(stands(thing, either, second, self.size) for either in names):
+                answer = "yes" if stands(thing, name, second, self.size) else "no"
+                questions.append(Question(f"is the {kind} {name} the {other}?", answer, "relation"))
+        return scene, questions
 
-    def _where(self, g: Generator) -> Question | None:
-        answer, kinds = QUADRANTS[_one(g, 4)], _draw(g, list(KINDS), 3)
-        scene = self._scene(g, kinds)
-        if quadrant(scene.things[0], self.size) != answer:
-            return None
-        return Question(scene, f"where is the {kinds[0]}?", answer, "where")
-
-    def _count(self, g: Generator) -> Question:
-        count, kinds = _one(g, 4), _draw(g, list(KINDS), 4)
-        scene = self._scene(g, [kinds[0]] * count + kinds[1 : 4 - count])
-        return Question(scene, f"how many things are of the kind {kinds[0]}?", NUMBERS[count], "count")
-
-    def _colour(self, g: Generator) -> Question:
-        kinds = _draw(g, list(KINDS), 3)
-        scene = self._scene(g, kinds)
-        return Question(scene, f"what colour is behind the {kinds[0]}?", str(scene.things[0].colour), "colour")
-
-    def _relation(self, g: Generator) -> Question | None:
-        kinds, direction = _draw(g, list(KINDS), 3), list(DIRECTIONS)[_one(g, 4)]
-        answer = "yes" if _one(g, 2) else "no"
-        scene = self._scene(g, kinds)
-        first, second = scene.things[:2]
-        true, false = (stands(*pair, self.size) for pair in ((first, direction, second), (second, direction, first)))
-        if (answer == "yes" and not true) or (answer == "no" and not false):
-            return None
-        return Question(scene, f"is the {kinds[0]} {direction} the {kinds[1]}?", answer, "relation")
-
-    def _scene(self, g: Generator, kinds: Sequence[str]) -> Scene:
-        rows = [self.rows[kind][_one(g, len(self.rows[kind]))] for kind in kinds]
-        return compose(self.drawings, rows, g, self.size, (0.3, 0.45), _draw(g, list(COLOURS), len(kinds)))
+    def _what(self, generator: Generator, scene: Scene, kind: str, thing: Thing) -> Question:
+        """What is beside a thing where that is one other thing, for half of the questions; else what is on a disc."""
+        if _one(generator, 2):
+            name = list(DIRECTIONS)[_one(generator, len(DIRECTIONS))]
+            opposite = _opposite(name)
+            rest = [other for other in scene.things if other is not thing]
+            there = [other for other in rest if stands(other, name, thing, self.size)]
+            clear = all(stands(other, opposite, thing, self.size) for other in rest if other not in there)
+            if len(there) == 1 and clear:
+                return Question(f"what is {name} the {kind}?", self.kind_of[there[0].row], "what")
+        other = scene.things[_one(generator, len(scene.things))]
+        return Question(f"what is on the {other.colour} disc?", self.kind_of[other.row], "what")
 
 
 def centre(thing: Thing, size: int) -> tuple[float, float]:
@@ -150,10 +146,15 @@ def quadrant(thing: Thing, size: int) -> str | None:
     return QUADRANTS[2 * (down > 0.5) + (across > 0.5)]
 
 
-def _one(g: Generator, below: int) -> int:
-    return int(torch.randint(below, (), generator=g))
+def _opposite(direction: str) -> str:
+    axis, sign = DIRECTIONS[direction]
+    return next(name for name, facts in DIRECTIONS.items() if facts == (axis, -sign))
 
 
-def _draw(g: Generator, names: Sequence[str], count: int) -> list[str]:
+def _one(generator: Generator, below: int) -> int:
+    return int(torch.randint(below, (), generator=generator))
+
+
+def _draw(generator: Generator, names: Sequence[str], count: int) -> list[str]:
     """Different names in random order."""
-    return [names[i] for i in torch.randperm(len(names), generator=g)[:count].tolist()]
+    return [names[i] for i in torch.randperm(len(names), generator=generator)[:count].tolist()]

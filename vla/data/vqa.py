@@ -6,7 +6,7 @@ import json
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,27 +14,34 @@ from torch.utils.data import Dataset
 
 from mmpeft.embedded import emoji
 from mmpeft.errors import ConfigError, DataError
-from mmpeft.training.data import DataModule
+from mmpeft.training.data import DataModule, mix
 from mmpeft.training.image_data import FALLBACK_MEAN, FALLBACK_STD
 from mmpeft.training.transforms import evaluation
 from mmpeft.vla.backbone import check_length
 from mmpeft.vla.data.captions import read
-from mmpeft.vla.data.questions import ANSWERS, KINDS, TYPES, Grammar
+from mmpeft.vla.data.questions import ANSWERS, TYPES, Grammar
 
-HELD_BACK = 6
-"""Every sixth training identity of a kind is for validation."""
+AGREED = 3
+"""Annotators of VQAv2 whose agreement makes an answer fully right."""
 
-Sample = tuple[Any, str, Tensor, int]
+
+class Asked(NamedTuple):
+    """Q questions about B images; as a sample of a data set, about one image [3, H, W] that may be a picture still."""
+
+    images: Any  # float [B, 3, S, S]
+    questions: list[str]
+    owner: Tensor  # int64 [Q], which image
+    scores: Tensor  # float [Q, A], how right each answer is, 1 for the true one
+    types: Tensor  # int64 [Q], number of the type's name
+    ids: list[str]
 
 
 class QuestionData(DataModule):
-    """Batches `(images float [B, 3, S, S], questions: B strings, scores float [B, A], types int64 [B])`.
-
-    `scores` says how right each of the `answers` is, 1 for the true one; `types` are numbers of `types`' names.
-    """
+    """Batches `Asked`; `answers` and `types` are names, `soft` says that several answers may be right to a degree."""
 
     answers: list[str]
     types: list[str]
+    soft = False
 
     def __init__(self, batch_size: int, num_workers: int, seed: int, image_size: int, eval_batch_size: int) -> None:
         super().__init__(batch_size, num_workers, seed, eval_batch_size)
@@ -42,7 +49,8 @@ class QuestionData(DataModule):
         self.configure(image_size, FALLBACK_MEAN, FALLBACK_STD)
 
     def configure(self, image_size: int | Sequence[int], mean: Sequence[float], std: Sequence[float]) -> None:
-        """Take the normalisation of the backbone; images keep the size that was asked for."""
+        """Take size and normalisation of the backbone, whose position embeddings know one size only."""
+        self.image_size = image_size if isinstance(image_size, int) else image_size[-1]
         self.train_transform = self.eval_transform = OfImage(evaluation(self.image_size, mean, std))
 
     def check(self, tokens: Callable[[Sequence[str]], Tensor]) -> None:
@@ -50,109 +58,129 @@ class QuestionData(DataModule):
 
 
 class OfImage:
-    """Apply a transform to the image of `(image, question, scores, type)`."""
+    """Apply a transform to the image of a sample."""
 
     def __init__(self, transform: Callable[[Any], Tensor]) -> None:
         self.transform = transform
 
-    def __call__(self, sample: Sample) -> Sample:
+    def __call__(self, sample: Asked) -> Asked:
         """Return the transformed sample."""
-        return self.transform(sample[0]), *sample[1:]
+        return sample._replace(images=self.transform(sample.images))
 
 
-def collate(samples: Sequence[Sample]) -> tuple[Tensor, list[str], Tensor, Tensor]:
-    """Images [B, 3, S, S], questions, scores [B, A] and types [B]."""
-    images, texts, scores, types = zip(*samples)
-    return torch.stack(images), list(texts), torch.stack(scores), torch.tensor(types)
+def collate(samples: Sequence[Asked]) -> Asked:
+    """One batch of samples; `owner` counts through its images."""
+    return Asked(
+        torch.stack([s.images for s in samples]),
+        [question for s in samples for question in s.questions],
+        torch.cat([s.owner + row for row, s in enumerate(samples)]),
+        torch.cat([s.scores for s in samples]),
+        torch.cat([s.types for s in samples]),
+        [name for s in samples for name in s.ids],
+    )
 
 
-class Asked(Dataset[Sample]):
-    """Questions about scenes, types in turn; made anew whenever one is read."""
+class Scenes(Dataset[Asked]):
+    """Scenes with their questions, made when they are read by torch's random state, which the loader seeds.
 
-    def __init__(self, grammar: Grammar, length: int) -> None:
-        self.grammar, self.length = grammar, length
+    `salt` keeps the same seed from giving the scenes of two sets the same places, colours and kinds.
+    """
+
+    def __init__(self, grammar: Grammar, length: int, salt: int) -> None:
+        self.grammar, self.length, self.salt = grammar, length, salt
 
     def __len__(self) -> int:
-        """Return the number of questions in an epoch."""
+        """Return the number of scenes in an epoch."""
         return self.length
 
-    def __getitem__(self, index: int) -> Sample:
-        """Return a uint8 image, a question, scores of all answers, and the number of its type."""
-        generator = torch.Generator().manual_seed(int(torch.randint(2**62, ())))
-        kind = index % len(TYPES)
-        found = self.grammar.ask(TYPES[kind], generator)
-        scores = torch.zeros(len(ANSWERS))
-        scores[ANSWERS.index(found.answer)] = 1
-        return found.scene.image, found.text, scores, kind
+    def __getitem__(self, index: int) -> Asked:
+        """Return one scene, uint8 [3, S, S], with its questions."""
+        seed = mix(self.salt, int(torch.randint(2**62, ())))
+        scene, questions = self.grammar.ask(torch.Generator().manual_seed(seed))
+        scores = torch.zeros(len(questions), len(ANSWERS))
+        for row, question in zip(scores, questions):
+            row[ANSWERS.index(question.answer)] = 1
+        types = torch.tensor([TYPES.index(q.type) for q in questions])
+        ids = [f"{index}.{q.type}" for q in questions]
+        return Asked(scene.image, [q.text for q in questions], torch.zeros_like(types), scores, types, ids)
 
 
 class SceneQuestionData(QuestionData):
-    """Questions of five types about composed OpenMoji scenes; test scenes are of identities no training saw."""
+    """Questions of five types about composed scenes; those of validation and test are of emoji no training shows."""
 
     def __init__(
         self,
         style: str = "openmoji",
-        questions: int = 4000,
-        eval_questions: int = 1000,
+        scenes: int = 2000,
+        eval_scenes: int = 500,
         image_size: int = 128,
-        batch_size: int = 32,
+        batch_size: int = 16,
         num_workers: int = 0,
         seed: int = 0,
-        eval_batch_size: int = 64,
+        eval_batch_size: int = 32,
     ) -> None:
         """Args:
         style: `openmoji`, `noto` or `twemoji`.
-        questions: training questions an epoch; each is new.
-        eval_questions: questions for validation and for the test; always the same.
-        image_size: height and width in pixels.
-        batch_size: questions a training step and process.
+        scenes: training scenes an epoch, each new, with three to five questions.
+        eval_scenes: scenes for validation, and for the test; always the same for a seed.
+        image_size: height and width in pixels of the scenes.
+        batch_size: scenes a training step and process.
         num_workers: loading processes; the batches do not depend on it.
-        seed: of the training questions.
-        eval_batch_size: questions a validation or test step.
+        seed: of the scenes and the questions.
+        eval_batch_size: scenes a validation, test or prediction step.
+
+        Raises:
+            ConfigError: a number of scenes below 1.
         """
         super().__init__(batch_size, num_workers, seed, image_size, eval_batch_size)
-        self.style, self.questions, self.eval_questions = style, questions, eval_questions
+        for name, value in (("scenes", scenes), ("eval_scenes", eval_scenes)):
+            if value < 1:
+                raise ConfigError(f"{name} is a number of scenes >= 1, got {value}")
+        self.style, self.scenes, self.eval_scenes, self.scene_size = style, scenes, eval_scenes, image_size
         self.answers, self.types = list(ANSWERS), list(TYPES)
 
     def datasets(self, stage: str | None = None) -> None:
-        """Set the three sets of questions."""
-        known, held_out = emoji(self.style, "train"), emoji(self.style, "test")
-
-        def rows(sets: Any) -> list[list[int]]:
-            numbers = (sets.subcategories.index(kind) for kind in KINDS.values())
-            return [torch.nonzero(sets.sublabels == number).flatten().tolist() for number in numbers]
-
-        train = [[row for i, row in enumerate(own) if i % HELD_BACK] for own in rows(known)]
-        val = [own[::HELD_BACK] for own in rows(known)]
-        self.train_set = Asked(Grammar(known, train, self.image_size), self.questions)
-        self.val_set = Asked(Grammar(known, val, self.image_size), self.eval_questions)
-        self.test_set = Asked(Grammar(held_out, rows(held_out), self.image_size), self.eval_questions)
+        """Set the three sets of scenes, each with the emoji of its own split."""
+        counts = {"train": self.scenes, "val": self.eval_scenes, "test": self.eval_scenes}
+        for salt, (name, count) in enumerate(counts.items()):
+            grammar = Grammar(emoji(self.style, name), self.scene_size)
+            setattr(self, f"{name}_set", Scenes(grammar, count, salt))
+        self.predict_set = self.test_set
 
 
-class Annotated(Dataset[Sample]):
-    """Questions of a VQAv2 file with the annotators' answers; those with no known answer are left out."""
+class Annotated(Dataset[Asked]):
+    """Questions of VQAv2 files, with the annotators' answers where there are any."""
 
     def __init__(self, items: Sequence[dict[str, Any]], answers: Sequence[str], types: Sequence[str]) -> None:
+        self.items = list(items)
         self.numbers = {answer: i for i, answer in enumerate(answers)}
         self.types = {name: i for i, name in enumerate(types)}
-        self.items = [item for item in items if any(a in self.numbers for a in item["answers"])]
 
     def __len__(self) -> int:
         """Return the number of questions."""
         return len(self.items)
 
-    def __getitem__(self, index: int) -> Sample:
-        """Return an image, a question, scores `min(n / 3, 1)` for n annotators, and the number of its type."""
+    def __getitem__(self, index: int) -> Asked:
+        """Return one picture with one question; scores are `min(n / 3, 1)` for n annotators."""
         item = self.items[index]
-        scores = torch.zeros(len(self.numbers))
+        scores = torch.zeros(1, len(self.numbers))
         for answer, count in Counter(item["answers"]).items():
             if answer in self.numbers:
-                scores[self.numbers[answer]] = min(count / 3, 1.0)
-        return read(item["image"]), item["question"], scores, self.types[item["type"]]
+                scores[0, self.numbers[answer]] = min(count / AGREED, 1.0)
+        kind = torch.tensor([self.types.get(item["type"], 0)])
+        picture = read(item["image"])
+        return Asked(picture, [item["question"]], torch.zeros_like(kind), scores, kind, [str(item["id"])])
 
 
 class VQAData(QuestionData):
-    """VQAv2's files: `questions.json`, `annotations.json` and a folder of images, for training, validation and test."""
+    """VQAv2's layout: a folder with `train`, `val`, `test` and `predict`, or some of them, each with `questions.json`,
+    `annotations.json` (not for `predict`) and images.
+
+    Answers are the most frequent ones of training. Training leaves out questions that none of them answers; validation
+    and test keep them, and count them as wrong.
+    """
+
+    soft = True
 
     def __init__(
         self,
@@ -166,42 +194,48 @@ class VQAData(QuestionData):
         eval_batch_size: int = 64,
     ) -> None:
         """Args:
-        root: folder with `train`, `val` and `test` (or some of them), each with the two files.
+        root: the folder.
         image_name: where an image is below `root`; `{image_id:012d}` pads the number as COCO does.
-        vocabulary: the most frequent training answers that can be given.
-        image_size: height and width that images are resized to.
+        vocabulary: how many answers can be given at most.
+        image_size: height and width that images are resized to, unless the backbone says otherwise.
         batch_size: questions a training step and process.
         num_workers: loading processes; the batches do not depend on it.
         seed: of the order.
-        eval_batch_size: questions a validation or test step.
+        eval_batch_size: questions a validation, test or prediction step.
 
         Raises:
-            DataError: a file is missing or has other keys, or a question has no image or no answer.
+            ConfigError: a vocabulary below two answers.
+            DataError: a file is missing or has other keys, a question has no image or no annotation, or no question of
+                a set is answered by the vocabulary.
         """
         super().__init__(batch_size, num_workers, seed, image_size, eval_batch_size)
         if vocabulary < 2:
             raise ConfigError(f"vocabulary is a number of answers >= 2, got {vocabulary}")
         self.root = Path(root)
-        self.items = {
-            s: items_of(self.root, s, image_name) for s in ("train", "val", "test") if (self.root / s).is_dir()
-        }
-        if "train" not in self.items:
+        found = [split for split in ("train", "val", "test", "predict") if (self.root / split).is_dir()]
+        if "train" not in found:
             raise DataError(f"{self.root} has no folder `train` with questions.json and annotations.json")
+        self.items = {split: items_of(self.root, split, image_name) for split in found}
         count = Counter(answer for item in self.items["train"] for answer in set(item["answers"]))
-        self.answers = [answer for answer, _ in count.most_common(vocabulary)]
-        self.types = sorted({item["type"] for items in self.items.values() for item in items})
+        # equally frequent answers by name: the vocabulary must not depend on the order of the questions
+        self.answers = sorted(count, key=lambda answer: (-count[answer], answer))[:vocabulary]
+        self.types = sorted({item["type"] for s, items in self.items.items() if s != "predict" for item in items})
+        known = set(self.answers)
+        for split, items in self.items.items():
+            answered = [item for item in items if known.intersection(item["answers"])]
+            if split != "predict" and not answered:
+                raise DataError(
+                    f"no question of {self.root / split} has one of the {len(known)} answers of training: "
+                    f"{sorted(known)[:3]} …; its first question is {items[0]['question']!r}"
+                )
+            if split == "train":
+                self.items[split] = answered
 
     def datasets(self, stage: str | None = None) -> None:
-        """Set the sets that are there.
-
-        Raises:
-            DataError: no question of a set can be answered with the vocabulary.
-        """
-        for name, items in self.items.items():
-            found = Annotated(items, self.answers, self.types)
-            if not len(found):
-                raise DataError(f"no question of {self.root / name} has one of the {len(self.answers)} answers")
-            setattr(self, f"{name}_set", found)
+        """Set the sets that are there; without a folder `predict`, the test questions are predicted."""
+        for split, items in self.items.items():
+            setattr(self, f"{split}_set", Annotated(items, self.answers, self.types))
+        self.predict_set = self.predict_set or self.test_set
 
     def check(self, tokens: Callable[[Sequence[str]], Tensor]) -> None:
         """Raise DataError for a question that a tokenizer would cut."""
@@ -214,31 +248,34 @@ def items_of(root: Path, split: str, image_name: str) -> list[dict[str, Any]]:
     Raises:
         DataError: as `VQAData` says.
     """
-    asked, said = (_entries(root / split / f"{name}.json", name) for name in ("questions", "annotations"))
-    answers = {}
-    for entry in said:
+    answers: dict[Any, tuple[list[str], str]] = {}
+    for entry in _entries(root / split, "annotations") if split != "predict" else []:
         try:
-            given = [str(a["answer"]).lower() for a in entry["answers"]]
+            given = [str(a["answer"]).lower().strip() for a in entry["answers"]]
             answers[entry["question_id"]] = (given, str(entry.get("question_type", "all")))
-        except (KeyError, TypeError) as error:
-            raise DataError(f"an annotation in {root / split} has no {error}: {str(entry)[:80]}") from error
+        except (KeyError, TypeError, AttributeError) as error:
+            raise DataError(f"an annotation in {root / split} lacks {error}: {str(entry)[:80]}") from error
     found = []
-    for entry in asked:
+    for entry in _entries(root / split, "questions"):
         try:
             number, question = entry["question_id"], str(entry["question"])
             image = root / image_name.format(split=split, image_id=entry["image_id"])
-        except (KeyError, ValueError) as error:
-            raise DataError(f"a question in {root / split} has no {error}: {str(entry)[:80]}") from error
-        if not answers.get(number, ([], ""))[0]:
+        except (KeyError, TypeError, ValueError) as error:
+            raise DataError(f"a question in {root / split} lacks {error}: {str(entry)[:80]}") from error
+        given, kind = answers.get(number, ([], "all"))
+        if split != "predict" and not given:
             raise DataError(f"question {number} in {root / split} has no answer in annotations.json")
         if not image.is_file():
-            raise DataError(f"question {number} in {root / split} is about {image}, which does not exist")
-        given, kind = answers[number]
-        found.append({"question": question, "image": image, "answers": given, "type": kind})
+            raise DataError(
+                f"question {number} in {root / split} is about {image}, which does not exist; `image_name` is "
+                f"{image_name!r}"
+            )
+        found.append({"id": number, "question": question, "image": image, "answers": given, "type": kind})
     return found
 
 
-def _entries(path: Path, name: str) -> list[dict[str, Any]]:
+def _entries(folder: Path, name: str) -> list[dict[str, Any]]:
+    path = folder / f"{name}.json"
     try:
         entries = json.loads(path.read_text("utf-8"))[name]
     except (OSError, ValueError, KeyError, TypeError) as error:

@@ -10,6 +10,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
+from rich.console import Console
+from rich.table import Table
 
 from mmpeft.errors import ConfigError
 from mmpeft.files import write_atomic
@@ -22,32 +25,51 @@ from mmpeft.vla.vqa.task import VisualQuestions
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Print the likeliest answers; write the picture with the question and the first of them."""
+    """Print the likeliest answers to each question; write the picture with its questions and answers."""
     parser = argparse.ArgumentParser("mmpeft ask", description=__doc__)
     parser.add_argument(
         "--checkpoint", type=Path, required=True, help="a run of VisualQuestions: its folder or a .ckpt file"
     )
     parser.add_argument("--image", type=Path, required=True, help="the picture")
-    parser.add_argument("--question", required=True, help="what to ask")
+    parser.add_argument("--question", nargs="+", required=True, help="what to ask, each question in quotes")
     parser.add_argument("--top", type=int, default=3, help="answers to print (default: %(default)s)")
     parser.add_argument(
         "--out", type=Path, default=Path("answered.png"), help="picture to write (default: %(default)s)"
     )
     options = parser.parse_args((sys.argv[1:] if argv is None else list(argv))[1:])
+    if options.top < 1:
+        raise ConfigError(f"--top is a number of answers >= 1, got {options.top}")
     picture = read(options.image)
     task, _ = load_run(options.checkpoint)
     if not isinstance(task, VisualQuestions):
         raise ConfigError(f"{options.checkpoint} is a run of {type(task).__name__}, ask wants one of VisualQuestions")
-    assert task.tokenizer is not None
-    check_length([options.question], task.tokenizer)
-    (size, _), mean, std = preprocessing(task.model)
-    transform: Any = evaluation(size, mean, std)
-    with torch.no_grad():
-        scores = task(transform(picture)[None].to(task.device), [options.question]).softmax(1)[0].cpu()
-    values, best = scores.topk(min(options.top, len(scores)))
-    for value, number in zip(values.tolist(), best.tolist()):
-        print(f"{task.answers[number]}  {value:.2f}")
-    image = torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None] / 255
-    write_atomic(options.out, answered(image, [(options.question, "", task.answers[int(best[0])])]))
+    probabilities = ask(task, picture, options.question)
+    count = min(options.top, len(task.answers))
+    table = Table("question", *(f"{rank + 1}." for rank in range(count)))
+    for question, row in zip(options.question, probabilities):
+        best = row.topk(count)
+        table.add_row(
+            question, *(f"{task.answers[i]} {v:.2f}" for v, i in zip(best.values.tolist(), best.indices.tolist()))
+        )
+    Console().print(table)
+    image = torch.from_numpy(np.array(picture)).permute(2, 0, 1) / 255
+    lines = [(q, "", task.answers[int(row.argmax())]) for q, row in zip(options.question, probabilities)]
+    write_atomic(options.out, answered([image] * len(lines), lines))
     print(f"picture: {options.out}")
     return 0
+
+
+@torch.no_grad()
+def ask(task: VisualQuestions, picture: Image.Image, questions: Sequence[str]) -> torch.Tensor:
+    """Probabilities [Q, A] of the answers to questions about one picture.
+
+    Raises:
+        DataError: a question is longer than the text tower's context.
+    """
+    assert task.tokenizer is not None
+    check_length(questions, task.tokenizer)
+    (size, _), mean, std = preprocessing(task.model)
+    transform: Any = evaluation(size, mean, std)
+    image = transform(picture)[None].to(task.device)
+    scores: torch.Tensor = task(image, questions, torch.zeros(len(questions), dtype=torch.long, device=task.device))
+    return (scores.sigmoid() if task.soft else scores.softmax(1)).cpu()

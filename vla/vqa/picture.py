@@ -8,25 +8,33 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+LINE = 26
+"""Characters in a line over an image."""
 
-def answered(images: Tensor, lines: Sequence[tuple[str, str, str]]) -> bytes:
-    """A PNG of images [B, 3, H, W] in [0, 1] over `(question, truth, answer)`; wrong answers are red."""
+
+def answered(images: Tensor | Sequence[Tensor], lines: Sequence[tuple[str, str, str]]) -> bytes:
+    """A PNG: over each image its question, under it the answer, in red with the truth where that is another.
+
+    Args:
+        images: float [3, H, W] each, in [0, 1].
+        lines: `(question, truth, answer)` of each; an empty truth is one that nobody knows.
+    """
     from matplotlib.figure import Figure
 
     columns = min(len(images), 4)
     rows = -(-len(images) // columns)
-    figure = Figure(figsize=(2.6 * columns, 3.3 * rows), dpi=100, layout="constrained")
+    figure = Figure(figsize=(2.5 * columns, 3.1 * rows), dpi=100, layout="constrained")
     cells = figure.subplots(rows, columns, squeeze=False)
     for cell in cells.flat:
         cell.axis("off")
-    for cell, image, (question, truth, answer) in zip(cells.flat, images.cpu(), lines):
-        cell.imshow(image.clamp(0, 1).permute(1, 2, 0).numpy())
+    for cell, image, (question, truth, answer) in zip(cells.flat, images, lines):
+        cell.imshow(image.detach().cpu().clamp(0, 1).permute(1, 2, 0).numpy())
+        cell.set_title(textwrap.fill(question, LINE), fontsize=9)
         wrong = bool(truth) and truth != answer
         said = f"{answer} (it is {truth})" if wrong else answer
-        cell.set_title(textwrap.fill(question, 28), fontsize=9)
-        cell.text(
-            0.5, -0.04, said, transform=cell.transAxes, ha="center", va="top", color="tab:red" if wrong else "black"
-        )
+        colour = "tab:red" if wrong else "tab:green" if truth else "black"
+        place = {"transform": cell.transAxes, "ha": "center", "va": "top"}
+        cell.text(0.5, -0.03, textwrap.fill(said, LINE), color=colour, fontsize=10, fontweight="bold", **place)
     out = io.BytesIO()
     figure.savefig(out, format="png")
     return out.getvalue()

@@ -1,36 +1,38 @@
-"""Visual question answering with an image-text pair: answers from a vocabulary, by both towers and a small fusion."""
+"""Visual question answering with an image-text pair: both towers, a fusion transformer, a vocabulary of answers."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
-from mmpeft.errors import ConfigError, DataError
-from mmpeft.files import write_atomic
+from mmpeft.errors import ConfigError, DataError, Refused
 from mmpeft.methods.base import Method
 from mmpeft.methods.compose import Frozen
 from mmpeft.recompute import Recompute
 from mmpeft.training.module import TuningModule
 from mmpeft.tuning import Tuning
 from mmpeft.vla.backbone import Tokenizer, create, preprocessing, tokenizer
+from mmpeft.vla.data.vqa import Asked
 from mmpeft.vla.taps import Taps
 from mmpeft.vla.vqa.model import Fusion, patch_grid
-from mmpeft.vla.vqa.picture import answered
+from mmpeft.vla.vqa.show import AnswerWriter, show
 
 SHOWN = 8
+TOP = 3
 
 
 class VisualQuestions(TuningModule):
-    """Trains a fusion transformer, and by a method the towers, to answer; `−Σ_a s_a log softmax(z)_a / Σ_a s_a`.
+    """Trains a fusion transformer, and by a method the towers, to answer questions about images.
 
-    s are the scores of the answers, one 1 for scenes and `min(n/3, 1)` for VQAv2. Reported is the mean score of the
-    answers given, over all questions and by type.
+    The loss is `−log softmax(z)_a` of the one true answer; where several are right to a degree s (VQAv2), it is
+    `Σ_a BCE(σ(z_a), s_a)`. Reported is the mean score of the answers given, over all questions and by type.
     """
 
     def __init__(
@@ -64,14 +66,16 @@ class VisualQuestions(TuningModule):
         self.fusion = fusion or Fusion()
         self.answers: list[str] = []
         self.types: list[str] = []
+        self.soft = False
         self.tokenizer: Tokenizer | None = None
 
     def build(self) -> nn.Module:
-        data = getattr(self._trainer, "datamodule", None)
+        data: Any = getattr(self._trainer, "datamodule", None)
         if data is not None:
-            self.answers, self.types = list(data.answers), list(data.types)
+            self.answers, self.types = list(getattr(data, "answers", ())), list(getattr(data, "types", ()))
+            self.soft = bool(getattr(data, "soft", False))
         if not self.answers:
-            raise ConfigError(f"{type(data).__name__} names no answers")
+            raise ConfigError(f"{type(data).__name__} names no answers; VisualQuestions chooses among them")
         model = create(self.backbone, self.pretrained, self.image_size)
         self.tokenizer = tokenizer(self.backbone)
         if data is not None:
@@ -81,6 +85,7 @@ class VisualQuestions(TuningModule):
 
     def prepare(self) -> Tuning:
         first = self.tuning is None
+        waiting, self._waiting = self._waiting, None  # the fusion transformer has no tensors to load into before start
         tuning = super().prepare()
         if first:
             model: Any = self.model
@@ -89,53 +94,71 @@ class VisualQuestions(TuningModule):
             self.fusion.start(self.image, self.text, patch_grid(self.image, size), len(self.answers))
             names = [f"{s}_{k}" for s in ("val", "test") for k in ("all", *self.types)]
             self.metrics = nn.ModuleDict({name: MeanMetric() for name in names})
+            if waiting is not None:
+                self.load_state_dict(waiting)
         return tuning
 
-    def forward(self, images: Tensor, questions: Sequence[str]) -> Tensor:
-        """Scores [B, A] of the answers, before the softmax."""
+    def forward(self, images: Tensor, questions: Sequence[str], owner: Tensor | None = None) -> Tensor:
+        """Scores [Q, A] of the answers, before the softmax, for Q questions about images [B, 3, H, W].
+
+        `owner` int64 [Q] says which image a question is about; without it, each has one question.
+        """
         self.prepare()
         assert self.tokenizer is not None
-        tokens = self.tokenizer(list(questions)).to(self.device)
-        padding = tokens == self.tokenizer([""])[0, -1].to(self.device)
-        last = len(self.text.paths) - 1
-        asked = self.text(tokens, [last])[last]
-        patches = None
-        if not self.fusion.blind:
-            last = len(self.image.paths) - 1
-            patches = self.image.patches(self.image(images, [last])[last])
-        scores: Tensor = self.fusion(patches, asked, padding)
+        tokens = self.tokenizer(list(questions)).to(images.device)
+        padding = tokens == self.tokenizer([""])[0, -1].to(images.device)
+        asked = self._last(self.text, tokens)
+        if asked.shape[1] != tokens.shape[1]:
+            raise Refused(f"{self.method} changes the number of question tokens: their padding is not known any more")
+        longest = int((~padding).sum(1).max())  # padding is at the end; what no question reaches costs time alone
+        patches = None if self.fusion.blind else self.image.patches(self._last(self.image, images))
+        owner = torch.arange(len(asked), device=images.device) if owner is None else owner
+        scores: Tensor = self.fusion(patches, asked[:, :longest], padding[:, :longest], owner)
         return scores
 
-    def loss(self, batch: tuple[Tensor, Sequence[str], Tensor, Tensor], index: int) -> Tensor:
-        images, questions, right, _ = batch
-        share = right / right.sum(1, keepdim=True).clamp(min=1e-6)
-        loss = -(share * self(images, questions).float().log_softmax(1)).sum(1).mean()
-        self.log("train/loss", loss, prog_bar=True, on_step=False, on_epoch=True, batch_size=len(images))
+    @staticmethod
+    def _last(tower: Taps, inputs: Tensor) -> Tensor:
+        last = len(tower.paths) - 1
+        return tower(inputs, [last])[last]
+
+    def loss(self, batch: Asked, index: int) -> Tensor:
+        scores = self(batch.images, batch.questions, batch.owner).float()
+        if self.soft:
+            loss = F.binary_cross_entropy_with_logits(scores, batch.scores, reduction="sum") / len(scores)
+        else:
+            loss = F.cross_entropy(scores, batch.scores)
+        self.log("train/loss", loss, prog_bar=True, on_step=False, on_epoch=True, batch_size=len(scores))
         return loss
 
-    def validation_step(self, batch: tuple[Tensor, Sequence[str], Tensor, Tensor], index: int) -> None:
+    # -- evaluation ------------------------------------------------------------------------------------------
+
+    def configure_callbacks(self) -> list[Callback]:
+        """Lightning's hook: `predict` writes a file."""
+        return [*super().configure_callbacks(), AnswerWriter()]
+
+    def validation_step(self, batch: Asked, index: int) -> None:
         self._evaluate(batch, index, "val")
 
-    def test_step(self, batch: tuple[Tensor, Sequence[str], Tensor, Tensor], index: int) -> None:
+    def test_step(self, batch: Asked, index: int) -> None:
         self._evaluate(batch, index, "test")
 
-    def _evaluate(self, batch: tuple[Tensor, Sequence[str], Tensor, Tensor], index: int, stage: str) -> None:
-        images, questions, right, types = batch
-        given = self(images, questions).argmax(1)
-        score = right.gather(1, given[:, None])[:, 0]
+    def _evaluate(self, batch: Asked, index: int, stage: str) -> None:
+        given = self(batch.images, batch.questions, batch.owner).argmax(1)
+        score = batch.scores.gather(1, given[:, None])[:, 0]
         self.metrics[f"{stage}_all"].update(score)
         for number, name in enumerate(self.types):
-            if (types == number).any():
-                self.metrics[f"{stage}_{name}"].update(score[types == number])
-        if index == 0 and not self.trainer.sanity_checking and self.logger is not None and self.trainer.is_global_zero:
-            mean, std = (torch.tensor(v, device=images.device)[:, None, None] for v in (self.mean, self.std))
-            lines = [
-                (q, self.answers[int(r.argmax())], self.answers[int(a)])
-                for q, r, a in zip(questions[:SHOWN], right, given)
-            ]
-            name = f"{stage}_{self.current_epoch:03d}" if stage == "val" else stage
-            picture = answered(images[:SHOWN] * std + mean, lines)
-            write_atomic(Path(self.trainer.log_dir or ".") / "answers" / f"{name}.png", picture)
+            if (batch.types == number).any():
+                self.metrics[f"{stage}_{name}"].update(score[batch.types == number])
+        if index == 0 and not self.trainer.sanity_checking:
+            # one question an image, a type further with each image
+            rows = [torch.nonzero(batch.owner == image).flatten() for image in range(len(batch.images))]
+            picks = [int(own[i % len(own)]) for i, own in enumerate(rows)][:SHOWN]
+            lines = [(batch.questions[i], self._true(batch.scores[i]), self.answers[int(given[i])]) for i in picks]
+            mean, std = (torch.tensor(v, device=given.device)[:, None, None] for v in (self.mean, self.std))
+            show(self.trainer, batch.images[:SHOWN] * std + mean, lines, stage)
+
+    def _true(self, scores: Tensor) -> str:
+        return self.answers[int(scores.argmax())] if float(scores.max()) else "another answer"
 
     def on_validation_epoch_end(self) -> None:
         self._finish("val")
@@ -150,11 +173,29 @@ class VisualQuestions(TuningModule):
                 self.log(f"{stage}/{'accuracy' if name == 'all' else name}", metric.compute(), prog_bar=name == "all")
             metric.reset()
 
+    def predict_step(self, batch: Asked, index: int) -> list[dict[str, Any]]:
+        """For each question: its identifier, its text, and the likeliest answers with their probabilities."""
+        scores = self(batch.images, batch.questions, batch.owner).float()
+        best = (scores.sigmoid() if self.soft else scores.softmax(1)).topk(min(TOP, len(self.answers)))
+        rows = zip(batch.ids, batch.questions, best.values.tolist(), best.indices.tolist())
+        return [
+            {"id": i, "question": q, "answers": {self.answers[a]: round(v, 4) for v, a in zip(values, numbers)}}
+            for i, q, values, numbers in rows
+        ]
+
+    # -- checkpoints -----------------------------------------------------------------------------------------
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Lightning's hook: scores mean nothing without the answers they are of."""
         checkpoint["answers"] = self.answers
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        if checkpoint.get("answers", self.answers) != self.answers:
+        """Lightning's hook.
+
+        Raises:
+            DataError: the checkpoint's answers are not those of the data module.
+        """
+        if self.answers and checkpoint.get("answers", self.answers) != self.answers:
             raise DataError(
                 "the checkpoint was trained with other answers than the data module has: they would be misread"
             )
