@@ -79,8 +79,12 @@ def plot(rows: Sequence[dict[str, float]]) -> bytes:
     key = "harmonic" if "test/harmonic" in rows[0] else "base"
     other = "test/new" if key == "harmonic" else "test/base"
     axes.plot([r["test/base"] for r in rows], [r[other] for r in rows], "o-", markersize=4)
+    places: dict[tuple[float, float], list[str]] = {}
     for row in rows:
-        axes.annotate(f"{row['alpha']:g}", (row["test/base"], row[other]), xytext=(4, 4), textcoords="offset points")
+        places.setdefault((row["test/base"], row[other]), []).append(f"{row['alpha']:g}")
+    for place, shares in places.items():
+        named = shares[0] if len(shares) == 1 else f"{shares[0]} – {shares[-1]}"
+        axes.annotate(named, place, xytext=(4, 4), textcoords="offset points")
     best = max(rows, key=lambda row: row[f"val/{key}"])
     axes.plot(
         best["test/base"], best[other], "s", color="tab:red", label=f"α = {best['alpha']:g}, chosen on validation"
