@@ -21,6 +21,7 @@ from mmpeft.training.transforms import evaluation
 from mmpeft.vla.backbone import preprocessing
 from mmpeft.vla.data.captions import read
 from mmpeft.vla.segmentation.picture import overlays
+from mmpeft.vla.segmentation.show import index_png
 from mmpeft.vla.segmentation.task import Segmenter
 
 
@@ -45,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     image = torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None] / 255
     write_atomic(options.out, overlays(image, [numbers[None]], names))
     mask = options.out.with_name(f"{options.out.stem}_classes.png")
-    Image.fromarray(numbers.to(torch.uint8).numpy()).save(mask)
+    write_atomic(mask, index_png(numbers))
     table = Table("number", "class", "share of the picture")
     for number, name in enumerate(names):
         table.add_row(str(number), name, f"{float((numbers == number).float().mean()):.1%}")

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mmpeft.vla.segmentation.losses import matched
+from mmpeft.errors import ConfigError
+from mmpeft.vla.segmentation.losses import IGNORED, matched
+from mmpeft.vla.segmentation.tower import heads, projection, through
 from mmpeft.vla.taps import Taps, grid_of
 
 
@@ -41,14 +42,23 @@ class CLIPSegDecoder(Decoder):
     map a class. Lüddecke and Ecker, arXiv:2112.10003.
     """
 
-    def __init__(self, layers: Sequence[int] | None = None, width: int = 64, heads: int = 4) -> None:
+    def __init__(
+        self, layers: Sequence[int] | None = None, width: int = 64, heads: int = 4, prompts: int | None = 8
+    ) -> None:
         """Args:
         layers: depths of the blocks to decode from; None for three spread over the tower.
         width: of the decoder's tokens.
         heads: of its attention.
+        prompts: classes each training image is asked for: those it shows, and others drawn by chance; None for all.
+
+        Raises:
+            ConfigError: heads do not divide the width, or there are no prompts.
         """
         super().__init__()
-        self.wanted, self.width, self.heads = layers, width, heads
+        check_heads(width, heads)
+        if prompts is not None and prompts < 1:
+            raise ConfigError(f"prompts is a number of classes >= 1, got {prompts}; None for all")
+        self.wanted, self.width, self.heads, self.prompts = layers, width, heads, prompts
 
     def start(self, taps: Taps, text_width: int, patch: int) -> None:
         self.depths = taps.layers(self.wanted)[::-1]
@@ -67,10 +77,12 @@ class CLIPSegDecoder(Decoder):
         )
 
     def film(self, x: Tensor, text: Tensor) -> Tensor:
-        """`γ(t) ⊙ x + β(t)` for every image and class: [B, n, w] and [C, e] to [B, C, n, w]."""
-        return self.scale(text)[None, :, None] * x[:, None] + self.shift(text)[None, :, None]
+        """`γ(√e t) ⊙ x + β(√e t)` for images and classes: x [B, n, w], text [C, e] or [B, C, e] to [B, C, n, w]."""
+        text = text * text.shape[-1] ** 0.5  # unit vectors would hardly modulate: entries of unit variance do
+        return self.scale(text).unsqueeze(-2) * x[:, None] + self.shift(text).unsqueeze(-2)
 
     def logits(self, taps: Taps, images: Tensor, text: Tensor) -> Tensor:
+        """Logit maps [B, C, H, W] of text [C, e], or [B, C, e] where each image has prompts of its own."""
         features = taps(images, self.depths)
         x: Tensor | None = None
         for number, (depth, reduce, block) in enumerate(zip(self.depths, self.reduce, self.blocks)):
@@ -79,27 +91,28 @@ class CLIPSegDecoder(Decoder):
                 x = self.film(own, text).flatten(0, 1)
             else:
                 assert x is not None
-                x = x + own.repeat_interleave(len(text), 0)
+                x = x + own.repeat_interleave(text.shape[-2], 0)
             x = block(x)
         assert x is not None
         rows, columns = grid_of(x.shape[1], images.shape[-2:])
         maps = self.up(x.transpose(1, 2).unflatten(2, (rows, columns)))
         if maps.shape[-2:] != images.shape[-2:]:
             maps = F.interpolate(maps, images.shape[-2:], mode="bilinear", align_corners=False)
-        return maps[:, 0].unflatten(0, (len(images), len(text)))
+        return maps[:, 0].unflatten(0, (len(images), text.shape[-2]))
 
     def forward(self, taps: Taps, images: Tensor, text: Tensor) -> Tensor:
         return self.logits(taps, images, text).sigmoid()
 
     def loss(self, taps: Taps, images: Tensor, text: Tensor, target: Tensor) -> Tensor:
-        """Binary cross entropy of every class's map, plus a dice loss where the class is present."""
-        logits = self.logits(taps, images, text).float()
-        truth = (target[:, None] == torch.arange(len(text), device=target.device)[None, :, None, None]).float()
-        counts = (target != 255)[:, None].float()
+        """Binary cross entropy of the prompted maps, plus half a dice loss of the classes that are there."""
+        chosen = prompted(target, len(text), self.prompts)
+        logits = self.logits(taps, images, text[chosen]).float()
+        truth = (target[:, None] == chosen[..., None, None]).float()
+        counts = (target != IGNORED)[:, None].float()
         errors = F.binary_cross_entropy_with_logits(logits, truth, reduction="none") * counts
         present = truth.flatten(2).any(2)
-        inside = (logits.sigmoid() * truth).flatten(2).sum(2)
-        both = ((logits.sigmoid() * counts) + truth).flatten(2).sum(2)
+        shares = logits.sigmoid() * counts
+        inside, both = (shares * truth).flatten(2).sum(2), (shares + truth).flatten(2).sum(2)
         dice = (1 - 2 * inside / both.clamp(min=1e-6))[present]
         return errors.sum() / counts.expand_as(errors).sum().clamp(min=1) + 0.5 * dice.sum() / max(len(dice), 1)
 
@@ -123,13 +136,20 @@ class SANDecoder(Decoder):
         queries: masks an image is explained by.
         patch: pixels of a side patch.
         last: blocks of the tower that the copies run through.
+
+        Raises:
+            ConfigError: heads do not divide the width.
         """
         super().__init__()
+        check_heads(width, heads)
         self.width, self.depth, self.heads = width, depth, heads
         self.queries, self.patch, self.last = queries, patch, last
 
     def start(self, taps: Taps, text_width: int, patch: int) -> None:
         w = self.width
+        if not 0 < self.last < len(taps.paths):
+            raise ConfigError(f"last is a number of blocks in 1 … {len(taps.paths) - 1}, got {self.last}")
+        projection(taps.model)  # refused here rather than in the first step
         self.enter = len(taps.paths) - self.last  # the copies' first block
         self.lent = sorted(set(taps.layers(None, min(self.depth, max(1, self.enter)))))
         self.lent = [d for d in self.lent if d < self.enter] or [self.enter - 1]
@@ -142,15 +162,15 @@ class SANDecoder(Decoder):
             for _ in range(self.depth)
         )
         self.norm = nn.LayerNorm(w)
-        self.clip_heads = heads_of(taps.blocks[-1])
+        self.clip_heads = heads(taps.model)
         self.mask_query, self.mask_pixel = mlp(w, w), mlp(w, w)
         self.bias_query, self.bias_pixel = mlp(w, self.clip_heads * 16), mlp(w, self.clip_heads * 16)
-        self.nothing = nn.Parameter(torch.zeros(1, text_width))
+        self.nothing = nn.Parameter(torch.randn(1, text_width) * 0.02)
 
     def forward(self, taps: Taps, images: Tensor, text: Tensor) -> Tensor:
-        """`Σ_q p(class | q) · p(pixel | q)`."""
+        """`Σ_q p(class | q) · p(pixel | q)`, at most 1."""
         classes, masks = self.explain(taps, images, text)
-        return torch.einsum("bqc,bqhw->bchw", classes.softmax(-1)[..., :-1], masks.sigmoid())
+        return torch.einsum("bqc,bqhw->bchw", classes.softmax(-1)[..., :-1], masks.sigmoid()).clamp(max=1)
 
     def loss(self, taps: Taps, images: Tensor, text: Tensor, target: Tensor) -> Tensor:
         """Losses of classes and masks, each query with the segment it fits best (`losses.matched`)."""
@@ -179,8 +199,8 @@ class SANDecoder(Decoder):
         bias = self._bias(query, pixel, (rows, columns), grid_of(taps.patches(base).shape[1], images.shape[-2:]))
         copies = self.recognise(taps, base, bias)
         scale = taps.model.logit_scale.exp()  # type: ignore[operator]
-        known = F.normalize(project(taps.model.visual, copies).float(), dim=-1)
-        scores = scale * known @ torch.cat([text, F.normalize(self.nothing + 1e-6, dim=-1)]).t()
+        known = F.normalize(projection(taps.model)(copies).float(), dim=-1)
+        scores = scale * known @ torch.cat([text, F.normalize(self.nothing, dim=-1)]).t()
         return scores, masks
 
     def _bias(self, query: Tensor, pixel: Tensor, side: tuple[int, int], clip: tuple[int, int]) -> Tensor:
@@ -193,34 +213,45 @@ class SANDecoder(Decoder):
         return F.adaptive_avg_pool2d(bias, clip).flatten(2).unflatten(1, (self.clip_heads, self.queries))
 
     def recognise(self, taps: Taps, base: Tensor, bias: Tensor) -> Tensor:
-        """What copies of the class token become in the last blocks, [B, Q, d]: they see patches, nobody sees them."""
+        """What copies of the class token become in the last blocks, [B, Q, d].
+
+        Each sees itself and, by its bias, the patches; nobody sees it, so the patches stay what they were.
+
+        Args:
+            taps: the tower.
+            base: tokens [B, prefix + n, d] in front of those blocks.
+            bias: [B, heads, Q, n], added to the copies' attention logits.
+        """
         start = base[:, :1] if taps.prefix else base.mean(1, keepdim=True)
-        n, count = base.shape[1], self.queries
+        n, count = base.shape[1], bias.shape[2]
         mask = bias.new_zeros(len(base), self.clip_heads, n + count, n + count)
         mask[..., n:] = float("-inf")
+        mask[..., n:, n:].diagonal(dim1=-2, dim2=-1).zero_()
+        mask[..., n:, : taps.prefix] = float("-inf")  # the class token knows all of the image: copies must not ask it
         mask[..., n:, taps.prefix : n] = bias
-        if taps.prefix:
-            mask[..., n:, : taps.prefix] = float("-inf")  # it sees all of the image: copies must not ask it
         x = torch.cat([base, start.expand(-1, count, -1)], 1)
-        for block in taps.blocks[self.enter :]:
-            timm = hasattr(block, "norm1")
-            x = block(x, attn_mask=(mask if timm else mask.flatten(0, 1)).to(x.dtype))
-        return x[:, n:]
+        return through(taps.blocks[self.enter :], x, mask)[:, n:]
 
 
-def heads_of(block: Any) -> int:
-    """Attention heads of a timm or open_clip block."""
-    return int(block.attn.num_heads)
+def prompted(target: Tensor, classes: int, prompts: int | None) -> Tensor:
+    """Class numbers to ask each image for, int64 [B, K]: those it shows first, then others by chance.
+
+    Args:
+        target: class numbers [B, H, W]; others than 0 … classes − 1 are no class.
+        classes: how many there are.
+        prompts: K; None, or more than there are, for all in order.
+    """
+    every = torch.arange(classes, device=target.device)
+    if prompts is None or prompts >= classes:
+        return every.expand(len(target), -1)
+    present = torch.stack([(target == number).flatten(1).any(1) for number in every], 1)
+    return (present + torch.rand(present.shape, device=target.device)).topk(prompts, dim=1).indices
 
 
-def project(visual: Any, tokens: Tensor) -> Tensor:
-    """Tokens [B, Q, d] of the last block into the joint space, as the tower does with what it pools."""
-    trunk = getattr(visual, "trunk", None)
-    if trunk is not None:
-        found: Tensor = visual.head(trunk.fc_norm(trunk.norm(tokens)))
-        return found
-    tokens = visual.ln_post(tokens)
-    return tokens if visual.proj is None else tokens @ visual.proj
+def check_heads(width: int, heads: int) -> None:
+    """Raise ConfigError unless heads divide the width."""
+    if heads < 1 or width < 1 or width % heads:
+        raise ConfigError(f"{heads} heads do not divide a width of {width}")
 
 
 def mlp(width: int, out: int) -> nn.Sequential:

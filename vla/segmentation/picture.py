@@ -25,7 +25,8 @@ def overlays(images: Tensor, masks: Sequence[Tensor], classes: Sequence[str]) ->
 
     colours = torch.tensor([colormaps["tab20"](i % 20)[:3] for i in range(len(classes))])
     titles = TITLES if len(masks) == 2 else ("image", "segments")
-    figure = Figure(figsize=(2.3 * len(titles) + 1.8, 2.3 * len(images)), dpi=100, layout="constrained")
+    side = 2.3 if len(images) > 1 else 4.5
+    figure = Figure(figsize=(side * len(titles) + 1.8, side * len(images)), dpi=100, layout="constrained")
     cells = figure.subplots(len(images), len(titles), squeeze=False)
     shown: dict[int, None] = {}
     for row, image in enumerate(images.cpu().permute(0, 2, 3, 1)):

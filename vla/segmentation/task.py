@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 from torchmetrics.classification import MulticlassJaccardIndex
 
 from mmpeft.errors import ConfigError
-from mmpeft.files import write_atomic
 from mmpeft.methods.base import Method
 from mmpeft.methods.compose import Frozen
 from mmpeft.recompute import Recompute
@@ -21,7 +23,7 @@ from mmpeft.vla.backbone import create, preprocessing, tokenizer
 from mmpeft.vla.data.segmentation import BACKGROUND, IGNORED
 from mmpeft.vla.fewshot.texts import ClassTexts
 from mmpeft.vla.segmentation.decoders import CLIPSegDecoder, Decoder
-from mmpeft.vla.segmentation.picture import overlays
+from mmpeft.vla.segmentation.show import SegmentWriter, show
 from mmpeft.vla.taps import Taps, grid_of
 
 SHOWN = 6
@@ -31,7 +33,11 @@ class Segmenter(TuningModule):
     """Trains a decoder, and by a method the image tower, on masks of seen classes; tested on seen and unseen ones.
 
     A pixel belongs to the class of the highest score if that is above `threshold`, else to none. Reported are the mean
-    intersection over union of all, of seen and of unseen classes, and the harmonic mean hIoU of the last two.
+    intersection over union of all, of seen and of unseen classes, and the harmonic mean hIoU of the last two; a class
+    that is nowhere and was found nowhere does not count.
+
+    Batches are `(images float [B, 3, H, W], class numbers int64 [B, H, W])` with 254 for background and 255 for what
+    does not count; to predict, `(images, identifiers, heights and widths [B, 2])`.
     """
 
     def __init__(
@@ -47,7 +53,7 @@ class Segmenter(TuningModule):
         lr_scheduler: LRSchedulerCallable | None = None,
         recompute: Recompute = None,
         compile: bool = False,
-        image_size: int | None = 128,
+        image_size: int | None = None,
     ) -> None:
         """Args:
         backbone: `<architecture>/<tag>`, `hf-hub:…`, `local-dir:<folder>` or `embedded:clip_emoji`.
@@ -61,7 +67,10 @@ class Segmenter(TuningModule):
         lr_scheduler: a scheduler in place of warm-up and cosine, stepped after each optimiser step.
         recompute: what blocks compute again in the backward pass: nothing, `pointwise` operations, or `block`.
         compile: compile every block with torch.compile.
-        image_size: height and width in pixels; None for the pair's own.
+        image_size: height and width in pixels that the tower sees; None for the pair's own.
+
+        Raises:
+            ConfigError: the threshold is no score in (0, 1).
         """
         method = method or Frozen()
         super().__init__(method, optimizer, warmup, recompute, compile, train_head=False, lr_scheduler=lr_scheduler)
@@ -94,24 +103,31 @@ class Segmenter(TuningModule):
             patches = next(iter(probe.values())).shape[1] - self.taps.prefix
             text = self.encode(self.classes or ["thing"])
             self.decoder.start(self.taps, text.shape[1], size[0] // grid_of(patches, size)[0])
-            self.register_buffer("text", text, persistent=False)
+            visual = {id(p) for p in model.visual.parameters()}
+            self.live = any(p.requires_grad and id(p) not in visual for p in model.parameters())
+            if not self.live:  # the text tower says the same in every step
+                self.register_buffer("text", text.detach(), persistent=False)
             count = len(self.classes) + 1
-            iou = {s: MulticlassJaccardIndex(count, average=None, ignore_index=IGNORED) for s in ("val", "test")}
-            self.iou = nn.ModuleDict({f"{stage}_iou": metric for stage, metric in iou.items()})
+            self.iou = nn.ModuleDict({f"{stage}_iou": overlap(count) for stage in ("val", "test")})
         return tuning
 
-    @torch.no_grad()
-    def encode(self, classes: list[str]) -> Tensor:
-        """Unit text features [C, e] of class names."""
+    def encode(self, classes: Sequence[str]) -> Tensor:
+        """Unit text features [C, e] of class names, any that the text tower can read."""
         assert self.model is not None
         assert self.tuning is not None
         found = ClassTexts(classes, [self.template], tokenizer(self.backbone), self.tuning)
         return found.encode(self.model).float()
 
+    def texts(self) -> Tensor:
+        """Unit text features [C, e] of the data's classes; encoded anew where the method tunes the text tower."""
+        self.prepare()
+        found: Tensor = self.encode(self.classes) if self.live else self.text
+        return found
+
     def forward(self, images: Tensor, text: Tensor | None = None) -> Tensor:
         """Scores [B, C, H, W] in [0, 1] for unit text features [C, e], by default those of the data's classes."""
         self.prepare()
-        scores: Tensor = self.decoder(self.taps, images, self.text if text is None else text)
+        scores: Tensor = self.decoder(self.taps, images, self.texts() if text is None else text)
         return scores
 
     def segment(self, scores: Tensor) -> Tensor:
@@ -124,7 +140,7 @@ class Segmenter(TuningModule):
         seen = len(self.classes) - self.unseen
         hidden = (target >= seen) & (target < BACKGROUND)
         target = target.masked_fill(hidden, IGNORED)
-        loss = self.decoder.loss(self.taps, images, self.text[:seen], target)
+        loss = self.decoder.loss(self.taps, images, self.texts()[:seen], target)
         self.log("train/loss", loss, prog_bar=True, on_step=False, on_epoch=True, batch_size=len(images))
         return loss
 
@@ -140,16 +156,27 @@ class Segmenter(TuningModule):
         truth = target.masked_fill(target == BACKGROUND, len(self.classes))
         self.iou[f"{stage}_iou"].update(found, truth)
         if index == 0 and not self.trainer.sanity_checking:
-            self._show(images[:SHOWN], truth[:SHOWN], found[:SHOWN], stage)
+            show(self, self.pictures(images[:SHOWN]), truth[:SHOWN], found[:SHOWN], stage)
 
-    def _show(self, images: Tensor, truth: Tensor, found: Tensor, stage: str) -> None:
-        """Images, truths and predictions to the logger and as a PNG in the run's folder."""
-        if self.logger is None or not self.trainer.is_global_zero:
-            return
+    def pictures(self, images: Tensor) -> Tensor:
+        """Images as they were before normalisation, in [0, 1]."""
         mean, std = (torch.tensor(v, device=images.device)[:, None, None] for v in (self.mean, self.std))
-        picture = overlays(images * std + mean, [truth, found], self.classes)
-        name = f"{stage}_{self.trainer.current_epoch:03d}" if stage == "val" else stage
-        write_atomic(Path(self.trainer.log_dir or ".") / "masks" / f"{name}.png", picture)
+        return (images * std + mean).clamp(0, 1)
+
+    def predict_step(self, batch: tuple[Tensor, Sequence[str], Tensor], index: int) -> dict[str, Any]:
+        """Identifiers, pictures in [0, 1] and class numbers at each picture's own size; `SegmentWriter` stores them."""
+        images, names, sizes = batch
+        whole = [tuple(size) for size in sizes.tolist()]
+        found, pictures = self(images).float(), self.pictures(images)
+        return {
+            "id": list(names),
+            "pictures": [F.interpolate(p[None], s, mode="bilinear").cpu() for p, s in zip(pictures, whole)],
+            "masks": [self.segment(F.interpolate(f[None], s, mode="bilinear")).cpu() for f, s in zip(found, whole)],
+        }
+
+    def configure_callbacks(self) -> list[Callback]:
+        """Lightning's hook: what a task brings along."""
+        return [*super().configure_callbacks(), SegmentWriter()]
 
     def on_validation_epoch_end(self) -> None:
         self._finish("val")
@@ -160,10 +187,22 @@ class Segmenter(TuningModule):
     def _finish(self, stage: str) -> None:
         iou = self.iou[f"{stage}_iou"].compute()[: len(self.classes)]
         self.iou[f"{stage}_iou"].reset()
-        seen = len(self.classes) - self.unseen
-        found = {"mIoU": iou.mean(), "seen": iou[:seen].mean()}
-        if self.unseen:
-            found["unseen"] = iou[seen:].mean()
-            both = torch.stack([found["seen"], found["unseen"]]).clamp(min=1e-8)
-            found["hIoU"] = 2 / both.reciprocal().sum()
-        self.log_dict({f"{stage}/{key}": value for key, value in found.items()}, prog_bar=True)
+        self.log_dict({f"{stage}/{key}": value for key, value in means(iou, self.unseen).items()}, prog_bar=True)
+
+
+def overlap(classes: int) -> MulticlassJaccardIndex:
+    """Intersection over union of each class, NaN for one that is nowhere and was found nowhere."""
+    return MulticlassJaccardIndex(
+        classes, average=None, ignore_index=IGNORED, zero_division=math.nan, validate_args=False
+    )
+
+
+def means(iou: Tensor, unseen: int) -> dict[str, Tensor]:
+    """`mIoU`; with unseen classes, the last ones of [C], also `seen`, `unseen` and `hIoU = 2 / (1/seen + 1/unseen)`."""
+    seen = len(iou) - unseen
+    found = {"mIoU": iou.nanmean(), "seen": iou[:seen].nanmean()}
+    if unseen:
+        found["unseen"] = iou[seen:].nanmean()
+        both = torch.stack([found["seen"], found["unseen"]]).clamp(min=1e-8)
+        found["hIoU"] = 2 / both.reciprocal().sum()
+    return found
