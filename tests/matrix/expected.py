@@ -26,6 +26,7 @@ REFUSED = {
     ("*oRA", "convnext"): "'attn.q' .*matches no site",
     ("AdaptFormer", "vit_parallel"): NO_SUBLAYER,
     ("Houlsby", "vit_parallel"): NO_SUBLAYER,
+    ("VLAdapter", "vit_parallel"): NO_SUBLAYER,
     ("Pfeiffer", "vit_parallel"): NO_SUBLAYER,
     ("AdapterDrop", "vit_parallel"): NO_SUBLAYER,
     ("AdapterFusion", "vit_parallel"): NO_SUBLAYER,
