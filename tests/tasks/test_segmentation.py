@@ -267,6 +267,16 @@ def test_means_leave_out_what_is_nowhere() -> None:
     assert float(found["hIoU"]) == pytest.approx(2 * 0.5 * 0.3 / 0.8)
 
 
+def test_a_pixel_unsure_of_its_class_still_shows_something() -> None:
+    task = Segmenter(NAME)
+    scores = torch.tensor([[0.4, 0.3, 0.0], [0.1, 0.1, 0.1], [0.0, 0.0, 0.9]]).t()[None, :, None]
+    assert task.segment(scores)[0, 0].tolist() == [0, 3, 2]
+    task.threshold = None
+    assert task.segment(scores)[0, 0].tolist() == [0, 0, 2]
+    with pytest.raises(ConfigError, match="threshold is a score"):
+        Segmenter(NAME, threshold=1.5)
+
+
 def test_a_tuned_text_tower_is_heard() -> None:
     task = Segmenter(NAME, mmpeft.LoRA(at="text:attn.*", rank=2), CLIPSegDecoder(width=16, heads=2), image_size=64)
     task.classes, task.log = ["cat", "dog"], lambda *a, **k: None  # type: ignore[method-assign]

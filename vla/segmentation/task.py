@@ -32,7 +32,8 @@ SHOWN = 6
 class Segmenter(TuningModule):
     """Trains a decoder, and by a method the image tower, on masks of seen classes; tested on seen and unseen ones.
 
-    A pixel belongs to the class of the highest score if that is above `threshold`, else to none. Reported are the mean
+    A pixel belongs to the class of the highest score if the scores of all sum to more than `threshold`, else to none:
+    unsure which class it is, it still shows something. Reported are the mean
     intersection over union of all, of seen and of unseen classes, and the harmonic mean hIoU of the last two; a class
     that is nowhere and was found nowhere does not count.
 
@@ -47,7 +48,7 @@ class Segmenter(TuningModule):
         decoder: Decoder | None = None,
         pretrained: bool = True,
         template: str = "a photo of a {}.",
-        threshold: float = 0.5,
+        threshold: float | None = 0.5,
         optimizer: OptimizerCallable = torch.optim.AdamW,
         warmup: float = 0.1,
         lr_scheduler: LRSchedulerCallable | None = None,
@@ -61,7 +62,7 @@ class Segmenter(TuningModule):
         decoder: `CLIPSegDecoder` or `SANDecoder`.
         pretrained: whether to load the pair's weights.
         template: text around a class name.
-        threshold: score below which a pixel belongs to no class.
+        threshold: sum of scores below which a pixel belongs to no class; None where each pixel has one, as in ADE20K.
         optimizer: any torch optimiser, given everything that trains.
         warmup: share of all steps with a linear rise of the learning rate; cosine decay to zero follows.
         lr_scheduler: a scheduler in place of warm-up and cosine, stepped after each optimiser step.
@@ -74,8 +75,8 @@ class Segmenter(TuningModule):
         """
         method = method or Frozen()
         super().__init__(method, optimizer, warmup, recompute, compile, train_head=False, lr_scheduler=lr_scheduler)
-        if not 0 < threshold < 1:
-            raise ConfigError(f"threshold is a score in (0, 1), got {threshold}")
+        if threshold is not None and not 0 < threshold < 1:
+            raise ConfigError(f"threshold is a score in (0, 1) or None, got {threshold}")
         self.backbone, self.pretrained, self.image_size = backbone, pretrained, image_size
         self.template, self.threshold = template, threshold
         self.decoder = decoder or CLIPSegDecoder()
@@ -132,8 +133,10 @@ class Segmenter(TuningModule):
 
     def segment(self, scores: Tensor) -> Tensor:
         """Class numbers [B, H, W]; C for none."""
-        best, number = scores.max(1)
-        return torch.where(best > self.threshold, number, scores.shape[1])
+        number = scores.argmax(1)
+        if self.threshold is None:
+            return number
+        return number.masked_fill(scores.sum(1) <= self.threshold, scores.shape[1])
 
     def loss(self, batch: tuple[Tensor, Tensor], index: int) -> Tensor:
         images, target = batch
