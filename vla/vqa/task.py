@@ -15,6 +15,7 @@ from torchmetrics import MeanMetric
 from mmpeft.errors import ConfigError, DataError, Refused
 from mmpeft.methods.base import Method
 from mmpeft.methods.compose import Frozen
+from mmpeft.parts.in_place import InPlace
 from mmpeft.recompute import Recompute
 from mmpeft.training.module import TuningModule
 from mmpeft.tuning import Tuning
@@ -88,6 +89,8 @@ class VisualQuestions(TuningModule):
         waiting, self._waiting = self._waiting, None  # the fusion transformer has no tensors to load into before start
         tuning = super().prepare()
         if first:
+            if any(isinstance(p.part, InPlace) for p in tuning.placements):
+                raise Refused(f"{self.method} puts learned tokens in the place of the question's words; take others")
             model: Any = self.model
             self.image, self.text = Taps(model), Taps(model, "text")
             size, self.mean, self.std = preprocessing(model)
@@ -147,8 +150,8 @@ class VisualQuestions(TuningModule):
         score = batch.scores.gather(1, given[:, None])[:, 0]
         self.metrics[f"{stage}_all"].update(score)
         for number, name in enumerate(self.types):
-            if (batch.types == number).any():
-                self.metrics[f"{stage}_{name}"].update(score[batch.types == number])
+            # also where the batch has none: a process that did not update would not wait for the others
+            self.metrics[f"{stage}_{name}"].update(score, weight=(batch.types == number).float())
         if index == 0 and not self.trainer.sanity_checking:
             # one question an image, a type further with each image
             rows = [torch.nonzero(batch.owner == image).flatten() for image in range(len(batch.images))]
@@ -169,9 +172,10 @@ class VisualQuestions(TuningModule):
     def _finish(self, stage: str) -> None:
         for name in ("all", *self.types):
             metric = self.metrics[f"{stage}_{name}"]
-            if metric.update_called:
-                self.log(f"{stage}/{'accuracy' if name == 'all' else name}", metric.compute(), prog_bar=name == "all")
+            value = metric.compute()
             metric.reset()
+            if not value.isnan():  # a type without a question
+                self.log(f"{stage}/{'accuracy' if name == 'all' else name}", value, prog_bar=name == "all")
 
     def predict_step(self, batch: Asked, index: int) -> list[dict[str, Any]]:
         """For each question: its identifier, its text, and the likeliest answers with their probabilities."""
