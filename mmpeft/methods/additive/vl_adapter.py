@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -68,5 +67,5 @@ class NormedBranch(Branch):
 
 
 def _norm(layer: nn.LayerNorm, x: Tensor) -> Tensor:
-    own: Any = (cast(layer.weight, x.dtype), cast(layer.bias, x.dtype))
-    return F.layer_norm(x, layer.normalized_shape, *own, layer.eps)
+    gain, shift = cast(layer.weight, x.dtype), cast(layer.bias, x.dtype)
+    return F.layer_norm(x, list(layer.normalized_shape), gain, shift, layer.eps)

@@ -31,6 +31,10 @@ class InPlacePrompt(Sited):
 
     def levels(self, available: list[Site]) -> list[Site]:
         """The embedding and the blocks at whose entry prompts stand."""
+        if self.at == "text:embed" and not any(s.tower == "text" and s.kind == "embedding" for s in available):
+            raise Refused(
+                f"{type(self).__name__} wants an image-text pair: there is no text tower with words to replace"
+            )
         chosen = [site for site in self.chosen(available) if site.kind == "embedding"]
         if len(chosen) != 1:
             raise Refused(
