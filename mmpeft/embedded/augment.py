@@ -41,16 +41,36 @@ class StyleAugment:
 
     def __call__(self, rgba: Tensor, generator: Generator) -> Tensor:
         batch = _Batch(len(rgba), generator)
+        rgb, alpha = self._drawn(rgba, batch)
+        colour = torch.rand(len(rgba), 3, 1, 1, generator=generator)
+        paper = torch.where(batch.on(self.p_white), torch.ones(()), colour)
+        flat = rgb * alpha + paper * (1 - alpha)
+        return torch.where(batch.on(self.p_blur), _blur(flat), flat).clamp(0, 1)
+
+    def mosaic(self, rgba: Tensor, generator: Generator) -> tuple[Tensor, Tensor]:
+        """Four drawings a picture, `[4B, 4, H, W]` on `[B, 3, 2H, 2W]`, and what each covers, `[B, 4, 2H, 2W]`.
+
+        The paper is white or goes from one light colour to another; the whole is moved around by up to a third of a
+        drawing, so that places mean nothing. For features of regions (arXiv:2312.11376).
+        """
+        batch, (height, width) = _Batch(len(rgba) // 4, generator), rgba.shape[-2:]
+        rgb, alpha = (_tiled(x) for x in self._drawn(rgba, _Batch(len(rgba), generator)))
+        ends = 1 - 0.3 * torch.rand(2, batch.size, 3, 1, 1, generator=generator)
+        ends = torch.where(batch.on(self.p_white), torch.ones(()), ends)
+        slope = (torch.linspace(0, 1, 2 * height)[:, None] + torch.linspace(0, 1, 2 * width)) / 2
+        pictures = rgb * alpha + torch.lerp(ends[0], ends[1], slope) * (1 - alpha)
+        cells = torch.eye(4).view(1, 4, 2, 2).repeat_interleave(height, 2).repeat_interleave(width, 3)
+        move = torch.randint(-height // 3, height // 3 + 1, (2,), generator=generator).tolist()
+        return pictures.roll(move, (2, 3)).clamp(0, 1), (cells * alpha).roll(move, (2, 3))
+
+    def _drawn(self, rgba: Tensor, batch: _Batch) -> tuple[Tensor, Tensor]:
+        """Colour and alpha of each drawing in another pose and style."""
         posed = self._pose(torch.cat([rgba[:, :3] * rgba[:, 3:], rgba[:, 3:]], 1), batch)
         alpha = posed[:, 3:].clamp(0, 1)
         rgb = self._recolour((posed[:, :3] / alpha.clamp(min=1e-3)).clamp(0, 1), batch)
         inked, inked_alpha = self._outline(rgb, alpha, batch)
         chosen = batch.on(self.p_outline)
-        rgb, alpha = torch.where(chosen, inked, rgb), torch.where(chosen, inked_alpha, alpha)
-        colour = torch.rand(len(rgba), 3, 1, 1, generator=generator)
-        paper = torch.where(batch.on(self.p_white), torch.ones(()), colour)
-        flat = rgb * alpha + paper * (1 - alpha)
-        return torch.where(batch.on(self.p_blur), _blur(flat), flat).clamp(0, 1)
+        return torch.where(chosen, inked, rgb), torch.where(chosen, inked_alpha, alpha)
 
     def _pose(self, premultiplied: Tensor, batch: _Batch) -> Tensor:
         scale, angle = batch.uniform(*self.scale), batch.uniform(-self.rotation, self.rotation) * math.pi / 180
@@ -102,6 +122,13 @@ class _Batch:
 
     def on(self, probability: float) -> Tensor:
         return torch.rand(self.size, 1, 1, 1, generator=self.generator) < probability
+
+
+def _tiled(drawings: Tensor) -> Tensor:
+    """`[4B, C, H, W]` to `[B, C, 2H, 2W]`, four in a square."""
+    _, channels, height, width = drawings.shape
+    square = drawings.view(-1, 2, 2, channels, height, width).permute(0, 3, 1, 4, 2, 5)
+    return square.reshape(-1, channels, 2 * height, 2 * width)
 
 
 def _blur(images: Tensor) -> Tensor:
