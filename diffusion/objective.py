@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+from diffusers import DDPMScheduler
 from diffusers.training_utils import compute_snr
 from torch import Generator, Tensor
 
@@ -15,11 +17,41 @@ Prediction = Literal["epsilon", "v_prediction", "sample"]
 Sampling = Literal["uniform", "logit_normal"]
 
 
+@dataclass(frozen=True)
+class Levels:
+    """How noisy training samples are, as a share σ of the way from image to noise.
+
+    `uniform`, or `logit_normal`: `σ = sigmoid(mean + std z)`, most often half-way (arXiv:2403.03206). Then
+    `σ ← k σ / (1 + (k − 1) σ)` with `shift` k > 1 towards noise, as larger images want it.
+    """
+
+    sampling: Sampling = "uniform"
+    mean: float = 0.0
+    std: float = 1.0
+    shift: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.shift <= 0 or self.std <= 0:
+            raise ConfigError(f"shift and std of the noise levels must be positive, got {self.shift} and {self.std}")
+        if self.sampling not in ("uniform", "logit_normal"):
+            raise ConfigError(f"noise levels are drawn `uniform` or `logit_normal`, got {self.sampling!r}")
+
+    def draw(self, count: int, generator: Generator | None = None) -> Tensor:
+        """σ in [0, 1), [count]."""
+        if self.sampling == "uniform":
+            sigma = torch.rand(count, generator=generator)
+        else:
+            sigma = (self.mean + self.std * torch.randn(count, generator=generator)).sigmoid()
+        return self.shift * sigma / (1 + (self.shift - 1) * sigma)
+
+
 class Objective(ABC):
     """Draws timesteps, makes a noisy sample of each latent, and weighs the squared error of the prediction.
 
     Shapes: latents, noise and predictions [B, ...]; timesteps [B].
     """
+
+    levels: Levels
 
     @abstractmethod
     def draw(self, count: int, generator: Generator | None = None) -> Tensor:
@@ -50,12 +82,13 @@ class Denoising(Objective):
     `min(SNR, γ) / SNR` for ε, `min(SNR, γ) / (SNR + 1)` for v and `min(SNR, γ)` for x₀, `SNR = ᾱ / (1 − ᾱ)`.
     """
 
-    def __init__(self, scheduler: Any, snr_gamma: float | None = None) -> None:
+    def __init__(self, scheduler: Any, snr_gamma: float | None = None, levels: Levels | None = None) -> None:
         """Args:
         scheduler: diffusers' DDPM or DDIM scheduler of the pipeline, which says what is predicted.
         snr_gamma: γ, usually 5; None for equal weights.
+        levels: which timesteps are drawn; None for all alike.
         """
-        self.scheduler, self.snr_gamma = scheduler, snr_gamma
+        self.scheduler, self.snr_gamma, self.levels = scheduler, snr_gamma, levels or Levels()
         self.prediction: Prediction = scheduler.config.prediction_type
         if self.prediction not in ("epsilon", "v_prediction", "sample"):
             raise ConfigError(f"the scheduler predicts {self.prediction!r}; expected epsilon, v_prediction or sample")
@@ -63,7 +96,7 @@ class Denoising(Objective):
             raise ConfigError(f"snr_gamma must be positive, got {snr_gamma}; leave it out for equal weights")
 
     def draw(self, count: int, generator: Generator | None = None) -> Tensor:
-        return torch.randint(self.scheduler.config.num_train_timesteps, (count,), generator=generator)
+        return (self.levels.draw(count, generator) * self.scheduler.config.num_train_timesteps).long()
 
     def noisy(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         found: Tensor = self.scheduler.add_noise(latents, noise, timesteps)
@@ -86,29 +119,15 @@ class Denoising(Objective):
 
 
 class FlowMatching(Objective):
-    """`x_σ = (1 − σ) x₀ + σ ε`; the model predicts `ε − x₀` (arXiv:2210.02747, 2403.03206) and is told `σ · 1000`.
-
-    σ is uniform, or logit-normal (`σ = sigmoid(m + s z)`), and then shifted towards noise, as for larger images:
-    `σ ← k σ / (1 + (k − 1) σ)`.
-    """
+    """`x_σ = (1 − σ) x₀ + σ ε`; the model predicts `ε − x₀` (arXiv:2210.02747) and is told `σ · 1000`."""
 
     steps = 1000
 
-    def __init__(
-        self, sampling: Sampling = "logit_normal", mean: float = 0.0, std: float = 1.0, shift: float = 1.0
-    ) -> None:
-        if shift <= 0 or std <= 0:
-            raise ConfigError(f"shift and std of the noise levels must be positive, got {shift} and {std}")
-        if sampling not in ("uniform", "logit_normal"):
-            raise ConfigError(f"noise levels are drawn `uniform` or `logit_normal`, got {sampling!r}")
-        self.sampling, self.mean, self.std, self.shift = sampling, mean, std, shift
+    def __init__(self, levels: Levels | None = None) -> None:
+        self.levels = levels or Levels("logit_normal")
 
     def draw(self, count: int, generator: Generator | None = None) -> Tensor:
-        if self.sampling == "uniform":
-            sigma = torch.rand(count, generator=generator)
-        else:
-            sigma = (self.mean + self.std * torch.randn(count, generator=generator)).sigmoid()
-        return self.shift * sigma / (1 + (self.shift - 1) * sigma) * self.steps
+        return self.levels.draw(count, generator) * self.steps
 
     def noisy(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         sigma = (timesteps / self.steps).reshape(-1, *[1] * (latents.dim() - 1)).to(latents)
@@ -116,3 +135,20 @@ class FlowMatching(Objective):
 
     def target(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         return noise - latents
+
+
+def objective_of(scheduler: Any, snr_gamma: float | None = None, levels: Levels | None = None) -> Objective:
+    """What a pipeline's denoiser was trained for, by the pipeline's scheduler.
+
+    Flow matching draws logit-normal levels with the scheduler's own shift unless told otherwise.
+
+    Raises:
+        ConfigError: `snr_gamma` for flow matching, whose levels are what is weighted.
+    """
+    facts = scheduler.config
+    if "FlowMatch" not in type(scheduler).__name__:
+        return Denoising(DDPMScheduler.from_config(facts), snr_gamma, levels)
+    if snr_gamma is not None:
+        raise ConfigError("snr_gamma weighs the errors of ε, v and x₀ models; for flow matching set `levels` instead")
+    moving = facts.get("use_dynamic_shifting", False)
+    return FlowMatching(levels or Levels("logit_normal", shift=1.0 if moving else facts.get("shift", 1.0)))

@@ -18,7 +18,7 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as tf
 from torchvision.utils import make_grid
 
-from mmpeft.diffusion.objective import FlowMatching
+from mmpeft.diffusion.objective import FlowMatching, Levels
 from mmpeft.diffusion.pipeline import PixelPipeline
 from mmpeft.diffusion.text import text_encoder
 from mmpeft.embedded import emoji
@@ -107,7 +107,7 @@ class PipelinePretraining(TuningModule):
         if denoiser not in ("UNet2DConditionModel", "PixArtTransformer2DModel"):
             raise ConfigError(f"denoiser is UNet2DConditionModel or PixArtTransformer2DModel, got {denoiser!r}")
         self.denoiser, self.config, self.no_caption = denoiser, dict(config), no_caption
-        self.objective = FlowMatching(shift=shift)
+        self.objective = FlowMatching(Levels("logit_normal", shift=shift))
         self.generator = torch.Generator().manual_seed(seed)
         self.name, self.folder = name, Path(folder) / name
         self.pipeline: PixelPipeline | None = None
@@ -116,7 +116,7 @@ class PipelinePretraining(TuningModule):
         model: nn.Module = getattr(diffusers, self.denoiser)(**self.config)
         encoder, tokenizer = text_encoder(WEIGHTS / "clip_emoji")
         part = "unet" if self.denoiser.startswith("UNet") else "transformer"
-        scheduler = FlowMatchEulerDiscreteScheduler(shift=self.objective.shift)
+        scheduler = FlowMatchEulerDiscreteScheduler(shift=self.objective.levels.shift)
         self.__dict__["pipeline"] = PixelPipeline(scheduler, encoder, tokenizer, **{part: model})
         self.pipeline.set_progress_bar_config(disable=True)  # type: ignore[union-attr]
         return model

@@ -1,0 +1,76 @@
+"""Text-to-image pipelines by name: hub, local folders of diffusers' layout, and those that ship with the suite."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+
+from mmpeft.diffusion.pipeline import PixelPipeline
+from mmpeft.embedded.store import REMEDY, WEIGHTS
+from mmpeft.errors import ConfigError, nearest
+
+INDEX = "model_index.json"
+
+
+def create(name: str, dtype: torch.dtype = torch.float32, quantization: Any = None) -> Any:
+    """A pipeline on the CPU, in evaluation mode.
+
+    Args:
+        name: a hub repository, a folder of diffusers' layout, or `embedded:<name>`.
+        dtype: of all its weights; what trains is fp32 whatever it is.
+        quantization: diffusers' `PipelineQuantizationConfig`, which holds the named parts in few bits.
+
+    Raises:
+        ConfigError: no such folder, a folder without safetensors, or weights that cannot be fetched.
+    """
+    folder = folder_of(name)
+    options: dict[str, Any] = {"use_safetensors": True}
+    if dtype != torch.float32:  # what diffusers reads into anyway
+        options["torch_dtype"] = dtype
+    if quantization is not None:
+        options["quantization_config"] = quantization
+    own = folder is not None and _class_of(folder) == PixelPipeline.__name__
+    try:
+        pipeline = (PixelPipeline if own else DiffusionPipeline).from_pretrained(str(folder or name), **options)
+    except (OSError, ValueError, RuntimeError, ImportError) as error:
+        raise ConfigError(f"cannot load {name}: {' '.join(str(error).split())[:300]}; {REMEDY}") from error
+    for part in pipeline.components.values():
+        if isinstance(part, torch.nn.Module):
+            part.eval().requires_grad_(False)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def folder_of(name: str) -> Path | None:
+    """The folder a name stands for; None for names of the hub.
+
+    Raises:
+        ConfigError: there is no such folder, or no such embedded pipeline.
+    """
+    if name.startswith("embedded:"):
+        own = name.removeprefix("embedded:")
+        known = sorted(path.parent.name for path in WEIGHTS.glob(f"*/{INDEX}"))
+        if own not in known:
+            raise ConfigError(
+                f"no embedded pipeline {own!r}; embedded: {', '.join(known) or 'none'}.{nearest(own, known)}"
+            )
+        return WEIGHTS / own
+    path = Path(name).expanduser()
+    if path.is_dir():
+        if not (path / INDEX).is_file():
+            raise ConfigError(f"{path} has no {INDEX}; expected a folder as diffusers' save_pretrained writes it")
+        return path
+    if path.is_absolute() or name.startswith((".", "~")):
+        raise ConfigError(f"there is no folder {path}")
+    return None
+
+
+def _class_of(folder: Path) -> str:
+    try:
+        return str(json.loads((folder / INDEX).read_text("utf-8")).get("_class_name", ""))
+    except (ValueError, AttributeError) as error:
+        raise ConfigError(f"{folder / INDEX} is no JSON: {error}") from error

@@ -1,0 +1,279 @@
+"""What differs between text-to-image pipelines while they are trained; one small class for each way to be conditioned."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from mmpeft.errors import ConfigError, DataError
+
+Condition = dict[str, Tensor]
+"""What a denoiser is told beside noise and time, batch first: text features, and the sizes SDXL asks for."""
+
+FACTS = ("original_size", "crop", "target_size")
+"""Height and width of the image before it was resized, top and left of the crop, height and width of the crop."""
+
+
+class Family(ABC):
+    """A pipeline seen by a training loop: encode a prompt, encode an image, predict.
+
+    Shapes: images [B, 3, H, W] in [−1, 1], latents [B, c, h, w], timesteps [B] as `Objective` draws them.
+    """
+
+    pipelines: ClassVar[tuple[str, ...]]
+    """diffusers' classes of this family."""
+
+    def __init__(self, pipeline: Any) -> None:
+        self.pipeline = pipeline
+
+    @property
+    def part(self) -> str:
+        """Name of the denoiser among the pipeline's components."""
+        return "transformer" if getattr(self.pipeline, "transformer", None) is not None else "unet"
+
+    @property
+    def denoiser(self) -> Any:
+        """The UNet or transformer."""
+        return getattr(self.pipeline, self.part)
+
+    @property
+    def encoders(self) -> dict[str, nn.Module]:
+        """The text encoders by component name."""
+        known = self.pipeline.components.items()
+        return {name: part for name, part in known if name.startswith("text_encoder") and part is not None}
+
+    @property
+    def vae(self) -> Any:
+        """The autoencoder; None where the denoiser works on pixels."""
+        return getattr(self.pipeline, "vae", None)
+
+    @property
+    def scale(self) -> int:
+        """Pixels a latent."""
+        return int(getattr(self.pipeline, "vae_scale_factor", 1)) if self.vae is not None else 1
+
+    @property
+    def size(self) -> int:
+        """Height and width in pixels that the pipeline was made for."""
+        side = getattr(self.denoiser.config, "sample_size", None) or self.pipeline.default_sample_size
+        return int(side) * self.scale
+
+    @property
+    def multiple(self) -> int:
+        """What heights and widths must be multiples of, in pixels."""
+        if self.part == "unet":
+            return int(self.scale * 2 ** (len(self.denoiser.config.down_block_types) - 1))
+        patch = getattr(self.denoiser.config, "patch_size", 1)
+        return int(self.scale * max(patch, 2 if self.scale > 1 else 1))
+
+    @property
+    def contexts(self) -> list[tuple[Any, int]]:
+        """Tokenizers whose text a prompt must fit, with the tokens they may give."""
+        return [(self.pipeline.tokenizer, int(self.pipeline.tokenizer.model_max_length))]
+
+    def check_prompts(self, prompts: Sequence[str]) -> None:
+        """Raise DataError if a prompt is longer than its encoder reads: what was cut off would be missing silently."""
+        for tokenizer, limit in self.contexts:
+            for prompt, ids in zip(prompts, tokenizer(list(prompts), truncation=False, verbose=False)["input_ids"]):
+                if len(ids) > limit:
+                    raise DataError(
+                        f"a prompt of {len(ids)} tokens is longer than the {limit} the text encoder reads; "
+                        f"shorten {prompt!r}"
+                    )
+
+    @abstractmethod
+    def encode_prompt(self, prompts: Sequence[str]) -> Condition:
+        """Text features of prompts."""
+
+    def encode_image(self, images: Tensor) -> Tensor:
+        """Latents of images: the mean of the autoencoder's distribution, shifted and scaled; pixels where there is none."""
+        vae = self.vae
+        if vae is None:
+            return images
+        before = vae.dtype
+        upcast = before == torch.float16 and getattr(vae.config, "force_upcast", False)
+        if upcast:
+            vae.to(torch.float32)
+        mean: Tensor = vae.encode(images.to(vae.device, vae.dtype)).latent_dist.mode()
+        if upcast:
+            vae.to(before)
+        return (mean - (getattr(vae.config, "shift_factor", None) or 0.0)) * vae.config.scaling_factor
+
+    @abstractmethod
+    def predict(self, noisy: Tensor, timesteps: Tensor, condition: Condition) -> Tensor:
+        """What the denoiser makes of noisy latents, [B, c, h, w]."""
+
+
+FAMILIES: dict[str, type[Family]] = {}
+
+
+def _register(family: type[Family]) -> type[Family]:
+    FAMILIES.update(dict.fromkeys(family.pipelines, family))
+    return family
+
+
+def family_of(pipeline: Any) -> Family:
+    """The family of a pipeline.
+
+    Raises:
+        ConfigError: none is known for its class.
+    """
+    name = type(pipeline).__name__
+    if name not in FAMILIES:
+        raise ConfigError(f"{name} cannot be tuned here; known pipelines: {', '.join(sorted(FAMILIES))}")
+    return FAMILIES[name](pipeline)
+
+
+@_register
+class Pixel(Family):
+    """This package's pipelines over pixels."""
+
+    pipelines = ("PixelPipeline",)
+
+    @property
+    def contexts(self) -> list[tuple[Any, int]]:
+        return [(self.pipeline.tokenizer, int(self.pipeline.text_encoder.config.max_position_embeddings))]
+
+    def encode_prompt(self, prompts: Sequence[str]) -> Condition:
+        text, mask = self.pipeline.encode_prompt(prompts)
+        return {"text": text, "mask": mask}
+
+    def predict(self, noisy: Tensor, timesteps: Tensor, condition: Condition) -> Tensor:
+        found: Tensor = self.pipeline.predict(noisy, timesteps, condition["text"], condition["mask"])
+        return found
+
+
+@_register
+class StableDiffusion(Family):
+    """Stable Diffusion 1 and 2: one text encoder, cross-attention."""
+
+    pipelines = ("StableDiffusionPipeline",)
+
+    def encode_prompt(self, prompts: Sequence[str]) -> Condition:
+        return {"text": self.pipeline.encode_prompt(list(prompts), self.pipeline.device, 1, False)[0]}
+
+    def predict(self, noisy: Tensor, timesteps: Tensor, condition: Condition) -> Tensor:
+        found: Tensor = self.denoiser(noisy, timesteps, condition["text"], return_dict=False)[0]
+        return found
+
+
+@_register
+class StableDiffusionXL(Family):
+    """SDXL: two text encoders, pooled text, and the sizes of image and crop."""
+
+    pipelines = ("StableDiffusionXLPipeline",)
+
+    @property
+    def contexts(self) -> list[tuple[Any, int]]:
+        both = (self.pipeline.tokenizer, self.pipeline.tokenizer_2)
+        return [(t, int(t.model_max_length)) for t in both if t is not None]
+
+    def encode_prompt(self, prompts: Sequence[str]) -> Condition:
+        text, _, pooled, _ = self.pipeline.encode_prompt(list(prompts), do_classifier_free_guidance=False)
+        return {"text": text, "pooled": pooled}
+
+    def predict(self, noisy: Tensor, timesteps: Tensor, condition: Condition) -> Tensor:
+        whole = torch.tensor([noisy.shape[-2:]], device=noisy.device).expand(len(noisy), 2) * self.scale
+        sizes = [condition.get(name, torch.zeros_like(whole) if name == "crop" else whole) for name in FACTS]
+        added = {"text_embeds": condition["pooled"], "time_ids": torch.cat(sizes, 1).to(noisy)}
+        text = condition["text"]
+        found: Tensor = self.denoiser(noisy, timesteps, text, added_cond_kwargs=added, return_dict=False)[0]
+        return found
+
+
+@_register
+class StableDiffusion3(Family):
+    """SD3 and 3.5: joint attention over image and text, pooled text."""
+
+    pipelines = ("StableDiffusion3Pipeline",)
+
+    @property
+    def contexts(self) -> list[tuple[Any, int]]:
+        """T5 reads it all; where it was left out, the two CLIP encoders do."""
+        if self.pipeline.text_encoder_3 is not None:
+            return [(self.pipeline.tokenizer_3, 256)]
+        return [(t, int(t.model_max_length)) for t in (self.pipeline.tokenizer, self.pipeline.tokenizer_2)]
+
+    def encode_prompt(self, prompts: Sequence[str]) -> Condition:
+        texts = list(prompts)
+        text, _, pooled, _ = self.pipeline.encode_prompt(texts, None, None, do_classifier_free_guidance=False)
+        return {"text": text, "pooled": pooled}
+
+    def predict(self, noisy: Tensor, timesteps: Tensor, condition: Condition) -> Tensor:
+        found: Tensor = self.denoiser(
+            noisy,
+            encoder_hidden_states=condition["text"],
+            pooled_projections=condition["pooled"],
+            timestep=timesteps,
+            return_dict=False,
+        )[0]
+        return found
+
+
+@_register
+class Flux(Family):
+    """Flux: patches of 2×2 latents as tokens, guidance as an input where it was distilled."""
+
+    pipelines = ("FluxPipeline",)
+    guidance: ClassVar[float] = 3.5
+
+    @property
+    def contexts(self) -> list[tuple[Any, int]]:
+        return [(self.pipeline.tokenizer_2, 512)]
+
+    def encode_prompt(self, prompts: Sequence[str]) -> Condition:
+        text, pooled, _ = self.pipeline.encode_prompt(list(prompts), None)
+        return {"text": text, "pooled": pooled}
+
+    def predict(self, noisy: Tensor, timesteps: Tensor, condition: Condition) -> Tensor:
+        count, channels, height, width = noisy.shape
+        rows, columns, text = height // 2, width // 2, condition["text"]
+        packed = self.pipeline._pack_latents(noisy, count, channels, height, width)
+        places = self.pipeline._prepare_latent_image_ids(count, rows, columns, noisy.device, noisy.dtype)
+        guided = self.denoiser.config.guidance_embeds
+        tokens: Tensor = self.denoiser(
+            hidden_states=packed,
+            timestep=timesteps / 1000,
+            guidance=torch.full_like(timesteps, self.guidance, dtype=noisy.dtype) if guided else None,
+            pooled_projections=condition["pooled"],
+            encoder_hidden_states=text,
+            txt_ids=torch.zeros(text.shape[1], 3, device=noisy.device, dtype=noisy.dtype),
+            img_ids=places,
+            return_dict=False,
+        )[0]
+        patches = tokens.view(count, rows, columns, channels, 2, 2)
+        return patches.permute(0, 3, 1, 4, 2, 5).reshape(count, channels, height, width)
+
+
+@_register
+class PixArt(Family):
+    """PixArt-α and -Σ: T5 with a mask; the second half of the channels, a learned variance, is left as it is."""
+
+    pipelines = ("PixArtAlphaPipeline", "PixArtSigmaPipeline")
+
+    @property
+    def contexts(self) -> list[tuple[Any, int]]:
+        return [(self.pipeline.tokenizer, 120 if type(self.pipeline).__name__ == "PixArtAlphaPipeline" else 300)]
+
+    def encode_prompt(self, prompts: Sequence[str]) -> Condition:
+        found = self.pipeline.encode_prompt(list(prompts), do_classifier_free_guidance=False)
+        return {"text": found[0], "mask": found[1]}
+
+    def predict(self, noisy: Tensor, timesteps: Tensor, condition: Condition) -> Tensor:
+        sizes: dict[str, Tensor | None] = {"resolution": None, "aspect_ratio": None}
+        if self.denoiser.config.use_additional_conditions:
+            sides = torch.tensor([noisy.shape[-2:]], device=noisy.device, dtype=noisy.dtype).expand(len(noisy), 2)
+            sizes = {"resolution": sides * self.scale, "aspect_ratio": sides[:, :1] / sides[:, 1:]}
+        found: Tensor = self.denoiser(
+            noisy,
+            encoder_hidden_states=condition["text"],
+            encoder_attention_mask=condition["mask"],
+            timestep=timesteps,
+            added_cond_kwargs=sizes,
+            return_dict=False,
+        )[0]
+        return found[:, : noisy.shape[1]]
