@@ -38,7 +38,7 @@ DIRECTIONS: dict[str, tuple[int, int]] = {"left of": (0, -1), "right of": (0, 1)
 """Axis (0 across, 1 down) and sign of the first thing's centre from the second's."""
 
 QUADRANTS = ("top left", "top right", "bottom left", "bottom right")
-NUMBERS = ("0", "1", "2", "3")
+NUMBERS = ("0", "1", "2")
 TYPE_ANSWERS: dict[str, tuple[str, ...]] = {
     "what": tuple(KINDS),
     "where": QUADRANTS,
@@ -50,8 +50,8 @@ TYPES = tuple(TYPE_ANSWERS)
 ANSWERS = tuple(answer for answers in TYPE_ANSWERS.values() for answer in answers)
 MARGIN = 0.12
 """Of the scene's side: centres nearer than that are neither left nor right of each other."""
-SIDES = {2: (0.34, 0.46), 3: (0.32, 0.44), 4: (0.3, 0.4)}
-"""Least and largest box of a thing, as shares of the scene's side, by how many there are."""
+SIDES = (0.3, 0.4)
+"""Least and largest box of a thing, as shares of the scene's side."""
 
 
 @dataclass(frozen=True)
@@ -83,16 +83,18 @@ class Grammar:
         self.kind_of = {row: kind for kind, own in self.rows.items() for row in own}
 
     def ask(self, generator: Generator) -> tuple[Scene, list[Question]]:
-        """A scene of two to four things with at most one question of each type: those that have one clear answer."""
-        asked, *others = _draw(generator, list(KINDS), len(KINDS))
+        """A scene of four things, two of them of one kind, with at most one question of each type.
+
+        Every scene has the same make-up, so that its number of things tells nothing of the number asked for.
+        """
+        double, first, second, absent = _draw(generator, list(KINDS), 4)
+        kinds = [double, double, first, second]
         count = _one(generator, len(NUMBERS))
-        # one thing more than the asked ones at least, so that no number is told by an empty scene; four at the most
-        more = {0: 2 + _one(generator, 2), 1: 1 + _one(generator, 3), 2: 1 + _one(generator, 2), 3: 1}[count]
-        kinds = [asked] * count + others[:more]
+        asked = (absent, first, double)[count]
         rows = [self.rows[kind][_one(generator, len(self.rows[kind]))] for kind in kinds]
         colours = _draw(generator, list(COLOURS), len(kinds))
-        scene = compose(self.drawings, rows, generator, self.size, SIDES[len(kinds)], colours)
-        alone = [(kind, thing) for kind, thing in zip(kinds, scene.things) if kinds.count(kind) == 1]
+        scene = compose(self.drawings, rows, generator, self.size, SIDES, colours)
+        alone = list(zip(kinds, scene.things))[2:]
         alone = [alone[i] for i in torch.randperm(len(alone), generator=generator).tolist()]
         kind, thing = alone[0]
         questions = [
@@ -103,13 +105,12 @@ class Grammar:
         where = quadrant(thing, self.size)
         if where is not None:
             questions.append(Question(f"where is the {kind}?", where, "where"))
-        if len(alone) > 1:
-            axis = _one(generator, 2)
-            names = [name for name, (own, _) in DIRECTIONS.items() if own == axis]
-            name, (other, second) = names[_one(generator, 2)], alone[1]
-            if any(stands(thing, either, second, self.size) for either in names):
-                answer = "yes" if stands(thing, name, second, self.size) else "no"
-                questions.append(Question(f"is the {kind} {name} the {other}?", answer, "relation"))
+        axis = _one(generator, 2)
+        names = [name for name, (own, _) in DIRECTIONS.items() if own == axis]
+        name, (other, beside) = names[_one(generator, 2)], alone[1]
+        if any(stands(thing, either, beside, self.size) for either in names):
+            answer = "yes" if stands(thing, name, beside, self.size) else "no"
+            questions.append(Question(f"is the {kind} {name} the {other}?", answer, "relation"))
         return scene, questions
 
     def _what(self, generator: Generator, scene: Scene, kind: str, thing: Thing) -> Question:
