@@ -17,10 +17,12 @@ import statistics
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
 import timm
 import torch
+from timing import interleaved
 from torch import Tensor, nn
 
 import mmpeft
@@ -77,18 +79,6 @@ def kept(model: nn.Module, x: Tensor, autocast: bool = False) -> int:
             return model(x).float().square().mean()
 
     return kept_for_backward(loss)
-
-
-def interleaved(models: dict[str, nn.Module], x: Tensor, rounds: int) -> dict[str, float]:
-    """Median seconds of one training step of each model, run in turn."""
-    times: dict[str, list[float]] = {name: [] for name in models}
-    for turn in range(rounds + 1):
-        for name, model in models.items():
-            start = time.perf_counter()
-            step(model, x)
-            if turn:
-                times[name].append(time.perf_counter() - start)
-    return {name: statistics.median(values) for name, values in times.items()}
 
 
 def attach_seconds(rounds: int) -> tuple[float, float]:
@@ -169,7 +159,7 @@ def main() -> None:
         "ours LoRA, recompute pointwise": ours(lora, "pointwise"),
     }
     models = {name: build() for name, build in builds.items()}
-    seconds = interleaved(models, x, args.rounds)
+    seconds = interleaved({name: partial(step, model, x) for name, model in models.items()}, args.rounds)
     memory = {name: kept(model, x) for name, model in models.items()}
     memory16 = {name: kept(model, x, autocast=True) for name, model in models.items()}
     small16 = {name: kept(model, x[:2], autocast=True) for name, model in models.items()}

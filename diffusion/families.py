@@ -1,4 +1,4 @@
-"""What differs between text-to-image pipelines while they are trained; one small class for each way to be conditioned."""
+"""What differs between text-to-image pipelines in training; one small class for each way to be conditioned."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ class Family(ABC):
 
     def check_prompts(self, prompts: Sequence[str]) -> None:
         """Raise DataError if a prompt is longer than its encoder reads: what was cut off would be missing silently."""
-        for tokenizer, limit in self.contexts:
+        for tokenizer, limit in self.contexts if prompts else ():
             for prompt, ids in zip(prompts, tokenizer(list(prompts), truncation=False, verbose=False)["input_ids"]):
                 if len(ids) > limit:
                     raise DataError(
@@ -90,7 +90,7 @@ class Family(ABC):
         """Text features of prompts."""
 
     def encode_image(self, images: Tensor) -> Tensor:
-        """Latents of images: the mean of the autoencoder's distribution, shifted and scaled; pixels where there is none."""
+        """Latents: the mean of the autoencoder's distribution, shifted and scaled; the pixels where there is none."""
         vae = self.vae
         if vae is None:
             return images
@@ -106,6 +106,18 @@ class Family(ABC):
     @abstractmethod
     def predict(self, noisy: Tensor, timesteps: Tensor, condition: Condition) -> Tensor:
         """What the denoiser makes of noisy latents, [B, c, h, w]."""
+
+    def draw(
+        self, prompts: Sequence[str], generators: list[torch.Generator], steps: int, guidance: float, size: int
+    ) -> Tensor:
+        """Images [B, 3, size, size] in [0, 1] by the pipeline itself, one noise a prompt."""
+        options = {"num_inference_steps": steps, "guidance_scale": guidance, "output_type": "pt"}
+        found: Tensor = self.pipeline(list(prompts), generator=generators, **self.sides(size), **options).images
+        return found
+
+    def sides(self, size: int) -> dict[str, int]:
+        """The pipeline's arguments for height and width."""
+        return {"height": size, "width": size}
 
 
 FAMILIES: dict[str, type[Family]] = {}
@@ -133,6 +145,11 @@ class Pixel(Family):
     """This package's pipelines over pixels."""
 
     pipelines = ("PixelPipeline",)
+
+    def sides(self, size: int) -> dict[str, int]:
+        if size != self.pipeline.size:
+            raise ConfigError(f"this pipeline draws {self.pipeline.size} pixels, asked for {size}")
+        return {}
 
     @property
     def contexts(self) -> list[tuple[Any, int]]:

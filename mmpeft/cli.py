@@ -38,6 +38,10 @@ COMMANDS: dict[str, Command] = {
     ),
     "ask": Command("mmpeft.vla.vqa.command:main", "ask a trained run about a picture"),
     "export-clip": Command("mmpeft.vla.export:main", "write a tuned image-text pair as open_clip reads it"),
+    "sample": Command("mmpeft.diffusion.command:sample", "draw by a pipeline with adapters, at any strength"),
+    "export-pipeline": Command(
+        "mmpeft.diffusion.command:export_pipeline", "write a pipeline's adapter for other tools, or merged in"
+    ),
     "methods": Command("mmpeft.cli:methods", "list the methods, or those a wildcard names: mmpeft methods '*lora*'"),
 }
 

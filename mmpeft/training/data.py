@@ -79,19 +79,25 @@ class EpochSampler(DistributedSampler[Any]):
         share, rest = divmod(self.length, self.num_replicas)
         return share + (bool(rest) if self.shuffle else self.rank < rest)
 
+    def order(self) -> list[int]:
+        """Return the indices of the current epoch for all ranks."""
+        if not self.shuffle:
+            return list(range(self.length))
+        generator = torch.Generator().manual_seed(mix(self.seed, self.epoch))
+        order: list[int] = torch.randperm(self.length, generator=generator).tolist()
+        short = len(self) * self.num_replicas - self.length
+        return order + (order * -(-short // max(self.length, 1)))[:short]
+
     def __iter__(self) -> Iterator[tuple[int, int]]:
         """Yield the pairs of the current epoch."""
         skip, self.skip = self.skip, 0
         epoch = self.epoch
-        if self.shuffle:
-            generator = torch.Generator().manual_seed(mix(self.seed, epoch))
-            order = torch.randperm(self.length, generator=generator).tolist()
-            short = len(self) * self.num_replicas - self.length
-            order += (order * -(-short // max(self.length, 1)))[:short]
-        else:
-            order = list(range(self.length))
-        for index in order[self.rank :: self.num_replicas][skip:]:
+        for index in self.order()[self.rank :: self.num_replicas][skip:]:
             yield epoch, index
+
+    def identity(self) -> dict[str, int]:
+        """Return what must be equal for a position in an epoch to mean the same samples."""
+        return {"samples": self.length, "seed": self.seed}
 
 
 class ResumableLoader(DataLoader[Any]):
@@ -106,15 +112,10 @@ class ResumableLoader(DataLoader[Any]):
     _last_epoch: int | None = None  # epoch of the last iterator, None before the first
 
     def _identity(self) -> dict[str, int]:
-        """Return what must be equal for a position in an epoch to mean the same samples."""
+        """Return the sampler's identity and the number of samples in a batch of all ranks."""
         sampler = self.sampler
         assert isinstance(sampler, EpochSampler)
-        world = sampler.num_replicas
-        return {
-            "samples": sampler.length,
-            "global_batch": int(self.batch_size or 1) * world,
-            "seed": sampler.seed,
-        }
+        return {**sampler.identity(), "global_batch": int(self.batch_size or 1) * sampler.num_replicas}
 
     def state_dict(self) -> dict[str, int]:
         """Return the position: the epoch, the batches of it already consumed, and what they were cut from."""
@@ -143,9 +144,10 @@ class ResumableLoader(DataLoader[Any]):
         if not state or not isinstance(self.sampler, EpochSampler):
             return
         for key, now in self._identity().items():
-            if state["batch"] and state[key] != now:
+            then = state.get(key)
+            if state["batch"] and then != now:
                 raise DataError(
-                    f"The checkpoint was written in the middle of epoch {state['epoch']} with {key}={state[key]}, but "
+                    f"The checkpoint was written in the middle of epoch {state['epoch']} with {key}={then}, but "
                     f"the data module now has {key}={now}: the unseen samples are not defined. Resume with the same "
                     "data, seed and batch_size × number of processes, or from a checkpoint at the end of an epoch."
                 )
@@ -244,7 +246,7 @@ class DataModule(lightning.LightningDataModule):
     def _loader(
         self, dataset: SizedDataset, transform: Callable[[Any], Any] | None, batch_size: int, *, shuffle: bool
     ) -> ResumableLoader:
-        replicas, rank = self._replicas()
+        replicas, _ = self._replicas()
         share, rest = divmod(len(dataset), replicas)
         if not shuffle and not share:
             raise DataError(
@@ -258,13 +260,18 @@ class DataModule(lightning.LightningDataModule):
         return ResumableLoader(
             Seeded(dataset, transform, self.seed),
             batch_size=batch_size,
-            sampler=EpochSampler(len(dataset), shuffle=shuffle, seed=self.seed, num_replicas=replicas, rank=rank),
+            sampler=self._sampler(dataset, batch_size, shuffle=shuffle),
             num_workers=self.num_workers,
             collate_fn=self.collate,
             generator=torch.Generator().manual_seed(self.seed),  # else each epoch draws from the global one
             pin_memory=torch.cuda.is_available(),
             persistent_workers=self.num_workers > 0,
         )
+
+    def _sampler(self, dataset: SizedDataset, batch_size: int, *, shuffle: bool) -> EpochSampler:
+        """Return the order of a data set; what a subclass overrides whose batches cannot be of any samples."""
+        replicas, rank = self._replicas()
+        return EpochSampler(len(dataset), shuffle=shuffle, seed=self.seed, num_replicas=replicas, rank=rank)
 
     def _replicas(self) -> tuple[int, int]:
         """Return (number of data-parallel processes, own rank): the Trainer's word first, then torch's."""

@@ -53,8 +53,8 @@ def clip(projection: bool = False) -> Any:
     return (CLIPTextModelWithProjection if projection else CLIPTextModel)(config)
 
 
-def t5() -> Any:
-    return T5EncoderModel(T5Config(vocab_size=1024, d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2))
+def t5(width: int = 16) -> Any:
+    return T5EncoderModel(T5Config(vocab_size=1024, d_model=width, d_kv=8, d_ff=32, num_layers=1, num_heads=2))
 
 
 def vae(channels: int = 4) -> Any:
@@ -153,8 +153,8 @@ def _sd3() -> Any:
         tokenizer=tokenizer(),
         text_encoder_2=clip(projection=True),
         tokenizer_2=tokenizer(),
-        text_encoder_3=None,
-        tokenizer_3=None,
+        text_encoder_3=t5(32),
+        tokenizer_3=tokenizer(),
     )
 
 

@@ -1,0 +1,119 @@
+"""The emoji world as a style to learn from a few drawings."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from mmpeft.diffusion.data.base import Sample, TextToImageData, as_sample, repeated, unique
+from mmpeft.embedded import EmojiSet, emoji
+from mmpeft.embedded.captions import captions
+from mmpeft.embedded.emoji import NATIVE
+from mmpeft.errors import ConfigError, DataError
+
+SIZES = (32, NATIVE)
+SHOWN = 8
+
+
+class EmojiStyle(TextToImageData):
+    """Drawings of one style on white with their names; validation and test are of identities never trained on.
+
+    The embedded pipelines were pretrained on Noto and Twemoji of the same training identities: OpenMoji is new to them.
+    """
+
+    def __init__(
+        self,
+        style: str = "openmoji",
+        images: int | None = 64,
+        captions: Literal["name", "any"] = "name",
+        resolution: int | None = None,
+        repeats: int = 1,
+        batch_size: int = 16,
+        num_workers: int = 0,
+        seed: int = 0,
+        eval_batch_size: int | None = 128,
+    ) -> None:
+        """Args:
+        style: `openmoji`, `noto` or `twemoji`.
+        images: training drawings, of each category its share, drawn by `seed`; those for n are among those for n + 1.
+            None for all.
+        captions: `name` for the emoji's name, or `any` for another one of its captions in each epoch.
+        resolution: 32 or 64; None for what the pipeline was made for.
+        repeats: how often an epoch shows each drawing.
+        batch_size: drawings a training step and process.
+        num_workers: loading processes; the batches do not depend on it.
+        seed: of the choice of drawings, the order and the captions.
+        eval_batch_size: drawings a validation or test step.
+
+        Raises:
+            ConfigError: the style, the kind of captions or the resolution is unknown.
+            DataError: there are fewer training drawings than `images`.
+        """
+        super().__init__(resolution, repeats, batch_size, num_workers, seed, eval_batch_size)
+        if captions not in ("name", "any"):
+            raise ConfigError(f"captions is name or any, got {captions!r}")
+        self.style, self.any = style, captions == "any"
+        known = emoji(style, "train").labels
+        if images is not None and not 1 <= images <= len(known):
+            raise DataError(f"images is a number of training drawings in 1 … {len(known)}, got {images}")
+        self.rows = spread(known, len(known) if images is None else images, seed)
+
+    def cut(self, resolution: int, multiple: int) -> None:
+        if resolution not in SIZES:
+            raise ConfigError(
+                f"emoji are drawn with {NATIVE} pixels: resolution is 32 or 64, got {resolution}; set it here, or take "
+                "an embedded pipeline"
+            )
+        train, val, test = (emoji(self.style, split, resolution) for split in ("train", "val", "test"))
+        self.train_set = repeated(Drawings(train, self.rows, self.any), self.repeats)
+        self.val_set, self.test_set = Drawings(val), Drawings(test)
+
+    @property
+    def samples(self) -> int:
+        return len(self.rows)
+
+    def prompts(self) -> list[str]:
+        train = captions(emoji(self.style, "train"))
+        others = (said[0] for split in ("val", "test") for said in captions(emoji(self.style, split)))
+        return unique([*(text for row in self.rows for text in train[row][: None if self.any else 1]), *others])
+
+    def val_prompts(self, count: int = SHOWN) -> list[str]:
+        """Names of validation emoji from all categories, the same for every seed: what a grid may show."""
+        val = emoji(self.style, "val")
+        said = captions(val)
+        return [said[row][0] for row in spread(val.labels, count, 0)]
+
+
+class Drawings(Dataset[Sample]):
+    """Emoji on white, with their names or with any of their captions."""
+
+    def __init__(self, drawn: EmojiSet, rows: list[int] | None = None, any_caption: bool = False) -> None:
+        rows = list(range(len(drawn))) if rows is None else rows
+        said = captions(drawn)
+        self.images, self.captions = drawn.rgb()[rows], [said[row] for row in rows]
+        self.any_caption = any_caption
+        self.keys = [hashlib.sha256(image.numpy().tobytes()).hexdigest()[:32] for image in self.images]
+
+    def __len__(self) -> int:
+        """Return the number of drawings."""
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> Sample:
+        """Return one sample; a random caption is drawn from torch's global generator."""
+        said = self.captions[index]
+        text = said[int(torch.randint(len(said), ()))] if self.any_caption else said[0]
+        return as_sample(self.images[index], text, (NATIVE, NATIVE), (0, 0), self.keys[index])
+
+
+def spread(labels: Tensor, count: int, seed: int) -> list[int]:
+    """Rows of `count` samples drawn by `seed`, of each class its share; the choice for n is part of that for n + 1."""
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
+    places = torch.empty(len(labels), dtype=torch.float64)
+    for label in labels.unique():
+        own = order[labels[order] == label]
+        places[own] = (torch.arange(len(own), dtype=torch.float64) + 0.5) / len(own)
+    return [int(row) for row in places.argsort(stable=True)[:count]]

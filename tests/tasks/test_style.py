@@ -1,0 +1,174 @@
+"""Tuning pipelines to a style: every family trains, is resumed to the bit, and draws the same grid again."""
+
+from __future__ import annotations
+
+import json
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import lightning
+import pytest
+import torch
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loggers import CSVLogger
+from PIL import Image
+
+import mmpeft
+from mmpeft.diffusion.data.images import CaptionedImages
+from mmpeft.diffusion.grid import Show
+from mmpeft.diffusion.style import StyleTuner
+from mmpeft.errors import ConfigError, DataError
+from mmpeft.training.callbacks import Outcome
+from mmpeft.training.checkpoint import AtomicCheckpointIO, LastCheckpoint, RandomState
+from tests.tasks.test_resume import KillBefore, assert_same_bits, killed, last
+from tests.tasks.tiny_pipelines import PIPELINES, pipeline
+
+LORA = mmpeft.LoRA(rank=2, at="attn.{q,v}|cross.{q,v}")
+SHOW = Show(prompts=("a cat",), every=3, steps=2, strengths=(0.0, 1.0))
+
+
+def pictures(folder: Path, count: int = 6, side: int = 16, prompt: str = "red apple") -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = []
+    for i in range(count):
+        Image.new("RGB", (side, side), (40 * i, 90, 200 - 30 * i)).save(folder / f"{i}.png")
+        lines.append(json.dumps({"file_name": f"{i}.png", "text": f"{prompt} {i}"}))
+    (folder / "metadata.jsonl").write_text("\n".join(lines))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Every pipeline as a folder, and pictures."""
+    root = tmp_path_factory.mktemp("style")
+    for kind in PIPELINES:
+        pipeline(kind).save_pretrained(root / kind)
+    pictures(root / "pictures")
+    return {path.name: path for path in root.iterdir()}
+
+
+def task(folder: Path, **options: Any) -> StyleTuner:
+    torch.manual_seed(0)
+    options = {"method": LORA, "optimizer": partial(torch.optim.AdamW, lr=1e-2), "warmup": 0.0, **options}
+    return StyleTuner(str(folder), **options)
+
+
+def data(folders: dict[str, Path], **options: Any) -> CaptionedImages:
+    return CaptionedImages(str(folders["pictures"]), **{"batch_size": 2, "resolution": 16, **options})
+
+
+def trainer(folder: Path, steps: int, *callbacks: Callback) -> lightning.Trainer:
+    return lightning.Trainer(
+        default_root_dir=folder,
+        accelerator="cpu",
+        max_steps=steps,
+        max_epochs=-1,
+        logger=CSVLogger(folder, name="", version=""),
+        plugins=[AtomicCheckpointIO()],
+        callbacks=[RandomState(), LastCheckpoint(every_n_train_steps=1), *callbacks],
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+    )
+
+
+@pytest.mark.parametrize("kind", PIPELINES)
+def test_every_family_trains_what_the_method_says_and_nothing_else(
+    kind: str, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    module = task(folders[kind], cache_dir=str(tmp_path / "cache"))
+    before = {n: t.clone() for n, t in pipeline(kind).components[_part(kind)].state_dict().items()}
+    trainer(tmp_path, 4).fit(module, data(folders))
+    assert all(float(p.detach().abs().sum()) > 0 for n, p in module.named_parameters() if n.endswith(".B"))
+    module.tuning.detach()
+    for name, tensor in module.model.state_dict().items():
+        assert torch.equal(tensor, before[name]), name
+    latents = 0 if kind.startswith("pixel") else 6
+    assert len(list((tmp_path / "cache").iterdir())) == latents + 7  # six captions and the empty one
+
+
+def _part(kind: str) -> str:
+    return "unet" if kind in ("pixel-unet", "sd", "sdxl") else "transformer"
+
+
+def run(folder: Path, kind: str, folders: dict[str, Path], kill: int | None = None, resume: bool = False) -> None:
+    """Two epochs of three steps, with everything that draws random numbers."""
+    lightning.seed_everything(2 if resume else 1, verbose=False)
+    module = task(folders[kind], show=SHOW, no_caption=0.3, method=mmpeft.LoRA(rank=2, dropout=0.1))
+    callbacks = [KillBefore(kill)] if kill is not None else []
+    trainer(folder, 6, *callbacks).fit(module, data(folders), ckpt_path="last" if resume else None)
+
+
+@pytest.mark.parametrize("kind", ["pixel-unet", "sd"])
+def test_a_resumed_run_has_the_same_bits_and_the_same_next_grid(
+    kind: str, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    whole, part = tmp_path / "whole", tmp_path / "part"
+    run(whole, kind, folders)
+    killed(run, part, kind, folders, 4)
+    run(part, kind, folders, resume=True)
+    states = [last(folder)["state_dict"] for folder in (whole, part)]
+    assert_same_bits(*states)
+    grids = [(f / "grids" / "000006.png").read_bytes() for f in (whole, part)]
+    assert grids[0] == grids[1]
+    assert (whole / "grids" / "000003.png").is_file()
+
+
+def test_text_encoders_train_beside_the_denoiser(folders: dict[str, Path], tmp_path: Path) -> None:
+    module = task(folders["sdxl"], text_method=mmpeft.LoRA(rank=2))
+    trainer(tmp_path, 2, Outcome()).fit(module, data(folders))
+    trained = {n for n, p in module.named_parameters() if p.requires_grad and n.startswith("texts.")}
+    assert {n.split(".")[1] for n in trained} == {"text_encoder", "text_encoder_2"}
+    for name in ("", "text_encoder", "text_encoder_2"):
+        assert (tmp_path / "adapter" / name / "adapter.json").is_file()
+    assert trained <= set(last(tmp_path)["state_dict"])
+
+
+def test_the_teacher_holds_what_another_prompt_draws(folders: dict[str, Path], tmp_path: Path) -> None:
+    drifts = {}
+    for weight in (0.0, 100.0):
+        module = task(folders["sd"], prior_weight=weight, prior_prompt="a fish")
+        trainer(tmp_path / str(weight), 12).fit(module, data(folders))
+        batch = next(iter(data_of(module)))
+        with torch.no_grad():
+            drifts[weight] = float(module._drift(batch, torch.Generator().manual_seed(0)))
+    assert 0 < drifts[100.0] < 0.5 * drifts[0.0]
+
+
+def data_of(module: StyleTuner) -> Any:
+    return module.trainer.datamodule.train_dataloader()  # type: ignore[attr-defined]
+
+
+def test_at_strength_zero_the_base_draws(folders: dict[str, Path], tmp_path: Path) -> None:
+    module = task(folders["pixel-unet"])
+    trainer(tmp_path, 3).fit(module, data(folders))
+    made = pipeline("pixel-unet")
+    generator = [torch.Generator().manual_seed(5)]
+    base = module.family.draw(["a cat"], [torch.Generator().manual_seed(5)], 2, 3.0, 16)
+    expected = made("a cat", num_inference_steps=2, guidance_scale=3.0, generator=generator, output_type="pt").images
+    assert not torch.allclose(base, expected)
+    with module._base():
+        base = module.family.draw(["a cat"], [torch.Generator().manual_seed(5)], 2, 3.0, 16)
+    assert torch.equal(base, expected)
+    assert torch.equal(module.draw(["a cat"], 0.0), module.draw(["a cat"], 0.0))
+    half, whole = module.draw(["a cat"], 0.5), module.draw(["a cat"], 1.0)
+    zero = module.draw(["a cat"], 0.0)
+    assert 0 < float((half - zero).abs().max()) < float((whole - zero).abs().max())
+
+
+def test_bad_input(folders: dict[str, Path], tmp_path: Path) -> None:
+    long = pictures(tmp_path / "long", prompt="red apple " * 40)
+    with pytest.raises(DataError, match="the 32 the text encoder reads"):
+        trainer(tmp_path, 1).fit(task(folders["sd"]), CaptionedImages(str(long), resolution=16))
+    ours = {"resolution": 16, "batch_size": 2}
+    small = pictures(tmp_path / "small", side=8)
+    with pytest.raises(DataError, match="8"):
+        trainer(tmp_path, 1).fit(task(folders["sd"]), CaptionedImages(str(small), **ours))
+    with pytest.raises(ConfigError, match="prior_prompt"):
+        trainer(tmp_path, 1).fit(task(folders["sd"], prior_weight=1.0), data(folders))
+    with pytest.raises(ConfigError, match="set `levels` instead"):
+        trainer(tmp_path, 1).fit(task(folders["sd3"], snr_gamma=5.0), data(folders))
+    for options in ({"no_caption": 1.0}, {"prior_weight": -1.0}, {"dtype": "int8"}):
+        with pytest.raises(ConfigError):
+            task(folders["sd"], **options)
