@@ -13,6 +13,7 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from rich.progress import track
 from torch import Generator, Tensor, nn
 
+from mmpeft.combine.strength import strength
 from mmpeft.diffusion.backbone import create
 from mmpeft.diffusion.cache import Cache
 from mmpeft.diffusion.evaluation import StyleTest
@@ -260,8 +261,6 @@ class StyleTuner(TuningModule):
             if share == 0:
                 stack.enter_context(self._base())
             elif share != 1:
-                from mmpeft.combine.strength import strength
-
                 for tuning in self._tunings():
                     stack.enter_context(strength(tuning, share))
             size = self.resolution or self.family.size

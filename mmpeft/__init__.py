@@ -27,6 +27,7 @@ _HOME = {
     "gate": "methods.gated",
     "soup": "combine.soup",
     "interpolate": "combine.interpolate",
+    "strength": "combine.strength",
     "at_rank": "methods.reparameterized.dylora",
     "allocate": "methods.selective.spt",
 }

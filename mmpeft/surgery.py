@@ -15,6 +15,7 @@ from mmpeft.host import CHILD, Plan, is_host, make_host, mark_route, module_at, 
 from mmpeft.methods.base import Method
 from mmpeft.mixture import Mixture
 from mmpeft.parts.base import Hook, Part, Placement
+from mmpeft.parts.scaled import Scaled
 from mmpeft.recompute import recompute_around
 from mmpeft.routing import Grouped, Outside, RowPart, row_groups
 from mmpeft.sites import sites
@@ -228,7 +229,7 @@ def _hooks(state: State, entry: Entry) -> Iterable[tuple[Hook, Part]]:
         for name, weight in zip(entry.names, entry.weights or (1.0,) * len(entry.names)):
             for placement in _working(state, name):
                 part = weighted(placement.part, weight, name in entry.unit)
-                yield from ((hook, part) for hook in placement.hooks)
+                yield from ((part.at(h) if isinstance(part, Scaled) else h, part) for h in placement.hooks)
     elif entry is not None:
         for placement in _working(state, entry):
             yield from ((hook, placement.part) for hook in placement.hooks)

@@ -12,14 +12,17 @@ from torch import Tensor, nn
 from mmpeft.errors import ConfigError, Refused
 from mmpeft.parts import Context, Delta, Factor, LowRank
 from mmpeft.parts.base import Hook, Part
+from mmpeft.parts.scaled import Scaled
 
 
 @dataclass(frozen=True, eq=False)
 class Together:
     """Several tunings active at once: `h = W x + Σ_i w_i ΔW_i x`; those named in `unit` count as `ΔW_i / ‖ΔW_i‖`.
 
-    A weight may be a scalar tensor that trains. `unit` divides by `‖B‖ ‖A‖` of each site's own factors. Weights
-    other than 1 need linear parts; parts that are no sum (adapters in one place, gains of DoRA) are refused by `use`.
+    A weight may be a scalar tensor that trains. `unit` divides by `‖B‖ ‖A‖` of each site's own factors. Other parts
+    than updates of weights run at that strength, `y₀ + w (y₁ − y₀)`, where they are a change of what the base has.
+    Parts that meet in one place and are no sum (adapters, gains of DoRA) are refused by `use`, as are tensor weights
+    of them.
     """
 
     names: tuple[str, ...]
@@ -131,13 +134,16 @@ def weighted(part: Part, weight: float | Tensor, unit: bool) -> Part:
     """The part as it counts in a sum.
 
     Raises:
-        Refused: the part is not linear in what it adds.
+        Refused: the part has no strength, or a weight that trains and is not linear in what it adds.
     """
     if not (unit or isinstance(weight, Tensor) or weight != 1):
         return part
     reason = not_linear(part)
-    if reason:
+    if reason and (unit or isinstance(weight, Tensor)):
         raise Refused(f"{type(part).__name__} cannot be weighted in a sum: {reason}")
+    if reason:
+        assert not isinstance(weight, Tensor)
+        return Scaled(part, weight)
     assert isinstance(part, Delta)
     return _WeightedDelta(part, weight, unit)
 

@@ -33,6 +33,8 @@ class Part(nn.Module):
     """Own tensors that a term of the loss or noise moves, and the task alone may not: no liveness is expected."""
     unmergeable: ClassVar[str] = ""
     """Why this part cannot be folded into the base weights; empty when it can."""
+    scalable: ClassVar[bool] = False
+    """Whether the part changes what the base has, so that `base + α (tuned − base)` is a weaker or stronger part."""
     resting: bool = False
     """Whether the part is left out of the forward pass; hosts see it when they plan anew (`Tuning.leave_out`)."""
 

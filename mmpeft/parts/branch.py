@@ -27,6 +27,7 @@ class Branch(Part):
     """
 
     order = 1
+    scalable = True
     unmergeable = "a bottleneck with a non-linearity is no linear map of the base weights"
 
     def __init__(

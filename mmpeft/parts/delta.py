@@ -28,6 +28,7 @@ class Delta(Part):
     """
 
     order = 3
+    scalable = True
 
     def __init__(
         self,

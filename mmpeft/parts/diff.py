@@ -24,6 +24,7 @@ class Diff(Part):
     """
 
     order = 2
+    scalable = True
     rowwise = False
     quiet: ClassVar[tuple[str, ...]] = ("a", "a_group")
 

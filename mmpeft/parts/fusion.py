@@ -21,6 +21,7 @@ class Fusion(Part):
     """
 
     order = 1
+    scalable = True
     unmergeable = "attention over adapters depends on the input"
 
     def __init__(self, adapters: Sequence[Branch], width: int, temperature: float, like: Tensor) -> None:

@@ -18,6 +18,7 @@ class Mask(Part):
     """
 
     order = 4
+    scalable = True
     rowwise = False
 
     def __init__(

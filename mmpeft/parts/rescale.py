@@ -21,6 +21,7 @@ class Rescale(Part):
     """
 
     order = 2
+    scalable = True
 
     def __init__(
         self,

@@ -17,6 +17,7 @@ class Sparse(Part):
     """
 
     order = 2
+    scalable = True
     indices: Tensor
     pointers: Tensor
     columns: Tensor

@@ -146,7 +146,11 @@ def test_one_cell(cell: Cell, tmp_path) -> None:
 
 @share("merge")
 def test_merge(cell: Cell) -> None:
-    """5: merge equals the tuned forward, un-merge restores the bits; what cannot merge says why."""
+    """5: merge equals the tuned forward, un-merge restores the bits; what cannot merge says why.
+
+    Half the strength is half-way to the merged weights, and for other methods something between off and on; what has
+    no strength says so.
+    """
     example = _fresh(cell.family)
     model = example.model
     tuning = mmpeft.attach(model, decided(example, cell.method))
@@ -156,7 +160,20 @@ def test_merge(cell: Cell) -> None:
         with pytest.raises(Refused, match=reason(UNMERGEABLE, cell.label, cell.family) or "cannot be merged"):
             tuning.merge()
         assert torch.equal(example.answer(), tuned)
+        if all(placement.part.scalable for placement in tuning.placements):
+            with mmpeft.strength(tuning, 0.5):
+                half = example.answer()
+            assert torch.isfinite(half).all()
+            assert not torch.equal(half, tuned)
+        else:
+            with pytest.raises(Refused, match="no strength between"):
+                mmpeft.strength(tuning, 0.5)
+        assert torch.equal(example.answer(), tuned)
         return
+    with mmpeft.strength(tuning, 0.5):
+        half = example.answer()
+    with mmpeft.interpolate(tuning, 0.5):
+        torch.testing.assert_close(example.answer(), half, atol=1e-5, rtol=1e-5)
     tuning.merge()
     torch.testing.assert_close(example.answer(), tuned, atol=1e-5, rtol=1e-5)
     tuning.unmerge()

@@ -1,0 +1,46 @@
+"""`Scaled`: another part at a strength between off and on, or beyond."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mmpeft.errors import Refused
+from mmpeft.parts.base import Hook, Part
+
+
+class Scaled(Part):
+    """`y₀ + α (y₁ − y₀)`: y₀ without the part, y₁ with it; a view that owns nothing and is registered nowhere.
+
+    What holds for outputs holds for a tensor that the part answers for: `θ₀ + α (θ₁ − θ₀)`.
+    """
+
+    def __init__(self, part: Part, strength: float) -> None:
+        """Raises Refused for a part that is more than a change of something the base has."""
+        if not part.scalable:
+            raise Refused(
+                f"{type(part).__name__} has no strength between off and on: it is no change of what was there"
+            )
+        super().__init__()
+        self._of, self.strength = (part,), strength
+        self.order, self.rowwise = part.order, part.rowwise  # type: ignore[misc]
+
+    def enter(self, host: nn.Module, x: Tensor) -> Tensor:
+        return self._between(x, self._of[0].enter(host, x))
+
+    def exit(self, host: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        return self._between(y, self._of[0].exit(host, x, y))
+
+    def read(self, host: nn.Module, name: str, base: Any) -> Any:
+        tuned = self._of[0].read(host, name, base)
+        return tuned * self.strength if base is None else self._between(base, tuned)
+
+    def _between(self, without: Tensor, tuned: Tensor) -> Tensor:
+        return tuned if tuned is without else torch.lerp(without, tuned, self.strength)
+
+    @staticmethod
+    def at(hook: Hook) -> Hook:
+        """Where it enters for a hook of the part: what would replace a host's own call is added behind it."""
+        return Hook(hook.path, "exit") if hook.kind == "call" else hook
