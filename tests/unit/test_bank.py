@@ -133,7 +133,7 @@ def test_copies_and_pickles_carry_what_runs_together() -> None:
     [
         ((mmpeft.DoRA(at="attn.q"), KINDS["lora"]), None, "DoRA"),
         ((KINDS["adapter"], mmpeft.ParallelAdapter(at="block", bottleneck=4)), None, "does not add up|merged"),
-        ((mmpeft.VPT(tokens=2), KINDS["lora"]), (0.5, 0.5), "no strength"),
+        ((KINDS["adapter"], KINDS["lora"]), (torch.tensor(0.5), 0.5), "weighted"),
         ((KINDS["full"], mmpeft.BitFit()), None, "add up"),
     ],
 )
