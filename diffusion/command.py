@@ -22,8 +22,8 @@ from mmpeft.diffusion.families import Family, family_of
 from mmpeft.diffusion.grid import labelled_grid
 from mmpeft.errors import ConfigError
 from mmpeft.files import write_atomic
-from mmpeft.formats.content import read
 from mmpeft.formats.exchange import Format, export, load_foreign
+from mmpeft.formats.inspection import read
 from mmpeft.formats.merged import merged_copy
 from mmpeft.formats.native import MANIFEST, load
 from mmpeft.surgery import use

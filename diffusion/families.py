@@ -115,7 +115,7 @@ class Family(ABC):
         found: Tensor = self.pipeline(list(prompts), generator=generators, **self.sides(size), **options).images
         return found
 
-    def sides(self, size: int) -> dict[str, int]:
+    def sides(self, size: int) -> dict[str, Any]:
         """The pipeline's arguments for height and width."""
         return {"height": size, "width": size}
 
@@ -146,7 +146,7 @@ class Pixel(Family):
 
     pipelines = ("PixelPipeline",)
 
-    def sides(self, size: int) -> dict[str, int]:
+    def sides(self, size: int) -> dict[str, Any]:
         if size != self.pipeline.size:
             raise ConfigError(f"this pipeline draws {self.pipeline.size} pixels, asked for {size}")
         return {}
@@ -275,6 +275,9 @@ class PixArt(Family):
     @property
     def contexts(self) -> list[tuple[Any, int]]:
         return [(self.pipeline.tokenizer, 120 if type(self.pipeline).__name__ == "PixArtAlphaPipeline" else 300)]
+
+    def sides(self, size: int) -> dict[str, Any]:
+        return {"height": size, "width": size, "use_resolution_binning": False}
 
     def encode_prompt(self, prompts: Sequence[str]) -> Condition:
         found = self.pipeline.encode_prompt(list(prompts), do_classifier_free_guidance=False)

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import hashlib
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from mmpeft.diffusion.data.base import Sample, TextToImageData, as_sample, repeated, unique
+from mmpeft.diffusion.judge import Judge
 from mmpeft.embedded import EmojiSet, emoji
 from mmpeft.embedded.captions import captions
 from mmpeft.embedded.emoji import NATIVE
 from mmpeft.errors import ConfigError, DataError
 
 SIZES = (32, NATIVE)
+OTHERS = ("noto", "twemoji")  # what the embedded pipelines draw
 SHOWN = 8
 
 
@@ -30,6 +32,8 @@ class EmojiStyle(TextToImageData):
         style: str = "openmoji",
         images: int | None = 64,
         captions: Literal["name", "any"] = "name",
+        template: str = "{}",
+        test_images: int = 64,
         resolution: int | None = None,
         repeats: int = 1,
         batch_size: int = 16,
@@ -42,6 +46,9 @@ class EmojiStyle(TextToImageData):
         images: training drawings, of each category its share, drawn by `seed`; those for n are among those for n + 1.
             None for all.
         captions: `name` for the emoji's name, or `any` for another one of its captions in each epoch.
+        template: what is said around each caption, such as `{}, outlined`: then the style is asked for by those words,
+            and the test also draws prompts without them.
+        test_images: test drawings, of each category its share, the same for every seed.
         resolution: 32 or 64; None for what the pipeline was made for.
         repeats: how often an epoch shows each drawing.
         batch_size: drawings a training step and process.
@@ -60,6 +67,12 @@ class EmojiStyle(TextToImageData):
         known = emoji(style, "train").labels
         if images is not None and not 1 <= images <= len(known):
             raise DataError(f"images is a number of training drawings in 1 … {len(known)}, got {images}")
+        if template.count("{}") != 1:
+            raise ConfigError(f"template has one {{}} for the caption, got {template!r}")
+        tested = len(emoji(style, "test"))
+        if not 1 <= test_images <= tested:
+            raise ConfigError(f"test_images is a number of test drawings in 1 … {tested}, got {test_images}")
+        self.template, self.test_images = template, test_images
         self.rows = spread(known, len(known) if images is None else images, seed)
 
     def cut(self, resolution: int, multiple: int) -> None:
@@ -69,8 +82,17 @@ class EmojiStyle(TextToImageData):
                 "an embedded pipeline"
             )
         train, val, test = (emoji(self.style, split, resolution) for split in ("train", "val", "test"))
-        self.train_set = repeated(Drawings(train, self.rows, self.any), self.repeats)
-        self.val_set, self.test_set = Drawings(val), Drawings(test)
+        self.train_set = repeated(Drawings(train, self.rows, self.any, self.template), self.repeats)
+        self.val_set = Drawings(val, template=self.template)
+        rows = spread(test.labels, self.test_images, 0)
+        asked = self.template != "{}"
+        other = emoji(next(style for style in OTHERS if style != self.style), "test", resolution) if asked else None
+        self.test_set = Tested(Drawings(test, rows, template=self.template), test, rows, other)
+
+    def judge(self) -> Judge:
+        """Evaluators trained on the emoji that this run is not tuned to."""
+        assert self.resolution is not None
+        return Judge(self.resolution, emoji(self.style, "train").identity[self.rows].tolist())
 
     @property
     def samples(self) -> int:
@@ -79,21 +101,24 @@ class EmojiStyle(TextToImageData):
     def prompts(self) -> list[str]:
         train = captions(emoji(self.style, "train"))
         others = (said[0] for split in ("val", "test") for said in captions(emoji(self.style, split)))
-        return unique([*(text for row in self.rows for text in train[row][: None if self.any else 1]), *others])
+        own = (text for row in self.rows for text in train[row][: None if self.any else 1])
+        return unique(self.template.format(text) for text in (*own, *others))
 
     def val_prompts(self, count: int = SHOWN) -> list[str]:
         """Names of validation emoji from all categories, the same for every seed: what a grid may show."""
         val = emoji(self.style, "val")
         said = captions(val)
-        return [said[row][0] for row in spread(val.labels, count, 0)]
+        return [self.template.format(said[row][0]) for row in spread(val.labels, count, 0)]
 
 
 class Drawings(Dataset[Sample]):
     """Emoji on white, with their names or with any of their captions."""
 
-    def __init__(self, drawn: EmojiSet, rows: list[int] | None = None, any_caption: bool = False) -> None:
+    def __init__(
+        self, drawn: EmojiSet, rows: list[int] | None = None, any_caption: bool = False, template: str = "{}"
+    ) -> None:
         rows = list(range(len(drawn))) if rows is None else rows
-        said = captions(drawn)
+        said = [[template.format(text) for text in own] for own in captions(drawn)]
         self.images, self.captions = drawn.rgb()[rows], [said[row] for row in rows]
         self.any_caption = any_caption
         self.keys = [hashlib.sha256(image.numpy().tobytes()).hexdigest()[:32] for image in self.images]
@@ -107,6 +132,27 @@ class Drawings(Dataset[Sample]):
         said = self.captions[index]
         text = said[int(torch.randint(len(said), ()))] if self.any_caption else said[0]
         return as_sample(self.images[index], text, (NATIVE, NATIVE), (0, 0), self.keys[index])
+
+
+class Tested(Dataset[dict[str, Any]]):
+    """Drawings with their category, and, where the style is asked for by words, the same without them: the name alone
+    (`plain`), and how another style draws it (`plain_image`)."""
+
+    def __init__(self, drawings: Drawings, drawn: EmojiSet, rows: list[int], other: EmojiSet | None) -> None:
+        self.drawings, self.labels = drawings, drawn.labels[rows]
+        self.names = [captions(drawn)[row][0] for row in rows]
+        self.others = None if other is None else other.rgb()[rows].float() / 127.5 - 1
+
+    def __len__(self) -> int:
+        """Return the number of drawings."""
+        return len(self.drawings)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """Return one sample with what else is known of it."""
+        sample = {**self.drawings[index], "label": self.labels[index]}
+        if self.others is not None:
+            sample |= {"plain": self.names[index], "plain_image": self.others[index]}
+        return sample
 
 
 def spread(labels: Tensor, count: int, seed: int) -> list[int]:

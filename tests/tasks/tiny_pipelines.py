@@ -57,16 +57,16 @@ def t5(width: int = 16) -> Any:
     return T5EncoderModel(T5Config(vocab_size=1024, d_model=width, d_kv=8, d_ff=32, num_layers=1, num_heads=2))
 
 
-def vae(channels: int = 4) -> Any:
+def vae(shift: float | None = None) -> Any:
     made = AutoencoderKL(
         block_out_channels=(8, 16),
         down_block_types=("DownEncoderBlock2D",) * 2,
         up_block_types=("UpDecoderBlock2D",) * 2,
-        latent_channels=channels,
+        latent_channels=4,
         norm_num_groups=4,
         sample_size=16,
     )
-    made.register_to_config(scaling_factor=0.5)
+    made.register_to_config(scaling_factor=0.5, shift_factor=shift)
     return made
 
 
@@ -148,7 +148,7 @@ def _sd3() -> Any:
     return StableDiffusion3Pipeline(
         transformer=transformer,
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
-        vae=vae(),
+        vae=vae(0.1),
         text_encoder=clip(projection=True),
         tokenizer=tokenizer(),
         text_encoder_2=clip(projection=True),
@@ -173,7 +173,7 @@ def _flux() -> Any:
     )
     return FluxPipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
-        vae=vae(),
+        vae=vae(0.1),
         text_encoder=clip(),
         tokenizer=tokenizer(),
         text_encoder_2=t5(),

@@ -1,0 +1,130 @@
+"""Drawing with adapters from the shell, and adapters in other tools: the same images."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+import mmpeft
+from mmpeft.cli import main
+from mmpeft.diffusion import backbone
+from mmpeft.diffusion.families import family_of
+from mmpeft.errors import AdapterFileError
+from mmpeft.formats.exchange import load_foreign
+from tests.tasks.tiny_pipelines import pipeline
+
+LORA = mmpeft.LoRA(rank=2, at="attn.{q,k,v,out}|cross.{q,k,v,out}", alpha=4)
+
+
+def moved(model: Any, method: Any, name: str = "default", seed: int = 0) -> mmpeft.Tuning:
+    """A tuning far enough from its start to be seen."""
+    tuning = mmpeft.attach(model, method, name)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in tuning.parameters():
+            parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator))
+    return tuning
+
+
+def saved(kind: str, folder: Path, method: Any = LORA, seed: int = 0) -> Path:
+    """The folder of an adapter for a tiny pipeline, which is saved beside it."""
+    made = pipeline(kind)
+    if not (folder / kind).is_dir():
+        made.save_pretrained(folder / kind)
+    return moved(family_of(made).denoiser, method, seed=seed).save(folder / f"adapter{seed}")
+
+
+def drawn(made: Any, kind: str) -> torch.Tensor:
+    family = family_of(made)
+    noise = [torch.Generator().manual_seed(i) for i in range(2)]
+    with torch.no_grad():
+        return family.draw(["a cat", "red apple"], noise, 2, 3.0, family.size)
+
+
+@pytest.mark.parametrize("kind", ["sd", "sdxl", "sd3"])
+@pytest.mark.parametrize("format", ["diffusers", "kohya"])
+def test_diffusers_draws_the_same_by_the_exported_file(kind: str, format: str, tmp_path: Path) -> None:
+    if (kind, format) == ("sd3", "kohya"):
+        pytest.skip("diffusers reads no kohya files for SD3")
+    adapter = saved(kind, tmp_path)
+    file = tmp_path / "lora.safetensors"
+    argv = ["--pipeline", str(tmp_path / kind), "--adapter", str(adapter), "--to", format, "--out", str(file)]
+    assert main(["export-pipeline", *argv]) == 0
+    ours, theirs = pipeline(kind), backbone.create(str(tmp_path / kind))
+    plain = drawn(ours, kind)
+    mmpeft.load(family_of(ours).denoiser, adapter)
+    theirs.load_lora_weights(str(tmp_path), weight_name=file.name)
+    expected = drawn(ours, kind)
+    torch.testing.assert_close(drawn(theirs, kind), expected, atol=1e-5, rtol=1e-5)
+    assert float((expected - plain).abs().max()) > 1e-3
+
+
+@pytest.mark.parametrize("kind", ["pixart", "pixel-dit"])
+def test_what_peers_cannot_reload_loads_here(kind: str, tmp_path: Path) -> None:
+    adapter = saved(kind, tmp_path)
+    file = tmp_path / "lora.safetensors"
+    tuned = pipeline(kind)
+    tuning = mmpeft.load(family_of(tuned).denoiser, adapter)
+    tuning.export(file, "diffusers", verify=False)
+    other = pipeline(kind)
+    load_foreign(family_of(other).denoiser, file)
+    torch.testing.assert_close(drawn(other, kind), drawn(tuned, kind), atol=1e-5, rtol=1e-5)
+
+
+def test_a_merged_pipeline_is_one_of_diffusers(tmp_path: Path) -> None:
+    adapter = saved("sd", tmp_path)
+    argv = ["--pipeline", str(tmp_path / "sd"), "--adapter", str(adapter), "--to", "pipeline"]
+    assert main(["export-pipeline", *argv, "--out", str(tmp_path / "merged")]) == 0
+    tuned = pipeline("sd")
+    mmpeft.load(tuned.unet, adapter)
+    torch.testing.assert_close(
+        drawn(backbone.create(str(tmp_path / "merged")), "sd"), drawn(tuned, "sd"), atol=1e-5, rtol=1e-4
+    )
+
+
+def picture(path: Path) -> torch.Tensor:
+    image = Image.open(path).convert("RGB")
+    return torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).float() / 255
+
+
+def test_sample(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    first, second = saved("pixel-unet", tmp_path), saved("pixel-unet", tmp_path, seed=1)
+    houlsby = saved("pixel-unet", tmp_path, mmpeft.Houlsby(bottleneck=4), seed=2)
+
+    def sample(*argv: str) -> torch.Tensor:
+        base = ["--pipeline", str(tmp_path / "pixel-unet"), "--steps", "2", "--out", str(tmp_path / "out.png")]
+        assert main(["sample", "--prompt", "a cat", *base, *argv]) == 0
+        return picture(tmp_path / "out.png")
+
+    plain, one = sample(), sample("--adapter", str(first))
+    assert torch.equal(sample("--adapter", str(first), "--strength", "0"), plain)
+    assert torch.equal(sample("--adapter", str(first), "--weights", "1"), one)
+    half = sample("--adapter", str(first), "--strength", "0.5")
+    assert 0 < float((half - plain).abs().mean()) < float((one - plain).abs().mean())
+    both = sample("--adapter", str(first), str(second), "--weights", "0.7", "0.5")
+    assert float((both - one).abs().max()) > 0
+    assert torch.equal(sample("--adapter", str(first), str(second), "--weights", "1", "0"), one)
+    assert float((sample("--adapter", str(houlsby), "--strength", "0.5") - plain).abs().max()) > 0
+    assert sample("--adapter", str(first), "--compare", "--count", "2").numel() > plain.numel()
+    assert "picture:" in capsys.readouterr().out
+
+
+def test_bad_input(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    adapter = saved("pixel-unet", tmp_path)
+    pipeline("sd").save_pretrained(tmp_path / "sd")
+    base = ["sample", "--prompt", "a cat", "--adapter", str(adapter)]
+    for argv, said in {
+        ("--pipeline", str(tmp_path / "sd")): "expected",
+        ("--pipeline", str(tmp_path / "pixel-unet"), "--weights", "1", "2"): "one for each of 1 adapters, got 2",
+        ("--pipeline", str(tmp_path / "pixel-unet"), "--size", "64"): "draws 16 pixels, asked for 64",
+        (): "--pipeline says what draws",
+    }.items():
+        assert main([*base, *argv, "--out", str(tmp_path / "x.png")]) == 2
+        assert said in capsys.readouterr().err
+    assert not (tmp_path / "x.png").exists()
+    with pytest.raises(AdapterFileError):
+        load_foreign(pipeline("pixel-dit").transformer, adapter)
