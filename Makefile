@@ -5,10 +5,14 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 WORKERS ?= 2
 
-.PHONY: demo test matrix lint docs bench clean
+.PHONY: demo demo-style test matrix lint docs bench clean
 
 demo: $(STAMP)  ## adapt a pretrained ViT to a drawing style it never saw, by six methods; a table and a plot
 	$(BIN)/mmpeft compare -c configs/vision/demo.yaml --out runs/demo
+
+demo-style: $(STAMP)  ## tune a pretrained text-to-image UNet to OpenMoji from 64 drawings; grids before and after
+	$(BIN)/mmpeft fit -c configs/diffusion/demo_style.yaml
+	$(BIN)/mmpeft test -c configs/diffusion/demo_style.yaml --ckpt_path last
 
 test: lint  ## everything that CI checks
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -q -m "not slow and not gpu"

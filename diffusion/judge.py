@@ -105,19 +105,19 @@ class Judge:
 
 def regression(features: Tensor, labels: Tensor, classes: int, penalty: float = 1e-2) -> Callable[[Tensor], Tensor]:
     """Multinomial logistic regression on standardised features [n, d], to its optimum by L-BFGS; gives logits."""
-    middle, spread = features.mean(0), features.std(0) + 1e-5
-    x = (features - middle) / spread
-    weight = torch.zeros(x.shape[1], classes, requires_grad=True)
-    bias = torch.zeros(classes, requires_grad=True)
-    optimizer = torch.optim.LBFGS([weight, bias], max_iter=100, line_search_fn="strong_wolfe")
+    with torch.inference_mode(False), torch.enable_grad():  # a test runs in inference mode
+        middle, spread = features.mean(0), features.std(0) + 1e-5
+        x, labels = (features - middle) / spread, labels.clone()
+        weight = torch.zeros(x.shape[1], classes, requires_grad=True)
+        bias = torch.zeros(classes, requires_grad=True)
+        optimizer = torch.optim.LBFGS([weight, bias], max_iter=100, line_search_fn="strong_wolfe")
 
-    def closure() -> Tensor:
-        optimizer.zero_grad()
-        loss = F.cross_entropy(x @ weight + bias, labels) + penalty * weight.square().sum()
-        loss.backward()  # type: ignore[no-untyped-call]
-        return loss
+        def closure() -> Tensor:
+            optimizer.zero_grad()
+            loss = F.cross_entropy(x @ weight + bias, labels) + penalty * weight.square().sum()
+            loss.backward()  # type: ignore[no-untyped-call]
+            return loss
 
-    with torch.enable_grad():
         optimizer.step(closure)  # type: ignore[arg-type]
     fixed, start = weight.detach(), bias.detach()
     return lambda given: (given - middle) / spread @ fixed + start

@@ -203,6 +203,13 @@ PIPELINES = {
 }
 
 
+def sized(size: int) -> Any:
+    """A pixel pipeline of another size."""
+    made = _pixel(unet=unet(sample_size=size, in_channels=3, out_channels=3, cross_attention_dim=192))
+    made.set_progress_bar_config(disable=True)
+    return made
+
+
 def pipeline(kind: str, seed: int = 0) -> Any:
     """A pipeline with weights that depend on the seed; zero-initialised outputs are set alive."""
     with torch.random.fork_rng():
