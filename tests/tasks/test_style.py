@@ -17,6 +17,7 @@ from PIL import Image
 import mmpeft
 from mmpeft.diffusion.data.images import CaptionedImages
 from mmpeft.diffusion.grid import Show
+from mmpeft.diffusion.slider import SliderTuner
 from mmpeft.diffusion.style import StyleTuner
 from mmpeft.errors import ConfigError, DataError
 from mmpeft.training.callbacks import Outcome
@@ -155,6 +156,32 @@ def test_at_strength_zero_the_base_draws(folders: dict[str, Path], tmp_path: Pat
     half, whole = module.draw(["a cat"], 0.5), module.draw(["a cat"], 1.0)
     zero = module.draw(["a cat"], 0.0)
     assert 0 < float((half - zero).abs().max()) < float((whole - zero).abs().max())
+
+
+def test_a_slider_moves_the_concept_towards_more(folders: dict[str, Path], tmp_path: Path) -> None:
+    words = {"concept": "a face", "more": "smiling face", "less": "red apple", "keep": ("", "cat")}
+    module = SliderTuner(
+        str(folders["pixel-unet"]), **words, method=LORA, optimizer=partial(torch.optim.AdamW, lr=1e-2)
+    )
+    trainer(tmp_path, 30).fit(module, data(folders))
+    batch = next(iter(data_of(module)))
+    generator = torch.Generator().manual_seed(0)
+    noise, steps = module._draw(batch["image"], generator)
+
+    def predicted(prompt: str) -> torch.Tensor:
+        return module._predict(batch["image"], noise, steps, module.condition([prompt] * 2))
+
+    with torch.no_grad(), module._base():
+        start = predicted("a face")
+        way = predicted("smiling face") - predicted("red apple")
+    with torch.no_grad():
+        moved = predicted("a face") - start
+        with mmpeft.strength(module.tuning, -1.0):
+            back = predicted("a face") - start
+    assert float(torch.nn.functional.cosine_similarity(moved.flatten(), way.flatten(), dim=0)) > 0.5
+    assert float(torch.nn.functional.cosine_similarity(back.flatten(), way.flatten(), dim=0)) < -0.5
+    with pytest.raises(ConfigError, match="concept, more and less"):
+        SliderTuner(str(folders["sd"]), concept="a face", more="a", less="a", method=LORA)
 
 
 def test_bad_input(folders: dict[str, Path], tmp_path: Path) -> None:
