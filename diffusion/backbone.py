@@ -29,7 +29,7 @@ def create(name: str, dtype: torch.dtype = torch.float32, quantization: Any = No
     """
     folder = folder_of(name)
     options: dict[str, Any] = {"use_safetensors": True}
-    if dtype != torch.float32:  # what diffusers reads into anyway
+    if dtype != torch.float32:
         options["torch_dtype"] = dtype
     if quantization is not None:
         options["quantization_config"] = quantization
@@ -38,6 +38,8 @@ def create(name: str, dtype: torch.dtype = torch.float32, quantization: Any = No
         pipeline = (PixelPipeline if own else DiffusionPipeline).from_pretrained(str(folder or name), **options)
     except (OSError, ValueError, RuntimeError, ImportError) as error:
         raise ConfigError(f"cannot load {name}: {' '.join(str(error).split())[:300]}; {REMEDY}") from error
+    if quantization is None:
+        pipeline.to(dtype)  # transformers reads weights in the type of their file
     for part in pipeline.components.values():
         if isinstance(part, torch.nn.Module):
             part.eval().requires_grad_(False)
