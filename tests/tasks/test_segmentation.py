@@ -86,6 +86,24 @@ def test_film_is_the_published_form() -> None:
     torch.testing.assert_close(decoder.film(x, own)[1], made[1, [1, 2]])
 
 
+@torch.no_grad()
+def test_a_map_begins_with_what_the_pair_says_of_a_patch() -> None:
+    model: Any = backbone.create(NAME).eval()
+    decoder, taps = started(DECODERS["CLIPSeg"](), model)
+    assert isinstance(decoder, CLIPSegDecoder)
+    for parameter in decoder.up.parameters():
+        parameter.zero_()
+    images = torch.randn(2, 3, 64, 64)
+    text = torch.nn.functional.normalize(torch.randn(5, 192), dim=-1)
+    trunk = model.visual.trunk
+    patches = model.visual.head(trunk.fc_norm(trunk.forward_features(images)))  # as the tower does with their mean
+    cosines = torch.nn.functional.normalize(patches, dim=-1) @ text.t()
+    expected = model.logit_scale.exp() * (cosines - cosines.mean(-1, keepdim=True))
+    found = decoder.logits(taps, images, text)[:, :, 8::16, 8::16].flatten(2).transpose(1, 2)
+    near = torch.nn.functional.interpolate(expected.transpose(1, 2).unflatten(2, (4, 4)), 64, mode="bilinear")
+    torch.testing.assert_close(found, near[:, :, 8::16, 8::16].flatten(2).transpose(1, 2), atol=1e-4, rtol=1e-4)
+
+
 def test_images_are_asked_for_what_they_show_and_for_others() -> None:
     target = torch.full((3, 4, 4), BACKGROUND)
     target[0, 0], target[0, 1], target[1, 2], target[1, 3] = 5, 2, 7, 255

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mmpeft.errors import ConfigError
+from mmpeft.errors import ConfigError, Refused
 from mmpeft.vla.segmentation.losses import IGNORED, matched
 from mmpeft.vla.segmentation.tower import heads, projection, through
 from mmpeft.vla.taps import Taps, grid_of
@@ -39,7 +40,10 @@ class CLIPSegDecoder(Decoder):
     """`a ← T_i(W_i f_i + a)` from the deepest tap up, `a ← γ(t) ⊙ a + β(t)` at the first, then transposed convolutions.
 
     A small transformer over patches whose first features are modulated by the text of one class (FiLM); one binary
-    map a class. Lüddecke and Ecker, arXiv:2112.10003.
+    map a class. Lüddecke and Ecker, arXiv:2112.10003. Where the tower has a projection P for single tokens, the map
+    begins with what the pair itself says of a patch, `s (cos(P f, t) − mean_u cos(P f, u))` over the classes asked for,
+    s from the pair's own scale: a class not seen in training starts where the pair leaves it (as the cost of CAT-Seg,
+    arXiv:2303.11797), and the decoder says where things are.
     """
 
     def __init__(
@@ -65,6 +69,13 @@ class CLIPSegDecoder(Decoder):
         width, half = self.width, max(patch // 4, 1)
         self.reduce = nn.ModuleList(nn.Linear(taps.width, width) for _ in self.depths)
         self.scale, self.shift = nn.Linear(text_width, width), nn.Linear(text_width, width)
+        self.last = len(taps.paths) - 1
+        try:
+            projection(taps.model)
+            model: Any = taps.model
+            self.pull = nn.Parameter(model.logit_scale.detach().exp().clamp(max=100.0).clone())
+        except Refused:  # pooled by attention
+            self.register_parameter("pull", None)
         self.blocks = nn.ModuleList(
             nn.TransformerEncoderLayer(width, self.heads, 4 * width, 0.0, batch_first=True) for _ in self.depths
         )
@@ -81,9 +92,15 @@ class CLIPSegDecoder(Decoder):
         text = text * text.shape[-1] ** 0.5  # unit vectors would hardly modulate: entries of unit variance do
         return self.scale(text).unsqueeze(-2) * x[:, None] + self.shift(text).unsqueeze(-2)
 
+    def similarity(self, taps: Taps, features: Tensor, text: Tensor) -> Tensor:
+        """`cos(P f, t) − mean_u cos(P f, u)` of patches [B, n, d] and classes, [B, C, n]."""
+        patches = F.normalize(projection(taps.model)(features).float(), dim=-1)
+        found = text.float().expand(len(patches), -1, -1) @ patches.transpose(1, 2)
+        return found - found.mean(1, keepdim=True)
+
     def logits(self, taps: Taps, images: Tensor, text: Tensor) -> Tensor:
         """Logit maps [B, C, H, W] of text [C, e], or [B, C, e] where each image has prompts of its own."""
-        features = taps(images, self.depths)
+        features = taps(images, [*self.depths, self.last])
         x: Tensor | None = None
         for number, (depth, reduce, block) in enumerate(zip(self.depths, self.reduce, self.blocks)):
             own = reduce(taps.patches(features[depth]).to(reduce.weight.dtype))
@@ -95,10 +112,12 @@ class CLIPSegDecoder(Decoder):
             x = block(x)
         assert x is not None
         rows, columns = grid_of(x.shape[1], images.shape[-2:])
-        maps = self.up(x.transpose(1, 2).unflatten(2, (rows, columns)))
-        if maps.shape[-2:] != images.shape[-2:]:
-            maps = F.interpolate(maps, images.shape[-2:], mode="bilinear", align_corners=False)
-        return maps[:, 0].unflatten(0, (len(images), text.shape[-2]))
+        maps = resized(self.up(x.transpose(1, 2).unflatten(2, (rows, columns))), images)
+        maps = maps[:, 0].unflatten(0, (len(images), text.shape[-2]))
+        if self.pull is None:
+            return maps
+        said = self.similarity(taps, taps.patches(features[self.last]), text).unflatten(2, (rows, columns))
+        return maps + self.pull * resized(said, images)
 
     def forward(self, taps: Taps, images: Tensor, text: Tensor) -> Tensor:
         return self.logits(taps, images, text).sigmoid()
@@ -246,6 +265,13 @@ def prompted(target: Tensor, classes: int, prompts: int | None) -> Tensor:
         return every.expand(len(target), -1)
     present = torch.stack([(target == number).flatten(1).any(1) for number in every], 1)
     return (present + torch.rand(present.shape, device=target.device)).topk(prompts, dim=1).indices
+
+
+def resized(maps: Tensor, images: Tensor) -> Tensor:
+    """Maps [B, C, h, w] at the images' height and width."""
+    if maps.shape[-2:] == images.shape[-2:]:
+        return maps
+    return F.interpolate(maps, images.shape[-2:], mode="bilinear", align_corners=False)
 
 
 def check_heads(width: int, heads: int) -> None:
