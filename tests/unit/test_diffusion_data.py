@@ -706,7 +706,7 @@ def test_training_drawings_are_of_all_categories_and_nested() -> None:
 def test_validation_is_of_other_identities() -> None:
     data = style()
     train = {sample["key"] for sample in data.train_set}
-    for part, size in ((data.val_set, len(emoji("openmoji", "val"))), (data.test_set, len(emoji("openmoji", "test")))):
+    for part, size in ((data.val_set, len(emoji("openmoji", "val"))), (data.test_set, data.test_images)):
         assert len(part) == size
         assert train.isdisjoint(sample["key"] for sample in part)
     assert len(data.val_prompts()) == len(set(data.val_prompts())) == 8
