@@ -26,7 +26,8 @@ class Layer:
     `m ⊙ (W + ΔW) / ‖W + ΔW‖`. `path` names the module in the base model; with `flat` its dots are written as
     underscores, so that only the model can tell them apart. `component` says which model of a pipeline it is.
     `transposed` marks a base weight stored as [i, o]; so is the table of an embedding (`lookup`), [words, d].
-    `factor` names what the file holds instead of the two halves, where that is another factor of the same ΔW.
+    `factor` names what the file holds instead of the two halves, where that is another factor of the same ΔW, and
+    `tensors` are those of it that are to be written, scale baked in, by LyCORIS's names.
     """
 
     path: str
@@ -39,6 +40,7 @@ class Layer:
     transposed: bool = False
     lookup: bool = False
     factor: str = ""
+    tensors: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
     def rank(self) -> int:

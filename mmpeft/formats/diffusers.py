@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from mmpeft.errors import AdapterFileError, Refused
-from mmpeft.formats import lycoris, original
+from mmpeft.formats import lycoris, lycoris_out, original
 from mmpeft.formats.content import Content, Layer, assemble, dump_tensors, parse_object, read_tensors
 from mmpeft.formats.peft import NOT_YET, PREFIX, exact_targets, lora_fields, lora_tensors, scaled
 from mmpeft.host import CHILD
@@ -252,6 +252,9 @@ def kohya_bytes(layers: Collection[Layer], component: str) -> bytes:
         name = FLAT_OUT[layer.component or component] + own.path.replace(".", "_")
         if f"{name}.alpha" in tensors:
             raise Refused(f"{own.path} and another module are both {name} in a kohya file; write the diffusers format")
+        if own.tensors:
+            tensors |= lycoris_out.named(own, name)
+            continue
         ones = [1] * (own.down.dim() - 2)
         tensors[f"{name}.lora_down.weight"] = own.down
         tensors[f"{name}.lora_up.weight"] = own.up.reshape(*own.up.shape, *ones)
@@ -260,7 +263,8 @@ def kohya_bytes(layers: Collection[Layer], component: str) -> bytes:
             tensors[f"{name}.dora_scale"] = own.magnitude.view(-1, 1, *ones)
     ranks = {layer.rank for layer in layers}
     dim = str(ranks.pop()) if len(ranks) == 1 else "Dynamic"
-    header = {"ss_network_module": "networks.lora", "ss_network_dim": dim, "ss_network_alpha": str(alpha)}
+    module = "lycoris.kohya" if any(layer.tensors for layer in layers) else "networks.lora"
+    header = {"ss_network_module": module, "ss_network_dim": dim, "ss_network_alpha": str(alpha)}
     return dump_tensors(tensors, header)
 
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from mmpeft.errors import AdapterFileError, ConfigError, Refused, nearest
 from mmpeft.files import write_atomic
-from mmpeft.formats import diffusers, native, original, peft
+from mmpeft.formats import diffusers, lycoris_out, native, original, peft
 from mmpeft.formats.bridge import attach_content, content_of
 from mmpeft.formats.content import Content
 from mmpeft.formats.inspection import FileInfo, inspect, read, refusal
@@ -97,6 +97,9 @@ def export(
     base = getattr(getattr(model, "config", None), "name_or_path", None) or None
     files = _files(content, model, prefix, modules, base)
     notes: list[str] = []
+    wide = [layer.rank for layer in content.layers if layer.tensors]
+    if wide and format in ("diffusers", "comfy"):
+        notes.append(f"{content.method} is written as the LoRA that it equals, of a rank up to {max(wide)}")
 
     def prove(copy: Path) -> tuple[Check, ...]:
         checks = [_by_own_reader(model, copy, content, prefix)]
@@ -168,7 +171,8 @@ def _files(
 ) -> dict[str, bytes]:
     """Names and bytes of what a format writes; the file that makes the rest valid comes last."""
     if content.format == "peft":
-        return peft.folder_files(content, modules, base)
+        write = lycoris_out.folder_files if any(layer.tensors for layer in content.layers) else peft.folder_files
+        return write(content, modules, base)
     if content.format == "comfy":
         if model is None:
             raise Refused("the names of the original repository are known for a model only; give it")
@@ -198,6 +202,8 @@ def _by_own_reader(model: nn.Module | None, copy: Path, content: Content, prefix
 
 def _kohya_limits(content: Content, prefix: str) -> str:
     """Why diffusers is no judge of a kohya file; empty when it is."""
+    if any(layer.tensors for layer in content.layers):
+        return "diffusers reads no LoHa and LoKr; LyCORIS, ComfyUI and A1111 do"
     if any(layer.magnitude is not None for layer in content.layers):
         return "diffusers drops dora_scale; other readers of kohya files take it"
     if prefix != "unet":

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from mmpeft.errors import AdapterFileError, Refused, nearest
 from mmpeft.formats.content import Layer
+from mmpeft.formats.lycoris_out import layer_from
 from mmpeft.functional.rows import put_rows, take_rows
 from mmpeft.host import CHILD, base_value, module_at
 from mmpeft.methods.base import Method, own_weight
@@ -49,12 +50,19 @@ def _stack(model: nn.Module, path: str, placements: list[Placement]) -> Layer:
     parts = [placement.part for placement in placements if isinstance(placement.part, Delta)]
     transposed = parts[0].transposed
     weight = weight.T if transposed else weight
+    if len(parts) == 1 and parts[0].rows is None and not transposed:
+        own = layer_from(parts[0].factor, path, weight, parts[0].scale)
+        if own is not None:
+            return own
     downs: list[Tensor] = []
     ups: list[Tensor] = []
     owners = weight.new_zeros(len(weight))
     for part in parts:
         if not isinstance(part.factor, LowRank):
-            raise Refused(f"{path}: a {type(part.factor).__name__} factor is no low-rank update; use tuning.save()")
+            raise Refused(
+                f"{path}: a {type(part.factor).__name__} factor of a part of a weight is in no other tool's files; use "
+                "tuning.save()"
+            )
         down, up = (tensor.detach() for tensor in part.pair())
         up = up * part.scale
         same = next((i for i, known in enumerate(downs) if torch.equal(known, down)), None)

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from mmpeft.errors import AdapterFileError
 from mmpeft.formats.content import Content, Layer, read_json, read_tensors
 from mmpeft.formats.peft import CONFIG, PREFIX, WEIGHTS
+from mmpeft.functional.hadamard import khatri_rao
 from mmpeft.host import base_value
 
 Pair = tuple[Tensor, Tensor]
@@ -93,8 +94,7 @@ def _hadamard(own: Mapping[str, Tensor], path: str, where: Path) -> tuple[Pair, 
     left, right = (_product(own, f"hada_w{n}_a", f"hada_w{n}_b", f"hada_t{n}", path, where) for n in (1, 2))
     if len(left[0]) != len(right[0]) or left[1].shape[1:] != right[1].shape[1:]:
         _misfit(own, path, where)
-    up = (left[0][:, :, None] * right[0][:, None]).flatten(1)
-    return (up, (left[1][:, None] * right[1][None]).flatten(0, 1)), {len(left[1]), len(right[1])}
+    return khatri_rao(*left, *right), {len(left[1]), len(right[1])}
 
 
 def _kronecker(own: Mapping[str, Tensor], path: str, where: Path) -> tuple[Pair, set[int]]:

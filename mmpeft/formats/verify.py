@@ -192,6 +192,7 @@ def _adapters(model: nn.Module, name: str) -> dict[str, Tensor]:
     """The tensors of one adapter that peft holds in a model, under the keys of `expected`."""
     from peft.tuners.ia3.layer import IA3Layer
     from peft.tuners.lora.layer import LoraLayer
+    from peft.tuners.lycoris_utils import LycorisLayer
     from peft.utils.other import ModulesToSaveWrapper
 
     found: dict[str, Tensor] = {}
@@ -202,6 +203,8 @@ def _adapters(model: nn.Module, name: str) -> dict[str, Tensor]:
             found[f"ΔW of {path}"] = delta.T if turned else delta
             if name in module.lora_magnitude_vector:
                 found[f"magnitude of {path}"] = module.lora_magnitude_vector[name].weight
+        elif isinstance(module, LycorisLayer) and name in module.scaling:
+            found[f"ΔW of {path}"] = module.get_delta_weight(name)
         elif isinstance(module, IA3Layer) and name in module.ia3_l:
             side = "input" if module.is_feedforward else "output"
             found[f"vector on {path}'s {side}"] = module.ia3_l[name]

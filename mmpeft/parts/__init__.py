@@ -4,7 +4,7 @@ from mmpeft.parts.base import Hook, Part, Placement
 from mmpeft.parts.branch import Branch
 from mmpeft.parts.context import Context
 from mmpeft.parts.delta import Delta
-from mmpeft.parts.factors import DiagonalLowRank, Factor, Kron, LowRank, NestedLowRank
+from mmpeft.parts.factors import DiagonalLowRank, Factor, Hadamard, KhatriRao, Kron, LowRank, LowRankKron, NestedLowRank
 from mmpeft.parts.mask import Mask
 from mmpeft.parts.prefix import GatedPrefix, Prefix
 from mmpeft.parts.prompt import Prompt, PromptLayer
@@ -19,9 +19,12 @@ __all__ = [
     "DiagonalLowRank",
     "Factor",
     "GatedPrefix",
+    "Hadamard",
     "Hook",
+    "KhatriRao",
     "Kron",
     "LowRank",
+    "LowRankKron",
     "Mask",
     "NestedLowRank",
     "Part",

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mmpeft.functional.hadamard import hadamard_product, khatri_rao
 from mmpeft.functional.kron import kron_apply, kron_sum
 from mmpeft.functional.low_rank import low_rank_delta
 from mmpeft.parts.base import cast, trainable_dtype
@@ -111,6 +112,55 @@ class Kron(Factor):
 
     def materialise(self) -> Tensor:
         return torch.kron(self.left, self.right)
+
+
+class LowRankKron(Factor):
+    """`ΔW = L ⊗ (B A)`, `L` [a, c] and `A` [r, d] Kaiming-uniform, `B` [b, r] zero."""
+
+    def __init__(self, left: tuple[int, int], right: tuple[int, int], rank: int, like: Tensor) -> None:
+        super().__init__()
+        options = like_options(like)
+        bound, inner = 1 / math.sqrt(left[1]), 1 / math.sqrt(right[1])
+        self.left = nn.Parameter(torch.empty(*left, **options).uniform_(-bound, bound))
+        self.A = nn.Parameter(torch.empty(rank, right[1], **options).uniform_(-inner, inner))
+        self.B = nn.Parameter(torch.zeros(right[0], rank, **options))
+
+    def forward(self, x: Tensor) -> Tensor:
+        inner = kron_apply(x, cast(self.left, x.dtype), cast(self.A, x.dtype))
+        rows: Tensor = inner.unflatten(-1, (len(self.left), len(self.A)))  # type: ignore[no-untyped-call]
+        return F.linear(rows, cast(self.B, x.dtype)).flatten(-2)
+
+    def materialise(self) -> Tensor:
+        return torch.kron(self.left, self.B @ self.A)
+
+
+class Hadamard(Factor):
+    """`ΔW = (B₁ A₁) ⊙ (B₂ A₂)`, formed in every call; `A` ~ N(0, 1), `B₁` ~ N(0, .1²), `B₂` zero."""
+
+    def __init__(self, rows: int, columns: int, rank: int, like: Tensor) -> None:
+        nn.Module.__init__(self)  # `KhatriRao` is also a `LowRank`, whose own pair it does not want
+        options = like_options(like)
+        self.A1 = nn.Parameter(torch.randn(rank, columns, **options))
+        self.B1 = nn.Parameter(torch.randn(rows, rank, **options) * 0.1)
+        self.A2 = nn.Parameter(torch.randn(rank, columns, **options))
+        self.B2 = nn.Parameter(torch.zeros(rows, rank, **options))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, cast(self.materialise(), x.dtype))
+
+    def materialise(self) -> Tensor:
+        return hadamard_product(self.B1, self.A1, self.B2, self.A2)
+
+
+class KhatriRao(Hadamard, LowRank):
+    """The same ΔW as a product of rank r², which is less work than forming it while r² is small."""
+
+    def pair(self) -> tuple[Tensor, Tensor]:
+        up, down = khatri_rao(self.B1, self.A1, self.B2, self.A2)
+        return down, up
+
+    def forward(self, x: Tensor) -> Tensor:
+        return LowRank.forward(self, x)
 
 
 class PHMBank(nn.Module):

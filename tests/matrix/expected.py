@@ -46,7 +46,7 @@ REFUSED = {
     **{("LST", family): "look at another tower" for family in ("coca", "t5")},
     ("LST", "s*_unet"): "maps and blocks on tokens",
     **{("LST", family): "two streams" for family in ("sd3", "flux")},
-    ("KronA", "convnext"): "'attn.q' .*matches no site",
+    **{(method, "convnext"): "'attn.q' .*matches no site" for method in ("KronA", "LoHa", "LoKr")},
     **{(method, "vit_parallel"): NO_SUBLAYER for method in ("KronAB", "Compacter*", "UniPELT", "MAM")},
     **{(method, "unet2d"): "'mlp' .*matches no site" for method in ("KronAB", "CompacterPlus", "UniPELT", "MAM")},
     ("UniPELT", "convnext"): "'attn.q' .*matches no site",

@@ -183,6 +183,58 @@ def test_export_leaves_the_tuned_model_alone(tmp_path: Path) -> None:
         assert torch.equal(parameter, before[name][1])
 
 
+LYCORIS: list[tuple[str, mmpeft.Method]] = [
+    ("vit", mmpeft.LoHa(at="mlp.*|embed", rank=2, alpha=3)),
+    ("vit", mmpeft.LoHa(at="attn.out", rank=8, rank_pattern={"depth>=1": 3})),
+    ("vit", mmpeft.LoKr(at="mlp.*|embed", rank=2, alpha=3)),
+    ("unet", mmpeft.LoHa(at="attn.*|conv", rank=2, alpha=3)),
+    ("unet", mmpeft.LoKr(at="attn.*|conv", rank=1, alpha=3)),
+    ("unet", mmpeft.LoKr(at="cross.*|conv", rank=64)),
+    ("unet", mmpeft.KronA(at="attn.*", scale=2.0)),
+]
+
+
+@pytest.mark.parametrize(
+    ("family", "method"), LYCORIS, ids=lambda value: value if isinstance(value, str) else type(value).__name__
+)
+def test_factors_of_lycoris_in_every_format(family: str, method: mmpeft.Method, tmp_path: Path) -> None:
+    """PEFT and kohya files hold the factors themselves; diffusers gets the LoRA that they equal."""
+    model, run = build(family)
+    plain = run(model)
+    tuning = mmpeft.attach(model, method)
+    randomise(tuning.parameters())
+    y = run(model)
+    assert (y - plain).abs().max() > 1e-3
+    own = sum(parameter.numel() for parameter in tuning.parameters())
+    readers = {"peft": ["mmpeft", "peft"], "kohya": ["mmpeft"], "diffusers": ["mmpeft", "diffusers"]}
+    for format in ("peft", "kohya", "diffusers") if family == "unet" else ("peft", "kohya"):
+        written = export(tuning, tmp_path / format, format)
+        assert [reader.split()[0] for reader in written.verified_by] == readers[format]
+        assert bool(written.notes) == (format != "peft")
+        if format != "diffusers":
+            assert written.bytes < 4 * own + 40_000
+        other, _ = build(family)
+        load_foreign(other, written.path)
+        torch.testing.assert_close(run(other), y, **TOLERANCE)
+    other, _ = build(family)
+    torch.testing.assert_close(run(peft.PeftModel.from_pretrained(other, str(tmp_path / "peft"))), y, **TOLERANCE)
+
+
+def test_factors_of_a_slice_of_a_weight(tmp_path: Path) -> None:
+    """A fused projection has no LoHa of its rows in any file: written is the LoRA it equals, or nothing."""
+    model, run = build("vit")
+    tuning = mmpeft.attach(model, mmpeft.LoHa(at="attn.{q,v}", rank=3))
+    randomise(tuning.parameters())
+    y = run(model)
+    export(tuning, tmp_path)
+    other, _ = build("vit")
+    torch.testing.assert_close(run(peft.PeftModel.from_pretrained(other, str(tmp_path))), y, **TOLERANCE)
+    for method in (mmpeft.LoHa(at="attn.q", rank=8), mmpeft.LoKr(at="attn.q")):
+        tuning = mmpeft.attach(build("vit")[0], method)
+        with pytest.raises(Refused, match="of a part of a weight"):
+            export(tuning, tmp_path / "x")
+
+
 LORA = partial(peft.LoraConfig, r=4, lora_alpha=6, lora_dropout=0.1)
 THEIRS: dict[str, tuple[str, Any]] = {
     "fused": ("vit", LORA(target_modules=["qkv", "fc1"])),

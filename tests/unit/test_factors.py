@@ -1,4 +1,4 @@
-"""Kronecker factors and hypercomplex linears against products that are formed."""
+"""Kronecker and Hadamard factors and hypercomplex linears against products that are formed."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 
 import mmpeft
 from mmpeft.errors import ConfigError, Refused
+from mmpeft.functional.hadamard import hadamard_product, khatri_rao
 from mmpeft.functional.kron import balanced_factor, kron_apply, kron_sum
-from mmpeft.parts.factors import Kron, PHMBank, PHMLinear
+from mmpeft.parts.factors import Hadamard, KhatriRao, Kron, LowRankKron, PHMBank, PHMLinear
 from mmpeft.parts.shared import Shared
 from tests.matrix.families import FAMILIES
 from tests.unit.toy import Toy
@@ -38,6 +39,50 @@ def test_the_balanced_factor_divides_and_is_nearest(size: int) -> None:
     assert size % found == 0
     assert found**2 <= size
     assert not any(size % d == 0 for d in range(found + 1, int(size**0.5) + 1))
+
+
+@given(rows=sizes, columns=sizes, rank=sizes, other=sizes)
+def test_a_hadamard_product_and_its_low_rank_form(rows: int, columns: int, rank: int, other: int) -> None:
+    shapes = ((rows, rank), (rank, columns), (rows, other), (other, columns))
+    factors = [torch.randn(shape).double().requires_grad_() for shape in shapes]
+    dense = (factors[0] @ factors[1]) * (factors[2] @ factors[3])
+    formed = hadamard_product(*factors)
+    up, down = khatri_rao(*factors)
+    torch.testing.assert_close(formed, dense)
+    torch.testing.assert_close(up @ down, dense)
+    grad = torch.randn(rows, columns).double()
+    wanted = torch.autograd.grad(dense, factors, grad)
+    for ours in (torch.autograd.grad(formed, factors, grad), torch.autograd.grad(up @ down, factors, grad)):
+        for one, other_one in zip(ours, wanted):
+            torch.testing.assert_close(one, other_one)
+
+
+def test_a_hadamard_product_keeps_its_factors_alone_for_backward() -> None:
+    factor, kept = Hadamard(64, 64, 2, torch.zeros(1)), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()), lambda x: x):
+        factor.materialise()
+    assert sorted(kept) == [128] * 4
+
+
+def test_loha_runs_as_the_low_rank_product_while_that_is_less_work() -> None:
+    (small,) = mmpeft.attach(Toy(), mmpeft.LoHa(at="mlp.up & depth=0", rank=1)).placements
+    (large,) = mmpeft.attach(Toy(), mmpeft.LoHa(at="mlp.up & depth=0", rank=4)).placements
+    assert (type(small.part.factor), type(large.part.factor)) == (KhatriRao, Hadamard)
+    assert (small.hooks[0].kind, large.hooks[0].kind) == ("call", "exit")
+
+
+def test_lokr_is_low_rank_or_whole_as_in_lycoris() -> None:
+    """16 = 4·4 outputs and 8 = 2·4 inputs: from rank 2 on the second factor is whole, and its scale 1."""
+    (low,) = mmpeft.attach(Toy(), mmpeft.LoKr(at="mlp.up & depth=0", rank=1, alpha=3)).placements
+    (whole,) = mmpeft.attach(Toy(), mmpeft.LoKr(at="mlp.up & depth=0", rank=2, alpha=3)).placements
+    assert (type(low.part.factor), low.part.scale) == (LowRankKron, 3.0)
+    assert (type(whole.part.factor), whole.part.scale) == (Kron, 1.0)
+    factor = low.part.factor
+    torch.nn.init.normal_(factor.B)
+    x = torch.randn(2, 5, 8)
+    dense = torch.kron(factor.left, factor.B @ factor.A)
+    torch.testing.assert_close(factor(x), x @ dense.T)
+    torch.testing.assert_close(factor.materialise(), dense)
 
 
 def test_kron_starts_at_zero_with_one_factor_alive() -> None:

@@ -38,6 +38,8 @@ class LoRA(Sited):
 
     takes: ClassVar[tuple[Kind, ...]] = ("linear", "conv", "embedding")
     magnitude: ClassVar[bool] = False
+    matrices: ClassVar[int] = 1
+    """Products `B A` in one update."""
 
     @property
     def sitewise(self) -> bool:
@@ -66,13 +68,13 @@ class LoRA(Sited):
         if self.dropout and (grouped or site.via == "weight"):
             why = "the convolution is grouped" if grouped else "the backbone reads this weight directly"
             raise Refused(f"{name} at {site}: {why}, so the update has no input of its own to drop; use dropout=0")
-        if grouped or site.via == "weight":
-            hook = Hook(site.path, "read", site.tensor)
-        else:
-            hook = Hook(site.path, "call" if site.kind == "linear" else "exit")
         weight = own_weight(model, site)
         dropout = 0.0 if lookup else self.dropout
         factor = self.factor(*fan(model, site), rank, weight, lookup)
+        if grouped or site.via == "weight":
+            hook = Hook(site.path, "read", site.tensor)
+        else:
+            hook = Hook(site.path, "call" if site.kind == "linear" and isinstance(factor, LowRank) else "exit")
         part = Delta(weight, factor, scale, site.rows, dropout, self.magnitude, site.transposed, lookup)
         return Placement(part, site.path, f"{name.lower()}_{site.label}", (hook,), site.role)
 
@@ -84,7 +86,7 @@ class LoRA(Sited):
         total = 0
         for site, rank, _ in self.sized(available):
             rows, columns = fan(model, site)
-            total += rank * (rows + columns) + (rows if self.magnitude else 0)
+            total += self.matrices * rank * (rows + columns) + (rows if self.magnitude else 0)
         return total
 
 
