@@ -20,6 +20,7 @@ from mmpeft.combine.strength import strength
 from mmpeft.diffusion.backbone import create
 from mmpeft.diffusion.families import Family, family_of
 from mmpeft.diffusion.grid import labelled_grid
+from mmpeft.diffusion.words import FOLDER, load_words
 from mmpeft.errors import ConfigError
 from mmpeft.files import write_atomic
 from mmpeft.formats.exchange import Format, export, load_foreign
@@ -44,6 +45,7 @@ def sample(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--weights", type=float, nargs="*", help="one for each adapter (default: 1 each)")
     parser.add_argument("--strength", type=float, default=1.0, help="of all adapters together (default: %(default)s)")
     parser.add_argument("--compare", action="store_true", help="draw the base, half and full strength side by side")
+    parser.add_argument("--words", type=Path, nargs="*", default=[], help="textual inversions, or folders of them")
     parser.add_argument("--pipeline", help=PIPELINE)
     parser.add_argument("--count", type=int, default=1, help="images a prompt (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=20, help="denoising steps (default: %(default)s)")
@@ -53,6 +55,8 @@ def sample(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=Path("sample.png"), help="picture to write (default: %(default)s)")
     options = parser.parse_args(_arguments(argv))
     family = family_of(create(pipeline_of(options.pipeline, options.adapter)))
+    for path in options.words:
+        load_words(family, path)
     tunings = open_adapters(family, options.adapter)
     weights = options.weights if options.weights is not None else [1.0] * len(options.adapter)
     if len(weights) != len(options.adapter):
@@ -128,6 +132,8 @@ def open_adapters(family: Family, paths: Sequence[Path]) -> list[list[Tuning]]:
     found = []
     for number, path in enumerate(paths):
         name = f"adapter{number}"
+        if (path / FOLDER).is_dir():
+            load_words(family, path / FOLDER)
         native = (path / MANIFEST).is_file()
         several = not native and len(read(path).components) > 1
         tunings = [load_foreign(family.denoiser, path, name, family.part if several else "")]

@@ -24,6 +24,7 @@ from mmpeft.errors import ConfigError
 from mmpeft.methods.base import Method
 from mmpeft.recompute import Recompute
 from mmpeft.surgery import attach, use
+from mmpeft.training.callbacks import folder_of
 from mmpeft.training.data import mix
 from mmpeft.training.module import TuningModule
 from mmpeft.tuning import Tuning
@@ -100,12 +101,15 @@ class StyleTuner(TuningModule):
 
     # -- what is tuned --------------------------------------------------------------------------------------
 
+    def open(self) -> Family:
+        """The pipeline to tune."""
+        return family_of(create(self.source, DTYPES[self.dtype_name], self.quantization))
+
     def build(self) -> nn.Module:
-        pipeline = create(self.source, DTYPES[self.dtype_name], self.quantization)
-        family = family_of(pipeline)
+        family = self.open()
         # Not registered as sub-modules: only what is tuned belongs to the module, moves with it and is checkpointed.
         self.__dict__["family"] = family
-        self.objective: Objective = objective_of(pipeline.scheduler, self.snr_gamma, self.levels)
+        self.objective: Objective = objective_of(family.pipeline.scheduler, self.snr_gamma, self.levels)
         self._check_prompts(family)
         denoiser: nn.Module = family.denoiser
         return denoiser.train()
@@ -281,8 +285,11 @@ class StyleTuner(TuningModule):
 
     def on_train_end(self) -> None:
         """The text encoders' adapters beside the denoiser's."""
-        from mmpeft.training.callbacks import folder_of
-
         folder = folder_of(self.trainer)
-        for name, tuning in self.text_tunings.items() if folder else ():
-            tuning.save(folder / "adapter" / name, bake=True)  # type: ignore[operator]
+        if folder:
+            self.save_texts(folder / "adapter")
+
+    def save_texts(self, folder: Path) -> None:
+        """What was trained in the text encoders."""
+        for name, tuning in self.text_tunings.items():
+            tuning.save(folder / name, bake=True)

@@ -25,7 +25,16 @@ ALIKE = ("PaFi", "RandomMask", "SAMMask", "LTSFT", "ChildTuningD")
 """Methods whose parts are those of `FishMask`."""
 
 SMALL: dict[str, object] = {"bottleneck": 8, "tokens": 3, "rank": 2, "target": 1, "hidden": 16}
-SMALL |= {"reduction": 2, "epsilon": 0.3, "density": 0.02, "samples": 2, "batches": 1, "steps": 1, "budget": "5%"}
+SMALL |= {
+    "reduction": 2,
+    "epsilon": 0.3,
+    "density": 0.02,
+    "samples": 2,
+    "batches": 1,
+    "steps": 1,
+    "budget": "5%",
+    "words": 40,
+}
 
 WRAPPED: dict[str, dict[str, object]] = {
     "AdapterDrop": {"method": mmpeft.Pfeiffer(bottleneck=8)},

@@ -62,6 +62,7 @@ REFUSED = {
     ("NormTuning", "pixart"): "finds no tensor",
     **{(method, "unet2d"): "'mlp.*' .*matches no site" for method in NO_MLP},
     **{("LinearProbe", family): "finds no tensor" for family in PAIRS},
+    **{("TextualInversion", family): "finds no tensor" for family in ("hf_vit", *VISION, *DIFFUSERS)},
     **{(method, family): "no embedding of words" for method in PROMPTS for family in ("hf_vit", *VISION, *DIFFUSERS)},
     **{(method, family): "no way to lengthen" for method in PROMPTS for family in PAIRS},
     **{(m, f): "no text tower" for m in ("CoOp*", "MaPLe") for f in (*TEXT, *VISION, *DIFFUSERS, "hf_vit")},
