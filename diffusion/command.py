@@ -53,7 +53,7 @@ def sample(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--size", type=int, help="height and width in pixels (default: the pipeline's)")
     parser.add_argument("--seed", type=int, default=0, help="of the noise (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=Path("sample.png"), help="picture to write (default: %(default)s)")
-    options = parser.parse_args(_arguments(argv))
+    options = parser.parse_args(arguments(argv))
     family = family_of(create(pipeline_of(options.pipeline, options.adapter)))
     for path in options.words:
         load_words(family, path)
@@ -88,7 +88,7 @@ def export_pipeline(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--pipeline", help=PIPELINE)
     parser.add_argument("--to", choices=formats, default="diffusers", help="format (default: %(default)s)")
     parser.add_argument("--out", type=Path, required=True, help="the file or folder to write")
-    options = parser.parse_args(_arguments(argv))
+    options = parser.parse_args(arguments(argv))
     family = family_of(create(pipeline_of(options.pipeline, [options.adapter])))
     tunings = open_adapters(family, [options.adapter])[0]
     if options.to == "pipeline":
@@ -182,5 +182,6 @@ def save_grid(images: Tensor, path: Path, columns: int) -> None:
     picture.resize((picture.width * times, picture.height * times), 0).save(path)
 
 
-def _arguments(argv: Sequence[str] | None) -> list[str]:
+def arguments(argv: Sequence[str] | None) -> list[str]:
+    """What follows the name of the sub-command."""
     return (sys.argv[1:] if argv is None else list(argv))[1:]

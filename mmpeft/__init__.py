@@ -28,6 +28,7 @@ _HOME = {
     "soup": "combine.soup",
     "interpolate": "combine.interpolate",
     "strength": "combine.strength",
+    "zip_lora": "combine.zip",
     "at_rank": "methods.reparameterized.dylora",
     "allocate": "methods.selective.spt",
 }

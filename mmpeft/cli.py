@@ -39,6 +39,7 @@ COMMANDS: dict[str, Command] = {
     "ask": Command("mmpeft.vla.vqa.command:main", "ask a trained run about a picture"),
     "export-clip": Command("mmpeft.vla.export:main", "write a tuned image-text pair as open_clip reads it"),
     "sample": Command("mmpeft.diffusion.command:sample", "draw by a pipeline with adapters, at any strength"),
+    "mix": Command("mmpeft.diffusion.mix:mix", "write several LoRAs of a pipeline as one: a sum, or ZipLoRA"),
     "export-pipeline": Command(
         "mmpeft.diffusion.command:export_pipeline", "write a pipeline's adapter for other tools, or merged in"
     ),

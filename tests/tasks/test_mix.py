@@ -1,0 +1,94 @@
+"""Several LoRAs in one file: weighted sums, and ZipLoRA."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import mmpeft
+from mmpeft.cli import main
+from mmpeft.combine.zip import penalty
+from mmpeft.diffusion import backbone
+from mmpeft.diffusion.families import family_of
+from mmpeft.errors import ConfigError, Refused
+from tests.matrix.families import FAMILIES
+from tests.tasks.test_sample import LORA, drawn, moved, saved
+from tests.tasks.tiny_pipelines import pipeline
+
+OTHER = mmpeft.LoRA(rank=3, at="attn.{q,v}|mlp.*")
+
+
+def test_untrained_it_is_the_weighted_sum_and_every_column_has_its_own_weight() -> None:
+    example = FAMILIES["sd_unet"]()
+    at = mmpeft.LoRA(rank=2, at="attn.q|conv", alpha=4)
+    tunings = [moved(example.model, method, name, i) for i, (name, method) in enumerate({"a": at, "b": OTHER}.items())]
+    with mmpeft.use(example.model, mmpeft.Together(("a", "b"), (1.0, 0.5))):
+        wanted = example.answer()
+    zipped = mmpeft.zip_lora(tunings, [1.0, 0.5])
+    torch.testing.assert_close(example.answer(), wanted, atol=1e-5, rtol=1e-5)
+    both = [p for p in zipped.placements if len(p.part.factor.weights) == 2]
+    assert 0 < len(both) < len(zipped.placements)
+    factor = both[0].part.factor
+    torch.nn.init.normal_(factor.weights[0])
+    own = [next(p.part for p in tuning.placements if p.home == both[0].home) for tuning in tunings]
+    wanted = sum(part.factor.materialise() * part.scale * weight for part, weight in zip(own, factor.weights))
+    torch.testing.assert_close(factor.materialise(), wanted)
+    overlaps = [0.5] * (len(both) - 1) + [float((factor.weights[0] * factor.weights[1]).abs().mean())]
+    torch.testing.assert_close(penalty(zipped), torch.tensor(sum(overlaps) / len(zipped.placements)))
+
+
+def test_what_is_no_low_rank_update_is_refused() -> None:
+    example = FAMILIES["vit"]()
+    tunings = [moved(example.model, method, name) for name, method in (("a", mmpeft.LoRA()), ("b", mmpeft.DoRA()))]
+    with pytest.raises(Refused, match="Run them as a weighted sum"):
+        mmpeft.zip_lora(tunings)
+    with pytest.raises(ConfigError, match="got 1 of 1"):
+        mmpeft.zip_lora(tunings[:1])
+
+
+def test_a_sum_in_one_file_draws_as_diffusers_draws_both(tmp_path: Path) -> None:
+    adapters = [str(saved("sd", tmp_path, method, seed)) for seed, method in enumerate((LORA, OTHER))]
+    file = tmp_path / "both.safetensors"
+    argv = ["--pipeline", str(tmp_path / "sd"), "--adapter", *adapters, "--weights", "0.7", "0.4", "--out", str(file)]
+    assert main(["mix", *argv]) == 0
+    theirs: Any = backbone.create(str(tmp_path / "sd"))
+    theirs.load_lora_weights(str(tmp_path), weight_name=file.name)
+    ours = pipeline("sd")
+    model = family_of(ours).denoiser
+    for number, adapter in enumerate(adapters):
+        mmpeft.load(model, adapter, f"n{number}")
+    with mmpeft.use(model, mmpeft.Together(("n0", "n1"), (0.7, 0.4))):
+        wanted = drawn(ours, "sd")
+    torch.testing.assert_close(drawn(theirs, "sd"), wanted, atol=1e-5, rtol=1e-5)
+
+
+def test_zip_comes_nearer_to_what_each_adapter_does(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    adapters = [str(saved("pixel-unet", tmp_path, LORA, seed)) for seed in (0, 1)]
+    file = tmp_path / "zip.safetensors"
+    argv = ["--pipeline", str(tmp_path / "pixel-unet"), "--adapter", *adapters, "--prompt", "a cat", "red apple"]
+    argv += ["--steps", "12", "--lr", "0.1", "--images", "2"]
+    texts = []
+    for _ in range(2):
+        assert main(["mix", *argv, "--out", str(file)]) == 0
+        texts.append((capsys.readouterr().out, file.read_bytes()))
+    first, last = map(float, re.findall(r"\d\.\d+e[-+]\d+", texts[0][0]))
+    assert last < 0.9 * first
+    assert texts[0] == texts[1]
+    other = pipeline("pixel-unet")
+    tuning = mmpeft.load_foreign(other.unet, file)
+    assert all(len(p.part.factor.A) == 4 for p in tuning.placements)
+
+
+def test_bad_arguments(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    adapter = str(saved("pixel-unet", tmp_path))
+    for more, why in (
+        (["--adapter", adapter], "two adapters and a weight each"),
+        (["--adapter", adapter, adapter, "--weights", "1"], "got 2 and 1"),
+        (["--adapter", adapter, adapter, "--prompt", "a cat"], "a prompt for each of 2"),
+    ):
+        assert main(["mix", *more, "--out", str(tmp_path / "x")]) == 2
+        assert why in capsys.readouterr().err
