@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -16,23 +18,23 @@ from mmpeft.errors import ConfigError, nearest
 INDEX = "model_index.json"
 
 
-def create(name: str, dtype: torch.dtype = torch.float32, quantization: Any = None) -> Any:
+def create(name: str, dtype: torch.dtype = torch.float32, quantization: Mapping[str, Any] | None = None) -> Any:
     """A pipeline on the CPU, in evaluation mode.
 
     Args:
         name: a hub repository, a folder of diffusers' layout, or `embedded:<name>`.
         dtype: of all its weights; what trains is fp32 whatever it is.
-        quantization: diffusers' `PipelineQuantizationConfig`, which holds the named parts in few bits.
+        quantization: arguments of diffusers' `PipelineQuantizationConfig`, which holds the named parts in few bits.
 
     Raises:
         ConfigError: no such folder, a folder without safetensors, or weights that cannot be fetched.
     """
     folder = folder_of(name)
     options: dict[str, Any] = {"use_safetensors": True}
-    if dtype != torch.float32:
-        options["torch_dtype"] = dtype
     if quantization is not None:
-        options["quantization_config"] = quantization
+        options["quantization_config"] = quantized(quantization)
+    if dtype != torch.float32 or quantization is not None:  # torchao's own choice is bfloat16
+        options["torch_dtype"] = dtype
     own = folder is not None and _class_of(folder) == PixelPipeline.__name__
     try:
         pipeline = (PixelPipeline if own else DiffusionPipeline).from_pretrained(str(folder or name), **options)
@@ -45,6 +47,39 @@ def create(name: str, dtype: torch.dtype = torch.float32, quantization: Any = No
             part.eval().requires_grad_(False)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+def quantized(facts: Mapping[str, Any]) -> Any:
+    """diffusers' config. For `quant_backend: torchao`, `quant_type` is the name of one of torchao's own configs.
+
+    Raises:
+        ConfigError: unknown arguments, an unknown back end, or one that is not installed.
+    """
+    from diffusers import PipelineQuantizationConfig
+
+    try:
+        if facts.get("quant_backend") == "torchao":
+            return PipelineQuantizationConfig(quant_mapping=_torchao(**{**facts, "quant_backend": ""}))
+        return PipelineQuantizationConfig(**facts)
+    except (TypeError, ValueError, ImportError) as error:
+        raise ConfigError(f"quantization={dict(facts)}: {' '.join(str(error).split())[:300]}") from error
+
+
+def _torchao(
+    quant_backend: str, components_to_quantize: Sequence[str], quant_kwargs: Mapping[str, Any]
+) -> dict[str, Any]:
+    """By component, because diffusers and transformers have different classes for the same settings."""
+    import diffusers
+    import transformers
+
+    known, name = import_module("torchao.quantization"), str(quant_kwargs.get("quant_type"))
+    if not hasattr(known, name):
+        raise ConfigError(f"torchao has no {name!r}; name one of its configs, such as Int8WeightOnlyConfig")
+    rest = {key: value for key, value in quant_kwargs.items() if key != "quant_type"}
+    return {
+        part: (transformers if part.startswith("text") else diffusers).TorchAoConfig(getattr(known, name)(**rest))
+        for part in components_to_quantize
+    }
 
 
 def folder_of(name: str) -> Path | None:

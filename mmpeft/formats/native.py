@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from mmpeft.errors import AdapterFileError, ConfigError, MMPEFTError
 from mmpeft.files import write_atomic
 from mmpeft.methods.spec import from_spec, to_spec
-from mmpeft.parts.base import Placement
+from mmpeft.parts.base import Placement, dense
 from mmpeft.parts.mask import Mask
 from mmpeft.surgery import attach, base_parameters
 from mmpeft.tuning import Tuning
@@ -130,7 +130,7 @@ def base_fingerprint(model: nn.Module, placements: Iterable[Placement] = ()) -> 
     digest = hashlib.sha256()
     for name, tensor in sorted(base_parameters(model)):
         if name not in replaced:
-            flat = tensor.detach().flatten()
+            flat = dense(tensor.detach()).flatten()
             sample = flat[:: max(1, len(flat) // SAMPLE)][:SAMPLE].to("cpu", torch.bfloat16)
             digest.update(f"{name}{tuple(tensor.shape)}".encode())
             digest.update(sample.view(torch.int16).numpy().tobytes())

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from mmpeft.functional.fused import Update, low_rank_composed, low_rank_linear
 from mmpeft.functional.low_rank import low_rank_row_norms, squared_row_norms
 from mmpeft.functional.rows import Rows, put_rows, take_rows
-from mmpeft.parts.base import Call, Hook, Part, cast, trainable_dtype
+from mmpeft.parts.base import Call, Hook, Part, cast, dense, trainable_dtype
 from mmpeft.parts.factors import Factor, LowRank
 
 FUSED_FROM = 32_768
@@ -46,7 +46,7 @@ class Delta(Part):
         self.factor = factor
         self.magnitude: nn.Parameter | None = None
         if magnitude:
-            square = squared_row_norms(take_rows(weight, rows).flatten(1))
+            square = squared_row_norms(take_rows(dense(weight), rows).flatten(1))
             self.register_buffer("weight_sq", square, persistent=False)
             self.magnitude = nn.Parameter(square.sqrt().to(trainable_dtype(weight.dtype)))
 
@@ -54,7 +54,7 @@ class Delta(Part):
         """DoRA's `m / ‖W + s ΔW‖` for a [o, ...] weight; None without a magnitude."""
         if self.magnitude is None:
             return None
-        own = take_rows(weight, self.rows).flatten(1)
+        own = take_rows(dense(weight), self.rows).flatten(1)
         square: Tensor = self.weight_sq  # type: ignore[assignment]
         norm = low_rank_row_norms(own, square, *self.pair(), self.scale)
         return self.magnitude / norm.to(self.magnitude.dtype)

@@ -184,6 +184,27 @@ def test_a_slider_moves_the_concept_towards_more(folders: dict[str, Path], tmp_p
         SliderTuner(str(folders["sd"]), concept="a face", more="a", less="a", method=LORA)
 
 
+@pytest.mark.parametrize("method", [LORA, mmpeft.DoRA(rank=2, at="attn.*"), mmpeft.ParallelAdapter(bottleneck=4)])
+def test_a_base_in_eight_bits(method: mmpeft.Method, folders: dict[str, Path], tmp_path: Path) -> None:
+    pytest.importorskip("torchao")
+    bits = {"quant_backend": "torchao", "components_to_quantize": ["unet"]}
+    eight = {**bits, "quant_kwargs": {"quant_type": "Int8WeightOnlyConfig"}}
+    module = task(folders["sd"], method=method, quantization=eight)
+    trainer(tmp_path, 2, Outcome()).fit(module, data(folders))
+    weight = module.family.denoiser.mid_block.attentions[0].transformer_blocks[0].attn1.to_k.weight
+    assert type(weight).__name__ == "Int8Tensor"
+    assert all(p.dtype == torch.float32 for p in module.tuning.parameters())
+    tuned, plain = module.draw(["a cat"]), module.draw(["a cat"], 0.0)
+    assert float((tuned - plain).abs().max()) > 1e-3
+    again = task(folders["sd"], method=method, quantization=eight)
+    model = again.build()
+    mmpeft.load(model, tmp_path / "adapter")
+    module.family.pipeline.unet = model
+    torch.testing.assert_close(module.draw(["a cat"]), tuned)
+    with pytest.raises(ConfigError, match="torchao has no 'int9'"):
+        task(folders["sd"], quantization={**bits, "quant_kwargs": {"quant_type": "int9"}}).build()
+
+
 def test_bad_input(folders: dict[str, Path], tmp_path: Path) -> None:
     long = pictures(tmp_path / "long", prompt="red apple " * 40)
     with pytest.raises(DataError, match="the 32 the text encoder reads"):
