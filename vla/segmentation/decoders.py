@@ -141,8 +141,9 @@ class SANDecoder(Decoder):
 
     A side ViT with `queries` tokens takes in CLIP features; `masks = MLP(q) · MLP(x)`, and per-head biases
     `b = MLP_h(q) · MLP_h(x)` steer what each copy attends to in CLIP's blocks from depth `start_at` on. Class
-    probabilities are `softmax(s c tᵀ, no object)` of what the copies c become. A tower without a class token lends the
-    mean of its patches in its place. Xu et al., arXiv:2302.12242.
+    probabilities are `softmax(s c tᵀ, no object)` of what the copies c become. Xu et al., arXiv:2302.12242. A tower
+    that pools the mean of its patches, and has no class token to copy, does the same under each mask instead:
+    `c = P(Σ_p σ(m_p) f_p / Σ_p σ(m_p))`.
     """
 
     def __init__(
@@ -154,7 +155,8 @@ class SANDecoder(Decoder):
         heads: of its attention.
         queries: masks an image is explained by.
         patch: pixels of a side patch.
-        last: blocks of the tower that the copies run through.
+        last: blocks of the tower that the copies run through; where patches are pooled, those the side network does
+            not see.
 
         Raises:
             ConfigError: heads do not divide the width.
@@ -183,7 +185,8 @@ class SANDecoder(Decoder):
         self.norm = nn.LayerNorm(w)
         self.clip_heads = heads(taps.model)
         self.mask_query, self.mask_pixel = mlp(w, w), mlp(w, w)
-        self.bias_query, self.bias_pixel = mlp(w, self.clip_heads * 16), mlp(w, self.clip_heads * 16)
+        if taps.prefix:
+            self.bias_query, self.bias_pixel = mlp(w, self.clip_heads * 16), mlp(w, self.clip_heads * 16)
         self.nothing = nn.Parameter(torch.randn(1, text_width) * 0.02)
 
     def forward(self, taps: Taps, images: Tensor, text: Tensor) -> Tensor:
@@ -197,7 +200,8 @@ class SANDecoder(Decoder):
 
     def explain(self, taps: Taps, images: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
         """Class scores [B, Q, C + 1], the last one for no object, and mask logits [B, Q, H, W]."""
-        features = taps(images, [*self.lent, self.enter - 1])
+        last = len(taps.paths) - 1
+        features = taps(images, [*self.lent, self.enter - 1, last])
         x = self.embed(images)
         rows, columns = x.shape[-2:]
         x = (x + self.place(x)).flatten(2).transpose(1, 2)
@@ -213,10 +217,14 @@ class SANDecoder(Decoder):
         x = self.norm(x)
         query, pixel = x[:, : self.queries], x[:, self.queries :]
         masks = self.mask_query(query) @ self.mask_pixel(pixel).transpose(1, 2) * self.width**-0.5
-        masks = F.interpolate(masks.unflatten(2, (rows, columns)), images.shape[-2:], mode="bilinear")
-        base = features[self.enter - 1]
-        bias = self._bias(query, pixel, (rows, columns), grid_of(taps.patches(base).shape[1], images.shape[-2:]))
-        copies = self.recognise(taps, base, bias)
+        maps = masks.unflatten(2, (rows, columns))
+        masks = F.interpolate(maps, images.shape[-2:], mode="bilinear")
+        clip = grid_of(taps.patches(features[last]).shape[1], images.shape[-2:])
+        if taps.prefix:
+            bias = self._bias(query, pixel, (rows, columns), clip)
+            copies = self.recognise(taps, features[self.enter - 1], bias)
+        else:
+            copies = pooled(features[last], F.adaptive_avg_pool2d(maps.sigmoid(), clip).flatten(2))
         scale = taps.model.logit_scale.exp()  # type: ignore[operator]
         known = F.normalize(projection(taps.model)(copies).float(), dim=-1)
         scores = scale * known @ torch.cat([text, F.normalize(self.nothing, dim=-1)]).t()
@@ -241,8 +249,7 @@ class SANDecoder(Decoder):
             base: tokens [B, prefix + n, d] in front of those blocks.
             bias: [B, heads, Q, n], added to the copies' attention logits.
         """
-        start = base[:, :1] if taps.prefix else base.mean(1, keepdim=True)
-        n, count = base.shape[1], bias.shape[2]
+        start, n, count = base[:, :1], base.shape[1], bias.shape[2]
         mask = bias.new_zeros(len(base), self.clip_heads, n + count, n + count)
         mask[..., n:] = float("-inf")
         mask[..., n:, n:].diagonal(dim1=-2, dim2=-1).zero_()
@@ -250,6 +257,12 @@ class SANDecoder(Decoder):
         mask[..., n:, taps.prefix : n] = bias
         x = torch.cat([base, start.expand(-1, count, -1)], 1)
         return through(taps.blocks[self.enter :], x, mask)[:, n:]
+
+
+def pooled(features: Tensor, weights: Tensor) -> Tensor:
+    """Means [B, Q, d] of patches [B, n, d] under weights [B, Q, n]."""
+    shares = weights / weights.sum(-1, keepdim=True).clamp(min=1e-6)
+    return shares.to(features.dtype) @ features
 
 
 def prompted(target: Tensor, classes: int, prompts: int | None) -> Tensor:
