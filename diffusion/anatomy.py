@@ -119,7 +119,7 @@ class _Builder(Builder):
     def residual(self, path: str, block: Any, depth: int) -> None:
         """One residual block of any family: its own site, its sub-layers, the tokens it sees."""
         if is_a(block, *RESNETS):
-            self.block(path, depth, int(block.conv2.out_channels), channel_dim=1)
+            self.block(path, depth, int(block.conv2.out_channels), channel_dim=1, inputs=int(block.conv1.in_channels))
         elif is_a(block, "BasicTransformerBlock"):
             self.basic(path, block, depth)
         elif is_a(block, *JOINT):

@@ -77,7 +77,8 @@ class Site:
     `path` names the module (or, for role `param`, the tensor). `rows` is the slice of output rows this site
     owns in a fused projection. `via="weight"` marks a linear whose weight (`tensor`) the backbone reads
     directly, so that the effective weight is adapted rather than the call; `transposed` one stored [i, o].
-    `width` is the number of channels that flow through a sub-layer and `channel_dim` says where they are.
+    `width` is the number of channels that flow through a sub-layer, `inputs` that of what enters a block where it is
+    another one, and `channel_dim` says where they are.
     `stream` names the module whose input is the residual stream a sub-layer branches from, `out` the module
     whose output is added back to it, `entry` the module that reads the sub-layer's input where `path` does not.
     `bias` names the tensor added to this site's output when it is not the module's own bias. `prefix` counts
@@ -98,6 +99,7 @@ class Site:
     transposed: bool = False
     bias: str = ""
     width: int = 0
+    inputs: int = 0
     channel_dim: int = -1
     stream: str = ""
     out: str = ""

@@ -220,6 +220,13 @@ def test_stable_diffusion() -> None:
     assert Counter(s.role for s in sites) == counts
 
 
+def test_a_block_that_changes_its_width_takes_no_adapter_beside_it() -> None:
+    model, *_ = FAMILIES["sd_unet"]()
+    with pytest.raises(Refused, match="channels and gives .* Put a serial adapter there"):
+        mmpeft.attach(model, mmpeft.ParallelAdapter(at="block", bottleneck=4))
+    assert len(mmpeft.attach(model, mmpeft.Pfeiffer(at="block", bottleneck=4)).placements) > 4
+
+
 def test_presets_select_halves_of_sdxl() -> None:
     """The UNet of SDXL at full size: 70 transformer blocks, ten of them in each of B-LoRA's halves."""
     with torch.device("meta"):

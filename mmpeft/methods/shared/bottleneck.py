@@ -100,5 +100,14 @@ class Parallel(Bottleneck):
 
 
 def parallel_hooks(site: Site) -> tuple[Hook, ...]:
-    """Where a part enters that reads what a sub-layer reads: at its entry, if that is another module, and its exit."""
+    """Where a part enters that reads what a sub-layer reads: at its entry, if that is another module, and its exit.
+
+    Raises:
+        Refused: what enters is wider or narrower than what leaves.
+    """
+    if site.inputs not in (0, site.width):
+        raise Refused(
+            f"{site} takes {site.inputs} channels and gives {site.width}: what reads the one cannot be added to the "
+            "other. Put a serial adapter there (Pfeiffer, Houlsby), or choose other sites"
+        )
     return (*([Hook(site.entry, "enter")] if site.entry else []), Hook(site.path, "exit"))
