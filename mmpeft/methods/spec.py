@@ -8,7 +8,7 @@ from typing import Any
 
 from mmpeft.errors import ConfigError, nearest
 from mmpeft.methods.base import METHODS, Method
-from mmpeft.methods.compose import Restricted, Union
+from mmpeft.methods.compose import Frozen, Restricted, Union
 from mmpeft.methods.gated import Gated
 
 
@@ -42,7 +42,7 @@ def from_spec(spec: Mapping[str, Any]) -> Method:
     Raises:
         ConfigError: an unknown method or field.
     """
-    classes: dict[str, type[Method]] = {**METHODS, "Union": Union, "Restricted": Restricted, "Gated": Gated}
+    classes: dict[str, type[Method]] = {**METHODS, **{c.__name__: c for c in (Frozen, Union, Restricted, Gated)}}
     name = spec.get("name")
     if not isinstance(name, str) or name not in classes:
         raise ConfigError(f"unknown method {name!r}; known: {', '.join(sorted(classes))}.{nearest(str(name), classes)}")

@@ -146,6 +146,9 @@ class Outcome(Callback):
             "seconds": f"{self.seconds:.1f}",
             "peak memory": f"{peak_memory() / 2**20:,.0f} MiB ({'GPU' if torch.cuda.is_available() else 'process'})",
         }
+        beside = sum(p.numel() for p in pl_module.parameters() if p.requires_grad) - report.trainable
+        if beside:
+            rows["trains beside"] = f"{beside:,} (heads, other models of the task)"
         for key, value in sorted(trainer.callback_metrics.items()):
             if value.numel() == 1 and not key.endswith("_step"):
                 rows[key] = f"{float(value):.4f}"

@@ -77,6 +77,7 @@ def image(pipe: Any) -> torch.Tensor:
 def test_diffusers_draws_the_same_with_the_files(kind: str, folders: dict[str, Path], tmp_path: Path) -> None:
     tuned(kind, folders, tmp_path)
     files = tmp_path / "adapter" / "words"
+    open_adapters(family_of(create(str(folders[kind]))), [tmp_path / "adapter"])
     assert sorted(path.name for path in files.iterdir()) == ["flat.safetensors", "round.safetensors"]
     family = family_of(create(str(folders[kind])))
     assert load_words(family, files) == ["<flat>", "<round>"]

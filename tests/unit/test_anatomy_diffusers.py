@@ -222,7 +222,7 @@ def test_stable_diffusion() -> None:
 
 def test_a_block_that_changes_its_width_takes_no_adapter_beside_it() -> None:
     model, *_ = FAMILIES["sd_unet"]()
-    with pytest.raises(Refused, match="channels and gives .* Put a serial adapter there"):
+    with pytest.raises(Refused, match=r"channels and gives .* Put a serial adapter there"):
         mmpeft.attach(model, mmpeft.ParallelAdapter(at="block", bottleneck=4))
     assert len(mmpeft.attach(model, mmpeft.Pfeiffer(at="block", bottleneck=4)).placements) > 4
 
