@@ -10,8 +10,13 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, PixArtTransformer2DModel, UNet2DConditionModel
 
 import mmpeft
+from mmpeft.diffusion.backbone import INDEX, create
+from mmpeft.diffusion.data.emoji import spread
+from mmpeft.diffusion.judge import Judge
 from mmpeft.diffusion.pipeline import PixelPipeline
 from mmpeft.diffusion.text import text_encoder
+from mmpeft.embedded import emoji
+from mmpeft.embedded.captions import captions
 from mmpeft.embedded.store import WEIGHTS
 from mmpeft.errors import ConfigError, DataError
 
@@ -110,6 +115,17 @@ def test_its_denoiser_takes_any_method(kind: str) -> None:
     assert not torch.allclose(made("a cat", num_inference_steps=2, latents=noise, output_type="pt").images, plain)
     tuning.detach()
     assert torch.equal(made("a cat", num_inference_steps=2, latents=noise, output_type="pt").images, plain)
+
+
+@pytest.mark.parametrize("name", sorted(path.parent.name for path in WEIGHTS.glob(f"*/{INDEX}")))
+def test_what_ships_draws_what_it_is_asked_for(name: str) -> None:
+    """Names that it never saw, among nine categories."""
+    made = create(f"embedded:{name}")
+    known = emoji("noto", "test", made.size)
+    rows = spread(known.labels, 32, 0)
+    prompts = [captions(known)[row][0] for row in rows]
+    images = made(prompts, num_inference_steps=8, generator=torch.Generator().manual_seed(0), output_type="pt").images
+    assert Judge(made.size).accuracy(images, "noto", known.labels[rows])["caption"] > 0.3
 
 
 def test_bad_prompts_and_parts() -> None:

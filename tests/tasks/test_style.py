@@ -137,6 +137,20 @@ def test_the_teacher_holds_what_another_prompt_draws(folders: dict[str, Path], t
     assert 0 < drifts[100.0] < 0.5 * drifts[0.0]
 
 
+def test_prior_images_are_learned_beside_those_of_the_subject(folders: dict[str, Path], tmp_path: Path) -> None:
+    prior = pictures(tmp_path / "class", count=3, prompt="a fish")
+    errors = {}
+    for weight in (0.0, 30.0):
+        module = task(folders["sd"], prior_weight=weight)
+        images = data(folders, prior_root=str(prior), prior_prompt="a fish")
+        trainer(tmp_path / str(weight), 12).fit(module, images)
+        batch = next(iter(data_of(module)))
+        with torch.no_grad():
+            errors[weight] = float(module._error(batch["prior"], torch.Generator().manual_seed(0)))
+        assert ("train/prior" in module.trainer.callback_metrics) == bool(weight)
+    assert errors[30.0] < errors[0.0]
+
+
 def data_of(module: StyleTuner) -> Any:
     return module.trainer.datamodule.train_dataloader()  # type: ignore[attr-defined]
 
