@@ -24,6 +24,7 @@ from mmpeft.diffusion.words import FOLDER, load_words
 from mmpeft.errors import ConfigError
 from mmpeft.files import write_atomic
 from mmpeft.formats.exchange import Format, export, load_foreign
+from mmpeft.formats.exchange import export_pipeline as write_pipeline
 from mmpeft.formats.inspection import read
 from mmpeft.formats.merged import merged_copy
 from mmpeft.formats.native import MANIFEST, load
@@ -96,8 +97,12 @@ def export_pipeline(argv: Sequence[str] | None = None) -> int:
         print(f"{options.out}: the pipeline with {tunings[0].method} merged in")
         return 0
     if len(tunings) > 1:
-        raise ConfigError("the text encoders are tuned as well: one file holds one model's layers; use --to pipeline")
-    written = export(tunings[0], options.out, options.to, prefix=family.part)
+        if options.to not in ("diffusers", "kohya"):
+            raise ConfigError(f"the text encoders are tuned as well, and a {options.to} file is for one model")
+        parts = {name: tuning for tuning in tunings for name in _names(family, tuning)}
+        written = write_pipeline(parts, options.out, options.to)
+    else:
+        written = export(tunings[0], options.out, options.to, prefix=family.part)
     by = " and ".join(written.verified_by) or "nobody"
     print(f"{written.path}: {written.format}, {written.layers} layers, {written.bytes:,} bytes; read back by {by}")
     print(f"largest relative difference {written.difference:.1e}")
@@ -135,11 +140,13 @@ def open_adapters(family: Family, paths: Sequence[Path]) -> list[list[Tuning]]:
         if (path / FOLDER).is_dir():
             load_words(family, path / FOLDER)
         native = (path / MANIFEST).is_file()
-        several = not native and len(read(path).components) > 1
-        tunings = [load_foreign(family.denoiser, path, name, family.part if several else "")]
+        held = () if native else read(path).components
+        tunings = [load_foreign(family.denoiser, path, name, family.part if len(held) > 1 else "")]
         for part, encoder in family.encoders.items():
             if (path / part / MANIFEST).is_file():
                 tunings.append(load(encoder, path / part, name))
+            elif len(held) > 1 and part in held:
+                tunings.append(load_foreign(encoder, path, name, part))
         found.append(tunings)
     return found
 
@@ -159,6 +166,11 @@ def running(tunings: Sequence[Sequence[Tuning]], weights: Sequence[float]) -> It
                 names = tuple(tuning.name for tuning in own)
                 stack.enter_context(use(model, Together(names, tuple(own.values()))))
         yield
+
+
+def _names(family: Family, tuning: Tuning) -> list[str]:
+    """What the pipeline calls the model of a tuning."""
+    return [name for name, part in family.pipeline.components.items() if part is tuning.model]
 
 
 def save_pipeline(family: Family, tunings: Sequence[Tuning], folder: Path) -> None:

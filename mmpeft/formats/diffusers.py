@@ -202,6 +202,9 @@ def resolve(layers: Sequence[Layer], model: nn.Module | None, where: object) -> 
 
 def _resolved(layer: Layer, flats: Mapping[str, list[str]], where: object) -> Layer:
     found = flats.get(layer.path.replace(".", "_"), [])
+    bare = layer.path.replace(".", "_").removeprefix("text_model_")
+    if not found and bare in flats:  # CLIP's text models have lost their inner `text_model`, files keep it
+        return replace(layer, path=flats[bare][0], flat=False)
     if layer.flat:
         if len(found) > 1:
             raise AdapterFileError(f"{where}: {layer.path!r} names {len(found)} modules: {' and '.join(found)}")
@@ -228,6 +231,14 @@ def component_for(model: nn.Module) -> str:
 # -- out ----------------------------------------------------------------------------------------------------
 
 
+def in_files(layers: Collection[Layer], component: str) -> list[Layer]:
+    """Layers of one model of a pipeline by the paths that files have: those of CLIP's text models with `text_model`."""
+    prefix = "text_model." if component.startswith("text_encoder") and component != "text_encoder_3" else ""
+    return [
+        replace(x, component=component, path=x.path if x.path.startswith(prefix) else prefix + x.path) for x in layers
+    ]
+
+
 def diffusers_bytes(layers: Collection[Layer], component: str, modules: Collection[str] = ()) -> bytes:
     """A `pytorch_lora_weights.safetensors` with the least metadata that every diffusers accepts."""
     baked = {c: [x.baked() for x in layers if (x.component or component) == c] for c in _components(layers, component)}
@@ -235,7 +246,11 @@ def diffusers_bytes(layers: Collection[Layer], component: str, modules: Collecti
     packed: dict[str, Any] = {}
     for name, own in baked.items():
         tensors |= lora_tensors(own, f"{name}.")
-        fields = lora_fields(own) | {"target_modules": exact_targets([layer.path for layer in own], modules)}
+        bare = [replace(layer, path=layer.path.removeprefix("text_model.")) for layer in own]  # names that end both
+        fields = lora_fields(bare) | {"target_modules": exact_targets([layer.path for layer in bare], modules)}
+        if bare[0].path != own[0].path:
+            for key in ("rank_pattern", "alpha_pattern"):
+                fields[key] = {path.removeprefix("^"): value for path, value in fields[key].items()}
         packed |= {f"{name}.{key}": value for key, value in fields.items()}
     return dump_tensors(tensors, {"format": "pt", METADATA: json.dumps(packed, sort_keys=True)})
 

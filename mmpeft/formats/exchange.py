@@ -118,6 +118,36 @@ def export(
     return _write(files, Path(path), content, prove if verify else None, notes)
 
 
+def export_pipeline(
+    tunings: Mapping[str, Tuning], path: str | Path, format: Literal["diffusers", "kohya"] = "diffusers"
+) -> Exported:
+    """Write tunings of several models of one pipeline as one file: `{"unet": …, "text_encoder": …}`.
+
+    Each model's layers are read back as `export` does.
+
+    Raises:
+        Refused: a tuning has parts that the format cannot hold. AdapterFileError: a reader finds other layers.
+    """
+    _known(format, *tunings)
+    contents = {name: replace(content_of(tuning, format), format=format) for name, tuning in tunings.items()}
+    layers = [layer for name, own in contents.items() for layer in diffusers.in_files(own.layers, name)]
+    whole = Content(format, layers)
+    files = _files(whole, None, "", [], None)
+
+    def prove(copy: Path) -> tuple[Check, ...]:
+        checks: list[Check] = []
+        for name, tuning in tunings.items():
+            back = read(copy)
+            back = replace(back, layers=[x for x in back.layers if x.component == name])
+            resolved = [replace(x, component="") for x in diffusers.resolve(back.layers, tuning.model, copy)]
+            checks.append(compare("mmpeft", expected(contents[name]), expected(replace(back, layers=resolved))))
+            if not (format == "kohya" and _kohya_limits(contents[name], name)):
+                checks += by_diffusers(tuning.model, copy, name, contents[name])
+        return tuple(checks)
+
+    return _write(files, Path(path), whole, prove, [])
+
+
 def convert(
     src: str | Path, dst: str | Path, format: Format, *, model: nn.Module | None = None, prefix: str = ""
 ) -> Exported:
@@ -158,9 +188,9 @@ def convert(
 # -- shared -------------------------------------------------------------------------------------------------
 
 
-def _known(format: str, prefix: str) -> None:
+def _known(format: str, *prefixes: str) -> None:
     names = (*diffusers.FLAT_OUT, "")
-    for what, value, known in (("format", format, FORMATS), ("prefix", prefix, names)):
+    for what, value, known in (("format", format, FORMATS), *(("prefix", prefix, names) for prefix in prefixes)):
         if value not in known:
             listed = ", ".join(filter(None, known))
             raise ConfigError(f"unknown {what} {value!r}; known: {listed}.{nearest(value, known)}")

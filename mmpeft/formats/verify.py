@@ -165,14 +165,21 @@ def by_peft_answers(tuning: Tuning, folder: Path, content: Content) -> list[Chec
 
 def by_diffusers(model: nn.Module, file: Path, component: str, content: Content) -> list[Check]:
     """Load a file of either style through diffusers; empty where the model's class loads none, or without peft."""
-    if not hasattr(model, "load_lora_adapter") or find_spec("peft") is None:
+    text = component.startswith("text_encoder")
+    if not (text or hasattr(model, "load_lora_adapter")) or find_spec("peft") is None:
         return []
     twin: Any = plain_copy(model)
     reader = f"diffusers {version('diffusers')}"
     with _quiet():
         try:
-            if content.format == "kohya":
-                loader = import_module("diffusers.loaders.lora_pipeline").StableDiffusionLoraLoaderMixin
+            loader = import_module("diffusers.loaders.lora_pipeline").StableDiffusionLoraLoaderMixin
+            if text:
+                state, alphas, facts = loader.lora_state_dict(
+                    str(file), local_files_only=True, return_lora_metadata=True
+                )
+                known = {"prefix": component, "adapter_name": "default"}
+                loader.load_lora_into_text_encoder(state, alphas, twin, metadata=facts, **known)
+            elif content.format == "kohya":
                 state, alphas = loader.lora_state_dict(str(file), unet_config=twin.config, local_files_only=True)
                 loader.load_lora_into_unet(state, network_alphas=alphas, unet=twin, adapter_name="default")
             else:

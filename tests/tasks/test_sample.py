@@ -12,6 +12,7 @@ from PIL import Image
 import mmpeft
 from mmpeft.cli import main
 from mmpeft.diffusion import backbone
+from mmpeft.diffusion.command import open_adapters
 from mmpeft.diffusion.families import family_of
 from mmpeft.errors import AdapterFileError
 from mmpeft.formats.exchange import load_foreign
@@ -61,6 +62,27 @@ def test_diffusers_draws_the_same_by_the_exported_file(kind: str, format: str, t
     expected = drawn(ours, kind)
     torch.testing.assert_close(drawn(theirs, kind), expected, atol=1e-5, rtol=1e-5)
     assert float((expected - plain).abs().max()) > 1e-3
+
+
+@pytest.mark.parametrize("kind", ["sd", "sdxl"])
+@pytest.mark.parametrize("format", ["diffusers", "kohya"])
+def test_text_encoders_are_in_the_same_file(kind: str, format: str, tmp_path: Path) -> None:
+    """Read by diffusers, and by us: the denoiser and every text encoder."""
+    adapter = saved(kind, tmp_path)
+    ours = pipeline(kind)
+    mmpeft.load(family_of(ours).denoiser, adapter)
+    for name, encoder in family_of(ours).encoders.items():
+        moved(encoder, mmpeft.LoRA(rank=2, at="attn.{q,k,v,out}", alpha=1)).save(adapter / name)
+    file = tmp_path / "lora.safetensors"
+    argv = ["--pipeline", str(tmp_path / kind), "--adapter", str(adapter), "--to", format, "--out", str(file)]
+    assert main(["export-pipeline", *argv]) == 0
+    theirs, again = backbone.create(str(tmp_path / kind)), family_of(pipeline(kind))
+    theirs.load_lora_weights(str(tmp_path), weight_name=file.name)
+    expected = drawn(ours, kind)
+    torch.testing.assert_close(drawn(theirs, kind), expected, atol=1e-5, rtol=1e-5)
+    ((_, *texts),) = open_adapters(again, [file])
+    assert len(texts) == len(again.encoders)
+    torch.testing.assert_close(drawn(again.pipeline, kind), expected, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["pixart", "pixel-dit"])
