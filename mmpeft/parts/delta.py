@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from mmpeft.functional.fused import Update, low_rank_composed, low_rank_linear
 from mmpeft.functional.low_rank import low_rank_row_norms, squared_row_norms
 from mmpeft.functional.rows import Rows, put_rows, take_rows
-from mmpeft.parts.base import Call, Hook, Part, cast, dense, trainable_dtype
-from mmpeft.parts.factors import Factor, LowRank
+from mmpeft.parts.base import Call, Hook, HookKind, Part, cast, dense, trainable_dtype
+from mmpeft.parts.factors import Factor, Hadamard, LowRank
+from mmpeft.sites import Kind
 
 FUSED_FROM = 32_768
 """Input elements from which the fused autograd function pays for its own call overhead."""
@@ -133,12 +134,25 @@ class Delta(Part):
 
     @classmethod
     def combine(cls, parts: Sequence[Delta], host: nn.Module, read: Sequence[str]) -> Call:
+        if not all(isinstance(part.factor, LowRank) for part in parts):
+            return _FormedCall(tuple(parts))
         only = parts[0]
         plain = only.rows is None and only.magnitude is None and not (only.dropout or only.transposed)
         plain = plain and type(only.factor) is LowRank
         if len(parts) == 1 and plain and not read:
             return _WholeCall(only)
         return _RowsCall(tuple(parts))
+
+
+def hook_kind(kind: Kind, factor: Factor) -> HookKind:
+    """How an update enters at a site: in place of the host's call where one pass of the input is enough.
+
+    Low-rank products fuse with a linear's call, and what must be formed is added to the weight; Kronecker factors on a
+    linear, and low-rank ones on a convolution, cost little beside the host's own output.
+    """
+    if isinstance(factor, LowRank):
+        return "call" if kind == "linear" else "exit"
+    return "call" if kind == "conv" or isinstance(factor, Hadamard) else "exit"
 
 
 def _lookup(host: nn.Module, x: Tensor, table: Tensor) -> Tensor:
@@ -173,6 +187,30 @@ class _WholeCall:
             return low_rank_linear(x, weight, bias, (Update(0, self.rows, self.scale, down, up),))
         down_x, up_x = cast(down, x.dtype), cast(up, x.dtype)
         return torch.add(F.linear(x, weight, bias), F.linear(F.linear(x, down_x), up_x), alpha=self.scale)
+
+
+class _FormedCall:
+    """The forward with updates that are formed: added to the weight, for one pass of the input and not two.
+
+    A weight held in few bits has no sum: there the updates are added to the output.
+    """
+
+    def __init__(self, deltas: tuple[Delta, ...]) -> None:
+        self.deltas = deltas
+
+    def __call__(self, host: nn.Module, x: Tensor) -> Tensor:
+        weight: Tensor = host.weight  # type: ignore[assignment]
+        bias: Tensor | None = host.bias  # type: ignore[assignment]
+        if type(weight) not in (Tensor, nn.Parameter) or any(d.dropout and d.training for d in self.deltas):
+            y: Tensor = type(host).base.forward(host, x)  # type: ignore[attr-defined]
+            for delta in self.deltas:
+                y = delta.exit(host, x, y)
+            return y
+        for delta in self.deltas:
+            weight = delta.read(host, "weight", weight)
+        if weight.dim() > 2:
+            return host._conv_forward(x, weight, bias)  # type: ignore[operator, no-any-return]
+        return F.linear(x, weight.t() if self.deltas[0].transposed else weight, bias)
 
 
 class _RowsCall:

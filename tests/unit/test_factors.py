@@ -68,7 +68,7 @@ def test_loha_runs_as_the_low_rank_product_while_that_is_less_work() -> None:
     (small,) = mmpeft.attach(Toy(), mmpeft.LoHa(at="mlp.up & depth=0", rank=1)).placements
     (large,) = mmpeft.attach(Toy(), mmpeft.LoHa(at="mlp.up & depth=0", rank=4)).placements
     assert (type(small.part.factor), type(large.part.factor)) == (KhatriRao, Hadamard)
-    assert (small.hooks[0].kind, large.hooks[0].kind) == ("call", "exit")
+    assert (small.hooks[0].kind, large.hooks[0].kind) == ("call", "call")
 
 
 def test_lokr_is_low_rank_or_whole_as_in_lycoris() -> None:

@@ -14,6 +14,7 @@ from mmpeft.host import module_at
 from mmpeft.methods.base import Sited, fan, own_weight, positive, rate, register
 from mmpeft.parts import Delta, Factor, LowRank
 from mmpeft.parts.base import Hook, Placement
+from mmpeft.parts.delta import hook_kind
 from mmpeft.selector import select
 from mmpeft.sites import Kind, Selector, Site
 
@@ -74,7 +75,7 @@ class LoRA(Sited):
         if grouped or site.via == "weight":
             hook = Hook(site.path, "read", site.tensor)
         else:
-            hook = Hook(site.path, "call" if site.kind == "linear" and isinstance(factor, LowRank) else "exit")
+            hook = Hook(site.path, hook_kind(site.kind, factor))
         part = Delta(weight, factor, scale, site.rows, dropout, self.magnitude, site.transposed, lookup)
         return Placement(part, site.path, f"{name.lower()}_{site.label}", (hook,), site.role)
 

@@ -13,6 +13,7 @@ from mmpeft.host import module_at
 from mmpeft.methods.base import Method, SiteMethod, fan, own_weight
 from mmpeft.parts import Delta, Factor
 from mmpeft.parts.base import Hook, Placement
+from mmpeft.parts.delta import hook_kind
 from mmpeft.sites import Site
 
 
@@ -58,6 +59,6 @@ def place_kron(
     if dropout and whole:
         name = type(method).__name__
         raise Refused(f"{name} at {site}: the weight itself is changed, so no input can be dropped; use dropout=0")
-    hook = Hook(site.path, "read", site.tensor) if whole else Hook(site.path, "exit")
+    hook = Hook(site.path, "read", site.tensor) if whole else Hook(site.path, hook_kind(site.kind, factor))
     part = Delta(own_weight(model, site), factor, scale, site.rows, dropout, transposed=site.transposed)
     return Placement(part, site.path, f"{key}_{site.label}", (hook,), site.role)
