@@ -93,6 +93,8 @@ def export(
     model = tuning.model
     content = replace(content_of(tuning, format), format=format)
     prefix = prefix or diffusers.component_for(model)
+    if format in ("diffusers", "kohya") and prefix.startswith("text_encoder"):  # files have other names for its modules
+        return export_pipeline({prefix: tuning}, path, format, verify=verify)
     modules = [n for n, _ in model.named_modules() if CHILD not in n.split(".")]
     base = getattr(getattr(model, "config", None), "name_or_path", None) or None
     files = _files(content, model, prefix, modules, base)
@@ -119,7 +121,11 @@ def export(
 
 
 def export_pipeline(
-    tunings: Mapping[str, Tuning], path: str | Path, format: Literal["diffusers", "kohya"] = "diffusers"
+    tunings: Mapping[str, Tuning],
+    path: str | Path,
+    format: Literal["diffusers", "kohya"] = "diffusers",
+    *,
+    verify: bool = True,
 ) -> Exported:
     """Write tunings of several models of one pipeline as one file: `{"unet": …, "text_encoder": …}`.
 
@@ -145,7 +151,7 @@ def export_pipeline(
                 checks += by_diffusers(tuning.model, copy, name, contents[name])
         return tuple(checks)
 
-    return _write(files, Path(path), whole, prove, [])
+    return _write(files, Path(path), whole, prove if verify else None, [])
 
 
 def convert(

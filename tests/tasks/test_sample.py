@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 import mmpeft
 from mmpeft.cli import main
@@ -64,6 +65,10 @@ def test_diffusers_draws_the_same_by_the_exported_file(kind: str, format: str, t
     assert float((expected - plain).abs().max()) > 1e-3
 
 
+def texts_of(made: Any) -> dict[str, mmpeft.Tuning]:
+    return {name: mmpeft.tunings(part)["default"] for name, part in family_of(made).encoders.items()}
+
+
 @pytest.mark.parametrize("kind", ["sd", "sdxl"])
 @pytest.mark.parametrize("format", ["diffusers", "kohya"])
 def test_text_encoders_are_in_the_same_file(kind: str, format: str, tmp_path: Path) -> None:
@@ -80,6 +85,10 @@ def test_text_encoders_are_in_the_same_file(kind: str, format: str, tmp_path: Pa
     theirs.load_lora_weights(str(tmp_path), weight_name=file.name)
     expected = drawn(ours, kind)
     torch.testing.assert_close(drawn(theirs, kind), expected, atol=1e-5, rtol=1e-5)
+    alone = texts_of(ours)["text_encoder"].export(tmp_path / "te.safetensors", format)
+    names = load_file(alone.path)
+    start = "lora_te1_text_model_encoder_" if format == "kohya" else "text_encoder.text_model.encoder."
+    assert all(name.startswith(start) for name in names)
     ((_, *texts),) = open_adapters(again, [file])
     assert len(texts) == len(again.encoders)
     torch.testing.assert_close(drawn(again.pipeline, kind), expected, atol=1e-5, rtol=1e-5)
