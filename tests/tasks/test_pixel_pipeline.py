@@ -125,7 +125,7 @@ def test_what_ships_draws_what_it_is_asked_for(name: str) -> None:
     rows = spread(known.labels, 32, 0)
     prompts = [captions(known)[row][0] for row in rows]
     images = made(prompts, num_inference_steps=8, generator=torch.Generator().manual_seed(0), output_type="pt").images
-    assert Judge(made.size).accuracy(images, "noto", known.labels[rows])["caption"] > 0.3
+    assert Judge(made.size).accuracy(images, "noto", known.labels[rows])["caption"] > 0.2
 
 
 def test_bad_prompts_and_parts() -> None:
