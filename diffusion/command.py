@@ -51,6 +51,7 @@ def sample(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--count", type=int, default=1, help="images a prompt (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=20, help="denoising steps (default: %(default)s)")
     parser.add_argument("--guidance", type=float, default=3.0, help="guidance scale (default: %(default)s)")
+    parser.add_argument("--negative", default="", help="what guidance leads away from")
     parser.add_argument("--size", type=int, help="height and width in pixels (default: the pipeline's)")
     parser.add_argument("--seed", type=int, default=0, help="of the noise (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=Path("sample.png"), help="picture to write (default: %(default)s)")
@@ -63,13 +64,14 @@ def sample(argv: Sequence[str] | None = None) -> int:
     if len(weights) != len(options.adapter):
         raise ConfigError(f"--weights wants one for each of {len(options.adapter)} adapters, got {len(weights)}")
     prompts = [prompt for prompt in options.prompt for _ in range(options.count)]
-    family.check_prompts(prompts)
+    family.check_prompts([*prompts, options.negative])
     family.pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
 
     def drawn(share: float) -> Tensor:
         noise = [torch.Generator().manual_seed(mix(options.seed, i)) for i in range(len(prompts))]
         with running(tunings, [share * weight for weight in weights]), torch.no_grad():
-            found = family.draw(prompts, noise, options.steps, options.guidance, options.size or family.size)
+            size = options.size or family.size
+            found = family.draw(prompts, noise, options.steps, options.guidance, size, options.negative)
         return found.float().cpu()
 
     if options.compare:

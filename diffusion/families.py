@@ -26,6 +26,8 @@ class Family(ABC):
 
     pipelines: ClassVar[tuple[str, ...]]
     """diffusers' classes of this family."""
+    guided: ClassVar[bool] = True
+    """Whether guidance compares two predictions; else it is an input of one."""
 
     def __init__(self, pipeline: Any) -> None:
         self.pipeline = pipeline
@@ -77,8 +79,12 @@ class Family(ABC):
 
     def check_prompts(self, prompts: Sequence[str]) -> None:
         """Raise DataError if a prompt is longer than its encoder reads: what was cut off would be missing silently."""
+        spelled = getattr(
+            self.pipeline, "maybe_convert_prompt", lambda texts, tokenizer: texts
+        )  # words of many vectors
         for tokenizer, limit in self.contexts if prompts else ():
-            for prompt, ids in zip(prompts, tokenizer(list(prompts), truncation=False, verbose=False)["input_ids"]):
+            texts = spelled(list(prompts), tokenizer)
+            for prompt, ids in zip(prompts, tokenizer(texts, truncation=False, verbose=False)["input_ids"]):
                 if len(ids) > limit:
                     raise DataError(
                         f"a prompt of {len(ids)} tokens is longer than the {limit} the text encoder reads; "
@@ -108,10 +114,27 @@ class Family(ABC):
         """What the denoiser makes of noisy latents, [B, c, h, w]."""
 
     def draw(
-        self, prompts: Sequence[str], generators: list[torch.Generator], steps: int, guidance: float, size: int
+        self,
+        prompts: Sequence[str],
+        generators: list[torch.Generator],
+        steps: int,
+        guidance: float,
+        size: int,
+        negative: str = "",
     ) -> Tensor:
-        """Images [B, 3, size, size] in [0, 1] by the pipeline itself, one noise a prompt."""
-        options = {"num_inference_steps": steps, "guidance_scale": guidance, "output_type": "pt"}
+        """Images [B, 3, size, size] in [0, 1] by the pipeline itself, one noise a prompt; guided away from `negative`.
+
+        Raises:
+            ConfigError: a negative prompt where guidance does not compare two predictions.
+        """
+        options: dict[str, Any] = {"num_inference_steps": steps, "guidance_scale": guidance, "output_type": "pt"}
+        if negative:
+            if not self.guided or guidance <= 1:
+                raise ConfigError(
+                    f"a negative prompt needs guidance between two predictions; {type(self.pipeline).__name__} at "
+                    f"guidance {guidance} makes one"
+                )
+            options["negative_prompt"] = [negative] * len(prompts)
         found: Tensor = self.pipeline(list(prompts), generator=generators, **self.sides(size), **options).images
         return found
 
@@ -237,6 +260,7 @@ class Flux(Family):
 
     pipelines = ("FluxPipeline",)
     guidance: ClassVar[float] = 3.5
+    guided = False
 
     @property
     def contexts(self) -> list[tuple[Any, int]]:

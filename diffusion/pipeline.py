@@ -8,13 +8,14 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline, ImagePipelineOutput
 from diffusers.image_processor import VaeImageProcessor
+from diffusers.loaders import TextualInversionLoaderMixin
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Generator, Tensor
 
 from mmpeft.errors import ConfigError, DataError
 
 
-class PixelPipeline(DiffusionPipeline):  # type: ignore[misc]
+class PixelPipeline(DiffusionPipeline, TextualInversionLoaderMixin):  # type: ignore[misc]
     """Text to image by a UNet or a DiT over RGB, `PixelPipeline.from_pretrained(folder)`.
 
     Components: `unet` (UNet2DConditionModel) or `transformer` (PixArtTransformer2DModel), the other one None; a flow
@@ -52,10 +53,11 @@ class PixelPipeline(DiffusionPipeline):  # type: ignore[misc]
             DataError: a prompt is longer than the encoder's context.
         """
         limit = self.text_encoder.config.max_position_embeddings
-        for prompt, ids in zip(prompts, self.tokenizer(list(prompts))["input_ids"]):
+        prompts = self.maybe_convert_prompt(list(prompts), self.tokenizer)
+        for prompt, ids in zip(prompts, self.tokenizer(prompts)["input_ids"]):
             if len(ids) > limit:
                 raise DataError(f"a prompt of {len(ids)} tokens is longer than the encoder's {limit}: {prompt!r}")
-        found = self.tokenizer(list(prompts), padding="max_length", max_length=limit, return_tensors="pt")
+        found = self.tokenizer(prompts, padding="max_length", max_length=limit, return_tensors="pt")
         ids, mask = found["input_ids"].to(self.device), found["attention_mask"].to(self.device)
         return self.text_encoder(ids).last_hidden_state, mask
 
@@ -72,7 +74,7 @@ class PixelPipeline(DiffusionPipeline):  # type: ignore[misc]
     def __call__(
         self,
         prompt: str | Sequence[str],
-        negative_prompt: str = "",
+        negative_prompt: str | Sequence[str] = "",
         num_inference_steps: int = 20,
         guidance_scale: float = 3.0,
         generator: Generator | None = None,
@@ -84,7 +86,7 @@ class PixelPipeline(DiffusionPipeline):  # type: ignore[misc]
 
         Args:
             prompt: one text or several.
-            negative_prompt: what guidance leads away from.
+            negative_prompt: what guidance leads away from, one text or one a prompt.
             num_inference_steps: denoising steps.
             guidance_scale: 1 for none.
             generator: of the starting noise.
@@ -93,7 +95,8 @@ class PixelPipeline(DiffusionPipeline):  # type: ignore[misc]
         """
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         guided = guidance_scale != 1
-        text, mask = self.encode_prompt([*prompts, *([negative_prompt] * len(prompts) if guided else [])])
+        away = [negative_prompt] * len(prompts) if isinstance(negative_prompt, str) else list(negative_prompt)
+        text, mask = self.encode_prompt([*prompts, *(away if guided else [])])
         shape = (len(prompts), 3, self.size, self.size)
         x = latents if latents is not None else randn_tensor(shape, generator, self.device, text.dtype)
         self.scheduler.set_timesteps(num_inference_steps, device=self.device)

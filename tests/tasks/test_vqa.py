@@ -254,7 +254,7 @@ def test_losses_against_their_formulas(pair: None, tmp_path: Path) -> None:
 
 
 def test_sizes_that_do_not_fit() -> None:
-    with pytest.raises(ConfigError, match="heads must divide"):
+    with pytest.raises(ConfigError, match="heads must divide the width"):
         Fusion(width=10, heads=4)
 
 

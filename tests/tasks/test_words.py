@@ -17,7 +17,7 @@ from mmpeft.diffusion.command import open_adapters
 from mmpeft.diffusion.data.images import CaptionedImages
 from mmpeft.diffusion.families import family_of
 from mmpeft.diffusion.words import WordTuner, add_words, load_words
-from mmpeft.errors import AdapterFileError, ConfigError
+from mmpeft.errors import AdapterFileError, ConfigError, DataError
 from mmpeft.training.callbacks import Outcome
 from tests.tasks.test_style import LORA, pictures, trainer
 from tests.tasks.tiny_pipelines import pipeline
@@ -73,9 +73,11 @@ def image(pipe: Any) -> torch.Tensor:
     )
 
 
-@pytest.mark.parametrize("kind", ["sd", "sdxl"])
-def test_diffusers_draws_the_same_with_the_files(kind: str, folders: dict[str, Path], tmp_path: Path) -> None:
-    tuned(kind, folders, tmp_path)
+@pytest.mark.parametrize(("kind", "vectors"), [("sd", 3), ("sdxl", 1)])
+def test_diffusers_draws_the_same_with_the_files(
+    kind: str, vectors: int, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    tuned(kind, folders, tmp_path, vectors=vectors)
     files = tmp_path / "adapter" / "words"
     open_adapters(family_of(create(str(folders[kind]))), [tmp_path / "adapter"])
     assert sorted(path.name for path in files.iterdir()) == ["flat.safetensors", "round.safetensors"]
@@ -115,6 +117,21 @@ def test_beside_methods_on_both_models(folders: dict[str, Path], tmp_path: Path)
     torch.testing.assert_close(module.draw(["a <round> face"], seeds=[0]), wanted)
 
 
+def test_a_pipeline_over_pixels_reads_words_of_several_vectors(folders: dict[str, Path]) -> None:
+    family = family_of(create(str(folders["pixel-unet"])))
+    width = table(family.pipeline.text_encoder).shape[1]
+    add_words(family, {"<a>": {"text_encoder": torch.randn(3, width)}})
+    with_word, without = family.encode_prompt(["<a> cat", "cat"])["mask"].sum(1)
+    assert with_word >= without + 3
+    with pytest.raises(DataError, match="longer than"):
+        family.check_prompts(["<a> " * (int(family.contexts[0][1]) // 3)])
+    noise = [torch.Generator().manual_seed(0)]
+    plain, away = (family.draw(["a cat"], noise, 2, 3.0, family.size, negative) for negative in ("", "<a>"))
+    assert (plain - away).abs().max() > 1e-4
+    with pytest.raises(ConfigError, match="negative prompt needs guidance"):
+        family.draw(["a cat"], noise, 2, 1.0, family.size, "<a>")
+
+
 def test_bad_input(folders: dict[str, Path], tmp_path: Path) -> None:
     for words in ({}, {"two words": "cat"}, {"<a>": " "}):
         with pytest.raises(ConfigError, match="new words without spaces"):
@@ -127,7 +144,7 @@ def test_bad_input(folders: dict[str, Path], tmp_path: Path) -> None:
         add_words(family, {"<a>": "cat"})
     tuned("sd", folders, tmp_path)
     files = tmp_path / "adapter" / "words"
-    with pytest.raises(AdapterFileError, match="one vector for each of text_encoder, text_encoder_2"):
+    with pytest.raises(AdapterFileError, match=r"vectors .* for each of text_encoder, text_encoder_2"):
         load_words(family_of(create(str(folders["sdxl"]))), files)
     with pytest.raises(AdapterFileError, match="for another pipeline"):
         load_words(family_of(create(str(folders["pixel-unet"]))), files)

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+import torch.nn.functional as F
+from timm.layers import build_sincos2d_pos_embed
 from torch import Tensor, nn
 
 from mmpeft.errors import ConfigError
@@ -10,29 +14,31 @@ from mmpeft.vla.taps import Taps, grid_of
 
 
 class Fusion(nn.Module):
-    """`z = W T([a; P_t g; P_i f + r + c])₀`: a transformer over an answer token, question tokens and patches.
+    """`z = W D([a; P_t g] | P_i f + p)₀`: blocks of an answer token and the question's that look at the patches.
 
-    Rows r and columns c of the patches are learned anew: the tower's own places need not survive its last block.
-    `blind` leaves the patches out: what the question alone gives away.
+    Each block has self-attention of these tokens, attention to the patches, and a feed-forward part (a decoder: patches
+    do not look at each other again, which the tower has done, and cost a question little). Places p of the patches
+    start as sines and train: the tower's own need not survive its last block. `blind` leaves the patches out: what the
+    question alone gives away.
     """
 
     def __init__(
-        self, width: int = 192, depth: int = 2, heads: int = 4, dropout: float = 0.1, blind: bool = False
+        self, width: int = 192, depth: int = 3, heads: int = 4, dropout: float = 0.1, blind: bool = False
     ) -> None:
         """Args:
-        width: of the tokens inside.
+        width: of the tokens inside, a multiple of 4.
         depth: number of blocks.
         heads: of each attention.
         dropout: of attention and feed-forward.
         blind: see no image.
 
         Raises:
-            ConfigError: the width is no multiple of the heads, or there is no block.
+            ConfigError: the width is no multiple of 4 and of the heads, or there is no block.
         """
         super().__init__()
-        if min(width, depth, heads) < 1 or width % heads:
+        if min(width, depth, heads) < 1 or width % heads or width % 4:
             raise ConfigError(
-                f"a fusion of width {width}, depth {depth} and {heads} heads: heads must divide the width"
+                f"a fusion of width {width}, depth {depth} and {heads} heads: 4 and heads must divide the width"
             )
         self.width, self.depth, self.heads, self.dropout, self.blind = width, depth, heads, dropout, blind
 
@@ -43,12 +49,14 @@ class Fusion(nn.Module):
         self.of_text = nn.Sequential(nn.LayerNorm(text.width), nn.Linear(text.width, w))
         if not self.blind:
             self.of_image = nn.Sequential(nn.LayerNorm(image.width), nn.Linear(image.width, w))
-            self.rows = nn.Parameter(torch.randn(grid[0], 1, w) * 0.02)
-            self.columns = nn.Parameter(torch.randn(1, grid[1], w) * 0.02)
-        layer = nn.TransformerEncoderLayer(
-            w, self.heads, 4 * w, self.dropout, "gelu", batch_first=True, norm_first=True
-        )
-        self.blocks = nn.TransformerEncoder(layer, self.depth, enable_nested_tensor=False)
+            self.places = nn.Parameter(build_sincos2d_pos_embed(list(grid), w))
+        options: dict[str, Any] = {"activation": "gelu", "batch_first": True, "norm_first": True}
+        if self.blind:
+            alone = nn.TransformerEncoderLayer(w, self.heads, 4 * w, self.dropout, **options)
+            self.blocks: nn.Module = nn.TransformerEncoder(alone, self.depth, enable_nested_tensor=False)
+        else:
+            looking = nn.TransformerDecoderLayer(w, self.heads, 4 * w, self.dropout, **options)
+            self.blocks = nn.TransformerDecoder(looking, self.depth)
         self.head = nn.Sequential(nn.LayerNorm(w), nn.Linear(w, answers))
 
     def forward(self, patches: Tensor | None, question: Tensor, padding: Tensor, owner: Tensor) -> Tensor:
@@ -61,14 +69,14 @@ class Fusion(nn.Module):
         Returns:
             scores [Q, A] before the softmax.
         """
-        tokens = [self.answer.expand(len(question), 1, -1), self.of_text(question.float())]
-        hidden = [padding.new_zeros(len(question), 1), padding]
-        if not self.blind:
+        x = torch.cat([self.answer.expand(len(question), 1, -1), self.of_text(question.float())], 1)
+        hidden = F.pad(padding, (1, 0))
+        if self.blind:
+            x = self.blocks(x, src_key_padding_mask=hidden)
+        else:
             assert patches is not None
-            seen = self.of_image(patches.float()) + (self.rows + self.columns).flatten(0, 1)
-            tokens.append(seen[owner])
-            hidden.append(padding.new_zeros(len(question), seen.shape[1]))
-        x = self.blocks(torch.cat(tokens, 1), src_key_padding_mask=torch.cat(hidden, 1))
+            seen = self.of_image(patches.float()) + self.places
+            x = self.blocks(x, seen[owner], tgt_key_padding_mask=hidden)
         scores: Tensor = self.head(x[:, 0])
         return scores
 
