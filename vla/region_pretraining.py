@@ -17,8 +17,7 @@ from mmpeft.errors import ConfigError
 from mmpeft.methods.base import Method
 from mmpeft.vla.backbone import CONFIG, create, folder_of, tokenizer, vit_emoji_64
 from mmpeft.vla.pretraining import PairPretraining
-from mmpeft.vla.segmentation.tower import projection
-from mmpeft.vla.taps import Taps
+from mmpeft.vla.taps import Taps, projection
 
 
 class RegionPretraining(PairPretraining):

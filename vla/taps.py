@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 
+from mmpeft.anatomy import is_a
 from mmpeft.errors import ConfigError, Refused
 from mmpeft.sites import sites
 
@@ -46,6 +48,10 @@ class Taps:
 
     def __call__(self, inputs: Tensor, depths: Sequence[int]) -> dict[int, Tensor]:
         """Outputs [B, prefix + n, d] of blocks at `depths` for images or token numbers; the tower runs once."""
+        return self.embedded(inputs, depths)[0]
+
+    def embedded(self, inputs: Tensor, depths: Sequence[int]) -> tuple[dict[int, Tensor], Tensor]:
+        """Outputs of blocks at `depths`, and what the tower makes of the whole in the joint space [B, e]."""
         kept: dict[int, Tensor] = {}
 
         def keep(depth: int) -> Any:
@@ -53,11 +59,12 @@ class Taps:
 
         handles = [self.blocks[depth].register_forward_hook(keep(depth)) for depth in set(depths)]
         try:
-            (self.model.encode_image if self.tower == "image" else self.model.encode_text)(inputs)  # type: ignore[operator]
+            encode: Any = self.model.encode_image if self.tower == "image" else self.model.encode_text
+            whole: Tensor = encode(inputs)
         finally:
             for handle in handles:
                 handle.remove()
-        return kept
+        return kept, whole
 
     def patches(self, features: Tensor) -> Tensor:
         """Features without the tokens before the patches, [B, n, d]."""
@@ -75,3 +82,24 @@ def grid_of(patches: int, image: Sequence[int]) -> tuple[int, int]:
     if rows * columns != patches:
         raise Refused(f"{patches} tokens fill no grid over {tuple(image)} pixels; deep prompts would")
     return rows, columns
+
+
+def projection(model: Any) -> Callable[[Tensor], Tensor]:
+    """What takes a token [.., d] of the last block into the joint space, as the tower does with what it pools.
+
+    Raises:
+        Refused: the tower pools by attention, or is none with tokens.
+    """
+    visual = model.visual
+    if (
+        is_a(visual, "TimmModel")
+        and getattr(visual.trunk, "attn_pool", None) is None
+        and hasattr(visual.trunk, "blocks")
+    ):
+        return lambda x: visual.head(visual.trunk.fc_norm(visual.trunk.norm(x)))
+    if is_a(visual, "VisionTransformer") and visual.attn_pool is None:
+        return lambda x: visual.ln_post(x) if visual.proj is None else torch.matmul(visual.ln_post(x), visual.proj)
+    raise Refused(
+        f"single tokens of {type(visual).__name__} are not in the joint space: SAN needs a tower that pools a class "
+        "token or a mean; CLIPSegDecoder works with this one"
+    )

@@ -23,11 +23,13 @@ COLOURS: dict[str, tuple[int, int, int]] = {
     "brown": (140, 95, 60),
 }
 TRIES = 200
+DRAWN, HOLE = 0.72, 0.8
+"""Side of a drawing in a ring, and the inner diameter of the ring, as shares of the outer diameter."""
 
 
 @dataclass(frozen=True)
 class Thing:
-    """One emoji of a scene: its row in the set, its box `(x0, y0, x1, y1)` in pixels, the colour of the disc behind."""
+    """One emoji of a scene: its row in the set, its box `(x0, y0, x1, y1)` in pixels, the colour of the ring around."""
 
     row: int
     box: tuple[int, int, int, int]
@@ -38,7 +40,7 @@ class Thing:
 class Scene:
     """`image` uint8 [3, S, S]; `owner` int16 [S, S], which of the `things` a pixel shows, −1 for none of them.
 
-    A disc belongs to no thing: it is background of another colour.
+    A ring, and the white inside it, belong to no thing: they are background.
     """
 
     image: Tensor
@@ -63,7 +65,8 @@ def compose(
         generator: decides sizes, places and background; the same state gives the same scene.
         size: height and width S of the scene in pixels.
         scale: least and largest side of an emoji's box as a share of S.
-        colours: for each emoji the name of a disc's colour behind it, or None; discs fill the boxes.
+        colours: for each emoji the name of the colour of a ring around it, or None; rings fill the boxes. Inside a ring
+            it is white: on a disc of that colour, drawings of the same colour would go under.
         overlap: largest share of the smaller of two boxes that the other may cover.
 
     Raises:
@@ -83,10 +86,11 @@ def compose(
         x, y, right, bottom = box
         region = (slice(y, bottom), slice(x, right))
         if colour is not None:
-            disc = _disc(bottom - y)
-            image[(slice(None), *region)] = _over(image[(slice(None), *region)], COLOURS[colour], disc)
-            owner[region][disc > 127] = -1  # a disc hides what is behind it
-        inner = bottom - y if colour is None else round(0.72 * (bottom - y))
+            whole, hole = _disc(bottom - y, 1.0), _disc(bottom - y, HOLE)
+            ringed = _over(image[(slice(None), *region)], COLOURS[colour], whole)
+            image[(slice(None), *region)] = _over(ringed, (255, 255, 255), hole)
+            owner[region][whole > 127] = -1  # a ring hides what is behind it
+        inner = bottom - y if colour is None else round(DRAWN * (bottom - y))
         inset = (bottom - y - inner) // 2
         part = (slice(y + inset, y + inset + inner), slice(x + inset, x + inset + inner))
         rgba = _resized(drawings.images[row], inner)
@@ -132,11 +136,11 @@ def _background(generator: Generator, size: int) -> Tensor:
     return (ends[0] + (ends[1] - ends[0]) * slope).round().to(torch.uint8)
 
 
-def _disc(side: int) -> Tensor:
-    """Coverage of a round disc, uint8 [side, side]."""
+def _disc(side: int, share: float) -> Tensor:
+    """Coverage of a round disc with a share of a square's side as its diameter, uint8 [side, side]."""
     away = torch.arange(side) - (side - 1) / 2
     radius = (away[None] ** 2 + away[:, None] ** 2).sqrt()
-    return ((side / 2 - radius).clamp(0, 1) * 255).round().to(torch.uint8)
+    return ((share * side / 2 + 0.5 - radius).clamp(0, 1) * 255).round().to(torch.uint8)
 
 
 def _over(image: Tensor, colour: tuple[int, int, int], cover: Tensor) -> Tensor:

@@ -24,7 +24,7 @@ from mmpeft.errors import ConfigError, DataError, Refused
 from mmpeft.training.checkpoint import AtomicCheckpointIO
 from mmpeft.vla.data.questions import ANSWERS, TYPES
 from mmpeft.vla.data.vqa import SceneQuestionData, VQAData
-from mmpeft.vla.vqa.model import Fusion
+from mmpeft.vla.vqa.model import Fusion, Looking
 from mmpeft.vla.vqa.task import VisualQuestions
 from tests.matrix.example import enliven
 
@@ -238,6 +238,41 @@ def test_all_that_trains_has_a_gradient(pair: None, tmp_path: Path, method: Any)
     module.loss(batch, 0).backward()
     dead = [name for name, p in module.trainable() if p.grad is None or not p.grad.any()]
     assert not dead
+
+
+def test_heads_follow_likeness_by_their_weights() -> None:
+    """A block's attention to patches against each question and head by itself: `softmax(k·q/√d + β_h s) v`."""
+    torch.manual_seed(0)
+    width, heads, owner = 8, 2, torch.tensor([1, 0, 1])
+    block = Looking(width, heads, 0.0, likeness=True)
+    x, patches, s = torch.randn(3, 4, width), torch.randn(2, 5, width), torch.randn(3, 5)
+    attention = block.multihead_attn
+    for part in (block.self_attn.out_proj, block.linear2):
+        torch.nn.init.zeros_(part.weight)
+        torch.nn.init.zeros_(part.bias)
+    found = []
+    for question, image in enumerate(owner.tolist()):
+        parts = attention.in_proj_weight.chunk(3), attention.in_proj_bias.chunk(3)
+        q, k, v = (
+            (given @ w.T + b).unflatten(-1, (heads, -1))
+            for given, w, b in zip((block.norm2(x[question]), patches[image], patches[image]), *parts)
+        )
+        per_head = [
+            (q[:, h] @ k[:, h].T / (width // heads) ** 0.5 + block.beta[h] * s[question]).softmax(-1) @ v[:, h]
+            for h in range(heads)
+        ]
+        found.append(x[question] + attention.out_proj(torch.cat(per_head, -1)))
+    torch.testing.assert_close(block(x, torch.zeros(3, 4, dtype=torch.bool), patches, owner, s), torch.stack(found))
+
+
+def test_a_tower_that_pools_by_attention_has_no_likeness(pair: None, tmp_path: Path, monkeypatch: Any) -> None:
+    def none(model: Any) -> Any:
+        raise Refused("pools by attention")
+
+    monkeypatch.setattr("mmpeft.vla.vqa.task.projection", none)
+    module, batch = ready(task(LORA), tmp_path)
+    assert not any("beta" in name or "turn" in name for name, _ in module.trainable())
+    assert module(batch.images, batch.questions, batch.owner).isfinite().all()
 
 
 def test_losses_against_their_formulas(pair: None, tmp_path: Path) -> None:

@@ -56,12 +56,12 @@ def test_later_things_hide_earlier_ones() -> None:
     assert torch.equal(made.owner[y:bottom, x:right] == 3, top[3] > 127)
 
 
-def test_discs_have_their_colour() -> None:
+def test_rings_have_their_colour() -> None:
     made = scene(colours=("red", "green", "blue"))
     for thing in made.things:
         x, y, right, _bottom = thing.box
         middle = (x + right) // 2
-        assert tuple(made.image[:, y + 3, middle].tolist()) == COLOURS[str(thing.colour)]
+        assert tuple(made.image[:, y + 2, middle].tolist()) == COLOURS[str(thing.colour)]
         assert int(made.owner[y + 1, middle]) == -1
 
 

@@ -37,6 +37,7 @@ KINDS: dict[str, tuple[str, ...]] = {
 DIRECTIONS: dict[str, tuple[int, int]] = {"left of": (0, -1), "right of": (0, 1), "above": (1, -1), "below": (1, 1)}
 """Axis (0 across, 1 down) and sign of the first thing's centre from the second's."""
 
+OPPOSITES = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
 QUADRANTS = ("top left", "top right", "bottom left", "bottom right")
 NUMBERS = ("0", "1", "2")
 TYPE_ANSWERS: dict[str, tuple[str, ...]] = {
@@ -83,48 +84,50 @@ class Grammar:
         self.kind_of = {row: kind for kind, own in self.rows.items() for row in own}
 
     def ask(self, generator: Generator) -> tuple[Scene, list[Question]]:
-        """A scene of four things, two of them of one kind, with at most one question of each type.
+        """A scene of four things, two of them of one kind, and what the grammar can ask about it, in random order.
 
-        Every scene has the same make-up, so that its number of things tells nothing of the number asked for.
+        Every scene has the same make-up, so that its number of things tells nothing of the number asked for. It is
+        asked about one kind each that it has twice, once and never, and about what is in a ring of each kind: who
+        knows the scene, but not where to look, has to guess.
         """
         double, first, second, absent = _draw(generator, list(KINDS), 4)
         kinds = [double, double, first, second]
-        count = _one(generator, len(NUMBERS))
-        asked = (absent, first, double)[count]
         rows = [self.rows[kind][_one(generator, len(self.rows[kind]))] for kind in kinds]
         colours = _draw(generator, list(COLOURS), len(kinds))
         scene = compose(self.drawings, rows, generator, self.size, SIDES, colours)
-        alone = list(zip(kinds, scene.things))[2:]
-        alone = [alone[i] for i in torch.randperm(len(alone), generator=generator).tolist()]
-        kind, thing = alone[0]
         questions = [
-            Question(f"how many {asked}s are there?", str(count), "count"),
-            Question(f"what colour is behind the {kind}?", str(thing.colour), "colour"),
-            self._what(generator, scene, kind, thing),
+            Question(f"how many {kind}s are there?", number, "count")
+            for number, kind in zip(NUMBERS, (absent, first, double))
         ]
-        where = quadrant(thing, self.size)
-        if where is not None:
-            questions.append(Question(f"where is the {kind}?", where, "where"))
-        axis = _one(generator, 2)
-        names = [name for name, (own, _) in DIRECTIONS.items() if own == axis]
-        name, (other, beside) = names[_one(generator, 2)], alone[1]
-        if any(stands(thing, either, beside, self.size) for either in names):
-            answer = "yes" if stands(thing, name, beside, self.size) else "no"
-            questions.append(Question(f"is the {kind} {name} the {other}?", answer, "relation"))
-        return scene, questions
+        things = list(zip(kinds, scene.things))
+        for kind, thing in (things[_one(generator, 2)], *things[2:]):  # of the two alike only one: no kind is likelier
+            questions.append(Question(f"what is in the {thing.colour} ring?", kind, "what"))
+        for kind, thing in things[2:]:
+            questions.append(Question(f"what colour is the ring around the {kind}?", str(thing.colour), "colour"))
+            where = quadrant(thing, self.size)
+            if where is not None:
+                questions.append(Question(f"where is the {kind}?", where, "where"))
+            for direction in DIRECTIONS:
+                found = self._beside(scene, direction, thing)
+                if found is not None:
+                    questions.append(Question(f"what is {direction} the {kind}?", found, "what"))
+        for axis in (0, 1):
+            (kind, thing), (other, beside) = things[2:] if _one(generator, 2) else things[:1:-1]
+            direction, opposite = [name for name, (own, _) in DIRECTIONS.items() if own == axis]
+            if _one(generator, 2):
+                direction, opposite = opposite, direction
+            truth = stands(thing, direction, beside, self.size)
+            if truth or stands(thing, opposite, beside, self.size):
+                text = f"is the {kind} {direction} the {other}?"
+                questions.append(Question(text, "yes" if truth else "no", "relation"))
+        return scene, [questions[i] for i in torch.randperm(len(questions), generator=generator).tolist()]
 
-    def _what(self, generator: Generator, scene: Scene, kind: str, thing: Thing) -> Question:
-        """What is beside a thing where that is one other thing, for half of the questions; else what is on a disc."""
-        if _one(generator, 2):
-            name = list(DIRECTIONS)[_one(generator, len(DIRECTIONS))]
-            opposite = _opposite(name)
-            rest = [other for other in scene.things if other is not thing]
-            there = [other for other in rest if stands(other, name, thing, self.size)]
-            clear = all(stands(other, opposite, thing, self.size) for other in rest if other not in there)
-            if len(there) == 1 and clear:
-                return Question(f"what is {name} the {kind}?", self.kind_of[there[0].row], "what")
-        other = scene.things[_one(generator, len(scene.things))]
-        return Question(f"what is on the {other.colour} disc?", self.kind_of[other.row], "what")
+    def _beside(self, scene: Scene, direction: str, thing: Thing) -> str | None:
+        """The kind of the one other thing in a direction; None where there is none, several, or something between."""
+        rest = [other for other in scene.things if other is not thing]
+        there = [other for other in rest if stands(other, direction, thing, self.size)]
+        clear = all(stands(other, OPPOSITES[direction], thing, self.size) for other in rest if other not in there)
+        return self.kind_of[there[0].row] if len(there) == 1 and clear else None
 
 
 def centre(thing: Thing, size: int) -> tuple[float, float]:
@@ -145,11 +148,6 @@ def quadrant(thing: Thing, size: int) -> str | None:
     if min(abs(across - 0.5), abs(down - 0.5)) < MARGIN / 2:
         return None
     return QUADRANTS[2 * (down > 0.5) + (across > 0.5)]
-
-
-def _opposite(direction: str) -> str:
-    axis, sign = DIRECTIONS[direction]
-    return next(name for name, facts in DIRECTIONS.items() if facts == (axis, -sign))
 
 
 def _one(generator: Generator, below: int) -> int:

@@ -101,7 +101,7 @@ class Scenes(Dataset[Asked]):
         for row, question in zip(scores, questions):
             row[ANSWERS.index(question.answer)] = 1
         types = torch.tensor([TYPES.index(q.type) for q in questions])
-        ids = [f"{index}.{q.type}" for q in questions]
+        ids = [f"{index}.{number}" for number in range(len(questions))]
         return Asked(scene.image, [q.text for q in questions], torch.zeros_like(types), scores, types, ids)
 
 
@@ -121,7 +121,7 @@ class SceneQuestionData(QuestionData):
     ) -> None:
         """Args:
         style: `openmoji`, `noto` or `twemoji`.
-        scenes: training scenes an epoch, each new, with three to five questions.
+        scenes: training scenes an epoch, each new, with about twelve questions.
         eval_scenes: scenes for validation, and for the test; always the same for a seed.
         image_size: height and width in pixels of the scenes.
         batch_size: scenes a training step and process.

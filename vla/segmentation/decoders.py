@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from mmpeft.errors import ConfigError, Refused
 from mmpeft.vla.segmentation.losses import IGNORED, matched
-from mmpeft.vla.segmentation.tower import heads, projection, through
-from mmpeft.vla.taps import Taps, grid_of
+from mmpeft.vla.segmentation.tower import heads, through
+from mmpeft.vla.taps import Taps, grid_of, projection
 
 
 class Decoder(nn.Module):

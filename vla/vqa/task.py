@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -21,8 +22,8 @@ from mmpeft.training.module import TuningModule
 from mmpeft.tuning import Tuning
 from mmpeft.vla.backbone import Tokenizer, create, preprocessing, tokenizer
 from mmpeft.vla.data.vqa import Asked
-from mmpeft.vla.taps import Taps
-from mmpeft.vla.vqa.model import Fusion, patch_grid
+from mmpeft.vla.taps import Taps, projection
+from mmpeft.vla.vqa.model import Fusion, Joint, patch_grid
 from mmpeft.vla.vqa.show import AnswerWriter, show
 
 SHOWN = 8
@@ -94,7 +95,11 @@ class VisualQuestions(TuningModule):
             model: Any = self.model
             self.image, self.text = Taps(model), Taps(model, "text")
             size, self.mean, self.std = preprocessing(model)
-            self.fusion.start(self.image, self.text, patch_grid(self.image, size), len(self.answers))
+            grid, joint = patch_grid(self.image, size), None
+            with suppress(Refused):  # of a tower that pools by attention, single patches are not in the joint space
+                joint = projection(model)(torch.zeros(1, 1, self.image.width)).shape[-1]
+            self.joint = joint is not None
+            self.fusion.start(self.image, self.text, grid, len(self.answers), joint)
             names = [f"{s}_{k}" for s in ("val", "test") for k in ("all", *self.types)]
             self.metrics = nn.ModuleDict({name: MeanMetric() for name in names})
             if waiting is not None:
@@ -110,19 +115,24 @@ class VisualQuestions(TuningModule):
         assert self.tokenizer is not None
         tokens = self.tokenizer(list(questions)).to(images.device)
         padding = tokens == self.tokenizer([""])[0, -1].to(images.device)
-        asked = self._last(self.text, tokens)
+        asked, whole = self._last(self.text, tokens)
         if asked.shape[1] != tokens.shape[1]:
             raise Refused(f"{self.method} changes the number of question tokens: their padding is not known any more")
         longest = int((~padding).sum(1).max())  # padding is at the end; what no question reaches costs time alone
-        patches = None if self.fusion.blind else self.image.patches(self._last(self.image, images))
+        patches = joint = None
+        if not self.fusion.blind:
+            patches = self.image.patches(self._last(self.image, images)[0])
+            if self.joint:
+                joint = Joint(F.normalize(projection(self.model)(patches), dim=-1), F.normalize(whole, dim=-1))
         owner = torch.arange(len(asked), device=images.device) if owner is None else owner
-        scores: Tensor = self.fusion(patches, asked[:, :longest], padding[:, :longest], owner)
+        scores: Tensor = self.fusion(patches, asked[:, :longest], padding[:, :longest], owner, joint)
         return scores
 
     @staticmethod
-    def _last(tower: Taps, inputs: Tensor) -> Tensor:
+    def _last(tower: Taps, inputs: Tensor) -> tuple[Tensor, Tensor]:
         last = len(tower.paths) - 1
-        return tower(inputs, [last])[last]
+        features, whole = tower.embedded(inputs, [last])
+        return features[last], whole
 
     def loss(self, batch: Asked, index: int) -> Tensor:
         scores = self(batch.images, batch.questions, batch.owner).float()
@@ -153,12 +163,18 @@ class VisualQuestions(TuningModule):
             # also where the batch has none: a process that did not update would not wait for the others
             self.metrics[f"{stage}_{name}"].update(score, weight=(batch.types == number).float())
         if index == 0 and not self.trainer.sanity_checking:
-            # one question an image, a type further with each image
-            rows = [torch.nonzero(batch.owner == image).flatten() for image in range(len(batch.images))]
-            picks = [int(own[i % len(own)]) for i, own in enumerate(rows)][:SHOWN]
+            picks = [
+                self._of_type(torch.nonzero(batch.owner == image)[:, 0], batch.types, image)
+                for image in range(len(batch.images[:SHOWN]))
+            ]
             lines = [(batch.questions[i], self._true(batch.scores[i]), self.answers[int(given[i])]) for i in picks]
             mean, std = (torch.tensor(v, device=given.device)[:, None, None] for v in (self.mean, self.std))
             show(self.trainer, batch.images[:SHOWN] * std + mean, lines, stage)
+
+    def _of_type(self, own: Tensor, types: Tensor, image: int) -> int:
+        """Which of an image's own questions to show: one of a type that goes on with each image, if there is one."""
+        typed = own[types[own] == image % max(len(self.types), 1)]
+        return int((typed if len(typed) else own)[0])
 
     def _true(self, scores: Tensor) -> str:
         return self.answers[int(scores.argmax())] if float(scores.max()) else "another answer"
