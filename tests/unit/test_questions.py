@@ -94,6 +94,15 @@ def test_every_answer_is_true_and_the_only_one(asked: list[tuple[Scene, list[Que
         assert len({q.text for q in questions}) == len(questions)
 
 
+def test_who_does_not_know_where_to_look_has_to_guess(asked: list[tuple[Scene, list[Question]]]) -> None:
+    """Of the kinds of a scene none is likelier in a ring, of the numbers none asked for more often."""
+    for _, questions in asked:
+        rings = [q.answer for q in questions if q.text.endswith(" ring?")]
+        assert len(rings) == len(set(rings)) == 3
+        assert sorted(q.answer for q in questions if q.type == "count") == ["0", "1", "2"]
+        assert len({q.answer for q in questions if q.type == "colour"}) == 2
+
+
 def test_the_text_alone_is_worth_no_more_than_chance(asked: list[tuple[Scene, list[Question]]]) -> None:
     """The most frequent answer to each text in one half of the scenes, given in the other half."""
     seen: dict[str, Counter] = defaultdict(Counter)
