@@ -12,7 +12,7 @@ from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from mmpeft.files import write_atomic
-from mmpeft.formats.native import base_fingerprint
+from mmpeft.formats.fingerprint import Fingerprint
 
 Entry = dict[str, Tensor]
 
@@ -25,7 +25,7 @@ class Cache:
     """
 
     def __init__(self, encoders: Sequence[nn.Module], folder: Path | None = None) -> None:
-        self.encoder = "-".join(base_fingerprint(encoder) for encoder in encoders)
+        self.encoder = "-".join(Fingerprint.of(encoder).digest for encoder in encoders)
         self.folder = folder
         self.known: dict[str, Entry] = {}
 

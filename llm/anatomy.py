@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from mmpeft.anatomy import Builder, is_a
+from mmpeft.anatomy import Builder, is_a, weight_shape
 from mmpeft.errors import SiteError
 from mmpeft.functional.rows import count_rows
 from mmpeft.host import CHILD
@@ -260,7 +260,7 @@ class _Builder(Builder):
     def features(self, path: str) -> tuple[int, int]:
         """(outputs, inputs) of a projection."""
         module: Any = self.module(path)
-        shape = module.weight.shape
+        shape = weight_shape(module)
         return (int(shape[1]), int(shape[0])) if hasattr(module, "nf") else (int(shape[0]), int(shape[1]))
 
     def prefix(self) -> int:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
+import torch
 from torch import nn
 
 from mmpeft.functional.rows import Rows
-from mmpeft.host import CHILD, module_at
+from mmpeft.host import CHILD, base_value, module_at
 from mmpeft.sites import Kind, Site, find_anatomy
 
 
@@ -115,6 +117,12 @@ class Builder:
         for path, module in self.model.named_modules():
             if CHILD not in path.split("."):
                 yield path, module
+
+
+def weight_shape(module: Any) -> torch.Size:
+    """The true shape of a module's weight, whatever parts read it and however few bits hold it."""
+    shape: torch.Size = base_value(module, "weight").shape
+    return shape
 
 
 def is_a(module: nn.Module, *names: str) -> bool:

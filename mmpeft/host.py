@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.autograd import Function
 
 from mmpeft.errors import Refused
+from mmpeft.few_bits import Product, packs, viewed
 from mmpeft.parts.base import Call, Part
 
 CHILD = "mmpeft"
@@ -46,6 +47,8 @@ class TunedMeta(type):
 
     base: type
     reads: frozenset[str]
+    packed: bool
+    """Whether the module multiplies by its weight in a way of bitsandbytes' own."""
 
     def __str__(cls) -> str:
         """The backbone's own: transformers keeps by it which outputs a class can record."""
@@ -108,10 +111,10 @@ def module_at(model: nn.Module, path: str) -> nn.Module:
 
 
 def base_value(module: nn.Module, name: str) -> Any:
-    """The backbone's own value of an attribute, whatever parts read it."""
+    """The backbone's own value of an attribute, whatever parts read it; a packed weight in its true shape."""
     for store in (module._parameters, module._buffers, module.__dict__):
         if name in store:
-            return store[name]
+            return viewed(module, store[name])
     raise AttributeError(f"{type(module).__name__} has no attribute {name!r}")
 
 
@@ -134,7 +137,9 @@ def tuned_class(base: type, reads: frozenset[str]) -> TunedMeta:
     if key not in _CLASSES:
         namespace: dict[str, Any] = {name: _reader(name) for name in reads}
         namespace |= {"base": base, "reads": reads, "__module__": base.__module__, "__doc__": base.__doc__}
-        _CLASSES[key] = TunedMeta(f"Tuned{base.__name__}", (Host, base), namespace)
+        namespace["packed"] = packs(base)
+        mixins = (Host, Product) if namespace["packed"] else (Host,)
+        _CLASSES[key] = TunedMeta(f"Tuned{base.__name__}", (*mixins, base), namespace)
     return _CLASSES[key]
 
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from mmpeft.errors import SiteError
+from mmpeft.few_bits import dense
 
 if TYPE_CHECKING:
     from mmpeft.tuning import Tuning
@@ -135,7 +136,7 @@ def _loss(output: Any, seed: int) -> Tensor:
 
 def _fingerprint(tensor: Tensor) -> int:
     """A weighted sum of the tensor's words: changes with any single bit, costs no copy of the model."""
-    data = tensor.detach().contiguous().view(-1).view(torch.uint8)
+    data = dense(tensor.detach()).contiguous().view(-1).view(torch.uint8)
     words = data.view(torch.int32) if len(data) % 4 == 0 else data
     return int((words * (torch.arange(len(words), device=data.device, dtype=torch.int64) % 1021 * 2 + 1)).sum())
 

@@ -57,7 +57,7 @@ class Report:
 
 def report(tuning: Tuning) -> Report:
     """Tabulate a tuning by role."""
-    from mmpeft.surgery import base_parameters
+    from mmpeft.surgery import base_tensors
 
     by_role: dict[str, list[tuple[int, int]]] = {}
     for placement in tuning.placements:
@@ -71,5 +71,5 @@ def report(tuning: Tuning) -> Report:
         title=f"{tuning.name}: {type(tuning.method).__name__} on {type(tuning.model).__name__.removeprefix('Tuned')}",
         rows=rows,
         trainable=sum(p.numel() for p in tuning.parameters()),
-        total=sum(p.numel() for _, p in base_parameters(tuning.model)),
+        total=sum(p.numel() for _, p in base_tensors(tuning.model)),
     )

@@ -6,12 +6,12 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from mmpeft.controllers import Controllers
 from mmpeft.controllers.scores import Loss, default_loss
 from mmpeft.errors import ConfigError, DataError, Refused
-from mmpeft.host import CHILD, Plan, is_host, make_host, mark_route, module_at, unmake_host
+from mmpeft.host import CHILD, Plan, base_value, is_host, make_host, mark_route, module_at, unmake_host
 from mmpeft.methods.base import Method
 from mmpeft.mixture import Mixture
 from mmpeft.parts.base import Hook, Part, Placement
@@ -97,6 +97,13 @@ def _check_home(model: nn.Module, placement: Placement) -> None:
 def base_parameters(model: nn.Module) -> Iterable[tuple[str, nn.Parameter]]:
     """Named parameters of the backbone alone."""
     return ((n, p) for n, p in model.named_parameters() if f".{CHILD}." not in f".{n}")
+
+
+def base_tensors(model: nn.Module) -> Iterable[tuple[str, Tensor]]:
+    """The same, those held in few bits in their true shape."""
+    for name, _ in base_parameters(model):
+        owner, _, own = name.rpartition(".")
+        yield name, base_value(module_at(model, owner), own)
 
 
 def _install(model: nn.Module, state: State, name: str, placements: list[Placement]) -> None:

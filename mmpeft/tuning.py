@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from mmpeft.controllers import Controllers
 from mmpeft.controllers.layers import rest_below
 from mmpeft.errors import AdapterFileError, ConfigError, Refused, nearest
+from mmpeft.few_bits import FewBits
 from mmpeft.host import base_value
 from mmpeft.liveness import Liveness, liveness
 from mmpeft.methods.base import Method, with_depth
@@ -166,12 +167,17 @@ class Tuning:
             host = state.hosts[path]
             names = {hook.name for hook, _ in hooks if hook.kind == "read"} | {"weight", "bias"}
             base = {n: base_value(host, n) for n in names if n in host._parameters or n in host._buffers}
-            wide = {n: t.float() if isinstance(t, Tensor) and t.element_size() < 4 else t for n, t in base.items()}
+            wide = {n: _wide(t) for n, t in base.items()}
             params: dict[str, Tensor | None] = dict(wide)
             for hook, part in hooks:
                 part.fold(host, hook, params)
             for name, tensor in params.items():
                 before = wide.get(name)
+                if tensor is not before and isinstance(base.get(name), FewBits):
+                    raise Refused(
+                        f"{path}.{name} is held in few bits, which have no room for an update: save the adapter, load "
+                        "it on the base in full (mmpeft.load takes it there), and merge that"
+                    )
                 if tensor is not None and (before is None or not torch.equal(tensor, before)):
                     if name in host._buffers and name in host._non_persistent_buffers_set:
                         raise Refused(
@@ -281,6 +287,12 @@ class Tuning:
         from mmpeft.formats.merged import save_merged
 
         return save_merged(self, path)
+
+
+def _wide(tensor: Any) -> Any:
+    """In at least 32 bits, as sums are made; what is held in few bits as it is."""
+    plain = isinstance(tensor, Tensor) and not isinstance(tensor, FewBits)
+    return tensor.float() if plain and tensor.element_size() < 4 else tensor
 
 
 def exchange(host: nn.Module, name: str, tensor: Tensor | None) -> Tensor | None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from mmpeft.anatomy import Builder
+from mmpeft.anatomy import Builder, weight_shape
 from mmpeft.parts.attention import attend
 from mmpeft.sites import Connect, Site, anatomy
 from mmpeft.vision.attention import cosine
@@ -106,7 +106,7 @@ class _Builder(Builder):
     def attention(self, path: str, attention: nn.Module, depth: int, stream: str = "", out: str = "") -> None:
         fused = getattr(attention, "qkv", None)
         if fused is not None:
-            size = len(fused.weight) // 3
+            size = weight_shape(fused)[0] // 3
             # With a bias of its own the attention adds it around (or in place behind) the projection.
             reads = getattr(attention, "q_bias", None) is not None
             for i, name in enumerate("qkv"):
@@ -117,7 +117,7 @@ class _Builder(Builder):
                 module = f"{name}_proj" if hasattr(attention, f"{name}_proj") else name
                 self.linear(f"{path}.{module}", f"attn.{name}", depth)
         self.linear(f"{path}.proj", "attn.out", depth)
-        width = int(attention.proj.weight.shape[0])  # type: ignore[index, union-attr, arg-type]
+        width = weight_shape(attention.proj)[0]
         self.add(path, "attn", depth, width=width, stream=stream, out=out)
         self.keys_and_values(path, attention, depth)
 
@@ -125,7 +125,7 @@ class _Builder(Builder):
         """The `kv` site; keys and values have a head for every head of the queries by the time they meet."""
         heads = int(attention.num_heads)  # type: ignore[arg-type]
         out = next(m for n in ("proj", "attn_out_proj", "out_proj") if (m := getattr(attention, n, None)) is not None)
-        inner = int(attention.in_split[-1] if hasattr(attention, "in_split") else out.weight.shape[1])  # type: ignore
+        inner = int(attention.in_split[-1] if hasattr(attention, "in_split") else weight_shape(out)[1])  # type: ignore
         # SwinV2's scores are cosines; differential attention keeps its λ
         view = cosine if hasattr(attention, "logit_scale") else attend
         refuse = DIFFERENCE if hasattr(attention, "dual_lambda") else ""
@@ -137,7 +137,7 @@ class _Builder(Builder):
             self.linear(f"{path}.fc1_x", "mlp.up", depth)
             self.linear(f"{path}.fc1_g", "mlp.gate", depth)
         elif hasattr(mlp, "gate_last"):
-            half = len(mlp.fc1.weight) // 2  # type: ignore[arg-type, union-attr]
+            half = weight_shape(mlp.fc1)[0] // 2
             first, second = (0, half), (half, 2 * half)
             up, gate = (first, second) if mlp.gate_last else (second, first)
             self.linear(f"{path}.fc1", "mlp.up", depth, rows=up)
@@ -146,7 +146,7 @@ class _Builder(Builder):
             self.linear(f"{path}.fc1", "mlp.up", depth)
         self.linear(f"{path}.fc2", "mlp.down", depth)
         channel = 1 if isinstance(mlp.fc2, nn.Conv2d) else -1
-        width = len(mlp.fc2.weight)  # type: ignore[arg-type, union-attr]
+        width = weight_shape(mlp.fc2)[0]
         self.add(path, "mlp", depth, width=width, channel_dim=channel, stream=stream, out=out)
 
     def scaled(self, path: str, block: nn.Module, depth: int) -> None:
@@ -175,8 +175,8 @@ def _things(path: str) -> dict[str, str]:
 def _width(block: nn.Module) -> int:
     """Channels of the residual stream through a block."""
     if hasattr(block, "conv_dw"):
-        return int(block.conv_dw.weight.shape[0])  # type: ignore[union-attr, index, arg-type]
+        return weight_shape(block.conv_dw)[0]
     if hasattr(block, "in_proj"):
-        return int(block.in_proj.weight.shape[1])  # type: ignore[union-attr, index, arg-type]
+        return weight_shape(block.in_proj)[1]
     attention = block.attns[0].attn if hasattr(block, "attns") else block.attn  # type: ignore[index, union-attr]
-    return int(attention.proj.weight.shape[0])  # type: ignore[union-attr, index, arg-type]
+    return weight_shape(attention.proj)[0]

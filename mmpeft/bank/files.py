@@ -19,7 +19,8 @@ from mmpeft.bank.entry import Entry
 from mmpeft.bank.heads import head_from
 from mmpeft.errors import AdapterFileError, ConfigError, MMPEFTError
 from mmpeft.files import write_atomic
-from mmpeft.formats.native import base_class, base_fingerprint, library_versions, read_tensors
+from mmpeft.formats.fingerprint import Fingerprint
+from mmpeft.formats.native import base_class, library_versions, read_tensors
 from mmpeft.methods.spec import from_spec, to_spec
 from mmpeft.state import state_of
 
@@ -73,7 +74,7 @@ def _facts(bank: Bank, name: str) -> dict[str, Any]:
         "id": name,
         "method": None if entry.method is None else to_spec(entry.method),
         "head": None if entry.head is None else entry.head.spec(),
-        "base": base_fingerprint(bank.model, placements),
+        "base": Fingerprint.of(bank.model, placements).facts(),
         "frozen": entry.frozen,
         "trains": [i for i, p in enumerate(bank.parameters_of(name)) if p.requires_grad],
         "meta": entry.meta,
@@ -115,11 +116,11 @@ def _add(bank: Bank, folder: Path, facts: dict[str, Any], made_for: str) -> None
             f"{base_class(bank.model)}: {error}"
         ) from error
     placements = () if method is None else bank.tuning(name).placements
-    own = base_fingerprint(bank.model, placements)
-    if own != facts["base"]:
+    own, expected = Fingerprint.of(bank.model, placements), Fingerprint.read(facts["base"])
+    if not own.fits(expected):
         raise AdapterFileError(
-            f"entry {name!r} in {folder} was made for another base: expected {made_for} {facts['base']}, this model is "
-            f"{base_class(bank.model)} {own}"
+            f"entry {name!r} in {folder} was made for another base: expected {made_for} {expected.digest}, this model "
+            f"is {base_class(bank.model)} {own.digest}"
         )
     if method is not None:
         bank.tuning(name).load_state_dict(_below(tensors, "tuning."))

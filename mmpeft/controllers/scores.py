@@ -14,7 +14,8 @@ from rich.progress import track
 from torch import Tensor, distributed, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from mmpeft.errors import ConfigError, DataError
+from mmpeft.errors import ConfigError, DataError, Refused
+from mmpeft.few_bits import FewBits
 
 Score = Literal["gradient2", "fisher", "expected_fisher", "taylor", "signed", "magnitude", "small", "random"]
 SCORES: dict[str, str] = {
@@ -141,6 +142,13 @@ def summed(tensor: Tensor) -> Tensor:
 @contextmanager
 def scoring(model: nn.Module, tensors: Iterable[Tensor]) -> Iterator[None]:
     """Evaluation mode, and gradients for these tensors alone; modes, flags and random state come back on exit."""
+    tensors = list(tensors)
+    packed = sum(isinstance(tensor, FewBits) for tensor in tensors)
+    if packed:
+        raise Refused(
+            f"{packed} of {len(tensors)} tensors are held in few bits, which have no gradient to score: leave them out "
+            "with `at`, or choose by what needs none (random, magnitude)"
+        )
     modes = [(module, module.training) for module in model.modules()]
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:

@@ -9,12 +9,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as dump_tensors
@@ -22,17 +21,14 @@ from torch import Tensor, nn
 
 from mmpeft.errors import AdapterFileError, ConfigError, MMPEFTError
 from mmpeft.files import write_atomic
+from mmpeft.formats.fingerprint import Fingerprint
 from mmpeft.methods.spec import from_spec, to_spec
-from mmpeft.parts.base import Placement, dense
-from mmpeft.parts.mask import Mask
-from mmpeft.surgery import attach, base_parameters
+from mmpeft.surgery import attach
 from mmpeft.tuning import Tuning
 
 FORMAT, VERSION = "mmpeft", 1
 MANIFEST = "adapter.json"
 LIBRARIES = ("mmpeft", "torch", "timm", "open_clip_torch", "diffusers", "transformers")
-SAMPLE = 256
-"""Elements of each base tensor that enter its fingerprint."""
 
 
 def save(tuning: Tuning, folder: str | Path, *, bake: bool = False) -> Path:
@@ -56,7 +52,7 @@ def save(tuning: Tuning, folder: str | Path, *, bake: bool = False) -> Path:
         "format": FORMAT,
         "version": VERSION,
         "method": to_spec(method),
-        "base": {"class": base_class(tuning.model), "fingerprint": fingerprint(tuning)},
+        "base": {"class": base_class(tuning.model), **Fingerprint.of(tuning.model, tuning.placements).facts()},
         "tensors": {"file": file.name, "sha256": digest, "count": len(tensors)},
         "sites": [{"path": p.home, "part": p.key, "role": p.role} for p in placements],
         "libraries": library_versions(),
@@ -96,45 +92,18 @@ def load(model: nn.Module, folder: str | Path, name: str = "default", *, check_b
             f"{base_class(model)}: {error}"
         ) from error
     try:
-        own = fingerprint(tuning)
-        if check_base and own != manifest["base"]["fingerprint"]:
+        own = Fingerprint.of(model, tuning.placements) if check_base else None
+        if own and not own.fits(Fingerprint.read(manifest["base"])):
             raise AdapterFileError(
                 f"the adapter in {folder} was made for another base: expected {manifest['base']['class']} "
-                f"{manifest['base']['fingerprint']}, this model is {base_class(model)} {own}. Load the base it was "
-                "trained on, or pass check_base=False if the weights are meant to differ"
+                f"{manifest['base']['fingerprint']}, this model is {base_class(model)} {own.digest}. Load the base it "
+                "was trained on, or pass check_base=False if the weights are meant to differ"
             )
         tuning.load_state_dict(tensors)
     except AdapterFileError:
         tuning.detach()
         raise
     return tuning
-
-
-def fingerprint(tuning: Tuning) -> str:
-    """Sixteen hex digits of the base: names, shapes and a sample of values, rounded to bfloat16.
-
-    The rounding lets an adapter trained on an fp32 base load on the same base cast to bf16. Tensors that the
-    tuning trains whole (a new head) are not part of what the adapter needs from the base.
-    """
-    return base_fingerprint(tuning.model, tuning.placements)
-
-
-def base_fingerprint(model: nn.Module, placements: Iterable[Placement] = ()) -> str:
-    """The same for a model, without the tensors that these parts train whole."""
-    replaced = {
-        f"{hook.path}.{hook.name}".lstrip(".")
-        for placement in placements
-        if isinstance(placement.part, Mask) and placement.part.rows is None
-        for hook in placement.hooks
-    }
-    digest = hashlib.sha256()
-    for name, tensor in sorted(base_parameters(model)):
-        if name not in replaced:
-            flat = dense(tensor.detach()).flatten()
-            sample = flat[:: max(1, len(flat) // SAMPLE)][:SAMPLE].to("cpu", torch.bfloat16)
-            digest.update(f"{name}{tuple(tensor.shape)}".encode())
-            digest.update(sample.view(torch.int16).numpy().tobytes())
-    return digest.hexdigest()[:16]
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:

@@ -105,14 +105,6 @@ def trainable_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32) if dtype.is_floating_point else torch.float32
 
 
-def dense(tensor: Tensor) -> Tensor:
-    """The values of a tensor held in few bits; any other tensor itself."""
-    if type(tensor) in (Tensor, nn.Parameter) or not hasattr(tensor, "dequantize") or tensor.is_quantized:
-        return tensor
-    found: Tensor = tensor.dequantize()
-    return found
-
-
 def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """`tensor.to(dtype)` without the call when nothing changes."""
     return tensor if tensor.dtype == dtype else tensor.to(dtype)

@@ -8,10 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mmpeft.few_bits import FewBits, dense, viewed
 from mmpeft.functional.fused import Update, low_rank_composed, low_rank_linear
 from mmpeft.functional.low_rank import low_rank_row_norms, squared_row_norms
 from mmpeft.functional.rows import Rows, put_rows, take_rows
-from mmpeft.parts.base import Call, Hook, HookKind, Part, cast, dense, trainable_dtype
+from mmpeft.parts.base import Call, Hook, HookKind, Part, cast, trainable_dtype
 from mmpeft.parts.factors import Factor, Hadamard, LowRank
 from mmpeft.sites import Kind
 
@@ -123,7 +124,7 @@ class Delta(Part):
 
     def weight_of(self, host: nn.Module) -> Tensor:
         """The host's weight as [o, i, ...]."""
-        weight: Tensor = host.weight  # type: ignore[assignment]
+        weight = _read(host)
         return weight.t() if self.transposed else weight
 
     def fold(self, host: nn.Module, hook: Hook, params: dict[str, Tensor | None]) -> None:
@@ -139,7 +140,7 @@ class Delta(Part):
         only = parts[0]
         plain = only.rows is None and only.magnitude is None and not (only.dropout or only.transposed)
         plain = plain and type(only.factor) is LowRank
-        if len(parts) == 1 and plain and not read:
+        if len(parts) == 1 and plain and not read and not type(host).packed:  # type: ignore[attr-defined]
             return _WholeCall(only)
         return _RowsCall(tuple(parts))
 
@@ -153,6 +154,13 @@ def hook_kind(kind: Kind, factor: Factor) -> HookKind:
     if isinstance(factor, LowRank):
         return "call" if kind == "linear" else "exit"
     return "call" if kind == "conv" or isinstance(factor, Hadamard) else "exit"
+
+
+def _read(host: nn.Module) -> Tensor:
+    """The weight that a host multiplies by, whatever parts read it."""
+    weight: Tensor = host.weight  # type: ignore[assignment]
+    found: Tensor = viewed(host, weight) if getattr(type(host), "packed", False) else weight
+    return found
 
 
 def _lookup(host: nn.Module, x: Tensor, table: Tensor) -> Tensor:
@@ -199,10 +207,11 @@ class _FormedCall:
         self.deltas = deltas
 
     def __call__(self, host: nn.Module, x: Tensor) -> Tensor:
-        weight: Tensor = host.weight  # type: ignore[assignment]
+        weight = _read(host)
         bias: Tensor | None = host.bias  # type: ignore[assignment]
         if type(weight) not in (Tensor, nn.Parameter) or any(d.dropout and d.training for d in self.deltas):
-            y: Tensor = type(host).base.forward(host, x)  # type: ignore[attr-defined]
+            packed = isinstance(weight, FewBits)
+            y: Tensor = F.linear(x, weight, bias) if packed else type(host).base.forward(host, x)  # type: ignore
             for delta in self.deltas:
                 y = delta.exit(host, x, y)
             return y

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from fnmatch import fnmatch
 
-from tests.matrix.families import diffusers, timm
+from tests.matrix.families import diffusers, few_bits, timm
 
 WINDOWS = "window"
 NO_KEY_BIAS = "no state dict"  # the key bias is a buffer of zeros that is never saved
 NO_SUBLAYER = "matches no site"  # one projection serves attention and the feed-forward network
-TEXT = ("llama", "gemma2", "phi", "phi3", "gpt2", "gpt_neox", "bert", "t5")
+FEW_BITS = tuple(few_bits.FAMILIES)
+TEXT = ("llama", "gemma2", "phi", "phi3", "gpt2", "gpt_neox", "bert", "t5", *FEW_BITS)
 DIFFUSERS = tuple(diffusers.FAMILIES)
 NO_MLP = ("AdaptFormer", "ParallelAdapter", "Pfeiffer", "DoRA[where]", "LoRA[at=mlp.*,embed]")
 NO_MLP += ("AdapterDrop", "AdapterFusion")
@@ -17,6 +18,9 @@ NO_MLP += ("AdapterDrop", "AdapterFusion")
 READ_DIRECTLY = ("beit", "eva", "eva02", "rope_vit", "swinv2", "open_clip", "coca")
 PROMPTS = ("PromptTuning", "PTuning")
 VISION = tuple(timm.FAMILIES)
+WHOLE = ("Full", "LastBlocks", "DiffPruning", "ChildTuningF")
+SCORED = ("ChildTuningD", "FishMask", "LTSFT", "SAMMask", "SPT")
+FOLDED = ("*oRA*", "DiffFit", "IA3", "KronA", "LoHa", "LoKr", "SSF")
 PAIRS = ("hf_clip", "hf_siglip", "open_clip", "open_clip_timm_hf", "coca")
 REFUSED = {
     ("VPT*", "beit"): "relative-position bias",
@@ -65,6 +69,8 @@ REFUSED = {
     **{("TextualInversion", family): "finds no tensor" for family in ("hf_vit", *VISION, *DIFFUSERS)},
     **{(method, family): "no embedding of words" for method in PROMPTS for family in ("hf_vit", *VISION, *DIFFUSERS)},
     **{(method, family): "no way to lengthen" for method in PROMPTS for family in PAIRS},
+    **{(method, family): "trained as a whole" for method in WHOLE for family in FEW_BITS},
+    **{(method, family): "no gradient to score" for method in SCORED for family in FEW_BITS},
     **{(m, f): "no text tower" for m in ("CoOp*", "MaPLe") for f in (*TEXT, *VISION, *DIFFUSERS, "hf_vit")},
 }
 """(method pattern, family pattern) -> part of the reason."""
@@ -75,6 +81,8 @@ UNMERGEABLE = {
     ("SSF", "eva02"): NO_KEY_BIAS,
     ("SSF", "rope_vit"): NO_KEY_BIAS,
     ("SSF", "swinv2"): NO_KEY_BIAS,
+    **{("LoRA+BitFit+Houlsby", family): "no linear map" for family in FEW_BITS},
+    **{(method, family): "no room for an update" for method in FOLDED for family in FEW_BITS},
     **{("SSF", family): "reads no bias" for family in ("llama", "gemma2", "phi3", "t5", "sd3", "flux")},
 }
 """Cells that work and cannot be merged, beyond the methods that never can."""

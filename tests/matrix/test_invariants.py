@@ -11,6 +11,7 @@ import torch
 
 import mmpeft
 from mmpeft.errors import MMPEFTError, Refused
+from mmpeft.few_bits import dense
 from mmpeft.parts import Rescale
 from mmpeft.sites import sites
 from mmpeft.state import state_of
@@ -19,6 +20,7 @@ from tests.matrix.cells import ALIKE, CELLS, Cell, decided
 from tests.matrix.example import BATCH, Example
 from tests.matrix.expected import REFUSED, UNMERGEABLE, reason
 from tests.matrix.families import FAMILIES
+from tests.matrix.families.few_bits import FAMILIES as FEW_BITS
 
 
 @cache
@@ -27,7 +29,13 @@ def _pickled(family: str) -> bytes:
 
 
 def _fresh(family: str) -> Example:
+    if family in FEW_BITS:  # neither library's weights survive a pickle
+        return FEW_BITS[family]()
     return pickle.loads(_pickled(family))
+
+
+def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return torch.equal(dense(a), dense(b))
 
 
 def _perturb(tuning: mmpeft.Tuning, seed: int = 1, by: float = 0.05) -> None:
@@ -77,11 +85,12 @@ def test_refusal_names_the_reason_and_changes_nothing(cell: Cell) -> None:
     example = _fresh(cell.family)
     model = example.model
     before, keys = example.answer(), list(model.state_dict())
+    flags = [p.requires_grad for p in model.parameters()]
     with pytest.raises(MMPEFTError, match=reason(REFUSED, cell.label, cell.family)):
         mmpeft.attach(model, decided(example, cell.method))
     assert list(model.state_dict()) == keys
     assert torch.equal(example.answer(), before)
-    assert all(p.requires_grad for p in model.parameters())
+    assert [p.requires_grad for p in model.parameters()] == flags
 
 
 @families
@@ -141,7 +150,7 @@ def test_one_cell(cell: Cell, tmp_path) -> None:
     tuning.detach()
     assert type(model) is kind
     assert list(model.state_dict()) == list(original)
-    assert all(torch.equal(v, original[k]) for k, v in model.state_dict().items())
+    assert all(_same(v, original[k]) for k, v in model.state_dict().items())
     assert torch.equal(example.answer(), plain)
 
 
@@ -185,7 +194,7 @@ def test_merge(cell: Cell) -> None:
     torch.testing.assert_close(example.answer(), tuned, atol=1e-5, rtol=1e-5)
     tuning.unmerge()
     assert torch.equal(example.answer(), tuned)
-    assert all(torch.equal(p, bits[n]) for n, p in base_parameters(model))
+    assert all(_same(p, bits[n]) for n, p in base_parameters(model))
 
 
 @share("recomputation")
@@ -218,7 +227,8 @@ def test_copies_precision_and_accumulation(cell: Cell) -> None:
     tuning = mmpeft.attach(model, decided(example, cell.method))
     _perturb(tuning)
     y = example.answer()
-    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+    pickled = () if cell.family in FEW_BITS else (pickle.loads(pickle.dumps(model)),)
+    for twin in (copy.deepcopy(model), *pickled):
         assert torch.equal(example.answer(twin), y)
         (handle,) = mmpeft.tunings(twin).values()
         with torch.no_grad():

@@ -8,7 +8,8 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
 
-from mmpeft.errors import ConfigError, SiteError
+from mmpeft.errors import ConfigError, Refused, SiteError
+from mmpeft.few_bits import FewBits
 from mmpeft.functional.rows import Rows, take_rows
 from mmpeft.methods.base import Method, tensor_of
 from mmpeft.parts import Mask, Sparse
@@ -77,7 +78,13 @@ def train_tensors(
 def _train(method: str, model: nn.Module, group: list[Site], make: Callable[..., Part]) -> Placement:
     site = group[0]
     home, _, name = site.path.rpartition(".")
-    part = make(tensor_of(model, site.path), rows=site.rows, dim=int(site.transposed))
+    tensor = tensor_of(model, site.path)
+    if isinstance(tensor, FewBits):
+        raise Refused(
+            f"{site.path} is held in few bits and cannot be trained as a whole: leave it out with `at`, or tune it by "
+            "a method that adds to it, such as LoRA"
+        )
+    part = make(tensor, rows=site.rows, dim=int(site.transposed))
     key = f"{method}_{name}" + (f"_{site.rows[0]}" if site.rows else "")
     owners = [site.path.rpartition(".") for site in group]
     hooks = tuple(Hook(path, "read", tensor) for path, _, tensor in owners)

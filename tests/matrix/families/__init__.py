@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from tests.matrix.example import Example
-from tests.matrix.families import diffusers, open_clip, timm, transformers
+from tests.matrix.families import diffusers, few_bits, open_clip, timm, transformers
 
 LIBRARIES: dict[str, dict[str, Callable[[], Example]]] = {
     "timm": timm.FAMILIES,
     "open_clip": open_clip.FAMILIES,
     "diffusers": diffusers.FAMILIES,
     "transformers": transformers.FAMILIES,
+    "a Llama in few bits": few_bits.FAMILIES,
 }
 FAMILIES: dict[str, Callable[[], Example]] = {
     name: build for families in LIBRARIES.values() for name, build in families.items()
