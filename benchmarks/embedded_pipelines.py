@@ -16,9 +16,9 @@ import torch
 from rich.progress import track
 
 from mmpeft.diffusion.backbone import INDEX, create
+from mmpeft.diffusion.emoji_judge import EmojiJudge
 from mmpeft.diffusion.families import Family, family_of
 from mmpeft.diffusion.grid import labelled_grid
-from mmpeft.diffusion.judge import Judge
 from mmpeft.diffusion.pretraining import CARD, PROMPTS, STYLES
 from mmpeft.embedded import emoji
 from mmpeft.embedded.captions import captions
@@ -44,7 +44,7 @@ def main() -> None:
 @torch.no_grad()
 def measured(family: Family, name: str) -> dict[str, float]:
     """Shares of drawings of the category that was asked for, by pipeline and by hand, and of each style."""
-    judge, labels = Judge(family.size), emoji("noto", "test").labels
+    judge, labels = EmojiJudge(family.size, "noto"), emoji("noto", "test").labels
     prompts = [said[0] for said in captions(emoji("noto", "test"))]
     images = []
     for start in track(range(0, len(prompts), BATCH), name):
@@ -55,7 +55,7 @@ def measured(family: Family, name: str) -> dict[str, float]:
     facts |= {f"style {KNOWN[i]}": float((styles == i).float().mean()) for i in range(len(KNOWN))}
     for style in STYLES:
         real = emoji(style, "test", family.size)
-        facts[f"category, {style} by hand"] = judge.accuracy(real.rgb().float() / 255, style, real.labels)["caption"]
+        facts[f"category, {style} by hand"] = judge.accuracy(real.rgb().float() / 255, [], real.labels)["caption"]
     return {key: round(value, 4) for key, value in facts.items()}
 
 

@@ -34,6 +34,8 @@ class Show:
         steps: denoising steps.
         guidance: guidance scale.
         seed: of the noise, the same in each grid.
+        judged: prompts of the validation set that are drawn with each grid to be judged by the data's evaluator; 0 for
+            none, and where the data have none.
     """
 
     prompts: Sequence[str] = field(default_factory=tuple)
@@ -42,10 +44,13 @@ class Show:
     steps: int = 20
     guidance: float = 3.0
     seed: int = 0
+    judged: int = 0
 
     def __post_init__(self) -> None:
         if self.every < 1 or self.steps < 1:
             raise ConfigError(f"every and steps are numbers >= 1, got {self.every} and {self.steps}")
+        if self.judged < 0 or 0 < self.judged < 4:
+            raise ConfigError(f"judged is a number of prompts, 4 or more, or 0 for none, got {self.judged}")
 
 
 class StrengthGrid(Callback):

@@ -16,7 +16,7 @@ from torch import Generator, Tensor, nn
 from mmpeft.combine.strength import strength
 from mmpeft.diffusion.backbone import create
 from mmpeft.diffusion.cache import Cache
-from mmpeft.diffusion.evaluation import StyleTest
+from mmpeft.diffusion.evaluation import StyleScores, StyleTest
 from mmpeft.diffusion.families import FACTS, Condition, Family, family_of
 from mmpeft.diffusion.grid import Show, StrengthGrid
 from mmpeft.diffusion.objective import Levels, Objective, objective_of
@@ -141,8 +141,8 @@ class StyleTuner(TuningModule):
         return found
 
     def configure_callbacks(self) -> list[Callback]:
-        """Lightning's hook: beside the controllers' driver, the validation grid and the test's scores."""
-        return [*super().configure_callbacks(), StrengthGrid(self.show), StyleTest()]
+        """Lightning's hook: beside the controllers' driver, the validation grid, and scores of what is drawn."""
+        return [*super().configure_callbacks(), StrengthGrid(self.show), StyleScores(self.show), StyleTest()]
 
     # -- features -------------------------------------------------------------------------------------------
 
@@ -274,13 +274,21 @@ class StyleTuner(TuningModule):
 
     def test_step(self, batch: dict[str, Any], index: int) -> dict[str, Tensor]:
         """Images in [0, 1] by kind, for the test's prompts: drawn by hand, by the base, by the tuned model."""
-        seeds = [index * 10_000 + i for i in range(len(batch["prompt"]))]
-        found = {"real": (batch["image"] + 1) / 2}
-        found |= {name: self.draw(batch["prompt"], share, seeds) for name, share in (("base", 0.0), ("test", 1.0))}
+        return self.drawings(batch, [index * 10_000 + i for i in range(len(batch["prompt"]))])
+
+    def drawings(self, batch: dict[str, Any], seeds: Sequence[int], base: bool = True) -> dict[str, Tensor]:
+        """Images in [0, 1] for the prompts of a batch by kind, as `evaluation.Drawn` names them.
+
+        `base` says whether to draw by the base as well, and give the images by hand.
+        """
+        shares = {"base": 0.0, "test": 1.0} if base else {"test": 1.0}
+        found = {"real": (batch["image"] + 1) / 2} if base else {}
+        found |= {kind: self.draw(batch["prompt"], share, seeds) for kind, share in shares.items()}
         if "plain" in batch:
-            found["plain_real"] = (batch["plain_image"] + 1) / 2
-            for name, share in (("plain_base", 0.0), ("plain", 1.0)):
-                found[name] = self.draw(batch["plain"], share, seeds)
+            if base and "plain_image" in batch:
+                found["plain_real"] = (batch["plain_image"] + 1) / 2
+            for kind, share in shares.items():
+                found["plain" if kind == "test" else "plain_base"] = self.draw(batch["plain"], share, seeds)
         return found
 
     def on_train_end(self) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from mmpeft.diffusion.data.base import Sample, TextToImageData, as_sample, repeated, unique
-from mmpeft.diffusion.judge import Judge
+from mmpeft.diffusion.emoji_judge import EmojiJudge
 from mmpeft.embedded import EmojiSet, emoji
 from mmpeft.embedded.captions import captions
 from mmpeft.embedded.emoji import NATIVE
@@ -83,16 +83,20 @@ class EmojiStyle(TextToImageData):
             )
         train, val, test = (emoji(self.style, split, resolution) for split in ("train", "val", "test"))
         self.train_set = repeated(Drawings(train, self.rows, self.any, self.template), self.repeats)
-        self.val_set = Drawings(val, template=self.template)
-        rows = spread(test.labels, self.test_images, 0)
-        asked = self.template != "{}"
-        other = emoji(next(style for style in OTHERS if style != self.style), "test", resolution) if asked else None
-        self.test_set = Tested(Drawings(test, rows, template=self.template), test, rows, other)
+        self.val_set = self._tested(val, list(range(len(val))))
+        self.test_set = self._tested(test, spread(test.labels, self.test_images, 0))
 
-    def judge(self) -> Judge:
+    def _tested(self, drawn: EmojiSet, rows: list[int]) -> Tested:
+        other = None
+        if self.template != "{}":
+            style = next(style for style in OTHERS if style != self.style)
+            other = emoji(style, drawn.split, drawn.images.shape[-1])
+        return Tested(Drawings(drawn, rows, template=self.template), drawn, rows, other)
+
+    def judge(self) -> EmojiJudge:
         """Evaluators trained on the emoji that this run is not tuned to."""
         assert self.resolution is not None
-        return Judge(self.resolution, emoji(self.style, "train").identity[self.rows].tolist())
+        return EmojiJudge(self.resolution, self.style, emoji(self.style, "train").identity[self.rows].tolist())
 
     @property
     def samples(self) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from PIL import Image, ImageColor
@@ -15,10 +15,11 @@ from torchvision.transforms.v2 import functional as tf
 from mmpeft.diffusion.data.album import Album
 from mmpeft.diffusion.data.base import Sample, TextToImageData, as_sample, repeated, unique
 from mmpeft.diffusion.data.buckets import BucketSampler, Size, bucket_sizes, crop, nearest_size
+from mmpeft.diffusion.judge import Judge
 from mmpeft.errors import ConfigError, DataError
 from mmpeft.training.caption_sources import open_captions
 from mmpeft.training.captioned import listed
-from mmpeft.training.data import SizedDataset
+from mmpeft.training.data import EpochSampler, SizedDataset
 
 LOG = logging.getLogger(__name__)
 VERSION = 1  # of the way from a file to pixels: another one is another key
@@ -39,6 +40,10 @@ class CaptionedImages(TextToImageData):
         text_column: str = "text",
         prior_root: str | None = None,
         prior_prompt: str | None = None,
+        val_root: str | None = None,
+        test_root: str | None = None,
+        other_prompts: Sequence[str] = (),
+        evaluator: str | None = None,
         resolution: int | None = None,
         buckets: bool = True,
         crop: Literal["center", "random"] = "center",
@@ -59,6 +64,13 @@ class CaptionedImages(TextToImageData):
         prior_root: images of what the subject is one of, named as `root` is. Each sample then has a `prior`, drawn
             from those whose shape is nearest to its bucket.
         prior_prompt: one for all of them; None for their captions.
+        val_root: images of the style or subject that are not trained on, named as `root` is: cropped to the square, for
+            the validation error and what is judged with each grid.
+        test_root: images that neither trains nor chooses anything, for `mmpeft test`.
+        other_prompts: prompts that do not ask for the style or subject, drawn in turn beside those of validation and
+            test: what changed there was not meant to.
+        evaluator: a repository or folder of transformers with an image-text pair, such as
+            `openai/clip-vit-base-patch32`, that judges what is drawn; None for drawings without scores.
         resolution: side of the square, whose area the other buckets have; None for what the pipeline was made for.
         buckets: False to crop everything to the square.
         crop: where an image is cut that is longer than its bucket.
@@ -83,7 +95,15 @@ class CaptionedImages(TextToImageData):
                 ImageColor.getrgb(background)
             except ValueError as error:
                 raise ConfigError(f"background is a colour such as white or #ffffff, got {background!r}") from error
-        self.sources = {"train": (root, prompt), "prior": (prior_root, prior_prompt)}
+        if (other_prompts or evaluator) and not (val_root or test_root):
+            raise ConfigError("other_prompts and evaluator are for images in val_root or test_root; give one of these")
+        self.sources = {
+            "train": (root, prompt),
+            "prior": (prior_root, prior_prompt),
+            "val": (val_root, prompt),
+            "test": (test_root, prompt),
+        }
+        self.other_prompts, self.evaluator = list(other_prompts), evaluator
         self.columns, self.background = (image_column, text_column), background
         self.buckets, self.random, self.mirror, self.upscale = buckets, crop == "random", mirror, upscale
         self.albums: dict[str, Album] = {}
@@ -102,13 +122,19 @@ class CaptionedImages(TextToImageData):
     def cut(self, resolution: int, multiple: int) -> None:
         if not self.albums:
             return
-        sizes = bucket_sizes(resolution, multiple) if self.buckets else [(resolution, resolution)]
+        square = [(resolution, resolution)]
+        sizes = bucket_sizes(resolution, multiple) if self.buckets else square
         sets = {
-            name: Crops(album, sizes, self.random, self.mirror, self.upscale) for name, album in self.albums.items()
+            name: Crops(self.albums[name], sizes, self.random, self.mirror, self.upscale)
+            for name in ("train", "prior")
+            if name in self.albums
         }
         train = sets["train"]
         self.bucket_of = train.buckets * self.repeats
         self.train_set = repeated(WithPrior(train, sets["prior"]) if "prior" in sets else train, self.repeats)
+        for name in {"val", "test"} & self.albums.keys():
+            held = Crops(self.albums[name], square, False, False, self.upscale)
+            setattr(self, f"{name}_set", WithOthers(held, self.other_prompts))
 
     @property
     def samples(self) -> int:
@@ -117,9 +143,20 @@ class CaptionedImages(TextToImageData):
 
     def prompts(self) -> list[str]:
         self.datasets()
-        return unique(prompt for album in self.albums.values() for prompt in album.prompts)
+        said = (prompt for album in self.albums.values() for prompt in album.prompts)
+        return unique((*said, *self.other_prompts))
 
-    def _sampler(self, dataset: SizedDataset, batch_size: int, *, shuffle: bool) -> BucketSampler:
+    def judge(self) -> Judge | None:
+        """The evaluator, if one is named."""
+        if self.evaluator is None:
+            return None
+        from mmpeft.diffusion.pair_judge import PairJudge
+
+        return PairJudge(self.evaluator)
+
+    def _sampler(self, dataset: SizedDataset, batch_size: int, *, shuffle: bool) -> EpochSampler:
+        if not shuffle:
+            return super()._sampler(dataset, batch_size, shuffle=False)
         replicas, rank = self._replicas()
         return BucketSampler(self.bucket_of, batch_size, seed=self.seed, num_replicas=replicas, rank=rank)
 
@@ -184,6 +221,21 @@ class WithPrior(Dataset[Sample]):
         """Return one sample; `prior` is drawn from torch's global generator."""
         rows = self.rows[self.crops.buckets[index]]
         return {**self.crops[index], "prior": self.prior[rows[int(torch.randint(len(rows), ()))]]}
+
+
+class WithOthers(Dataset[dict[str, Any]]):
+    """Crops, each with one of some other prompts (`plain`) if there are any."""
+
+    def __init__(self, crops: Crops, prompts: Sequence[str]) -> None:
+        self.crops, self.prompts = crops, prompts
+
+    def __len__(self) -> int:
+        """Return the number of crops."""
+        return len(self.crops)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """Return one sample."""
+        return {**self.crops[index], **({"plain": self.prompts[index % len(self.prompts)]} if self.prompts else {})}
 
 
 def _alike(crops: Crops, prior: Crops) -> dict[int, list[int]]:

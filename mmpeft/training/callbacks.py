@@ -43,10 +43,8 @@ class LearningCurves(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         folder = folder_of(trainer)
-        if folder and trainer.global_step and (folder / "curves.csv").is_file():
-            with (folder / "curves.csv").open(newline="", encoding="utf-8") as file:
-                before = [{k: float(v) for k, v in row.items() if v} for row in csv.DictReader(file)]
-            self.rows = [row for row in before if row.get("step", 0) <= trainer.global_step]
+        if folder and trainer.global_step:
+            self.rows = rows_before(folder / "curves.csv", trainer.global_step)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         found = {key: float(value) for key, value in trainer.callback_metrics.items() if value.numel() == 1}
@@ -62,6 +60,15 @@ class LearningCurves(Callback):
             picture = draw(self.rows)
             if picture:
                 write_atomic(folder / "curves.png", picture)
+
+
+def rows_before(path: Path, step: int) -> list[dict[str, float]]:
+    """What a table of an interrupted run holds up to a step; nothing where there is no table."""
+    if not path.is_file():
+        return []
+    with path.open(newline="", encoding="utf-8") as file:
+        rows = [{name: float(value) for name, value in row.items() if value} for row in csv.DictReader(file)]
+    return [row for row in rows if row.get("step", 0) <= step]
 
 
 def to_csv(rows: list[dict[str, float]]) -> str:

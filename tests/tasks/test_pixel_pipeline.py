@@ -12,7 +12,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler, PixArtTransformer2DModel,
 import mmpeft
 from mmpeft.diffusion.backbone import INDEX, create
 from mmpeft.diffusion.data.emoji import spread
-from mmpeft.diffusion.judge import Judge
+from mmpeft.diffusion.emoji_judge import EmojiJudge
 from mmpeft.diffusion.pipeline import PixelPipeline
 from mmpeft.diffusion.text import text_encoder
 from mmpeft.embedded import emoji
@@ -125,7 +125,7 @@ def test_what_ships_draws_what_it_is_asked_for(name: str) -> None:
     rows = spread(known.labels, 32, 0)
     prompts = [captions(known)[row][0] for row in rows]
     images = made(prompts, num_inference_steps=8, generator=torch.Generator().manual_seed(0), output_type="pt").images
-    assert Judge(made.size).accuracy(images, "noto", known.labels[rows])["caption"] > 0.2
+    assert EmojiJudge(made.size, "noto").accuracy(images, prompts, known.labels[rows])["caption"] > 0.2
 
 
 def test_bad_prompts_and_parts() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,6 +22,9 @@ from diffusers import (
 )
 from transformers import (
     AutoTokenizer,
+    CLIPConfig,
+    CLIPImageProcessor,
+    CLIPModel,
     CLIPTextConfig,
     CLIPTextModel,
     CLIPTextModelWithProjection,
@@ -51,6 +55,18 @@ def clip(projection: bool = False) -> Any:
     sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
     config = CLIPTextConfig(vocab_size=1024, max_position_embeddings=32, projection_dim=16, **sizes, **ends)
     return (CLIPTextModelWithProjection if projection else CLIPTextModel)(config)
+
+
+def image_text_pair(folder: Path) -> Any:
+    """A CLIP of transformers, saved in a folder with all that an evaluator needs."""
+    text = clip().config.to_dict()
+    vision = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    vision |= {"image_size": 16, "patch_size": 8}
+    made = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=16)).eval()
+    made.save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    CLIPImageProcessor(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16}).save_pretrained(folder)
+    return made
 
 
 def t5(width: int = 16) -> Any:
