@@ -69,9 +69,26 @@ class LastCheckpoint(ModelCheckpoint):
             enable_version_counter=False,
         )
 
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_train_start(trainer, pl_module)
+        end_once(trainer)
+
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._last_global_step_saved != trainer.global_step and not getattr(trainer, "fast_dev_run", False):
             self._save_topk_checkpoint(trainer, self._monitor_candidates(trainer))
+
+
+def end_once(trainer: Trainer) -> None:
+    """Begin the next epoch where a checkpoint was written at the end of one.
+
+    A run that counts steps (`max_steps`) would end that epoch a second time: an empty epoch, and from there on the
+    order of the one after. Runs that count epochs do as is done here.
+    """
+    loop = trainer.fit_loop
+    if loop.restarted_on_epoch_end:
+        loop.epoch_progress.increment_completed()
+        loop.reset_restart_stage()
+        loop.epoch_loop.restarting = False
 
 
 class RandomState(Callback):

@@ -6,6 +6,7 @@ import errno
 import multiprocessing
 import os
 import signal
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,15 +36,17 @@ class KillBefore(Callback):
             os.kill(os.getpid(), signal.SIGKILL)
 
 
-def run(folder: Path, kill: int | None = None, resume: bool = False, ema: bool = False) -> None:
+def run(
+    folder: Path, kill: int | None = None, resume: bool = False, ema: bool = False, every: int | None = 1, **limits: int
+) -> None:
     """Three epochs of four steps, with everything that draws random numbers in a step."""
     method = mmpeft.LoRA(rank=2, dropout=0.2)
     module = classifier(method, mixup=0.4, optimizer=lambda p: torch.optim.AdamW(p, lr=1e-2))
     lightning.seed_everything(5, verbose=False)
-    callbacks = [RandomState(), LearningCurves(), LastCheckpoint(every_n_train_steps=1)]
+    callbacks = [RandomState(), LearningCurves(), LastCheckpoint(every)]
     callbacks += [KillBefore(kill)] if kill is not None else []
     callbacks += [EMAWeightAveraging(decay=0.9)] if ema else []
-    fit = trainer(folder, max_epochs=3, callbacks=callbacks)
+    fit = trainer(folder, callbacks=callbacks, **(limits or {"max_epochs": 3}))
     fit.fit(module, TinyData(), ckpt_path="last" if resume else None)
 
 
@@ -90,6 +93,20 @@ def test_killed_between_steps(tmp_path, whole, step):
     found = last(tmp_path)
     for part in ("state_dict", "optimizer_states", "lr_schedulers", "random_state", "global_step", "epoch"):
         assert_same_bits(found[part], whole[part])
+
+
+@pytest.mark.parametrize("limits", [{"max_epochs": 3}, {"max_steps": 12, "max_epochs": -1}], ids=["epochs", "steps"])
+@pytest.mark.parametrize("ema", [False, True], ids=["plain", "averaged"])
+def test_the_usual_checkpoint_of_an_epochs_end(tmp_path: Path, limits: dict[str, int], ema: bool) -> None:
+    run(tmp_path / "whole", ema=ema, every=None, **limits)
+    killed(partial(run, **limits), tmp_path / "cut", 6, False, ema, None)
+    assert last(tmp_path / "cut")["global_step"] == 4
+    run(tmp_path / "cut", resume=True, ema=ema, every=None, **limits)
+    expected, found = last(tmp_path / "whole"), last(tmp_path / "cut")
+    for part in ("state_dict", "optimizer_states", "lr_schedulers", "random_state", "global_step", "epoch", "loops"):
+        assert_same_bits(found[part], expected[part])
+    curves = [(tmp_path / name / "curves.csv").read_text() for name in ("whole", "cut")]
+    assert curves[0] == curves[1]
 
 
 def _die_in_save(folder: Path, save: int, call: str) -> None:
