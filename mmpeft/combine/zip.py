@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from mmpeft.errors import ConfigError, Refused
 from mmpeft.functional.rows import Rows
 from mmpeft.methods.base import Method, MethodInfo, own_weight
-from mmpeft.parts import Delta, LowRank
+from mmpeft.parts import Delta, Hadamard, LowRank
 from mmpeft.parts.base import Hook, Placement
 from mmpeft.parts.factors import like_options
 from mmpeft.sites import Site
@@ -67,12 +67,15 @@ class ZipLoRA(Method):
         pairs = []
         for placement, _ in own:
             part = placement.part
-            if not isinstance(part, Delta) or part.magnitude is not None or not isinstance(part.factor, LowRank):
+            factor = part.factor if isinstance(part, Delta) and part.magnitude is None else part
+            if not isinstance(factor, LowRank | Hadamard):
                 raise Refused(
-                    f"{type(part).__name__} at {placement.home}: updates are put together column by column where they "
-                    "are low-rank products; DoRA's lengths and other parts are not. Run them as a weighted sum"
+                    f"{type(factor).__name__} at {placement.home}: updates are put together column by column where "
+                    "they are low-rank products, as those of LoRA and LoHa are; DoRA's lengths and other parts are not. "
+                    "Run them as a weighted sum (mmpeft sample, or mmpeft.Together)"
                 )
-            down, up = part.pair()
+            down, up = factor.pair()
+            assert isinstance(part, Delta)
             pairs.append((down, up * part.scale))
         first = own[0][0]
         part = Delta(

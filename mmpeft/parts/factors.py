@@ -148,16 +148,17 @@ class Hadamard(Factor):
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, cast(self.materialise(), x.dtype))
 
+    def pair(self) -> tuple[Tensor, Tensor]:
+        """`A` and `B` of the low-rank product of rank r² that it equals."""
+        up, down = khatri_rao(self.B1, self.A1, self.B2, self.A2)
+        return down, up
+
     def materialise(self) -> Tensor:
         return hadamard_product(self.B1, self.A1, self.B2, self.A2)
 
 
 class KhatriRao(Hadamard, LowRank):
     """The same ΔW as a product of rank r², which is less work than forming it while r² is small."""
-
-    def pair(self) -> tuple[Tensor, Tensor]:
-        up, down = khatri_rao(self.B1, self.A1, self.B2, self.A2)
-        return down, up
 
     def forward(self, x: Tensor) -> Tensor:
         return LowRank.forward(self, x)

@@ -20,6 +20,7 @@ from tests.tasks.test_sample import LORA, drawn, moved, saved
 from tests.tasks.tiny_pipelines import pipeline
 
 OTHER = mmpeft.LoRA(rank=3, at="attn.{q,v}|mlp.*")
+LOHA = mmpeft.LoHa(rank=3, at="attn.{q,v}|mlp.*")  # too high a rank here for the form that is never multiplied out
 
 
 def test_untrained_it_is_the_weighted_sum_and_every_column_has_its_own_weight() -> None:
@@ -50,8 +51,9 @@ def test_what_is_no_low_rank_update_is_refused() -> None:
         mmpeft.zip_lora(tunings[:1])
 
 
-def test_a_sum_in_one_file_draws_as_diffusers_draws_both(tmp_path: Path) -> None:
-    adapters = [str(saved("sd", tmp_path, method, seed)) for seed, method in enumerate((LORA, OTHER))]
+@pytest.mark.parametrize("other", [OTHER, LOHA], ids=["LoRA", "LoHa"])
+def test_a_sum_in_one_file_draws_as_diffusers_draws_both(tmp_path: Path, other: mmpeft.LoRA) -> None:
+    adapters = [str(saved("sd", tmp_path, method, seed)) for seed, method in enumerate((LORA, other))]
     file = tmp_path / "both.safetensors"
     argv = ["--pipeline", str(tmp_path / "sd"), "--adapter", *adapters, "--weights", "0.7", "0.4", "--out", str(file)]
     assert main(["mix", *argv]) == 0
