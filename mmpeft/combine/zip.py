@@ -71,7 +71,7 @@ class ZipLoRA(Method):
             if not isinstance(factor, LowRank | Hadamard):
                 raise Refused(
                     f"{type(factor).__name__} at {placement.home}: updates are put together column by column where "
-                    "they are low-rank products, as those of LoRA and LoHa are; DoRA's lengths and other parts are not. "
+                    "they are low-rank products, as in LoRA and LoHa; DoRA's lengths and other parts are not. "
                     "Run them as a weighted sum (mmpeft sample, or mmpeft.Together)"
                 )
             down, up = factor.pair()

@@ -26,14 +26,17 @@ from mmpeft.training.checkpoint import LAST, AtomicCheckpointIO, LastCheckpoint,
 from mmpeft.training.module import TuningModule
 
 ROOT = "runs"
+CONFIG = ("-c", "--config")
 
 set_parsing_settings(subclasses_enabled=[Method])
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse, build and run; `argv` starts with the sub-command."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
+    arguments = afresh(sys.argv[1:] if argv is None else argv)
     import_named(words(arguments))
+    if argv is None:
+        sys.argv[1:] = arguments  # from where Lightning reads them, in the processes it starts as well
     TuningCLI(
         TuningModule,
         lightning.LightningDataModule,
@@ -172,17 +175,58 @@ def words(arguments: Sequence[str]) -> set[str]:
     Raises:
         ConfigError: a file is no YAML.
     """
-    texts = list(arguments)
+    files = (configuration(value) for flag, value in given(arguments) if flag in CONFIG)
+    return {word for text in (*arguments, *(text for text, _ in files)) for word in re.findall(r"\w+", text)}
+
+
+def given(arguments: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """Each argument as an option and its value, `--a=b` and `--a b` alike; the other value is empty."""
     for before, argument in zip(["", *arguments], arguments):
         flag, _, value = argument.partition("=")
-        name = value if flag in ("-c", "--config") and value else argument if before in ("-c", "--config") else ""
-        if name and Path(name).is_file():
-            texts.append(Path(name).read_text("utf-8", errors="replace"))
-            try:
-                yaml.safe_load(texts[-1])
-            except yaml.YAMLError as error:
-                raise ConfigError(f"{name} is no YAML: {' '.join(str(error).split())}") from error
-    return {word for text in texts for word in re.findall(r"\w+", text)}
+        yield (flag, value) if flag.startswith("-") else (before, argument)
+
+
+def configuration(name: str) -> tuple[str, Any]:
+    """Text and content of a configuration file; nothing for what is no file.
+
+    Raises:
+        ConfigError: it is no YAML.
+    """
+    if not name or not Path(name).is_file():
+        return "", None
+    text = Path(name).read_text("utf-8", errors="replace")
+    try:
+        return text, yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{name} is no YAML: {' '.join(str(error).split())}") from error
+
+
+def afresh(arguments: Sequence[str]) -> list[str]:
+    """The arguments, with `--method null` before each that names another method than the one before it.
+
+    A parser keeps the fields that two classes have in common: DiffFit after a LoRA of attention would be one of
+    attention. Only reparameterisations pass on their sites, rank and alpha, so that `--method DoRA` is the DoRA
+    of a configuration's LoRA.
+    """
+    found: list[str] = []
+    known = None
+    for argument, (flag, value) in zip(arguments, given(arguments)):
+        named: Any = None
+        if flag in CONFIG:
+            content = configuration(value)[1]
+            named = content.get("method") if isinstance(content, dict) else None
+        elif flag == "--method":
+            named = value
+        named = named.get("class_path") if isinstance(named, dict) else named
+        new = METHODS.get(str(named).rpartition(".")[2])
+        if new is not None:
+            kinds = {cls.info.taxonomy for cls in (known, new) if cls is not None}
+            if known not in (None, new) and kinds != {"reparameterized"}:
+                place = len(found) if argument.startswith("-") else len(found) - 1
+                found[place:place] = ["--method", "null"]
+            known = new
+        found.append(argument)
+    return found
 
 
 def domain_classes() -> dict[str, str]:

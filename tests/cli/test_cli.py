@@ -47,6 +47,25 @@ def tiny(tmp_path, monkeypatch):
     return ["-c", "tiny.yaml", "-c", "lora.yaml"]
 
 
+@pytest.mark.parametrize(
+    ("more", "expected"),
+    [
+        (["--method", "DoRA"], {"at": "conv", "rank": 16}),
+        (["--method=LoKr", "--method.rank", "4"], {"at": "conv", "rank": 4}),
+        (["--method", "DiffFit"], {"at": ""}),
+        (["-c", str(CONFIGS / "method" / "difffit.yaml")], {"at": ""}),
+        (["--method", "BitFit", "--method.at", "norm"], {"at": "norm"}),
+        (["--method", "LoRA"], {"at": "conv", "rank": 16}),
+    ],
+)
+def test_another_kind_of_method_starts_afresh(tiny, more, expected, capsys):
+    Path("of.yaml").write_text("method: {class_path: LoRA, init_args: {at: conv, rank: 16}}")
+    with pytest.raises(SystemExit):
+        main(["fit", "-c", "tiny.yaml", "-c", "of.yaml", *more, "--print_config"])
+    found = yaml.safe_load(capsys.readouterr().out)["method"]["init_args"]
+    assert {name: found[name] for name in expected} == expected
+
+
 def fails(arguments, capsys) -> str:
     """Run a command that must end with exit code 2 and no traceback; return its error."""
     try:
