@@ -17,7 +17,8 @@ from rich.progress import track
 
 from mmpeft.diffusion.backbone import INDEX, create
 from mmpeft.diffusion.emoji_judge import EmojiJudge
-from mmpeft.diffusion.families import Family, family_of
+from mmpeft.diffusion.families import family_of
+from mmpeft.diffusion.family import Family
 from mmpeft.diffusion.grid import labelled_grid
 from mmpeft.diffusion.pretraining import CARD, PROMPTS, STYLES
 from mmpeft.embedded import emoji

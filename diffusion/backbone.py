@@ -12,10 +12,12 @@ import torch
 from diffusers import DiffusionPipeline
 
 from mmpeft.diffusion.pipeline import PixelPipeline
-from mmpeft.embedded.store import REMEDY, WEIGHTS
+from mmpeft.embedded.store import WEIGHTS
 from mmpeft.errors import ConfigError, nearest
 
 INDEX = "model_index.json"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+WHERE = "name a repository that this machine can reach, a folder of diffusers' layout, or embedded:unet_emoji"
 
 
 def create(name: str, dtype: torch.dtype = torch.float32, quantization: Mapping[str, Any] | None = None) -> Any:
@@ -39,7 +41,8 @@ def create(name: str, dtype: torch.dtype = torch.float32, quantization: Mapping[
     try:
         pipeline = (PixelPipeline if own else DiffusionPipeline).from_pretrained(str(folder or name), **options)
     except (OSError, ValueError, RuntimeError, ImportError) as error:
-        raise ConfigError(f"cannot load {name}: {' '.join(str(error).split())[:300]}; {REMEDY}") from error
+        remedy = WHERE if quantization is None else "bitsandbytes is loaded on GPUs alone: elsewhere use torchao"
+        raise ConfigError(f"cannot load {name}: {' '.join(str(error).split())[:300]}; {remedy}") from error
     if quantization is None:
         pipeline.to(dtype)  # transformers reads weights in the type of their file
     for part in pipeline.components.values():

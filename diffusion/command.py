@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, NamedTuple, get_args
 
 import torch
 import yaml
@@ -17,8 +17,9 @@ from torchvision.transforms.v2 import functional as tf
 from torchvision.utils import make_grid
 
 from mmpeft.combine.strength import strength
-from mmpeft.diffusion.backbone import create
-from mmpeft.diffusion.families import Family, family_of
+from mmpeft.diffusion.backbone import DTYPES, create
+from mmpeft.diffusion.families import family_of
+from mmpeft.diffusion.family import Family
 from mmpeft.diffusion.grid import labelled_grid
 from mmpeft.diffusion.words import FOLDER, load_words
 from mmpeft.errors import ConfigError
@@ -48,15 +49,23 @@ def sample(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--compare", action="store_true", help="draw the base, half and full strength side by side")
     parser.add_argument("--words", type=Path, nargs="*", default=[], help="textual inversions, or folders of them")
     parser.add_argument("--pipeline", help=PIPELINE)
-    parser.add_argument("--count", type=int, default=1, help="images a prompt (default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=20, help="denoising steps (default: %(default)s)")
+    parser.add_argument("--dtype", choices=tuple(DTYPES), help="of the pipeline (default: that of the adapter's run)")
+    parser.add_argument("--count", type=positive, default=1, help="images a prompt (default: %(default)s)")
+    parser.add_argument("--steps", type=positive, default=20, help="denoising steps (default: %(default)s)")
     parser.add_argument("--guidance", type=float, default=3.0, help="guidance scale (default: %(default)s)")
     parser.add_argument("--negative", default="", help="what guidance leads away from")
-    parser.add_argument("--size", type=int, help="height and width in pixels (default: the pipeline's)")
+    parser.add_argument(
+        "--size", type=positive, help="height and width in pixels (default: the run's or the pipeline's)"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the noise (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=Path("sample.png"), help="picture to write (default: %(default)s)")
     options = parser.parse_args(arguments(argv))
-    family = family_of(create(pipeline_of(options.pipeline, options.adapter)))
+    base = base_of(options.pipeline, options.adapter)
+    family = family_of(create(base.pipeline, DTYPES[options.dtype or base.dtype], base.quantization))
+    size = options.size or base.size or family.size
+    if size % family.multiple:
+        raise ConfigError(f"--size is a multiple of {family.multiple} for this pipeline, got {size}")
+    family.sides(size)
     for path in options.words:
         load_words(family, path)
     tunings = open_adapters(family, options.adapter)
@@ -70,7 +79,6 @@ def sample(argv: Sequence[str] | None = None) -> int:
     def drawn(share: float) -> Tensor:
         noise = [torch.Generator().manual_seed(mix(options.seed, i)) for i in range(len(prompts))]
         with running(tunings, [share * weight for weight in weights]), torch.no_grad():
-            size = options.size or family.size
             found = family.draw(prompts, noise, options.steps, options.guidance, size, options.negative)
         return found.float().cpu()
 
@@ -92,7 +100,7 @@ def export_pipeline(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--to", choices=formats, default="diffusers", help="format (default: %(default)s)")
     parser.add_argument("--out", type=Path, required=True, help="the file or folder to write")
     options = parser.parse_args(arguments(argv))
-    family = family_of(create(pipeline_of(options.pipeline, [options.adapter])))
+    family = family_of(create(base_of(options.pipeline, [options.adapter]).pipeline))
     tunings = open_adapters(family, [options.adapter])[0]
     if options.to == "pipeline":
         save_pipeline(family, tunings, options.out)
@@ -105,7 +113,7 @@ def export_pipeline(argv: Sequence[str] | None = None) -> int:
         written = write_pipeline(parts, options.out, options.to)
     else:
         written = export(tunings[0], options.out, options.to, prefix=family.part)
-    by = " and ".join(written.verified_by) or "nobody"
+    by = " and ".join(dict.fromkeys(written.verified_by)) or "nobody"
     print(f"{written.path}: {written.format}, {written.layers} layers, {written.bytes:,} bytes; read back by {by}")
     print(f"largest relative difference {written.difference:.1e}")
     for note in written.notes:
@@ -113,21 +121,39 @@ def export_pipeline(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def pipeline_of(name: str | None, adapters: Sequence[Path]) -> str:
-    """The pipeline that was named, or the one the first adapter's run was tuned on.
+class Base(NamedTuple):
+    """What an adapter was tuned on."""
+
+    pipeline: str
+    dtype: str = "float32"
+    quantization: Mapping[str, Any] | None = None
+    size: int | None = None
+
+
+def base_of(name: str | None, adapters: Sequence[Path]) -> Base:
+    """The pipeline that was named, or the one the first adapter's run was tuned on, as it was held there.
 
     Raises:
         ConfigError: none was named, and there is no run to tell.
     """
     if name:
-        return name
+        return Base(name)
     for path in adapters[:1]:
         config = path.parent / "config.yaml"
         if config.is_file():
-            found = yaml.safe_load(config.read_text("utf-8"))["model"].get("init_args", {}).get("pipeline")
-            if found:
-                return str(found)
+            facts = yaml.safe_load(config.read_text("utf-8"))
+            model, data = (facts[key].get("init_args", {}) for key in ("model", "data"))
+            if model.get("pipeline"):
+                size = model.get("resolution") or data.get("resolution")
+                return Base(model["pipeline"], model.get("dtype", "float32"), model.get("quantization"), size)
     raise ConfigError("--pipeline says what draws; it may be left out for an adapter in the folder of its run")
+
+
+def positive(text: str) -> int:
+    """A whole number above 0, for a command's option."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number of 1 or more, got {text!r}")
+    return int(text)
 
 
 def open_adapters(family: Family, paths: Sequence[Path]) -> list[list[Tuning]]:

@@ -15,8 +15,9 @@ from torch import Generator, Tensor
 
 from mmpeft.combine.zip import penalty, zip_lora
 from mmpeft.diffusion.backbone import create
-from mmpeft.diffusion.command import PIPELINE, arguments, open_adapters, pipeline_of
-from mmpeft.diffusion.families import Condition, Family, family_of
+from mmpeft.diffusion.command import PIPELINE, arguments, base_of, open_adapters, positive
+from mmpeft.diffusion.families import family_of
+from mmpeft.diffusion.family import Condition, Family
 from mmpeft.diffusion.objective import Objective, objective_of
 from mmpeft.errors import ConfigError
 from mmpeft.formats.exchange import Format, export
@@ -34,10 +35,12 @@ def mix(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--adapter", type=Path, nargs="+", required=True, help="two LoRAs or more, of any known format")
     parser.add_argument("--weights", type=float, nargs="*", help="one for each adapter (default: 1 each)")
     parser.add_argument("--prompt", nargs="*", default=[], help="ZipLoRA: what each adapter is for, one prompt each")
-    parser.add_argument("--steps", type=int, default=100, help="ZipLoRA: steps (default: %(default)s)")
+    parser.add_argument("--steps", type=positive, default=100, help="ZipLoRA: steps (default: %(default)s)")
     parser.add_argument("--lr", type=float, default=0.01, help="ZipLoRA: learning rate (default: %(default)s)")
     parser.add_argument("--penalty", type=float, default=0.01, help="ZipLoRA: weight of overlap (default: %(default)s)")
-    parser.add_argument("--images", type=int, default=8, help="ZipLoRA: images drawn by each (default: %(default)s)")
+    parser.add_argument(
+        "--images", type=positive, default=8, help="ZipLoRA: images drawn by each (default: %(default)s)"
+    )
     parser.add_argument("--pipeline", help=PIPELINE)
     parser.add_argument("--to", choices=get_args(Format), default="diffusers", help="format (default: %(default)s)")
     parser.add_argument("--out", type=Path, required=True, help="the file or folder to write")
@@ -48,7 +51,7 @@ def mix(argv: Sequence[str] | None = None) -> int:
         raise ConfigError(f"expected two adapters and a weight each, got {len(options.adapter)} and {len(weights)}")
     if options.prompt and len(options.prompt) != len(options.adapter):
         raise ConfigError(f"expected a prompt for each of {len(options.adapter)} adapters, got {len(options.prompt)}")
-    family = family_of(create(pipeline_of(options.pipeline, options.adapter)))
+    family = family_of(create(base_of(options.pipeline, options.adapter).pipeline))
     opened = open_adapters(family, options.adapter)
     if any(len(own) > 1 for own in opened):
         raise ConfigError("an adapter tunes the text encoders as well; mixed are those of the denoiser alone")

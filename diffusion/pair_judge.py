@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
 
 from mmpeft.diffusion.judge import Judge, eight_bits
-from mmpeft.embedded.store import REMEDY
 from mmpeft.errors import ConfigError
 
 AT_ONCE = 32
@@ -50,7 +49,7 @@ class PairJudge(Judge):
             processor = AutoImageProcessor.from_pretrained(name)
         except (OSError, ValueError, ImportError) as error:
             reason = " ".join(str(error).split())[:300]
-            raise ConfigError(f"cannot load the evaluator {name}: {reason}; {REMEDY}") from error
+            raise ConfigError(f"cannot load the evaluator {name}: {reason}; name a repository or a folder") from error
         if not hasattr(self.model, "get_image_features") or not hasattr(self.model, "get_text_features"):
             raise ConfigError(f"the evaluator {name} is a {type(self.model).__name__}; expected an image-text pair")
         self.features = PairFeatures(self.model, processor)

@@ -51,6 +51,9 @@ class SliderTuner(StyleTuner):
         self.concept, self.scale = concept, scale
         self.ends = [(_joined(more, own), _joined(less, own)) for own in keep]
 
+    def own_prompts(self) -> list[str]:
+        return [*super().own_prompts(), self.concept, *(prompt for pair in self.ends for prompt in pair)]
+
     def loss(self, batch: dict[str, Any], index: int) -> Tensor:
         generator = torch.Generator().manual_seed(mix(self.seed, self.current_epoch, index, self.global_rank))
         latents = self.latents(batch)

@@ -14,10 +14,11 @@ from rich.progress import track
 from torch import Generator, Tensor, nn
 
 from mmpeft.combine.strength import strength
-from mmpeft.diffusion.backbone import create
+from mmpeft.diffusion.backbone import DTYPES, create
 from mmpeft.diffusion.cache import Cache
 from mmpeft.diffusion.evaluation import StyleScores, StyleTest
-from mmpeft.diffusion.families import FACTS, Condition, Family, family_of
+from mmpeft.diffusion.families import family_of
+from mmpeft.diffusion.family import FACTS, Condition, Family
 from mmpeft.diffusion.grid import Show, StrengthGrid
 from mmpeft.diffusion.objective import Levels, Objective, objective_of
 from mmpeft.errors import ConfigError
@@ -28,8 +29,6 @@ from mmpeft.training.callbacks import folder_of
 from mmpeft.training.data import mix
 from mmpeft.training.module import TuningModule
 from mmpeft.tuning import Tuning
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 class StyleTuner(TuningModule):
@@ -110,17 +109,28 @@ class StyleTuner(TuningModule):
         # Not registered as sub-modules: only what is tuned belongs to the module, moves with it and is checkpointed.
         self.__dict__["family"] = family
         self.objective: Objective = objective_of(family.pipeline.scheduler, self.snr_gamma, self.levels)
-        self._check_prompts(family)
+        self._check(family)
         denoiser: nn.Module = family.denoiser
         return denoiser.train()
 
-    def _check_prompts(self, family: Family) -> None:
+    def _check(self, family: Family) -> None:
+        """Raise before any compute what would be wrong after some: sizes, long prompts, a prior of nothing."""
         data = getattr(self._trainer, "datamodule", None)
+        self.size = self.resolution or getattr(data, "resolution", None) or family.size
+        family.sides(self.size)
         if hasattr(data, "configure"):
-            data.configure(self.resolution or family.size, family.multiple)
-        family.check_prompts([*self.show.prompts, *([self.prior_prompt] if self.prior_prompt else [])])
-        if data is not None and hasattr(data, "prompts"):
-            family.check_prompts(data.prompts())
+            data.configure(self.size, family.multiple)
+            if data.resolution != self.size:
+                raise ConfigError(f"the model's resolution is {self.size} and the data's is {data.resolution}; set one")
+        family.check_prompts(self.own_prompts())
+        if hasattr(data, "prompts"):
+            family.check_prompts(data.prompts(), getattr(data, "where", None))
+        if self.prior_weight and self.prior_prompt is None and not getattr(data, "has_prior", False):
+            raise ConfigError("prior_weight needs prior images in the data (prior_root), or a prior_prompt")
+
+    def own_prompts(self) -> list[str]:
+        """Prompts that are the task's and not the data's."""
+        return [*self.show.prompts, *([self.prior_prompt] if self.prior_prompt else [])]
 
     def prepare(self) -> Tuning:
         first = self.tuning is None
@@ -220,11 +230,9 @@ class StyleTuner(TuningModule):
 
     def _drift(self, batch: dict[str, Any], generator: Generator) -> Tensor:
         """`‖f(x_t, t, prior) − f₀(x_t, t, prior)‖²`, f₀ the model with its tuning off."""
-        if self.prior_prompt is None:
-            raise ConfigError("prior_weight needs prior images in the data (prior_root), or a prior_prompt")
         latents = self.latents(batch)
         noise, steps = self._draw(latents, generator)
-        prompts = [self.prior_prompt] * len(latents)
+        prompts = [self.prior_prompt or ""] * len(latents)
         with torch.no_grad(), self._base():
             teacher = self._predict(latents, noise, steps, self.condition(prompts, batch))
         return (self._predict(latents, noise, steps, self.condition(prompts, batch)) - teacher).float().square().mean()
@@ -267,8 +275,7 @@ class StyleTuner(TuningModule):
             elif share != 1:
                 for tuning in self._tunings():
                     stack.enter_context(strength(tuning, share))
-            size = self.resolution or self.family.size
-            images = self.family.draw(prompts, generators, self.show.steps, self.show.guidance, size)
+            images = self.family.draw(prompts, generators, self.show.steps, self.show.guidance, self.size)
         self.train(training)
         return images.float().cpu()
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mmpeft.diffusion.families import Family
+from mmpeft.diffusion.family import Family
 from mmpeft.diffusion.style import StyleTuner
 from mmpeft.errors import AdapterFileError, ConfigError
 from mmpeft.files import write_atomic

@@ -105,7 +105,7 @@ class TextToImageData(DataModule):
         return super().val_dataloader()
 
     def test_dataloader(self) -> ResumableLoader | list[ResumableLoader]:
-        """Return the test batches in order, or an empty list when there is no test set."""
+        """Return the test batches in order."""
         self._configured()
         return super().test_dataloader()
 

@@ -15,6 +15,7 @@ from torchvision.transforms.v2 import functional as tf
 from mmpeft.diffusion.data.album import Album
 from mmpeft.diffusion.data.base import Sample, TextToImageData, as_sample, repeated, unique
 from mmpeft.diffusion.data.buckets import BucketSampler, Size, bucket_sizes, crop, nearest_size
+from mmpeft.diffusion.family import beginning
 from mmpeft.diffusion.judge import Judge
 from mmpeft.errors import ConfigError, DataError
 from mmpeft.training.caption_sources import open_captions
@@ -137,6 +138,11 @@ class CaptionedImages(TextToImageData):
             setattr(self, f"{name}_set", WithOthers(held, self.other_prompts))
 
     @property
+    def has_prior(self) -> bool:
+        """Whether samples have a `prior`."""
+        return self.sources["prior"][0] is not None
+
+    @property
     def samples(self) -> int:
         self.datasets()
         return len(self.albums["train"])
@@ -145,6 +151,11 @@ class CaptionedImages(TextToImageData):
         self.datasets()
         said = (prompt for album in self.albums.values() for prompt in album.prompts)
         return unique((*said, *self.other_prompts))
+
+    def where(self, prompt: str) -> str:
+        """What an error calls a prompt: the image it is said of, if it is of one."""
+        places = (a.found.where(i) for a in self.albums.values() for i, said in enumerate(a.prompts) if said == prompt)
+        return next(places, beginning(prompt))
 
     def judge(self) -> Judge | None:
         """The evaluator, if one is named."""

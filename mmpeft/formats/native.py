@@ -97,7 +97,7 @@ def load(model: nn.Module, folder: str | Path, name: str = "default", *, check_b
             raise AdapterFileError(
                 f"the adapter in {folder} was made for another base: expected {manifest['base']['class']} "
                 f"{manifest['base']['fingerprint']}, this model is {base_class(model)} {own.digest}. Load the base it "
-                "was trained on, or pass check_base=False if the weights are meant to differ"
+                "was trained on; in Python, check_base=False takes this one if the weights are meant to differ"
             )
         tuning.load_state_dict(tensors)
     except AdapterFileError:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from importlib import import_module
 from importlib.metadata import entry_points
@@ -33,6 +34,7 @@ set_parsing_settings(subclasses_enabled=[Method])
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse, build and run; `argv` starts with the sub-command."""
+    warnings.filterwarnings("ignore", "Total length of .* across ranks is zero")  # validation is left out on purpose
     arguments = afresh(sys.argv[1:] if argv is None else argv)
     import_named(words(arguments))
     if argv is None:

@@ -222,8 +222,15 @@ class DataModule(lightning.LightningDataModule):
         return self._eval_loader(self.val_set)
 
     def test_dataloader(self) -> ResumableLoader | list[ResumableLoader]:
-        """Return the test batches in order, or an empty list when there is no test set."""
-        return self._eval_loader(self.test_set)
+        """Return the test batches in order.
+
+        Raises:
+            DataError: there is no test set.
+        """
+        found = self._eval_loader(self.test_set)
+        if not found:
+            raise DataError(f"{type(self).__name__} has no test samples; name some where it is configured")
+        return found
 
     def predict_dataloader(self) -> DataLoader[Any]:
         """Return the batches to predict, in order; Lightning splits them between processes itself."""

@@ -81,7 +81,7 @@ def test_what_xl_is_told_of_sizes_matters() -> None:
 
 @pytest.mark.parametrize("kind", ["pixel-unet", "sd", "sdxl"])
 def test_a_caption_longer_than_the_encoder(kind: str) -> None:
-    with pytest.raises(DataError, match="the 32 the text encoder reads"):
+    with pytest.raises(DataError, match="the 32 tokens the text encoder reads"):
         family_of(pipeline(kind)).check_prompts(["short", "red apple " * 40])
 
 

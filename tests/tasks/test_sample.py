@@ -7,13 +7,14 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from PIL import Image
 from safetensors.torch import load_file
 
 import mmpeft
 from mmpeft.cli import main
 from mmpeft.diffusion import backbone
-from mmpeft.diffusion.command import open_adapters
+from mmpeft.diffusion.command import Base, base_of, open_adapters
 from mmpeft.diffusion.families import family_of
 from mmpeft.errors import AdapterFileError
 from mmpeft.formats.exchange import load_foreign
@@ -144,6 +145,20 @@ def test_sample(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "picture:" in capsys.readouterr().out
 
 
+def test_an_adapter_of_a_run_is_drawn_on_the_base_as_the_run_held_it(tmp_path: Path) -> None:
+    adapter = saved("sd", tmp_path)
+    model = {"init_args": {"pipeline": str(tmp_path / "sd"), "dtype": "bfloat16", "resolution": 24}}
+    (adapter.parent / "config.yaml").write_text(yaml.safe_dump({"model": model, "data": {"init_args": {}}}))
+    assert base_of(None, [adapter]) == Base(str(tmp_path / "sd"), "bfloat16", None, 24)
+    assert base_of("other", [adapter]) == Base("other")
+    argv = ["sample", "--prompt", "a cat", "--adapter", str(adapter), "--steps", "2", "--out"]
+    assert main([*argv, str(tmp_path / "half.png")]) == 0
+    assert main([*argv, str(tmp_path / "whole.png"), "--dtype", "float32"]) == 0
+    half, whole = picture(tmp_path / "half.png"), picture(tmp_path / "whole.png")
+    assert half.shape == whole.shape
+    assert 0 < float((half - whole).abs().mean()) < 0.1
+
+
 def test_bad_input(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     adapter = saved("pixel-unet", tmp_path)
     pipeline("sd").save_pretrained(tmp_path / "sd")
@@ -156,6 +171,13 @@ def test_bad_input(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     }.items():
         assert main([*base, *argv, "--out", str(tmp_path / "x.png")]) == 2
         assert said in capsys.readouterr().err
+    sd = ["sample", "--prompt", "a cat", "--pipeline", str(tmp_path / "sd"), "--out", str(tmp_path / "x.png")]
+    assert main([*sd, "--size", "13"]) == 2
+    assert "--size is a multiple of 4 for this pipeline, got 13" in capsys.readouterr().err
+    for option in ("--steps", "--count", "--size"):
+        with pytest.raises(SystemExit):
+            main([*sd, option, "0"])
+        assert "expected a whole number of 1 or more, got '0'" in capsys.readouterr().err
     assert not (tmp_path / "x.png").exists()
     with pytest.raises(AdapterFileError):
         load_foreign(pipeline("pixel-dit").transformer, adapter)

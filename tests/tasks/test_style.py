@@ -228,7 +228,7 @@ def test_a_base_in_eight_bits(method: mmpeft.Method, folders: dict[str, Path], t
 
 def test_bad_input(folders: dict[str, Path], tmp_path: Path) -> None:
     long = pictures(tmp_path / "long", prompt="red apple " * 40)
-    with pytest.raises(DataError, match="the 32 the text encoder reads"):
+    with pytest.raises(DataError, match=r"6 prompts are longer than the 32 tokens .*long/0.png \(165\).* and 3 more"):
         trainer(tmp_path, 1).fit(task(folders["sd"]), CaptionedImages(str(long), resolution=16))
     ours = {"resolution": 16, "batch_size": 2}
     small = pictures(tmp_path / "small", side=8)
@@ -236,6 +236,12 @@ def test_bad_input(folders: dict[str, Path], tmp_path: Path) -> None:
         trainer(tmp_path, 1).fit(task(folders["sd"]), CaptionedImages(str(small), **ours))
     with pytest.raises(ConfigError, match="prior_prompt"):
         trainer(tmp_path, 1).fit(task(folders["sd"], prior_weight=1.0), data(folders))
+    with pytest.raises(ConfigError, match="the model's resolution is 32 and the data's is 16; set one"):
+        trainer(tmp_path, 1).fit(task(folders["sd"], resolution=32), data(folders))
+    with pytest.raises(ConfigError, match="draws 16 pixels, asked for 32"):
+        trainer(tmp_path, 1).fit(task(folders["pixel-unet"]), data(folders, resolution=32))
+    with pytest.raises(DataError, match="no test samples"):
+        trainer(tmp_path, 1).test(task(folders["sd"]), data(folders))
     with pytest.raises(ConfigError, match="set `levels` instead"):
         trainer(tmp_path, 1).fit(task(folders["sd3"], snr_gamma=5.0), data(folders))
     for options in ({"no_caption": 1.0}, {"prior_weight": -1.0}, {"dtype": "int8"}):

@@ -287,4 +287,6 @@ def test_missing_sets():
         data.train_dataloader()
     with pytest.raises(DataError, match="nothing to predict"):
         data.predict_dataloader()
-    assert data.val_dataloader() == data.test_dataloader() == []
+    with pytest.raises(DataError, match="no test samples"):
+        data.test_dataloader()
+    assert data.val_dataloader() == []

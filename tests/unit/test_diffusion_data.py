@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from mmpeft.diffusion.data import EmojiStyle
-from mmpeft.diffusion.families import FACTS
+from mmpeft.diffusion.family import FACTS
 from mmpeft.errors import DataError
 from tests.unit.captioned_pictures import (
     MIXED,

@@ -241,5 +241,7 @@ def test_resolution_is_the_users_then_the_pipelines(tmp_path: Path) -> None:
         alone.train_dataloader()
     alone.setup("fit")
     assert next(iter(alone.train_dataloader()))["image"].shape == (1, 3, 40, 40)
-    assert alone.val_dataloader() == alone.test_dataloader() == []
+    assert alone.val_dataloader() == []
+    with pytest.raises(DataError, match="no test samples"):
+        alone.test_dataloader()
     assert CaptionedImages(str(tmp_path)).prompts() == TEXTS  # before setup

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from mmpeft.diffusion.data import EmojiStyle
-from mmpeft.diffusion.families import FACTS
+from mmpeft.diffusion.family import FACTS
 from mmpeft.embedded import emoji
 from mmpeft.errors import ConfigError, DataError
 from tests.unit.captioned_pictures import epoch, same
