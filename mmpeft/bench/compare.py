@@ -35,7 +35,7 @@ from mmpeft.bench.memory import MemoryMeter
 from mmpeft.bench.report import Result, plot, table, to_markdown
 from mmpeft.errors import ConfigError, nearest
 from mmpeft.files import write_atomic
-from mmpeft.training.cli import import_named, words
+from mmpeft.training.arguments import import_named, words
 from mmpeft.training.module import TuningModule
 
 QUIET = {

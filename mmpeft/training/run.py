@@ -11,8 +11,9 @@ import yaml
 from jsonargparse import ArgumentParser
 
 from mmpeft.errors import ConfigError
+from mmpeft.training.arguments import import_named, words
 from mmpeft.training.checkpoint import AtomicCheckpointIO
-from mmpeft.training.cli import import_named, last_checkpoint, words
+from mmpeft.training.cli import last_checkpoint
 from mmpeft.training.module import TuningModule
 
 

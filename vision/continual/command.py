@@ -25,7 +25,7 @@ from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeElapsedC
 
 from mmpeft.errors import ConfigError, nearest
 from mmpeft.files import write_atomic
-from mmpeft.training.cli import import_named, words
+from mmpeft.training.arguments import import_named, words
 from mmpeft.training.image_data import ImageData
 from mmpeft.vision.continual import report
 from mmpeft.vision.continual.learner import Learner
