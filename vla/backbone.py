@@ -14,6 +14,7 @@ from typing import Any
 
 import open_clip
 import torch
+from huggingface_hub import hf_hub_download
 from timm.models import VisionTransformer, is_model, register_model
 from torch import Tensor, nn
 
@@ -103,7 +104,8 @@ def check_length(texts: Sequence[str], tokens: Tokenizer) -> None:
         part = list(texts[start : start + 4096])
         for text, row in zip(part, own(part, context_length=context + 1)):
             if row[-1] != pad:
-                raise DataError(f"a text is longer than the {context} tokens the text tower takes; shorten {text!r}")
+                said = text if len(text) <= 60 else f"{text[:60]}…"
+                raise DataError(f"a text is longer than the {context} tokens the text tower takes; shorten {said!r}")
 
 
 def folder_of(name: str) -> Path | None:
@@ -139,6 +141,16 @@ def save(model: nn.Module, folder: Path, config: dict[str, Any], tensors: dict[s
         raise ConfigError(f"the configuration describes another model: {problem}")
     write_weights(tensors, folder / MODEL, folder / CARD, card)
     write_atomic(folder / CONFIG, (json.dumps(config, indent=2) + "\n").encode())
+
+
+def described(name: str) -> dict[str, Any]:
+    """The architecture of a pair of open_clip's registry or of the hub, as its configuration has it."""
+    if name.startswith("hf-hub:"):
+        repository, _, revision = name.removeprefix("hf-hub:").partition("@")
+        file = hf_hub_download(repository, CONFIG, revision=revision or None)
+        found: dict[str, Any] = read_card(Path(file))["model_cfg"]
+        return found
+    return open_clip.get_model_config(name.partition("/")[0]) or {}
 
 
 def build(model_cfg: dict[str, Any]) -> nn.Module:
@@ -187,4 +199,6 @@ def _check(arch: str, tag: str, pretrained: bool) -> None:
     tags = open_clip.list_pretrained_tags_by_model(arch)
     if pretrained and tag not in tags:
         what = f"no pretrained tag {tag!r}" if tag else "several pretrained weights: choose one"
+        if not tags:
+            raise ConfigError(f"open_clip knows no pretrained weights of {arch}; {REMEDY}")
         raise ConfigError(f"{arch} has {what}, as in {arch}/<tag>; tags: {', '.join(tags)}.{nearest(tag, tags)}")

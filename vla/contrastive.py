@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from open_clip.loss import ClipLoss, SigLipLoss
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch.utils.checkpoint import checkpoint
 
 from mmpeft.errors import ConfigError
@@ -138,24 +138,38 @@ class ContrastiveTuner(TuningModule):
         self._finish("test")
 
     def _finish(self, stage: str) -> None:
-        image, text, rows = (torch.cat(side) for side in zip(*self._kept))
+        own = tuple(torch.cat(side) for side in zip(*self._kept))
         self._kept = []
+        every = [own]
+        if distributed.is_available() and distributed.is_initialized():  # the nearest of all, not of a process's share
+            every = [own] * distributed.get_world_size()
+            distributed.all_gather_object(every, own)
+        image, text, rows = (torch.cat(side) for side in zip(*every))
         for name, value in recall(image, text, rows).items():
             self.log(f"{stage}/{name}", value, prog_bar=name.endswith("@1"), sync_dist=True)
 
 
 def recall(image: Tensor, text: Tensor, rows: Tensor) -> dict[str, Tensor]:
-    """Share of queries whose own counterpart is among the k nearest, both ways.
+    """Share of queries that have a counterpart among the k nearest, both ways.
+
+    Every image is there once, as a query and to be found, however many texts it has: for an image any of its texts
+    counts, for a text its image.
 
     Args:
         image: unit features [n, d].
         text: unit features [n, d].
-        rows: int64 [n]; pairs of the same number count as each other's counterparts.
+        rows: int64 [n], the image of each pair.
     """
+    numbers, of = rows.unique(return_inverse=True)
+    first = torch.full((len(numbers),), len(rows)).scatter_reduce(0, of, torch.arange(len(rows)), "amin")
+    once, known = image[first], rows[first]
     found = {}
-    for name, query, answer in (("image_to_text", image, text), ("text_to_image", text, image)):
-        same = rows[:, None] == rows[None]
-        best = (query @ answer.t()).topk(min(max(RANKS), len(rows)), dim=1).indices
+    for name, query, asked, answer, there in (
+        ("image_to_text", once, known, text, rows),
+        ("text_to_image", text, rows, once, known),
+    ):
+        same = asked[:, None] == there[None]
+        best = (query @ answer.t()).topk(min(max(RANKS), len(there)), dim=1).indices
         hit = same.gather(1, best).cumsum(1).clamp(max=1).float().mean(0)
         found |= {f"{name}@{k}": hit[min(k, len(hit)) - 1] for k in RANKS}
     return found

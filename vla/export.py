@@ -8,19 +8,21 @@ import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import open_clip
 import torch
 from safetensors.torch import load_file, save
+from timm.layers import to_2tuple
 from torch import Tensor
 
-from mmpeft.errors import AdapterFileError, ConfigError
+from mmpeft.errors import AdapterFileError, ConfigError, Refused
 from mmpeft.files import write_atomic
 from mmpeft.formats.merged import merged_copy
 from mmpeft.training.run import load_run
 from mmpeft.tuning import Tuning
-from mmpeft.vla.backbone import CONFIG, MODEL, folder_of, preprocessing
+from mmpeft.vla.backbone import CONFIG, MODEL, described, folder_of, preprocessing
 from mmpeft.vla.fewshot.heads import Head
 
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "special_tokens_map.json")
@@ -30,42 +32,64 @@ WEIGHTS, NAMES = "classifier.safetensors", "classes.json"
 def save_pair(tuning: Tuning, backbone: str, folder: str | Path) -> float:
     """Write the merged pair in open_clip's layout, for `open_clip.create_model("local-dir:<folder>")`.
 
-    open_clip reads it back before it counts as written. Returned is the largest difference between unit features of
+    open_clip reads it back before it is put into place. Returned is the largest difference between unit features of
     the tuned model and of what was read back.
 
     Raises:
-        Refused: a part is no change of weights. AdapterFileError: open_clip reads something else.
+        Refused: a part is no change of weights, or the image tower is of a size that open_clip does not build.
+        AdapterFileError: open_clip reads something else.
     """
     folder, source = Path(folder), folder_of(backbone)
     plain: Any = merged_copy(tuning)
     size, mean, std = preprocessing(plain)
-    if source is not None:
-        config = json.loads((source / CONFIG).read_text("utf-8"))
-    else:
-        config = {"model_cfg": open_clip.get_model_config(backbone.partition("/")[0])}
+    config = json.loads((source / CONFIG).read_text("utf-8")) if source else {"model_cfg": described(backbone)}
+    vision = config["model_cfg"]["vision_cfg"]
+    own = to_2tuple(vision.get("image_size", 224))
+    if size != own and "timm_model_name" in vision:
+        raise Refused(
+            f"the image tower was tuned at {size} pixels; open_clip builds those of timm at their own {own} alone, "
+            "whose position embeddings are others. Export a run that leaves image_size out"
+        )
+    config["model_cfg"]["vision_cfg"] = {**vision, "image_size": size[0] if size[0] == size[1] else list(size)}
     config["preprocess_cfg"] = {**config.get("preprocess_cfg", {}), "mean": list(mean), "std": list(std)}
     tensors = {key: tensor.detach().cpu().clone().contiguous() for key, tensor in plain.state_dict().items()}
-    write_atomic(folder / MODEL, save(tensors))
-    write_atomic(folder / CONFIG, (json.dumps(config, indent=2) + "\n").encode())
-    for name in TOKENIZER if source else ():
-        if (source / name).is_file():
-            shutil.copyfile(source / name, folder / name)
-    back: Any = open_clip.create_model(f"local-dir:{folder}")
+    with TemporaryDirectory() as trial:
+        new = Path(trial)
+        (new / MODEL).write_bytes(save(tensors))
+        (new / CONFIG).write_text(json.dumps(config, indent=2) + "\n", "utf-8")
+        for name in TOKENIZER if source else ():
+            if (source / name).is_file():
+                shutil.copyfile(source / name, new / name)
+        difference = _difference(tuning, new, folder)
+        for file in sorted(new.iterdir(), key=lambda file: file.name == CONFIG):  # what makes it a pair comes last
+            write_atomic(folder / file.name, file.read_bytes())
+    return difference
+
+
+def _difference(tuning: Tuning, folder: Path, target: Path) -> float:
+    """Between the features of a tuned pair and of what open_clip reads from a folder."""
+    try:
+        back: Any = open_clip.create_model(f"local-dir:{folder}")
+    except (RuntimeError, ValueError, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise AdapterFileError(f"open_clip does not read what would be in {target}: {reason}") from error
+    model: Any = tuning.model.to("cpu")
+    size = preprocessing(model)[0]
     generator = torch.Generator().manual_seed(0)
     image = torch.randn(2, 3, *size, generator=generator)
-    text = torch.randint(1, plain.vocab_size - 1, (2, plain.context_length), generator=generator)
-    training = tuning.model.training
-    tuning.model.eval()
+    text = torch.randint(1, model.vocab_size - 1, (2, model.context_length), generator=generator)
+    training = model.training
+    model.eval()
     with torch.no_grad():
         pairs = [
-            (m.encode_image(image, normalize=True), m.encode_text(text, normalize=True))
-            for m in (tuning.model.to("cpu"), back.eval())
+            (m.encode_image(image, normalize=True), m.encode_text(text, normalize=True)) for m in (model, back.eval())
         ]
-    tuning.model.train(training)
+    model.train(training)
     difference = max(float((a - b).abs().max()) for a, b in zip(*pairs))
     if not difference < 1e-4:
-        (folder / MODEL).unlink()
-        raise AdapterFileError(f"open_clip reads another model from {folder}: features differ by {difference:.1e}")
+        raise AdapterFileError(
+            f"open_clip reads another model than would be in {target}: features differ by {difference:.1e}"
+        )
     return difference
 
 
@@ -108,6 +132,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     else:
         print(f"{task.method}: no change of weights, so no merged pair")
     if hasattr(task, "head"):
-        difference = save_classifier(task, options.out)
-        print(f"{options.out / WEIGHTS}: {len(task.classes)} classes, scores differ by {difference:.1e}")
+        try:
+            difference = save_classifier(task, options.out)
+        except ConfigError as reason:
+            print(f"no {WEIGHTS}: {reason}")
+        else:
+            print(f"{options.out / WEIGHTS}: {len(task.classes)} classes, scores differ by {difference:.1e}")
     return 0

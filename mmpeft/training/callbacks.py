@@ -48,8 +48,9 @@ class LearningCurves(Callback):
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         found = {key: float(value) for key, value in trainer.callback_metrics.items() if value.numel() == 1}
-        for optimizer in trainer.optimizers[:1]:
-            found["lr"] = float(optimizer.param_groups[0]["lr"])
+        groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
+        if groups:  # none where nothing trains
+            found["lr"] = float(groups[0]["lr"])
         self.rows.append({"epoch": trainer.current_epoch, "step": trainer.global_step, **found})
         if folder := folder_of(trainer):
             write_atomic(folder / "curves.csv", to_csv(self.rows).encode())

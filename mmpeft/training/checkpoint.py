@@ -58,7 +58,11 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
 
 class LastCheckpoint(ModelCheckpoint):
-    """Keeps `checkpoints/last.ckpt`: written each epoch, or every `every_n_train_steps`, and at the end of training."""
+    """Keeps `checkpoints/last.ckpt`: written each epoch, or every `every_n_train_steps`, and at the end of training.
+
+    Once `fit` is through it is written again where the task has decided something after the last step
+    (`TuningModule.decided`), and where nothing was written: for a run of no steps.
+    """
 
     def __init__(self, every_n_train_steps: int | None = None, dirpath: str | None = None) -> None:
         super().__init__(
@@ -74,12 +78,20 @@ class LastCheckpoint(ModelCheckpoint):
         end_once(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._last_global_step_saved != trainer.global_step and not getattr(trainer, "fast_dev_run", False):
+        if self._last_global_step_saved != trainer.global_step:
+            self._save(trainer)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage == "fit" and (getattr(pl_module, "decided", False) or not self._last_checkpoint_saved):
+            self._save(trainer)
+
+    def _save(self, trainer: Trainer) -> None:
+        if not getattr(trainer, "fast_dev_run", False):
             self._save_topk_checkpoint(trainer, self._monitor_candidates(trainer))
 
 
 def end_once(trainer: Trainer) -> None:
-    """Begin the next epoch where a checkpoint was written at the end of one.
+    """Begin the next epoch where a checkpoint was written at the end of one, or of the whole run.
 
     A run that counts steps (`max_steps`) would end that epoch a second time: an empty epoch, and from there on the
     order of the one after. Runs that count epochs do as is done here.
@@ -88,6 +100,7 @@ def end_once(trainer: Trainer) -> None:
     if loop.restarted_on_epoch_end:
         loop.epoch_progress.increment_completed()
         loop.reset_restart_stage()
+    if loop.epoch_progress.total.ready == loop.epoch_progress.total.completed:
         loop.epoch_loop.restarting = False
 
 
@@ -102,6 +115,10 @@ class RandomState(Callback):
         super().__init__()
         self._state: dict[str, Any] | None = None
 
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage == "fit":
+            self._state = None
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._state is None:
             self._state = collect()
@@ -114,9 +131,6 @@ class RandomState(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         self._state = collect()
-
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._state = None
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         own = self._state or collect()

@@ -36,6 +36,9 @@ class TuningModule(lightning.LightningModule):
     sites of role `head` unless the method trains them already.
     """
 
+    decided = False
+    """Whether the task has decided something after the last step, so that checkpoints are to be written again."""
+
     def __init__(
         self,
         method: Method | None = None,

@@ -40,6 +40,7 @@ def load_run(path: str | Path) -> tuple[TuningModule, Any]:
     facts = yaml.safe_load(config.read_text("utf-8"))
     if facts.get("method"):  # the command line's own key, linked to the model's
         facts["model"].setdefault("init_args", {})["method"] = facts["method"]
+    lightning.seed_everything(facts.get("seed_everything") or 0, verbose=False)  # weights that were random are again
     parser = ArgumentParser(exit_on_error=False)
     parser.add_subclass_arguments(TuningModule, "model")
     parser.add_subclass_arguments(lightning.LightningDataModule, "data")

@@ -1,113 +1,28 @@
-"""Few-shot recognition: the papers' formulas, splits, base and new classes, caches, WiSE-FT, exports."""
+"""Few-shot recognition: the papers' formulas, and the task that trains by them."""
 
 from __future__ import annotations
 
 import copy
-import json
 from pathlib import Path
 from typing import Any
 
-import lightning
 import open_clip
 import pytest
 import torch
 import torch.nn.functional as F
 from lightning.pytorch.callbacks import Callback
 from open_clip.model import CLIP
-from PIL import Image
 from torch import Tensor, nn
 
 import mmpeft
-from mmpeft.combine.interpolate import interpolate
-from mmpeft.errors import ConfigError, DataError, Refused
-from mmpeft.methods import Frozen
 from mmpeft.parts.in_place import InPlace
-from mmpeft.training.image_data import ImageData, Pairs
 from mmpeft.vla import backbone
-from mmpeft.vla.data.few_shot import FewShotData
-from mmpeft.vla.export import save_classifier, save_pair
 from mmpeft.vla.fewshot.consistency import Consistency, GaussianAverage
-from mmpeft.vla.fewshot.heads import ClipAdapter, CoCoOp, Head, LinearHead, TaskRes, TipAdapter
+from mmpeft.vla.fewshot.heads import ClipAdapter, CoCoOp, LinearHead, TaskRes, TipAdapter
 from mmpeft.vla.fewshot.task import FewShot
-from mmpeft.vla.fewshot.texts import with_room
-from mmpeft.vla.fewshot.wise import WiseCurve
-from tests.matrix.example import enliven
+from tests.tasks.fewshot_pair import CFG, NAMES, Letters, data, fit, ready
 
-WORDS = 200
-NAMES = ["cat", "dog", "red car", "tree"]
-CFG: dict[str, Any] = {
-    "embed_dim": 16,
-    "vision_cfg": {"layers": 3, "width": 32, "head_width": 8, "patch_size": 8, "image_size": 32},
-    "text_cfg": {"context_length": 20, "vocab_size": WORDS, "width": 24, "heads": 3, "layers": 3},
-}
-
-
-class Letters:
-    """A tokenizer of letters: start, one number a letter of the alphabet, end (the highest), padding."""
-
-    context_length = 20
-
-    def __call__(self, texts: Any, context_length: int | None = None) -> Tensor:
-        texts = [texts] if isinstance(texts, str) else texts
-        n = context_length or self.context_length
-        rows = [[WORDS - 2, *(1 + ord(c) % 100 for c in text.strip()), WORDS - 1][:n] for text in texts]
-        return torch.tensor([row + [0] * (n - len(row)) for row in rows])
-
-
-@pytest.fixture(autouse=True)
-def pair(monkeypatch: pytest.MonkeyPatch) -> Any:
-    def make(*args: Any, **kwargs: Any) -> CLIP:
-        torch.manual_seed(0)
-        model = CLIP(**CFG)
-        enliven(model)
-        return model
-
-    for module in ("mmpeft.vla.fewshot.task",):
-        monkeypatch.setattr(f"{module}.create", make)
-        monkeypatch.setattr(f"{module}.tokenizer", lambda name: Letters())
-    return make
-
-
-class Blobs(ImageData):
-    """Coloured noise, one colour a class."""
-
-    def __init__(self, per_class: int = 8, classes: tuple[str, ...] = tuple(NAMES), seed: int = 0) -> None:
-        super().__init__(batch_size=4, augment="none")
-        self.classes, self.per_class = list(classes), per_class
-
-    def datasets(self, stage: str | None = None) -> None:
-        generator = torch.Generator().manual_seed(0)
-        labels = torch.arange(len(self.classes)).repeat_interleave(self.per_class)
-        colours = torch.randint(0, 200, (len(self.classes), 3, 1, 1), generator=generator)
-        for name in ("train", "test"):
-            noise = torch.randint(0, 56, (len(labels), 3, 32, 32), generator=generator)
-            setattr(self, f"{name}_set", Pairs((colours[labels] + noise).to(torch.uint8), labels))
-
-
-def data(**options: Any) -> FewShotData:
-    return FewShotData(Blobs(), **{"shots": 2, "batch_size": 4, "augment": "none", **options})
-
-
-def fit(task: FewShot, source: FewShotData, epochs: int = 1, callbacks: list[Callback] | None = None) -> Any:
-    trainer = lightning.Trainer(
-        max_epochs=epochs,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        callbacks=callbacks,
-        enable_model_summary=False,
-        accelerator="cpu",
-        default_root_dir="/nonexistent",
-    )
-    trainer.fit(task, datamodule=source)
-    return trainer
-
-
-def ready(head: Head | None = None, method: Any = None, **options: Any) -> FewShot:
-    task = FewShot("tiny", method, head, templates=["a {}."], **options)
-    task.classes, task.base = list(NAMES), 2
-    task.prepare()
-    return task.eval()
+pytestmark = pytest.mark.usefixtures("pair")
 
 
 # -- formulas, against small independent implementations ---------------------------------------------------------
@@ -149,7 +64,7 @@ def test_cocoop_moves_the_context_by_the_image(pair: Any) -> None:
         torch.testing.assert_close(task(image)[row], scores, atol=1e-4, rtol=1e-4)
 
 
-def test_maple_is_the_published_form(pair: Any) -> None:
+def test_maple_is_the_published_form_behind_the_embeddings_norm(pair: Any) -> None:
     task = ready(method=mmpeft.MaPLe(tokens=2, depth=2))
     model, parts = pair(), [p.part for p in task.tuning.placements]
     texts = [p for p in parts if isinstance(p, InPlace)]
@@ -253,14 +168,13 @@ def test_the_gaussian_average_weighs_epochs() -> None:
     average, module = GaussianAverage(0.5, 0.25), nn.Linear(1, 1, bias=False)
 
     class Run:
-        max_epochs, current_epoch = 4, 0
+        max_epochs, current_epoch, max_steps, global_step = 4, 0, -1, 0
 
     weights = torch.exp(-0.5 * (torch.tensor([1.0, 2, 3, 4]) - 2) ** 2)
     for epoch in range(4):
         Run.current_epoch = epoch
         module.weight.data.fill_(float(epoch))
         average.on_train_epoch_end(Run(), module)  # type: ignore[arg-type]
-    average.on_train_end(Run(), module)  # type: ignore[arg-type]
     assert float(module.weight) == pytest.approx(float((weights * torch.arange(4.0)).sum() / weights.sum()))
 
 
@@ -322,172 +236,3 @@ def test_a_checkpoint_of_a_keyed_cache_comes_back(tmp_path: Path) -> None:
     again.load_state_dict(copy.deepcopy(first.state_dict()))
     image = F.normalize(torch.randn(3, 16), dim=-1)
     assert torch.equal(first(image), again(image))
-
-
-# -- splits --------------------------------------------------------------------------------------------------------
-
-
-def test_splits_nest_are_shared_by_a_file_and_keep_tests_apart(tmp_path: Path) -> None:
-    file = tmp_path / "split.json"
-    few, more = data(shots=1, split_file=str(file)), data(shots=3)
-    few.setup(), more.setup()
-    assert set(few.train_set.indices) < set(more.train_set.indices)
-    assert not set(more.train_set.indices) & set(more.val_set.indices)
-    labels = [few.source.train_set[i][1] for i in few.train_set.indices]
-    assert sorted(labels) == [0, 1]
-    assert {few.source.train_set[i][1] for i in few.val_set.indices} == {0, 1, 2, 3}
-    other = data(shots=1, seed=5, split_file=str(file))
-    other.setup()
-    assert other.train_set.indices == few.train_set.indices
-    with pytest.raises(DataError, match="shots=1"):
-        data(shots=2, split_file=str(file)).setup()
-    facts = json.loads(file.read_text())
-    file.write_text(json.dumps({**facts, "train": [10**6]}))
-    with pytest.raises(DataError, match="rows outside"):
-        data(shots=1, split_file=str(file)).setup()
-
-
-def test_bad_classes_and_shots() -> None:
-    with pytest.raises(DataError, match="several classes are called 'red car'"):
-        FewShotData(Blobs(classes=("red car", "red_car", "dog")))
-    with pytest.raises(DataError, match="'cat' has 8 training images, shots=9"):
-        data(shots=9).setup()
-    source = Blobs()
-    source.setup()
-    source.test_set = Pairs(source.test_set.images[:8], source.test_set.second[:8])
-    source.datasets = lambda stage=None: None  # type: ignore[method-assign]
-    with pytest.raises(DataError, match="'dog' has no test image"):
-        FewShotData(source, shots=1).setup()
-    with pytest.raises(ConfigError, match="base_share"):
-        data(base_share=0)
-    placeless = FewShot("tiny", templates=["no place"])
-    placeless.classes = list(NAMES)
-    with pytest.raises(ConfigError, match="class name once"):
-        placeless.prepare()
-    with pytest.raises(ConfigError, match="give it the method CoOp"):
-        ready(CoCoOp())
-
-
-def test_room_for_learned_tokens() -> None:
-    tokens = Letters()(["cat", "a longer"])
-    made = with_room(tokens, 2, 1)
-    assert made.shape == tokens.shape
-    assert (made[:, 0] == tokens[:, 0]).all()
-    assert torch.equal(made[0, 3:7], tokens[0, 1:5])
-    assert (made.argmax(1) == tokens.argmax(1) + 2).all()
-    with pytest.raises(DataError, match="leave no room for 11 learned tokens"):
-        with_room(tokens, 11, 1)
-
-
-def test_a_tokenizer_without_a_start_token_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Bare(Letters):
-        def __call__(self, texts: Any, context_length: int | None = None) -> Tensor:
-            n = context_length or self.context_length
-            return F.pad(super().__call__(texts, n + 1)[:, 1:], (0, 0))
-
-    monkeypatch.setattr("mmpeft.vla.fewshot.task.tokenizer", lambda name: Bare())
-    with pytest.raises(ConfigError, match="position=0"):
-        ready(method=mmpeft.CoOp(tokens=2))
-    task = ready(method=mmpeft.CoOp(tokens=2, position=0))
-    assert (task.texts.tokens[0, :, 2] != WORDS - 2).all()
-
-
-def test_too_long_a_class_name_is_named() -> None:
-    task = FewShot("tiny", templates=["{}"])
-    task.classes = ["cat", "a very, very long class name"]
-    with pytest.raises(DataError, match="a very, very long class name"):
-        task.prepare()
-
-
-# -- between frozen and tuned, and out of the suite -----------------------------------------------------------------
-
-
-def test_interpolation_goes_from_the_base_to_the_tuned_model_and_back() -> None:
-    task = ready(method=mmpeft.LoRA(at="attn.*|mlp.*") + mmpeft.BitFit())
-    with torch.no_grad():
-        for parameter in task.tuning.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
-    image, model = torch.randn(2, 3, 32, 32), task.model
-    before = {k: v.clone() for k, v in model.state_dict().items()}
-    with torch.no_grad():
-        tuned = model.encode_image(image)
-        with mmpeft.use(model, None):
-            plain = model.encode_image(image)
-        for share, expected in ((0.0, plain), (1.0, tuned)):
-            with interpolate(task.tuning, share):
-                torch.testing.assert_close(model.encode_image(image), expected, atol=1e-5, rtol=1e-4)
-        with interpolate(task.tuning, 0.5):
-            half = model.state_dict()["visual.transformer.resblocks.0.mlp.c_fc.weight"].clone()
-        with interpolate(task.tuning, 1.0):
-            whole = model.state_dict()["visual.transformer.resblocks.0.mlp.c_fc.weight"].clone()
-    first = before["visual.transformer.resblocks.0.mlp.c_fc.weight"]
-    torch.testing.assert_close(half, (first + whole) / 2)
-    after = model.state_dict()
-    assert all(torch.equal(after[k], v) for k, v in before.items())
-
-
-def test_the_wise_curve_is_written_and_refuses_prompts(tmp_path: Path) -> None:
-    task, source = FewShot("tiny", mmpeft.LoRA(at="attn.{q,v}"), templates=["a {}."]), data()
-    trainer = fit(task, source)
-    trainer.callbacks.append(WiseCurve([0.0, 1.0]))
-    trainer._default_root_dir = str(tmp_path)
-    (found,) = trainer.test(task, datamodule=source, verbose=False)
-    header, *rows = (tmp_path / "wise.csv").read_text().split()
-    assert header == "alpha,val/base,val/new,val/harmonic,test/base,test/new,test/harmonic"
-    assert float(rows[1].split(",")[4]) == pytest.approx(found["test/base"])
-    assert (tmp_path / "wise.png").stat().st_size > 5000
-    with pytest.raises(Refused, match="WiSE-FT wants a mergeable method"):
-        fit(FewShot("tiny", mmpeft.CoOp(tokens=2)), data(), 1, [WiseCurve()])
-
-
-def test_a_merged_pair_opens_in_open_clip(tmp_path: Path, pair: Any) -> None:
-    source = tmp_path / "base"
-    config = {"model_cfg": CFG, "preprocess_cfg": {"mean": [0.5] * 3, "std": [0.5] * 3}}
-    plain = pair()
-    backbone.save(plain, source, config, plain.state_dict())
-    model = backbone.create(str(source))
-    tuning = mmpeft.attach(model, mmpeft.LoRA(at="attn.*"))
-    with torch.no_grad():
-        for parameter in tuning.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
-    assert save_pair(tuning, str(source), tmp_path / "out") < 1e-5
-    back = open_clip.create_model(f"local-dir:{tmp_path / 'out'}").eval()
-    image = torch.randn(2, 3, 32, 32)
-    torch.testing.assert_close(back.encode_image(image), model.eval().encode_image(image), atol=1e-5, rtol=1e-4)
-    with pytest.raises(Refused):
-        save_pair(mmpeft.attach(pair(), mmpeft.CoOp(tokens=2)), str(source), tmp_path / "never")
-
-
-def test_learned_prompts_become_classifier_weights(tmp_path: Path) -> None:
-    task = ready(method=mmpeft.CoOp(tokens=2))
-    assert save_classifier(task, tmp_path) < 1e-4
-    assert json.loads((tmp_path / "classes.json").read_text()) == NAMES
-    with pytest.raises(ConfigError, match="no product with fixed weights"):
-        save_classifier(ready(ClipAdapter()), tmp_path)
-
-
-def test_frozen_trains_nothing(pair: Any) -> None:
-    model = pair()
-    tuning = mmpeft.attach(model, Frozen())
-    assert not list(tuning.parameters())
-    assert not any(p.requires_grad for p in model.parameters())
-    tuning.detach()
-    assert all(p.requires_grad for p in model.parameters())
-
-
-# -- pictures from the shell -----------------------------------------------------------------------------------------
-
-
-def test_names_of_ones_own_pictures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from mmpeft.vla.fewshot.command import main
-
-    Image.new("RGBA", (20, 30), (255, 0, 0, 128)).save(tmp_path / "a.png")
-    out = tmp_path / "out.png"
-    words = ["classify", "--image", str(tmp_path / "a.png"), "--classes", "cat,dog", "--template", "a {}."]
-    assert main([*words, "--out", str(out)]) == 0
-    assert "a.png" in capsys.readouterr().out
-    assert out.stat().st_size > 1000
-    with pytest.raises(ConfigError, match="two or more different names"):
-        main(["classify", "--image", str(tmp_path / "a.png"), "--classes", "cat"])
-    with pytest.raises(DataError, match="no picture"):
-        main(["classify", "--image", str(tmp_path / "b.png"), "--classes", "cat,dog"])

@@ -94,11 +94,25 @@ def test_the_loss_is_the_published_one(objective: Any) -> None:
 
 def test_recall_counts_every_caption_of_an_image() -> None:
     image = torch.eye(4)[[0, 0, 1, 2]]
-    text = torch.eye(4)[[3, 0, 2, 1]]
+    text = torch.eye(4)[[1, 0, 2, 1]]
     found = recall(image, text, torch.tensor([0, 0, 1, 2]))
-    assert float(found["image_to_text@1"]) == pytest.approx(0.5)  # both rows of image 0 by its second text
+    assert float(found["image_to_text@1"]) == pytest.approx(1 / 3)  # image 0 by its second text
     assert float(found["image_to_text@5"]) == 1
-    assert float(found["text_to_image@1"]) <= 0.5
+    assert float(found["text_to_image@1"]) == pytest.approx(1 / 4)
+
+
+def test_an_image_of_five_captions_is_found_once() -> None:
+    torch.manual_seed(0)
+    rows = torch.arange(40).repeat_interleave(5)[torch.randperm(200)]
+    image = F.normalize(torch.randn(40, 16), dim=-1)
+    text = F.normalize(image[rows] + 1.5 * torch.randn(200, 16), dim=-1)
+    found = recall(image[rows], text, rows)
+    scores = text @ image.t()
+    for k in (1, 5, 10):
+        texts = [int(rows[i]) in scores[i].argsort(descending=True)[:k].tolist() for i in range(200)]
+        images = [n in rows[scores[:, n].argsort(descending=True)[:k]].tolist() for n in range(40)]
+        assert float(found[f"text_to_image@{k}"]) == pytest.approx(sum(texts) / 200)
+        assert float(found[f"image_to_text@{k}"]) == pytest.approx(sum(images) / 40)
 
 
 def test_tuning_on_a_table_reports_recall(table: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections import Counter
 from collections.abc import Sequence
@@ -92,11 +93,13 @@ class FewShotData(ImageData):
     def _rows(self, pool: Any, test: Any) -> dict[str, list[int]]:
         if self._chosen is None:
             facts = {"format": FORMAT, "source": type(self.source).__name__, "classes": self.classes, "base": self.base}
-            facts |= {"shots": self.shots, "pool": len(pool)}
+            labels = labels_of(pool)
+            own = hashlib.sha256(json.dumps(labels).encode()).hexdigest()[:16]
+            facts |= {"shots": self.shots, "pool": len(pool), "labels": own}
             if self.split_file is not None and self.split_file.is_file():
-                self._chosen = self._read(self.split_file, facts)
+                self._chosen = self._read(self.split_file, facts, labels)
             else:
-                self._chosen = self._draw(labels_of(pool), labels_of(test))
+                self._chosen = self._draw(labels, labels_of(test))
                 if self.split_file is not None:
                     text = json.dumps({**facts, "seed": self.seed, **self._chosen}, indent=1)
                     write_atomic(self.split_file, text.encode())
@@ -120,17 +123,29 @@ class FewShotData(ImageData):
             val += own[::-1][: min(VAL_SHOTS, self.shots, len(own) - shots)]
         return {"train": train, "val": val}
 
-    def _read(self, path: Path, facts: dict[str, Any]) -> dict[str, list[int]]:
+    def _read(self, path: Path, facts: dict[str, Any], labels: list[int]) -> dict[str, list[int]]:
         try:
             kept = json.loads(path.read_text("utf-8"))
         except ValueError as error:
             raise DataError(f"{path} is no JSON: {error}") from error
+        if not isinstance(kept, dict):
+            raise DataError(f"{path} is no split: expected a JSON object, got {type(kept).__name__}")
         for key, value in facts.items():
             if kept.get(key) != value:
                 raise DataError(f"the split in {path} has {key}={kept.get(key)!r}, this run {value!r}")
-        rows = {key: kept[key] for key in ("train", "val")}
-        if not all(isinstance(r, int) and 0 <= r < facts["pool"] for own in rows.values() for r in own):
-            raise DataError(f"the split in {path} has rows outside the {facts['pool']} images of the source")
+        rows = {key: kept.get(key) for key in ("train", "val")}
+        for key, own in rows.items():
+            if not isinstance(own, list) or not all(type(r) is int and 0 <= r < facts["pool"] for r in own):
+                raise DataError(f"the split in {path} has no {key!r}, or rows outside the {facts['pool']} images there")
+        if len({*rows["train"], *rows["val"]}) < len(rows["train"]) + len(rows["val"]):
+            raise DataError(f"the split in {path} has an image twice; train and val share none")
+        shots = Counter(labels[row] for row in rows["train"])
+        if shots != dict.fromkeys(range(self.base), self.shots):
+            found = {self.classes[label]: count for label, count in sorted(shots.items())}
+            raise DataError(
+                f"the split in {path} has training images {found}; expected {self.shots} of each of the "
+                f"{self.base} base classes and no other"
+            )
         return rows
 
 

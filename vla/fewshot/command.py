@@ -40,6 +40,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--out", type=Path, default=Path("classified.png"), help="picture to write (default: %(default)s)"
     )
     options = parser.parse_args((sys.argv[1:] if argv is None else list(argv))[1:])
+    if options.top < 1:
+        raise ConfigError(f"--top is a number of classes >= 1, got {options.top}")
     pictures = [read(path) for path in options.image]
     if options.checkpoint:
         task, _ = load_run(options.checkpoint)
@@ -48,10 +50,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     else:
         task = zero_shot(options.backbone, options.classes, options.template)
     probabilities = classify(task, pictures)
-    table = Table("picture", *(f"{rank + 1}." for rank in range(options.top)))
+    count = min(options.top, len(task.classes))
+    table = Table("picture", *(f"{rank + 1}." for rank in range(count)))
     rows = []
     for path, row in zip(options.image, probabilities):
-        values, best = row.topk(min(options.top, len(row)))
+        values, best = row.topk(count)
         rows.append([(task.classes[i], float(v)) for v, i in zip(values, best.tolist())])
         table.add_row(path.name, *(f"{name} {value:.2f}" for name, value in rows[-1]))
     Console().print(table)

@@ -18,11 +18,11 @@ if TYPE_CHECKING:
 
 
 class Consistency:
-    """`w_t |t − t₀|₁ + w_i |f − f₀|₁ + w_s KL(softmax(s) ‖ softmax(s₀))` (Khattak et al., arXiv:2307.06948).
+    """`w_t |t − t₀|₁ + w_i |f − f₀|₁ + w_s KL(softmax(s₀) ‖ softmax(s))` (Khattak et al., arXiv:2307.06948).
 
     f, t and s are the tuned unit features and scores, those with index 0 the frozen ones; |·|₁ is the mean absolute
-    difference. With `average`, the tensors kept in the end are the mean over epochs with Gaussian weights around
-    `mean` of the run, `std` wide, both as shares of all epochs.
+    difference, and KL the mean over images of the sum over classes. With `average`, the tensors kept in the end are the
+    mean over epochs with Gaussian weights around `mean` of the run, `std` wide, both as shares of all epochs.
     """
 
     def __init__(
@@ -57,7 +57,10 @@ class Consistency:
 
 
 class GaussianAverage(Callback):
-    """`θ = Σ_e w_e θ_e`, `w_e ∝ exp(−(e − μE)² / 2 (σE)²)` over the epochs e = 1 … E, set when training ends."""
+    """`θ = Σ_e w_e θ_e`, `w_e ∝ exp(−(e − μE)² / 2 (σE)²)` over the epochs e = 1 … E, set at the end of the last.
+
+    So early that the run's last checkpoint and its adapter have it.
+    """
 
     def __init__(self, mean: float, std: float) -> None:
         self.mean, self.std = mean, std
@@ -65,15 +68,18 @@ class GaussianAverage(Callback):
 
     def on_train_epoch_end(self, trainer: Trainer, module: LightningModule) -> None:
         epochs = trainer.max_epochs or 1
+        if epochs < 0:  # counted in steps
+            epochs = math.ceil(trainer.max_steps * trainer.accumulate_grad_batches / trainer.num_training_batches)
         away = (trainer.current_epoch + 1 - self.mean * epochs) / max(self.std * epochs, 1.0)
         weight = math.exp(-0.5 * away * away)
         own = [p.detach() for p in module.parameters() if p.requires_grad]
         self.sum = [weight * p if not self.sum else s + weight * p for s, p in zip(self.sum or own, own)]
         self.total += weight
+        steps = trainer.max_steps != -1 and trainer.global_step >= trainer.max_steps
+        if steps or trainer.current_epoch + 1 == trainer.max_epochs:
+            self._settle(module)
 
-    def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
-        if not self.total:
-            return
+    def _settle(self, module: LightningModule) -> None:
         with torch.no_grad():
             for parameter, total in zip([p for p in module.parameters() if p.requires_grad], self.sum):
                 parameter.copy_(total / self.total)

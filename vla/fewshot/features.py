@@ -6,11 +6,14 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from rich.progress import track
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from mmpeft.sites import sites
 from mmpeft.tuning import Tuning
+
+AT_ONCE = 64
 
 
 class CachedViews(Dataset[tuple[Tensor, int]]):
@@ -34,14 +37,17 @@ class CachedViews(Dataset[tuple[Tensor, int]]):
         encode: Callable[[Tensor], Tensor], data: Any, views: int, device: torch.device
     ) -> tuple[Tensor, Tensor]:
         """Features [views, n, d] and labels [n] of a data module's training images, augmented as for training."""
-        loader = data.train_dataloader()
-        samples = loader.dataset  # seeded by (epoch, row)
-        labels = torch.tensor([int(samples[0, row][1]) for row in range(len(samples))])
-        found = []
-        for view in range(views):
-            images = torch.stack([samples[view, row][0] for row in range(len(samples))])
-            found.append(torch.cat([encode(part.to(device)) for part in images.split(256)]))
-        return torch.stack(found), labels
+        samples = data.train_dataloader().dataset  # seeded by (epoch, row)
+        rows, labels, found = range(len(samples)), dict[int, int](), list[Tensor]()
+        parts = [(view, rows[at : at + AT_ONCE]) for view in range(views) for at in rows[::AT_ONCE]]
+        for view, part in track(parts, "features", transient=True, disable=len(parts) < 8):
+            images = []
+            for row in part:
+                image, labels[row] = samples[view, row]
+                images.append(image)
+            found.append(encode(torch.stack(images).to(device)))
+        features = torch.cat(found)
+        return features.view(views, len(rows), -1), torch.tensor([int(labels[row]) for row in rows])
 
 
 def tuned_towers(tuning: Tuning) -> set[str]:

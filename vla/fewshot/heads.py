@@ -20,6 +20,8 @@ class Head(nn.Module):
     """Whether classes without training images get a score."""
     by_image = False
     """Whether the text features depend on the image."""
+    keeps_features = False
+    """Whether scores are made of the features of the training images, which must not change then."""
 
     def start(self, text: Tensor, base: int, words: int) -> None:
         """Build what trains, from the frozen text features [C, d] of all classes and the width of word embeddings."""
@@ -99,6 +101,8 @@ class TipAdapter(Head):
     Zhang et al., arXiv:2111.03930. Training-free, or with `train` the keys train (Tip-Adapter-F). After that α and β
     are chosen on the validation images, by a grid of `steps` values each up to `reach`.
     """
+
+    keeps_features = True
 
     def __init__(self, train: bool = False, alpha: float = 1.0, beta: float = 5.5, steps: int = 20) -> None:
         super().__init__()

@@ -101,6 +101,11 @@ class FewShot(TuningModule):
             contexts = [p.part for p in tuning.placements if isinstance(p.part, InPlace)]
             if self.head.by_image and not contexts:
                 raise ConfigError(f"{type(self.head).__name__} moves a learned context: give it the method CoOp")
+            if self.head.keeps_features and self.tuned & {"image", ""}:
+                raise ConfigError(
+                    f"{type(self.head).__name__} keeps features of the training images, which {self.method} would "
+                    "change: tune the text tower alone (at='text:…'), or take another head"
+                )
             tokens = tokenizer(self.backbone)
             self.texts = ClassTexts(self.classes, self.templates, tokens, tuning)
             with torch.no_grad(), use(model, None):
@@ -187,6 +192,7 @@ class FewShot(TuningModule):
             image, labels = (torch.cat(side) for side in zip(*batches))
             with torch.no_grad():
                 self.head.tune(image, self.frozen_text, labels, self.scale)
+            self.decided = self.head.keeps_features
 
     # -- evaluation ------------------------------------------------------------------------------------------
 

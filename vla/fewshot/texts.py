@@ -28,7 +28,7 @@ class ClassTexts:
                 raise ConfigError(f"a template holds the class name once, as in 'a photo of a {{}}.'; got {template!r}")
         learned = [p.part for p in tuning.placements if isinstance(p.part, InPlace) and p.role == "embed"]
         before, _, after = templates[0].partition("{}")
-        texts = [[t.format(name) for name in names] for t in (["{}" + after] if learned else templates)]
+        texts = [[t.replace("{}", name) for name in names] for t in (["{}" + after] if learned else templates)]
         for own in texts:
             check_length(own, tokens)
         self.tokens = torch.stack([tokens(own) for own in texts])

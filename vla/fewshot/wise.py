@@ -18,6 +18,8 @@ from rich.progress import track
 from mmpeft.combine.interpolate import interpolate
 from mmpeft.errors import ConfigError, Refused
 from mmpeft.files import write_atomic
+from mmpeft.vla.fewshot.heads import Head
+from mmpeft.vla.fewshot.task import FewShot
 
 STAGES = ("val", "test")
 
@@ -35,6 +37,13 @@ class WiseCurve(Callback):
         self.shares = list(shares)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        task: Any = pl_module
+        if not isinstance(task, FewShot) or type(task.head) is not Head:
+            what = type(getattr(task, "head", task)).__name__
+            raise Refused(
+                f"a WiSE-FT curve goes from the frozen pair to the tuned one; with {what} there is more between them. "
+                "It is for FewShot with the head Head; in Python mmpeft.interpolate scales any mergeable tuning"
+            )
         method: Any = pl_module.method
         if not method.mergeable:
             raise Refused(f"{method} adds no change of weights that could be scaled; WiSE-FT wants a mergeable method")
