@@ -93,12 +93,14 @@ def draw(rows: list[dict[str, float]]) -> bytes:
     panels: dict[str, list[str]] = {}
     for key in series:
         panels.setdefault(key.partition("/")[2].removesuffix("_epoch"), []).append(key)
+    kinds = list(dict.fromkeys(key.partition("/")[0] for key in series))  # of one colour in every panel
     figure = Figure(figsize=(4 * max(1, len(panels)), 3), layout="constrained")
     for number, (metric, keys) in enumerate(panels.items(), 1):
         axes = figure.add_subplot(1, len(panels), number)
         for key in keys:
             points = [(row["step"], row[key]) for row in rows if key in row]
-            axes.plot(*zip(*points), marker=".", label=key.partition("/")[0])
+            kind = key.partition("/")[0]
+            axes.plot(*zip(*points), marker=".", label=kind, color=f"C{kinds.index(kind) % 10}")
         axes.set(title=metric, xlabel="step")
         axes.legend()
     out = io.BytesIO()
