@@ -43,7 +43,7 @@ def prompted(
     part.record(host, prompt_alone)
     positions = kwargs.get("position_ids")
     if positions is None:
-        cache = kwargs.get("past_key_values")
+        cache = kwargs.get("cache", kwargs.get("past_key_values"))  # the older name before transformers 5.24
         past = cache.get_seq_length() if cache is not None else 0
         positions = torch.arange(past, past + text.shape[1], device=text.device)[None]
     return run(**{**kwargs, "position_ids": positions + len(part)})

@@ -9,6 +9,7 @@ from typing import Any
 import lightning
 import yaml
 from jsonargparse import ArgumentParser
+from lightning.pytorch.utilities.seed import isolate_rng
 
 from mmpeft.errors import ConfigError
 from mmpeft.training.arguments import import_named, words
@@ -40,7 +41,17 @@ def load_run(path: str | Path) -> tuple[TuningModule, Any]:
     facts = yaml.safe_load(config.read_text("utf-8"))
     if facts.get("method"):  # the command line's own key, linked to the model's
         facts["model"].setdefault("init_args", {})["method"] = facts["method"]
-    lightning.seed_everything(facts.get("seed_everything") or 0, verbose=False)  # weights that were random are again
+    with isolate_rng():
+        lightning.seed_everything(facts.get("seed_everything") or 0, verbose=False)  # as in training: a base of random
+        task, data = _built(facts, config)  # weights (pretrained: false) has them again
+    state = AtomicCheckpointIO().load_checkpoint(checkpoint)
+    task.on_load_checkpoint(state)
+    task.load_state_dict(state["state_dict"])
+    return task.eval(), data
+
+
+def _built(facts: dict[str, Any], config: Path) -> tuple[TuningModule, Any]:
+    """Task and data of a configuration, ready to be given what was learned."""
     parser = ArgumentParser(exit_on_error=False)
     parser.add_subclass_arguments(TuningModule, "model")
     parser.add_subclass_arguments(lightning.LightningDataModule, "data")
@@ -56,7 +67,4 @@ def load_run(path: str | Path) -> tuple[TuningModule, Any]:
     trainer.datamodule = data  # type: ignore[attr-defined]
     task.trainer = trainer
     task.prepare()
-    state = AtomicCheckpointIO().load_checkpoint(checkpoint)
-    task.on_load_checkpoint(state)
-    task.load_state_dict(state["state_dict"])
-    return task.eval(), data
+    return task, data

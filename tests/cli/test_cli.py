@@ -11,6 +11,7 @@ from pathlib import Path
 
 import lightning.pytorch  # noqa: F401  (its log handler must hold the real stderr, not one that a test captures)
 import pytest
+import torch
 import yaml
 from jsonargparse import ArgumentParser
 
@@ -18,6 +19,8 @@ import mmpeft
 from mmpeft.cli import COMMANDS, main
 from mmpeft.methods import METHODS
 from mmpeft.methods.base import Method
+from mmpeft.training.callbacks import LearningCurves
+from mmpeft.training.run import load_run
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 
@@ -45,6 +48,23 @@ def tiny(tmp_path, monkeypatch):
     (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(TINY))
     (tmp_path / "lora.yaml").write_text((CONFIGS / "method" / "lora.yaml").read_text())
     return ["-c", "tiny.yaml", "-c", "lora.yaml"]
+
+
+def test_a_run_on_random_weights_is_read_back_on_the_same(tiny, monkeypatch):
+    base = {}
+
+    def look(self, trainer, module):
+        base.update({name: tensor.clone() for name, tensor in module.model.state_dict().items()})
+
+    monkeypatch.setattr(LearningCurves, "on_train_start", look)
+    main(["fit", *tiny])
+    before = torch.get_rng_state()
+    task, _ = load_run("runs/TinyData-LoRA")
+    assert torch.equal(torch.get_rng_state(), before)
+    found = task.model.state_dict()
+    frozen = [name for name in base if ".mmpeft." not in name]
+    assert frozen
+    assert all(torch.equal(found[name], base[name]) for name in frozen)
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -101,13 +102,19 @@ def gradients(y: Tensor, parameters: Any) -> list[Tensor]:
     return list(torch.autograd.grad((y * weights).mean(), list(parameters)))
 
 
+close = torch.testing.assert_close
+runs = pytest.mark.skipif(
+    "past_key_values" not in signature(hf.BertModel.forward).parameters,
+    reason="PEFT looks for past_key_values among the arguments of encoders and classifiers; transformers 5.24 says cache",
+)
+
 WORKING = [
     *((family, kind) for family in ("llama", "bert", "t5") for kind in ("prompt", "lstm", "mlp")),
-    *((family, "prefix") for family in ("llama", "llama3", "phi", "neox", "classifier")),
+    *((family, "prefix") for family in ("llama", "llama3", "phi", "neox")),
+    pytest.param("classifier", "prefix", marks=runs),
     *((family, "prompt") for family in ("gpt2", "roberta", "classifier", "gemma2")),
     ("llama", "prefix mlp"),
 ]
-close = torch.testing.assert_close
 
 
 @pytest.mark.parametrize(("family", "kind"), WORKING)
@@ -137,7 +144,7 @@ OURS = [
     ("phi", mmpeft.PTuningV2(tokens=P)),
     ("llama", mmpeft.PTuning(tokens=P, hidden=8)),
     ("bert", mmpeft.PromptTuning(tokens=P) + mmpeft.LinearProbe()),
-    ("classifier", mmpeft.PTuningV2(tokens=P) + mmpeft.LinearProbe()),
+    pytest.param("classifier", mmpeft.PTuningV2(tokens=P) + mmpeft.LinearProbe(), marks=runs),
 ]
 
 
@@ -195,7 +202,7 @@ def test_gradients_of_prefixes(family: str, tmp_path: Path) -> None:
         close(gradient[1], values, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("family", ["gpt2", "bert"])
+@pytest.mark.parametrize("family", ["gpt2", pytest.param("bert", marks=runs)])
 def test_prefixes_agree_where_the_text_is_moved_by_hand(family: str) -> None:
     """Learned positions: the one difference is where the text stands, and files are refused for it."""
     theirs, batch = wrapped(family, "prefix")
