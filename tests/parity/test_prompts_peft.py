@@ -105,7 +105,7 @@ def gradients(y: Tensor, parameters: Any) -> list[Tensor]:
 close = torch.testing.assert_close
 runs = pytest.mark.skipif(
     "past_key_values" not in signature(hf.BertModel.forward).parameters,
-    reason="PEFT looks for past_key_values among the arguments of encoders and classifiers; transformers 5.24 says cache",
+    reason="PEFT looks for past_key_values in the arguments of encoders and classifiers; transformers 5.24 has cache",
 )
 
 WORKING = [
