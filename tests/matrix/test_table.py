@@ -1,7 +1,43 @@
-"""The generated page says what the code does."""
+"""The generated page says what the code does, a column at a time."""
 
-from tests.matrix.table import PAGE, page
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from tests.matrix.cells import rows
+from tests.matrix.families import FAMILIES, LIBRARIES
+from tests.matrix.table import HEAD, PAGE, cell
+
+REMEDY = "run: python -m tests.matrix.table"
 
 
-def test_the_page_is_up_to_date() -> None:
-    assert PAGE.read_text("utf-8") == page(), "run: python -m tests.matrix.table"
+def written() -> dict[str, dict[str, tuple[str, str]]]:
+    """Family -> method -> `(mark, reason)` as the page has them."""
+    text = PAGE.read_text("utf-8")
+    reasons = dict(re.findall(r"^(\d+)\. (.*)$", text, re.MULTILINE))
+    found: dict[str, dict[str, tuple[str, str]]] = {}
+    for table in re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE):
+        head, _, *lines = [
+            [part.strip() for part in line.split(" | ")] for line in table.replace("|\n", "\n").split("\n")
+        ]
+        for number, family in enumerate(head[1:], 1):
+            column = {line[0].removeprefix("| "): line[number] for line in lines if len(line) > 1}
+            found[family] = {label: ("", reasons[m]) if m.isdecimal() else (m, "") for label, m in column.items()}
+    return found
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_column_is_up_to_date(family: str) -> None:
+    column = written()[family]
+    assert list(column) == list(rows()), REMEDY
+    for label, said in column.items():
+        assert cell(label, family) == said, f"{label}: {REMEDY}"
+
+
+def test_the_page_has_its_head_and_every_library() -> None:
+    text = PAGE.read_text("utf-8")
+    assert text.startswith(HEAD), REMEDY
+    assert re.findall(r"^## (.*)$", text, re.MULTILINE) == [*LIBRARIES, "Refusals"], REMEDY
+    assert list(written()) == list(FAMILIES), REMEDY
