@@ -20,7 +20,7 @@ PROMPTS = ("PromptTuning", "PTuning")
 VISION = tuple(timm.FAMILIES)
 WHOLE = ("Full", "LastBlocks", "DiffPruning", "ChildTuningF")
 SCORED = ("ChildTuningD", "FishMask", "LTSFT", "SAMMask", "SPT")
-FOLDED = ("*oRA*", "DiffFit", "IA3", "KronA", "LoHa", "LoKr", "SSF")
+FOLDED = ("*oRA*", "DiffFit", "IA3", "KronA", "LoHa", "LoKr", "PaFi", "RandomMask", "SSF")
 PAIRS = ("hf_clip", "hf_siglip", "open_clip", "open_clip_timm_hf", "coca")
 REFUSED = {
     ("VPT*", "beit"): "relative-position bias",

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import re
+from functools import cache
 
 import pytest
 
 from tests.matrix.cells import rows
+from tests.matrix.expected import REFUSED, UNMERGEABLE, reason
 from tests.matrix.families import FAMILIES, LIBRARIES
 from tests.matrix.table import HEAD, PAGE, cell
 
 REMEDY = "run: python -m tests.matrix.table"
 
 
+@cache
 def written() -> dict[str, dict[str, tuple[str, str]]]:
     """Family -> method -> `(mark, reason)` as the page has them."""
     text = PAGE.read_text("utf-8")
@@ -28,6 +31,18 @@ def written() -> dict[str, dict[str, tuple[str, str]]]:
     return found
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_column_is_what_the_invariants_hold_it_to(family: str) -> None:
+    """By the expectations that every cell is tested against in `test_invariants.py`."""
+    for label, method in rows().items():
+        mark, why = written()[family][label]
+        refused = reason(REFUSED, label, family)
+        merges = method.mergeable and not reason(UNMERGEABLE, label, family)
+        assert mark == ("" if refused else "●" if merges else "○"), f"{label}: {REMEDY}"
+        assert not refused or re.search(refused, why), f"{label}: {REMEDY}"
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_column_is_up_to_date(family: str) -> None:
     column = written()[family]
