@@ -128,7 +128,7 @@ def _forward(base: type) -> Callable[..., Any]:
 def _pass(host: Any, seat: Seat, inner: Callable[..., Any], args: Any, kwargs: Any) -> Any:
     """A host that is run from outside: a pass through the model, or through a part of it, begins here."""
     planned = current(seat.state)
-    if torch.compiler.is_compiling() and planned.grouped is None:
+    if torch.compiler.is_compiling() and (planned.rows is None or (seat.state.proofs and not planned.whole)):
         plan = planned.plans.get(seat.index)
         return inner(host, *args, **kwargs) if plan is None else run(host, plan, inner, args, kwargs)
     return _begun(host, seat, planned, inner, args, kwargs)
@@ -137,7 +137,7 @@ def _pass(host: Any, seat: Seat, inner: Callable[..., Any], args: Any, kwargs: A
 def _begun(host: Any, seat: Seat, planned: Planned, inner: Callable[..., Any], args: Any, kwargs: Any) -> Any:
     state = seat.state
     plan = planned.plans.get(seat.index, PLAIN)
-    if planned.grouped is not None and seat.path and seat.index in planned.plans:
+    if planned.whole and seat.path and seat.index in planned.plans:
         raise ConfigError(
             f"the rows in use() need passes of their own through the whole model, but {seat.path} was run by itself "
             "(generate() runs an encoder so, encode_image() a tower): call the model, or use() one name at a time"
@@ -145,8 +145,8 @@ def _begun(host: Any, seat: Seat, planned: Planned, inner: Callable[..., Any], a
     state.gate.enter()
     token = RUNNING.set(planned)
     try:
-        if planned.grouped is not None and not seat.path:
-            output = planned.grouped(partial(_grouped_run, host, seat, inner), *args, **kwargs)
+        if planned.rows is not None and not seat.path:
+            output = planned.rows(planned, partial(_under, host, seat, inner), args, kwargs)
         else:
             output = run(host, plan, inner, args, kwargs)
     finally:
@@ -157,10 +157,8 @@ def _begun(host: Any, seat: Seat, planned: Planned, inner: Callable[..., Any], a
     return output
 
 
-def _grouped_run(
-    host: Any, seat: Seat, inner: Callable[..., Any], planned: Planned, args: Any, kwargs: dict[str, Any]
-) -> Any:
-    """One group's pass."""
+def _under(host: Any, seat: Seat, inner: Callable[..., Any], planned: Planned, args: Any, kwargs: Any) -> Any:
+    """One of several passes through the whole model."""
     token = RUNNING.set(planned)
     try:
         output = run(host, planned.plans.get(seat.index, PLAIN), inner, args, kwargs)

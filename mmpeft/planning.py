@@ -11,7 +11,7 @@ from mmpeft.mixture import Mixture
 from mmpeft.parts.base import Hook, Part, Placement
 from mmpeft.parts.scaled import Scaled
 from mmpeft.recompute import recompute_around
-from mmpeft.routing import Grouped, RowPart, row_groups
+from mmpeft.routing import RowPart, Rows, row_groups
 from mmpeft.running import Planned
 from mmpeft.state import State, state_with
 from mmpeft.together import Entry, Route, Together, check_together, entries_of, names_of, weighted
@@ -34,27 +34,13 @@ def check_route(model: nn.Module, route: Route) -> None:
 def plan_route(state: State, route: Route) -> Planned:
     """Plan every host."""
     check_route(state.hosts[""], route)
-    hooks: Hooks = {}
-    grouped = None
     if isinstance(route, tuple):
-        if all(rowwise(state, entry) for entry in set(route)):
-            hooks = _by_row(state, route)
-        else:
-            grouped = Grouped(route, state.plan)
-            for entry in set(route):  # these are the hosts that may not be run by themselves
-                for hook, part in hooks_of(state, entry):
-                    hooks.setdefault(hook.path, []).append((hook, part))
-    else:
-        for hook, part in hooks_of(state, route):
-            hooks.setdefault(hook.path, []).append((hook, part))
+        return _plan_rows(state, route)
+    hooks: Hooks = {}
+    for hook, part in hooks_of(state, route):
+        hooks.setdefault(hook.path, []).append((hook, part))
     plans = {path: plan_host(state.hosts[path], own) for path, own in hooks.items()}
-    if state.recompute and grouped is None:
-        for path in state.blocks:
-            plans.setdefault(path, Plan()).around = recompute_around(state.recompute)
-    return _seated(state, route, plans, grouped)
-
-
-def _seated(state: State, route: Route, plans: dict[str, Plan], grouped: Grouped | None) -> Planned:
+    _recompute(state, plans)
     number = state.number(route)
     found = {}
     for path, host in state.hosts.items():
@@ -64,10 +50,17 @@ def _seated(state: State, route: Route, plans: dict[str, Plan], grouped: Grouped
             found[seat.index] = plan
         if number is not None:
             seat.plans[number] = plan or Plan()
-    return Planned(state, route, found, grouped, number)
+    return Planned(state, route, found, number)
 
 
-def _by_row(state: State, route: tuple[Entry, ...]) -> Hooks:
+def _recompute(state: State, plans: dict[str, Plan]) -> None:
+    for path in state.blocks if state.recompute else ():
+        plans.setdefault(path, Plan()).around = recompute_around(state.recompute)  # type: ignore[arg-type]
+
+
+def _plan_rows(state: State, route: tuple[Entry, ...]) -> Planned:
+    """In place where every part can act on some rows alone; the whole model once for each entry elsewhere."""
+    in_place = all(rowwise(state, entry) for entry in set(route))
     hooks: Hooks = {}
     for entry, rows in row_groups(route).items():
         for hook, part in hooks_of(state, entry):
@@ -75,7 +68,14 @@ def _by_row(state: State, route: tuple[Entry, ...]) -> Hooks:
             routed = RowPart(part, rows, len(route))
             routed.order = part.order  # type: ignore[misc]
             hooks.setdefault(hook.path, []).append((Hook(hook.path, kind), routed))
-    return hooks
+    seats = {path: state.hosts[path].__dict__[SEAT].index for path in hooks}
+    rows_at_root = Rows(state, route, tuple(sorted(seats.values())), in_place)
+    if not in_place:
+        return Planned(state, route, dict.fromkeys(seats.values(), Plan()), rows=rows_at_root, whole=True)
+    plans = {path: plan_host(state.hosts[path], own) for path, own in hooks.items()}
+    _recompute(state, plans)
+    seated = {state.hosts[path].__dict__[SEAT].index: plan for path, plan in plans.items()}
+    return Planned(state, route, seated, rows=rows_at_root)
 
 
 def hooks_of(state: State, entry: Entry) -> Iterable[tuple[Hook, Part]]:

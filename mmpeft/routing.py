@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from mmpeft.errors import ConfigError
 from mmpeft.parts.base import Part
 from mmpeft.recompute import is_cache
+from mmpeft.row_proof import Proof, Run, check_apart, proof_key, prove, row_count_error
 from mmpeft.running import Planned
 from mmpeft.together import Entry
+
+if TYPE_CHECKING:
+    from mmpeft.state import State
 
 
 def row_groups(route: Iterable[Entry]) -> dict[Entry, list[int]]:
@@ -24,12 +28,20 @@ def row_groups(route: Iterable[Entry]) -> dict[Entry, list[int]]:
     return groups
 
 
-class RowPart(Part):
-    """Runs a part on some rows of the batch only.
+def folds(x: Tensor, batch: int) -> int:
+    """How many entries of dimension 0 one row has, one behind the other: windows or frames that the backbone folds in.
 
-    Backbones that fold windows or frames into the batch see `k` times as many rows; the rows of one sample
-    are then consecutive.
+    Raises:
+        ConfigError: the rows do not divide them.
     """
+    fold, rest = divmod(x.shape[0], batch)
+    if rest or not fold:
+        raise row_count_error(batch, x.shape[0])
+    return fold
+
+
+class RowPart(Part):
+    """Runs a part on some rows of the batch only."""
 
     def __init__(self, part: Part, rows: list[int], batch: int) -> None:
         super().__init__()
@@ -37,12 +49,7 @@ class RowPart(Part):
         self.rows, self.batch = rows, batch
 
     def _index(self, x: Tensor) -> Tensor:
-        fold, rest = divmod(x.shape[0], self.batch)
-        if rest:
-            raise ConfigError(
-                f"use() named an adapter for {self.batch} rows, but the batch has {x.shape[0]}; "
-                "give one name (or None) for each row"
-            )
+        fold = folds(x, self.batch)
         rows = torch.tensor(self.rows, device=x.device)
         return rows if fold == 1 else (rows[:, None] * fold + torch.arange(fold, device=x.device)).flatten()
 
@@ -55,30 +62,39 @@ class RowPart(Part):
         return y.index_copy(0, index, self._part[0].exit(host, x[index], y[index]))
 
 
-class Grouped:
-    """Runs the whole model once for each distinct name and puts the rows back in order.
+class Rows:
+    """At the root, decides how a route for each row is carried out: in place where rows are proven to stay apart.
 
-    Needed where parts change what no single pass can hold: prompts of another length, trained norms. An output
-    that mixes the rows of a batch (logits of every image with every text) has no value then and is None.
+    Where they do not, or parts change what no single pass can hold (prompts of another length, trained norms), the
+    model runs once for each distinct entry and the rows are put back in order. An output that mixes the rows of a
+    batch (logits of every image with every text) has no value then and is None; scalars are means over rows.
     """
 
-    def __init__(self, route: Sequence[Entry], plan: Callable[[Entry], Planned]) -> None:
-        self.route, self.plan = tuple(route), plan
+    def __init__(self, state: State, route: Sequence[Entry], tuned: Sequence[int], in_place: bool) -> None:
+        self.state, self.route, self.tuned, self.in_place = state, tuple(route), tuned, in_place
 
-    def __call__(self, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        batch = len(self.route)
-        tensors = [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor) and a.dim()]
-        if tensors and tensors[0].shape[0] != batch:
-            raise ConfigError(
-                f"use() named an adapter for {batch} rows, but the batch has {tensors[0].shape[0]}; "
-                "give one name (or None) for each row"
-            )
+    def __call__(self, planned: Planned, run: Run, args: Any, kwargs: Any) -> Any:
+        proof = self.proof(run, args, kwargs)
+        if self.in_place and proof.in_place:
+            return run(planned, args, kwargs)
+        check_apart(proof)
         if any(is_cache(value) for value in (*args, *kwargs.values())):
             raise ConfigError(
                 "the rows in use() need passes of their own, which cannot write into one key-value cache: generate for "
                 "one name at a time, or pass use_cache=False"
             )
-        groups = row_groups(self.route)
+        return self.grouped(proof, run, args, kwargs)
+
+    def proof(self, run: Run, args: Any, kwargs: Any) -> Proof:
+        """What is known of batches of this kind; found once, by a few passes without gradients."""
+        key = (self.tuned, *proof_key(len(self.route), args, kwargs))
+        if key not in self.state.proofs:
+            self.state.proofs[key] = prove(self.state, len(self.route), self.tuned, run, args, kwargs)
+        return self.state.proofs[key]
+
+    def grouped(self, proof: Proof, run: Run, args: Any, kwargs: Any) -> Any:
+        """The passes of all groups, as one output."""
+        batch, groups = len(self.route), row_groups(self.route)
         outputs = []
         for name, rows in groups.items():
 
@@ -86,14 +102,32 @@ class Grouped:
                 own = isinstance(value, Tensor) and value.dim() and value.shape[0] == batch
                 return value[rows] if own else value
 
-            outputs.append(run(self.plan(name), tree_map(take, args), tree_map(take, kwargs)))
+            outputs.append(run(self.state.plan(name), tree_map(take, args), tree_map(take, kwargs)))
         order = torch.tensor([row for rows in groups.values() for row in rows]).argsort()
+        sizes = [len(rows) for rows in groups.values()]
+        leaves = [tree_flatten(output) for output in outputs]
+        joined: list[Any] = []
+        number = 0
+        for values in zip(*(own for own, _ in leaves)):
+            if not isinstance(values[0], Tensor):
+                joined.append(None if is_cache(values[0]) else values[0])
+                continue
+            dimensions = values[0].dim() > 0
+            joined.append(_joined(values, sizes, order, mixed=dimensions and number in proof.mixed))
+            number += dimensions
+        return tree_unflatten(joined, leaves[0][1])
 
-        def join(*values: Any) -> Any:
-            if isinstance(values[0], Tensor) and values[0].dim():
-                if len({value.shape[1:] for value in values}) > 1:
-                    return None
-                return torch.cat(values)[order.to(values[0].device)]
-            return None if is_cache(values[0]) else values[0]
 
-        return tree_map(join, *outputs)
+def _joined(values: Sequence[Tensor], sizes: Sequence[int], order: Tensor, mixed: bool) -> Tensor | None:
+    """What groups of these sizes gave, as one: rows in order, the mean over rows of a scalar, or None."""
+    first = values[0]
+    if all(value.shape == first.shape and torch.equal(value, first) for value in values[1:]) and not first.dim():
+        return first
+    if not first.dim():
+        if not first.is_floating_point():
+            return None
+        return torch.stack([value * size for value, size in zip(values, sizes)]).sum(0) / sum(sizes)
+    same = len({value.shape[1:] for value in values}) == 1
+    if mixed or not same or [len(value) for value in values] != list(sizes):
+        return None
+    return torch.cat(list(values))[order.to(first.device)]

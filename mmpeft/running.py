@@ -31,17 +31,24 @@ if TYPE_CHECKING:
 class Planned:
     """A route of one model, and what its hosts do under it.
 
-    `plans` maps a host's seat to its plan; hosts that are not named run plain. `grouped`, at the root, runs group after
-    group where one pass cannot hold all rows. `number` is that of a route whose plans the seats know too: code compiled
-    for one block can then serve every block.
+    `plans` maps a host's seat to its plan; hosts that are not named run plain. `rows`, at the root, decides how a route
+    for each row is carried out, and `whole` says that only passes through the whole model can. `number` is that of a
+    route whose plans the seats know too: code compiled for one block can then serve every block.
     """
 
     def __init__(
-        self, state: State, route: Route, plans: dict[int, Plan], grouped: Callable[..., Any] | None, number: int | None
+        self,
+        state: State,
+        route: Route,
+        plans: dict[int, Plan],
+        number: int | None = None,
+        rows: Callable[..., Any] | None = None,
+        whole: bool = False,
     ) -> None:
-        self.state, self.route, self.plans, self.grouped, self.number = state, route, plans, grouped, number
+        self.state, self.route, self.plans, self.number = state, route, plans, number
+        self.rows, self.whole = rows, whole
         self.slots: Tensor | None = None
-        """Under a route for each row whose plan serves every pattern: the number of each row's tuning."""
+        """Under a route for each row: the number of each row's tuning."""
 
 
 class Choice:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from weakref import WeakSet
 
 from torch import Tensor, nn
@@ -19,6 +19,9 @@ from mmpeft.parts.base import Placement
 from mmpeft.recompute import Recompute
 from mmpeft.running import Choice, Gate, Planned, chosen
 from mmpeft.together import Route
+
+if TYPE_CHECKING:
+    from mmpeft.row_proof import Proof
 
 STATE = "_mmpeft_state"
 PLANS_KEPT = 128
@@ -56,6 +59,8 @@ class State:
         """Choices of generators inside `with use(...)`, by frame, the innermost last."""
         self.kept: dict[Route, Planned] = {}
         self.numbers: dict[Route, int] = {}
+        self.proofs: dict[Any, Proof] = {}
+        """Whether rows stay apart, by kind of batch."""
         self.default = Choice(self, route)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -101,6 +106,7 @@ class State:
     def replan(self) -> None:
         """Plan every choice anew; one that names what is gone says so when it next runs."""
         self.kept.clear()
+        self.proofs.clear()
         for choice in list(self.live):
             choice.planned = None
             try:
