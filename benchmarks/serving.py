@@ -87,11 +87,16 @@ def decoding(setting: Setting) -> dict[str, Any]:
         for name in models:
             added = turns.added(name, "base", scale)
             kernels = kernel_calls(steps[name]) / LINEARS
-            figures[f"{name}, width {width}"] = {"µs": turns.time(name, scale), "added": added, "kernels": kernels}
+            figures[f"{name}, width {width}"] = {
+                "µs": turns.time(name, scale),
+                "added": added,
+                "kernels": kernels,
+                "µs ÷ LoRA": turns.ratio(name, "ours LoRA"),
+            }
             shown = "" if name == "base" else f"{added:.1f}"
             rows.append([f"{name}, width {width}", f"{turns.time(name, scale):.1f}", shown, f"{kernels:.0f}"])
-    print("\n### One token decoded, a linear\n")
-    print(table(("", "µs", "µs added", "kernels"), rows))
+    setting.say("\n### One token decoded, a linear\n")
+    setting.say(table(("", "µs", "µs added", "kernels"), rows))
     return figures
 
 
@@ -113,8 +118,8 @@ def many(family: Family, setting: Setting) -> dict[str, Any]:
         last = Spread.of(seconds[-4:]).median / Spread.of(seconds[:4]).median
         figures[f"attach, {who}"] = {"seconds": seconds, "last ÷ first": last}
         rows.append([who, *(f"{total[n]:.3f}" for n in counts), f"{last:.2f}"])
-    print("\n### Attaching adapters, seconds\n")
-    print(table(("", *map(str, counts), "the last ÷ the first (medians of four)"), rows))
+    setting.say("\n### Attaching adapters, seconds\n")
+    setting.say(table(("", *map(str, counts), "the last ÷ the first (medians of four)"), rows))
     rows = []
     for length in (32, 1):
         words = torch.randint(1000, (most, length), device=setting.device)
@@ -129,8 +134,8 @@ def many(family: Family, setting: Setting) -> dict[str, Any]:
                 "kernels": kernels,
             }
             rows.append([f"{name}, {length} token(s)", f"{turns.time(name, 1e3):.0f}", f"{speed:.3f}", f"{kernels:,}"])
-    print(f"\n### A batch of {most} rows under several adapters: {family.title.split(',')[0]}, all linears\n")
-    print(table(("", "ms", "throughput ÷ that of one adapter", "kernels"), rows))
+    setting.say(f"\n### A batch of {most} rows under several adapters: {family.title.split(',')[0]}, all linears\n")
+    setting.say(table(("", "ms", "throughput ÷ that of one adapter", "kernels"), rows))
     return figures
 
 
@@ -215,8 +220,8 @@ def routing(setting: Setting) -> dict[str, Any]:
         for name in steps:
             figures[f"{name}, {linears} linears"] = turns.time(name, 1e6)
         rows.append([f"{linears} linears", *(f"{turns.time(name, 1e6):.1f}" for name in steps)])
-    print("\n### Choosing an adapter, µs\n")
-    print(table(("", *steps), rows))
+    setting.say("\n### Choosing an adapter, µs\n")
+    setting.say(table(("", *steps), rows))
     return figures
 
 

@@ -6,7 +6,7 @@ import gc
 import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -22,6 +22,12 @@ class Setting:
     device: torch.device
     rounds: int
     quick: bool
+    said: list[str] = field(default_factory=list)
+
+    def say(self, text: str) -> None:
+        """Print a piece of the report, and keep it."""
+        print(text, flush=True)
+        self.said.append(text)
 
     def now(self) -> float:
         """Seconds; on one CPU thread those of this process, which other work on the machine does not lengthen."""

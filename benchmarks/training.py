@@ -17,7 +17,7 @@ MIB = 2**20
 
 
 def measure(family: Family, setting: Setting) -> dict[str, Any]:
-    """Print the family's table; return its figures."""
+    """Report the family's tables; return its figures."""
     models, refused = _models(family)
     turns = interleaved({name: _Step(family, model) for name, model in models.items()}, setting)
     figures: dict[str, Any] = {}
@@ -30,6 +30,7 @@ def measure(family: Family, setting: Setting) -> dict[str, Any]:
             "step": turns.time(name),
             "step ÷ floor": turns.ratio(name, "floor"),
             "step ÷ PEFT": turns.ratio(name, peer) if peer else "",
+            "step ÷ LoRA": turns.ratio(name, "ours LoRA all"),
             "kept": kept_for_backward(lambda model=model: family.loss(model)),
             "kept bf16": kept_for_backward(lambda model=model: _autocast(family, model)),
             "kernels": kernel_calls(_Step(family, model)),
@@ -42,12 +43,13 @@ def measure(family: Family, setting: Setting) -> dict[str, Any]:
             "evaluation": turns.time(name),
             "evaluation ÷ backbone": turns.ratio(name, "floor"),
             "evaluation ÷ PEFT": turns.ratio(name, peer) if peer else "",
+            "evaluation ÷ LoRA": turns.ratio(name, "ours LoRA all"),
         }
-    print(f"\n### {family.title}\n")
-    print(table(TIMES, (_times(name, own) for name, own in figures.items())))
-    print(table(COUNTS, (_counts(name, figures) for name in figures)))
+    setting.say(f"\n### {family.title}\n")
+    setting.say(table(TIMES, (_times(name, own) for name, own in figures.items())))
+    setting.say(table(COUNTS, (_counts(name, figures) for name in figures)))
     for name, reason in refused.items():
-        print(f"{name}: refused by it, {reason}")
+        setting.say(f"{name} is refused by it: {reason}.\n")
     return figures
 
 
