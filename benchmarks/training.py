@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -31,8 +32,8 @@ def measure(family: Family, setting: Setting) -> dict[str, Any]:
             "step ÷ floor": turns.ratio(name, "floor"),
             "step ÷ PEFT": turns.ratio(name, peer) if peer else "",
             "step ÷ LoRA": turns.ratio(name, "ours LoRA all"),
-            "kept": kept_for_backward(lambda model=model: family.loss(model)),
-            "kept bf16": kept_for_backward(lambda model=model: _autocast(family, model)),
+            "kept": _kept(model, lambda model=model: family.loss(model)),
+            "kept bf16": _kept(model, lambda model=model: _autocast(family, model)),
             "kernels": kernel_calls(_Step(family, model)),
         }
     evaluated = {name: model.eval() for name, model in models.items() if "pointwise" not in name}
@@ -88,6 +89,18 @@ class _Evaluation:
     @torch.no_grad()
     def __call__(self) -> None:
         self.family.loss(self.model)
+
+
+def _kept(model: nn.Module, loss: Callable[[], Tensor]) -> int:
+    """Bytes alive for the backward pass; parameters do not count, nor those that a forward pass makes anew.
+
+    PEFT's multi-head attention does so: it merges, runs and registers the frozen weights again.
+    """
+    before = list(model.parameters())  # held, so that no new storage takes an address of theirs
+    known = {p.untyped_storage().data_ptr() for p in before}
+    total = kept_for_backward(loss)
+    made = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in model.parameters()}
+    return total - sum(size for address, size in made.items() if address not in known)
 
 
 def _autocast(family: Family, model: nn.Module) -> Tensor:
