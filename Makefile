@@ -30,7 +30,7 @@ docs: $(STAMP)  ## regenerate the tables in docs/
 	$(BIN)/python -m tests.matrix.table
 
 bench: $(STAMP)  ## step time, memory and call cost beside HF PEFT
-	$(BIN)/python benchmarks/lora_vs_peft.py
+	$(BIN)/python benchmarks/beside_peft.py
 	$(BIN)/python benchmarks/liveness.py
 
 $(STAMP): pyproject.toml

@@ -164,6 +164,7 @@ class Tuning:
             Refused: a part is no change of base weights; nothing is changed then.
         """
         state = self._state
+        self._check_hosts()
         if self.name in state.merged:
             raise ConfigError(f"tuning {self.name!r} is merged already")
         folded: list[tuple[nn.Module, str, Tensor | None]] = []
@@ -235,6 +236,16 @@ class Tuning:
                     tensor.copy_(own[name])
             use(self.model, route)
 
+    def _check_hosts(self) -> None:
+        """Raise ConfigError for a host that is no longer part of the model: a block that was taken out."""
+        present = {id(module) for module in self.model.modules()}
+        for placement in self.placements:
+            if id(self._state.hosts[placement.home]) not in present:
+                raise ConfigError(
+                    f"{placement.home} hosts parts of {self.name!r} and is no longer part of the model, so that neither "
+                    "its file nor its merged weights would be whole: change the model before attach"
+                )
+
     # -- checks, reports, files -----------------------------------------------------------------------------
 
     def detach(self) -> None:
@@ -253,6 +264,7 @@ class Tuning:
         """Write `adapter.safetensors` and `adapter.json`, atomically; with `bake`, what `bake()` would leave."""
         from mmpeft.formats.native import save
 
+        self._check_hosts()
         return save(self, folder, bake=bake)
 
     def compact(self) -> tuple[Method, dict[str, Tensor], list[Placement]]:
@@ -277,6 +289,7 @@ class Tuning:
         """
         from mmpeft.formats.exchange import export
 
+        self._check_hosts()
         return export(self, path, format, verify=verify)
 
     def save_merged(self, path: str | Path) -> Merged:
