@@ -20,6 +20,7 @@ from torch.autograd import Function
 from mmpeft.errors import Refused
 from mmpeft.few_bits import Product, packs, viewed
 from mmpeft.parts.base import Call, Part
+from mmpeft.parts.statistics import MODE, Still
 
 CHILD = "mmpeft"
 
@@ -135,10 +136,11 @@ def tuned_class(base: type, reads: frozenset[str]) -> TunedMeta:
     """The subclass of `base` that hosts parts and lets them answer for the attributes `reads`."""
     key = (base, reads)
     if key not in _CLASSES:
-        namespace: dict[str, Any] = {name: _reader(name) for name in reads}
+        namespace: dict[str, Any] = {name: _reader(name) for name in reads - {MODE}}
         namespace |= {"base": base, "reads": reads, "__module__": base.__module__, "__doc__": base.__doc__}
         namespace["packed"] = packs(base)
-        mixins = (Host, Product) if namespace["packed"] else (Host,)
+        mixins: tuple[type, ...] = (Host, Product) if namespace["packed"] else (Host,)
+        mixins += (Still,) if MODE in reads else ()
         _CLASSES[key] = TunedMeta(f"Tuned{base.__name__}", (*mixins, base), namespace)
     return _CLASSES[key]
 

@@ -16,6 +16,7 @@ from mmpeft.methods.base import Method
 from mmpeft.mixture import Mixture
 from mmpeft.parts.base import Hook, Part, Placement
 from mmpeft.parts.scaled import Scaled
+from mmpeft.parts.statistics import MODE, frozen_statistics
 from mmpeft.recompute import recompute_around
 from mmpeft.routing import Grouped, Outside, RowPart, row_groups
 from mmpeft.sites import sites
@@ -113,6 +114,8 @@ def _install(model: nn.Module, state: State, name: str, placements: list[Placeme
         reads.setdefault(placement.home, set())
         for hook in placement.hooks:
             reads.setdefault(hook.path, set()).update({hook.name} if hook.kind == "read" else ())
+    for path in frozen_statistics(model):
+        reads.setdefault(path, set()).add(MODE)
     for path, names in reads.items():
         module = state.hosts.get(path) or module_at(model, path)
         make_host(module, frozenset(names))
@@ -149,6 +152,7 @@ def detach(model: nn.Module, name: str) -> None:
         if name in names_of(state.route):
             state.route = None
         used = {path for ps in state.placements.values() for p in ps for path in (p.home, *(h.path for h in p.hooks))}
+        used.update(frozen_statistics(model))
         for path in [p for p in state.hosts if p and p not in used and p not in state.blocks]:
             unmake_host(state.hosts.pop(path))
         set_route(model, state.route)
