@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -10,8 +11,9 @@ from torch import Tensor, nn
 
 from mmpeft.controllers import Controllers
 from mmpeft.controllers.scores import Loss, default_loss
-from mmpeft.errors import ConfigError, DataError, Refused
+from mmpeft.errors import ConfigError, DataError, MovedBuffersWarning, Refused
 from mmpeft.host import CHILD, Plan, base_value, is_host, make_host, mark_route, module_at, unmake_host
+from mmpeft.liveness import buffer_prints, moved_buffers
 from mmpeft.methods.base import Method
 from mmpeft.mixture import Mixture
 from mmpeft.parts.base import Hook, Part, Placement
@@ -78,6 +80,7 @@ def attach(
         for parameter_name, parameter in base_parameters(model):
             state.trained[parameter_name] = parameter.requires_grad
             parameter.requires_grad_(False)
+        state.buffers = buffer_prints(model)
         state.blocks = [site.path for site in available if site.role == "block"]
     _install(model, state, name, placements)
     state.methods[name], state.placements[name] = method, placements
@@ -137,7 +140,10 @@ def _child(module: nn.Module, name: str) -> nn.Module:
 
 
 def detach(model: nn.Module, name: str) -> None:
-    """Remove a tuning: original classes, keys and requires_grad come back with the last one."""
+    """Remove a tuning: original classes, keys and requires_grad come back with the last one.
+
+    Warns by name of buffers of the base that have moved since: the model is then not what it was.
+    """
     state = state_with(model, name)
     if name in state.merged:
         raise ConfigError(f"tuning {name!r} is merged; unmerge() first, or keep the merged weights and drop the handle")
@@ -157,11 +163,20 @@ def detach(model: nn.Module, name: str) -> None:
             unmake_host(state.hosts.pop(path))
         set_route(model, state.route)
         return
+    moved = moved_buffers(model, state.buffers)
     for host in state.hosts.values():
         unmake_host(host)
     for parameter_name, parameter in base_parameters(model):
         parameter.requires_grad_(state.trained[parameter_name])
     del model.__dict__[STATE]
+    if moved:
+        warnings.warn(
+            f"{len(moved)} buffers of the base have moved since the first tuning was attached (first: {moved[:3]}): the "
+            f"detached model is not what it was. {type(model).__name__} changes them itself in training mode; load the "
+            "base again, or keep those modules in evaluation mode",
+            MovedBuffersWarning,
+            stacklevel=2,
+        )
 
 
 # -- routes -------------------------------------------------------------------------------------------------

@@ -37,18 +37,21 @@ def running_statistics(module: nn.Module) -> dict[str, Tensor]:
 
 def frozen_statistics(model: nn.Module) -> list[str]:
     """Paths of all modules of the backbone with statistics, which stay still while the model is tuned."""
-    return [path for path, module in _own_modules(model, "", set()) if running_statistics(module)]
+    return [path for path, module in own_modules(model) if running_statistics(module)]
 
 
-def _own_modules(module: nn.Module, path: str, seen: set[nn.Module]) -> Iterator[tuple[str, nn.Module]]:
+def own_modules(
+    module: nn.Module, path: str = "", seen: set[nn.Module] | None = None
+) -> Iterator[tuple[str, nn.Module]]:
     """As `named_modules`, without the parts and what is in them."""
+    seen = set() if seen is None else seen
     if module in seen or isinstance(module, Part):
         return
     seen.add(module)
     yield path, module
     for name, child in module._modules.items():
         if child is not None:
-            yield from _own_modules(child, f"{path}.{name}" if path else name, seen)
+            yield from own_modules(child, f"{path}.{name}" if path else name, seen)
 
 
 class Statistics(Part):

@@ -57,7 +57,7 @@ class Net(nn.Module):
 @anatomy(qualified_name(Net))
 def _net(model: nn.Module) -> list[Site]:
     found = []
-    for i, block in enumerate(model.blocks):
+    for i in range(len(model.blocks)):
         path = f"blocks.{i}"
         found += [Site(f"{path}.q", "attn.q", i, kind="conv"), Site(f"{path}.norm", "norm", i, kind="norm")]
         found += [Site(path, "block", i, width=WIDTH, channel_dim=1)]
