@@ -84,7 +84,8 @@ def liveness(tuning: Tuning, batch: Any) -> Liveness:
     """Two AdamW steps (with weight decay) on one batch; the model is left as it was.
 
     The loss is a fixed random projection of every floating output, in evaluation mode: stochastic depth may drop a
-    whole branch twice in a row. One more forward pass, in training mode, shows which buffers move then. `batch` is a tensor, a tuple of arguments or a mapping of keyword arguments.
+    whole branch twice in a row. One more forward pass, in training mode, shows which buffers move then. `batch` is a
+    tensor, a tuple of arguments or a mapping of keyword arguments.
     """
     model = tuning.model
     trainable = dict(tuning.named_parameters())
@@ -169,8 +170,9 @@ def moved_buffers(model: nn.Module, before: Prints) -> list[str]:
 def _base_buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     for path, module in own_modules(model):
         for name, buffer in module._buffers.items():
-            plain = buffer is not None and name not in module._non_persistent_buffers_set
-            if plain and (buffer.is_floating_point() or buffer.is_complex() or buffer.numel() < LARGE):
+            if buffer is None or name in module._non_persistent_buffers_set:
+                continue
+            if buffer.is_floating_point() or buffer.is_complex() or buffer.numel() < LARGE:
                 yield f"{path}.{name}".lstrip("."), buffer
 
 

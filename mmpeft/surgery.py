@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from mmpeft.controllers import Controllers
 from mmpeft.controllers.scores import Loss, default_loss
-from mmpeft.errors import ConfigError, DataError, MovedBuffersWarning, Refused
+from mmpeft.errors import ConfigError, DataError, FreshHeadWarning, MovedBuffersWarning, Refused
+from mmpeft.fresh_head import fresh_head
 from mmpeft.host import CHILD, Plan, base_value, is_host, make_host, mark_route, module_at, unmake_host
 from mmpeft.liveness import buffer_prints, moved_buffers
 from mmpeft.methods.base import Method
@@ -36,11 +37,15 @@ def attach(
     *,
     data: Iterable[Any] | None = None,
     loss: Loss = default_loss,
+    train_head: bool = False,
 ) -> Tuning:
     """Tune `model` by `method`: freeze the base and hang trainable parts under it; nothing else changes.
 
     A method that chooses by data what it trains (a Fisher mask) scores batches of `data` by `loss(model, batch)`
     first, by default the cross entropy of `(inputs, labels)` or the model's own loss of keyword arguments.
+
+    `train_head` also trains the sites of role `head`, unless the method does: `method + LinearProbe()`. A head that
+    looks as if nobody had trained it and that stays frozen gets a FreshHeadWarning.
 
     The model stays the same object, `isinstance` still holds and no state-dict key is renamed. Several
     tunings may live on one model under different names; the newest one is in use.
@@ -56,6 +61,10 @@ def attach(
         raise ConfigError(
             f"attach expects a method such as mmpeft.LoRA(rank=8), got {type(method).__name__}: {method!r}"
         )
+    if train_head and not method.trains_head:
+        from mmpeft.methods.selective.linear_probe import LinearProbe
+
+        method = method + LinearProbe()
     state = state_of(model) or State()
     if not name.isidentifier() or hasattr(nn.ModuleDict, name):
         raise ConfigError(f"the name of a tuning must be a plain identifier, got {name!r}")
@@ -76,6 +85,9 @@ def attach(
     placements = method.place(model, available)  # all checks happen here, before anything is changed
     for placement in placements:
         _check_home(model, placement)
+    why = fresh_head(model, available, method, placements)
+    if why:
+        warnings.warn(why, FreshHeadWarning, stacklevel=2)
     if not state.placements:
         for parameter_name, parameter in base_parameters(model):
             state.trained[parameter_name] = parameter.requires_grad
@@ -171,9 +183,9 @@ def detach(model: nn.Module, name: str) -> None:
     del model.__dict__[STATE]
     if moved:
         warnings.warn(
-            f"{len(moved)} buffers of the base have moved since the first tuning was attached (first: {moved[:3]}): the "
-            f"detached model is not what it was. {type(model).__name__} changes them itself in training mode; load the "
-            "base again, or keep those modules in evaluation mode",
+            f"{len(moved)} buffers of the base have moved since the first tuning was attached (first: {moved[:3]}), so "
+            f"the detached model is not what it was. {type(model).__name__} moves them itself in training mode: load "
+            "the base again, or keep those modules in evaluation mode",
             MovedBuffersWarning,
             stacklevel=2,
         )
