@@ -25,6 +25,7 @@ from mmpeft.routing import Grouped, Outside, RowPart, row_groups
 from mmpeft.sites import sites
 from mmpeft.state import STATE, State, state_of, state_with
 from mmpeft.together import Entry, Route, Together, check_together, entries_of, names_of, weighted
+from mmpeft.transaction import unchanged_on_error
 
 if TYPE_CHECKING:
     from mmpeft.tuning import Tuning
@@ -50,17 +51,26 @@ def attach(
     The model stays the same object, `isinstance` still holds and no state-dict key is renamed. Several
     tunings may live on one model under different names; the newest one is in use.
 
+    After any exception, an interrupt included, the model is bit for bit what it was.
+
     Raises:
         SiteError: the model's class is unknown, or a selector matches nothing.
         Refused: the method cannot work on a selected site; the message has the reason.
         ConfigError: the name is taken or no identifier, or the argument is no method.
     """
-    from mmpeft.tuning import Tuning
-
     if not isinstance(method, Method):
         raise ConfigError(
             f"attach expects a method such as mmpeft.LoRA(rank=8), got {type(method).__name__}: {method!r}"
         )
+    with unchanged_on_error(model):
+        return _attach(model, method, name, data, loss, train_head)
+
+
+def _attach(
+    model: nn.Module, method: Method, name: str, data: Iterable[Any] | None, loss: Loss, train_head: bool
+) -> Tuning:
+    from mmpeft.tuning import Tuning
+
     if train_head and not method.trains_head:
         from mmpeft.methods.selective.linear_probe import LinearProbe
 
@@ -87,7 +97,7 @@ def attach(
         _check_home(model, placement)
     why = fresh_head(model, available, method, placements)
     if why:
-        warnings.warn(why, FreshHeadWarning, stacklevel=2)
+        warnings.warn(why, FreshHeadWarning, stacklevel=3)
     if not state.placements:
         for parameter_name, parameter in base_parameters(model):
             state.trained[parameter_name] = parameter.requires_grad
@@ -156,6 +166,20 @@ def detach(model: nn.Module, name: str) -> None:
 
     Warns by name of buffers of the base that have moved since: the model is then not what it was.
     """
+    with unchanged_on_error(model):
+        moved = _detach(model, name)
+    if moved:
+        warnings.warn(
+            f"{len(moved)} buffers of the base have moved since the first tuning was attached (first: {moved[:3]}), so "
+            f"the detached model is not what it was. {type(model).__name__} moves them itself in training mode: load "
+            "the base again, or keep those modules in evaluation mode",
+            MovedBuffersWarning,
+            stacklevel=2,
+        )
+
+
+def _detach(model: nn.Module, name: str) -> list[str]:
+    """As `detach`; gives the names of buffers that have moved."""
     state = state_with(model, name)
     if name in state.merged:
         raise ConfigError(f"tuning {name!r} is merged; unmerge() first, or keep the merged weights and drop the handle")
@@ -174,21 +198,14 @@ def detach(model: nn.Module, name: str) -> None:
         for path in [p for p in state.hosts if p and p not in used and p not in state.blocks]:
             unmake_host(state.hosts.pop(path))
         set_route(model, state.route)
-        return
+        return []
     moved = moved_buffers(model, state.buffers)
     for host in state.hosts.values():
         unmake_host(host)
     for parameter_name, parameter in base_parameters(model):
         parameter.requires_grad_(state.trained[parameter_name])
     del model.__dict__[STATE]
-    if moved:
-        warnings.warn(
-            f"{len(moved)} buffers of the base have moved since the first tuning was attached (first: {moved[:3]}), so "
-            f"the detached model is not what it was. {type(model).__name__} moves them itself in training mode: load "
-            "the base again, or keep those modules in evaluation mode",
-            MovedBuffersWarning,
-            stacklevel=2,
-        )
+    return moved
 
 
 # -- routes -------------------------------------------------------------------------------------------------

@@ -22,6 +22,8 @@ from mmpeft.report import Report, report
 from mmpeft.sites import sites
 from mmpeft.state import State, state_of, state_with
 from mmpeft.surgery import attach, detach, set_route, use
+from mmpeft.transaction import unchanged_on_error
+from mmpeft.values import unfit
 
 if TYPE_CHECKING:
     from mmpeft.formats.exchange import Exported
@@ -109,8 +111,9 @@ class Tuning:
                 raise AdapterFileError(
                     f"{name}: expected shape {tuple(parameter.shape)}, got {tuple(tensors[name].shape)}"
                 )
-            if not torch.isfinite(tensors[name]).all():
-                raise AdapterFileError(f"{name} holds NaN or infinity; the adapter was saved from a diverged run")
+            why = unfit(tensors[name], parameter.dtype)
+            if why:
+                raise AdapterFileError(f"{name} {why}")
         with torch.no_grad():
             for name, parameter in own.items():
                 parameter.copy_(tensors[name])
@@ -159,6 +162,10 @@ class Tuning:
         Raises:
             Refused: a part is no change of base weights; nothing is changed then.
         """
+        with unchanged_on_error(self.model):
+            self._merge()
+
+    def _merge(self) -> None:
         state = self._state
         if self.name in state.merged:
             raise ConfigError(f"tuning {self.name!r} is merged already")
@@ -204,9 +211,10 @@ class Tuning:
             raise ConfigError(f"tuning {self.name!r} is not merged")
         if next(reversed(state.merged)) != self.name:
             raise ConfigError(f"unmerge {next(reversed(state.merged))!r} first: it was merged on top of {self.name!r}")
-        for path, name, original in state.merged.pop(self.name):
-            exchange(state.hosts[path], name, original)
-        set_route(self.model, state.route)
+        with unchanged_on_error(self.model):
+            for path, name, original in state.merged.pop(self.name):
+                exchange(state.hosts[path], name, original)
+            set_route(self.model, state.route)
 
     def _hooks_by_host(self) -> dict[str, list[tuple[Any, Any]]]:
         """Hooks of each host, innermost part first, as the forward pass applies them."""
@@ -226,13 +234,18 @@ class Tuning:
         """
         method, tensors = self.method.compact(self.placements)
         if method is not self.method:
-            route = self._state.route
-            self.detach()
-            attach(self.model, method, self.name)
-            for placement, own in zip(self.placements, tensors, strict=True):
-                for name, tensor in {**dict(placement.part.named_parameters()), **placement.part.frozen()}.items():
-                    tensor.copy_(own[name])
-            set_route(self.model, route)
+            with unchanged_on_error(self.model):
+                self._replace(method, tensors)
+
+    def _replace(self, method: Method, values: list[dict[str, Tensor]]) -> None:
+        """Another method in the place of this one, its parts with these values."""
+        route = self._state.route
+        self.detach()
+        attach(self.model, method, self.name)
+        for placement, own in zip(self.placements, values, strict=True):
+            for name, tensor in {**dict(placement.part.named_parameters()), **placement.part.frozen()}.items():
+                tensor.copy_(own[name])
+        set_route(self.model, route)
 
     # -- checks, reports, files -----------------------------------------------------------------------------
 

@@ -13,6 +13,7 @@ from mmpeft.methods.base import Method
 from mmpeft.parts.base import Placement
 from mmpeft.state import state_of
 from mmpeft.surgery import set_route
+from mmpeft.transaction import unchanged_on_error
 from mmpeft.tuning import Tuning
 
 
@@ -37,10 +38,11 @@ def borrow(model: nn.Module, source: str | Path | Tuning) -> Adapter:
     state = state_of(model)
     route = state.route if state else None
     random = torch.get_rng_state()
-    tuning = load(model, source, "borrowed")
-    found = Adapter(str(source), tuning.method, tuning.placements, tuning.state_dict())
-    tuning.detach()
-    torch.set_rng_state(random)
-    if state is not None:
-        set_route(model, route)
+    with unchanged_on_error(model):
+        tuning = load(model, source, "borrowed")
+        found = Adapter(str(source), tuning.method, tuning.placements, tuning.state_dict())
+        tuning.detach()
+        torch.set_rng_state(random)
+        if state is not None:
+            set_route(model, route)
     return found
