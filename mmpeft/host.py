@@ -19,10 +19,9 @@ from torch.autograd import Function
 
 from mmpeft.errors import Refused
 from mmpeft.few_bits import Product, packs, viewed
+from mmpeft.parts.base import CHILD as CHILD
 from mmpeft.parts.base import Call, Part
 from mmpeft.parts.statistics import MODE, Still
-
-CHILD = "mmpeft"
 
 
 @dataclass

@@ -98,8 +98,8 @@ def liveness(tuning: Tuning, batch: Any) -> Liveness:
         frozen = {n: p for n, p in model.named_parameters() if id(p) not in roles}
         before = {name: fingerprint(p) for name, p in frozen.items()}
         kept = buffer_prints(model)
-        optimizer = torch.optim.AdamW(trainable.values(), lr=1e-3, weight_decay=0.1)
-        for step in range(STEPS):
+        optimizer = torch.optim.AdamW([{"params": list(trainable.values())}], lr=1e-3, weight_decay=0.1)
+        for step in range(STEPS if trainable else 0):  # statistics alone have nothing to step
             optimizer.zero_grad()
             torch.autograd.backward(_loss(call(model, batch), seed=step))
             for name, parameter in trainable.items():

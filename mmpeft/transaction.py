@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import nn
 
+from mmpeft.parts.base import CHILD
 from mmpeft.parts.statistics import own_modules
 from mmpeft.state import STATE
 
@@ -17,15 +18,17 @@ TABLES = ("_parameters", "_buffers", "_modules")
 
 
 @contextmanager
-def unchanged_on_error(model: nn.Module) -> Iterator[None]:
+def unchanged_on_error(model: nn.Module, parts: bool = False) -> Iterator[None]:
     """Whatever is raised inside, `KeyboardInterrupt` included, leaves the model as it was before, and goes on.
 
     Put back are the base modules' classes, attributes, modes and tables (so which tensor stands where, and which parts
-    hang where), `requires_grad` of every tensor, and the state of all tunings with the route in use. Values are not
-    copied: tensors that were there before may be exchanged inside and must not be written to.
+    hang where), `requires_grad` of its tensors, and the state of all tunings with the route in use. Values are not
+    copied: tensors that were there before may be exchanged inside and must not be written to. What trains of the parts
+    that were there is put back with `parts` only: a model may have many, and few changes touch them.
     """
     modules = [_Kept(module) for _, module in own_modules(model)]
-    flags = [(tensor, tensor.requires_grad) for tensor in model.parameters()]
+    base = (p for kept in modules for p in kept.module._parameters.values() if p is not None)
+    flags = [(tensor, tensor.requires_grad) for tensor in (model.parameters() if parts else base)]
     states = [kept.own[STATE] for kept in modules if STATE in kept.own]
     values = [{f.name: _shallow(getattr(state, f.name)) for f in fields(state)} for state in states]
     try:
@@ -41,12 +44,15 @@ def unchanged_on_error(model: nn.Module) -> Iterator[None]:
 
 
 class _Kept:
-    """What one module was: its class, its attributes and its tables."""
+    """What one module was: its class, its attributes, its tables, and which tunings have parts under it."""
 
     def __init__(self, module: nn.Module) -> None:
         self.module, self.cls = module, type(module)
         self.own = dict(module.__dict__)
-        self.tables = [(self.own[name], dict(self.own[name])) for name in TABLES]
+        tables = [self.own[name] for name in TABLES]
+        under = module._modules.get(CHILD)
+        tables += [] if under is None else [under._modules]
+        self.tables = [(table, dict(table)) for table in tables]
 
     def put_back(self) -> None:
         own = self.module.__dict__

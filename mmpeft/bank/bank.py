@@ -279,5 +279,5 @@ class Bank(nn.Module):
         """
         from mmpeft.bank.files import load
 
-        with unchanged_on_error(model):
+        with unchanged_on_error(model, parts=True):
             return load(cls(model, extract), Path(folder))

@@ -19,7 +19,7 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as dump_tensors
 from torch import Tensor, nn
 
-from mmpeft.errors import AdapterFileError, ConfigError, MMPEFTError
+from mmpeft.errors import AdapterFileError, ConfigError
 from mmpeft.files import write_atomic
 from mmpeft.formats.content import parse_object
 from mmpeft.formats.fingerprint import Fingerprint
@@ -85,7 +85,7 @@ def load(model: nn.Module, folder: str | Path, name: str = "default", *, check_b
     try:
         method = from_spec(manifest["method"])
         expected = Fingerprint.read(manifest["base"])
-    except (MMPEFTError, TypeError, KeyError, ValueError, AttributeError, RecursionError) as error:
+    except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError) as error:
         made = manifest["libraries"].get("mmpeft", "?")
         raise AdapterFileError(f"{folder / MANIFEST} (written by mmpeft {made}): {error}") from error
     with unchanged_on_error(model):
@@ -107,7 +107,7 @@ def _attach(model: nn.Module, method: Method, name: str, what: str, made_for: st
         return attach(model, method, name)
     except AdapterFileError:
         raise
-    except (MMPEFTError, TypeError, AttributeError, OverflowError) as error:
+    except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError) as error:
         raise AdapterFileError(
             f"{what} was made for {made_for} and does not attach to {base_class(model)}: {error}"
         ) from error

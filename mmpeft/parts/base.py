@@ -11,6 +11,9 @@ from torch import Tensor, nn
 
 from mmpeft.errors import Refused
 
+CHILD = "mmpeft"
+"""The one child of a host, under which its parts hang."""
+
 HookKind = Literal["enter", "exit", "call", "read", "around"]
 Call = Callable[[nn.Module, Tensor], Tensor]
 

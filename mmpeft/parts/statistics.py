@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from mmpeft.errors import Refused
-from mmpeft.parts.base import Hook, Part, Placement
+from mmpeft.parts.base import CHILD, Hook, Part, Placement
 
 if TYPE_CHECKING:
     from mmpeft.host import Plan
@@ -43,14 +43,14 @@ def frozen_statistics(model: nn.Module) -> list[str]:
 def own_modules(
     module: nn.Module, path: str = "", seen: set[nn.Module] | None = None
 ) -> Iterator[tuple[str, nn.Module]]:
-    """As `named_modules`, without the parts and what is in them."""
+    """As `named_modules`, without the parts of tunings and what holds them."""
     seen = set() if seen is None else seen
-    if module in seen or isinstance(module, Part):
+    if module in seen:
         return
     seen.add(module)
     yield path, module
     for name, child in module._modules.items():
-        if child is not None:
+        if child is not None and name != CHILD:
             yield from own_modules(child, f"{path}.{name}" if path else name, seen)
 
 

@@ -235,6 +235,28 @@ def test_each_tuning_has_its_own_statistics() -> None:
     assert _same(model.state_dict(), plain.state_dict())
 
 
+def test_statistics_alone_are_a_tuning_like_any_other() -> None:
+    model = _made()
+    tuning = mmpeft.attach(model, mmpeft.BatchStatistics())
+    found = tuning.liveness(_x())
+    assert found.ok
+    assert not found.pulses
+    assert "BatchStatistics" in str(tuning.report())
+    assert tuning.method == mmpeft.methods.spec.from_spec(mmpeft.methods.spec.to_spec(tuning.method))
+    mmpeft.attach(model, mmpeft.BatchStatistics(), name="other")
+    with pytest.raises(Refused, match="cannot run together"):
+        mmpeft.use(model, mmpeft.Together(("default", "other")))
+
+
+def test_liveness_names_no_buffer_where_statistics_are_still_or_the_tunings() -> None:
+    for method in (LORA, mmpeft.Full(), mmpeft.LastBlocks()):
+        model = _made()
+        base = copy.deepcopy(model.state_dict())
+        tuning = mmpeft.attach(model, method)
+        assert not tuning.liveness(_x()).moved
+        assert all(torch.equal(tensor, base[name]) for name, tensor in model.state_dict().items() if name in base)
+
+
 def test_statistics_at_half_strength_and_their_soup() -> None:
     model = _made()
     for name, seed in (("a", 0), ("b", 1)):

@@ -218,7 +218,8 @@ def test_what_is_put_back_is_all_that_a_change_touches() -> None:
         tuning.detach()
         model.head = nn.Linear(8, 3)
         model.blocks[0].q._parameters["bias"] = nn.Parameter(torch.zeros(8))
-        model.eval().requires_grad_(True)
+        model.blocks[0].norm.eval()
+        model.blocks[0].requires_grad_(True)
         model.note = 1
         raise Stop
 
