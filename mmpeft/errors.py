@@ -30,6 +30,18 @@ class AdapterFileError(MMPEFTError):
     """An adapter file is partial, foreign, tampered with, or made for another base."""
 
 
+class MMPEFTWarning(UserWarning):
+    """Base of every warning this suite gives on purpose: nothing is wrong yet, and something soon may be."""
+
+
+class FreshHeadWarning(MMPEFTWarning):
+    """A head that was never trained stays frozen."""
+
+
+class MovedBuffersWarning(MMPEFTWarning):
+    """Buffers of the frozen base are no longer what they were."""
+
+
 def nearest(name: str, names: Iterable[str]) -> str:
     """Return `" Did you mean 'x'?"` for the closest known name, or an empty string."""
     known = {str(n).lower(): str(n) for n in names}

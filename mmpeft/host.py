@@ -20,13 +20,15 @@ from torch import Tensor, nn
 
 from mmpeft.errors import ConfigError, Refused
 from mmpeft.few_bits import Product, packs, viewed
+from mmpeft.modules import CHILD as CHILD
+from mmpeft.modules import module_at as module_at
 from mmpeft.running import RUNNING, Pinned, Planned, current, remember
+from mmpeft.still import MODE, Still
 
 if TYPE_CHECKING:
     from mmpeft.parts.base import Call, Part
     from mmpeft.state import State
 
-CHILD = "mmpeft"
 SEAT = "_mmpeft_seat"
 PATCHED = "_mmpeft_patched"
 """Where a host keeps a forward that somebody had put on the module itself before it became one."""
@@ -92,9 +94,9 @@ def _reduced(cls: TunedMeta) -> Any:
 copyreg.pickle(TunedMeta, _reduced)  # type: ignore[arg-type]
 
 
-def _forward(base: type) -> Callable[..., Any]:
+def _forward(base: Any, still: bool) -> Callable[..., Any]:
     """The forward of a host of class `base`, under the signature, name and doc of its own."""
-    own = Product.forward if packs(base) else base.forward  # type: ignore[attr-defined]
+    own: Any = Still.forward if still else Product.forward if packs(base) else base.forward
 
     def inner(self: Any, *args: Any, **kwargs: Any) -> Any:
         if self._mmpeft_patched is not None:
@@ -118,10 +120,10 @@ def _forward(base: type) -> Callable[..., Any]:
             return plan.call(self, *args)
         return run(self, plan, inner, args, kwargs)
 
-    if not isinstance(own, FunctionType):
+    if not isinstance(base.forward, FunctionType):
         return forward
-    found = wraps(own)(forward)
-    found.__signature__ = inspect.signature(own)  # type: ignore[attr-defined]
+    found = wraps(base.forward)(forward)
+    found.__signature__ = inspect.signature(base.forward)  # type: ignore[attr-defined]
     return found
 
 
@@ -215,13 +217,6 @@ def plan_of(host: nn.Module) -> Plan:
     return running.plans.get(seat.index, PLAIN)
 
 
-def module_at(model: nn.Module, path: str) -> nn.Module:
-    """`model.get_submodule(path)` through the modules' own tables: attaching asks for hundreds."""
-    for name in path.split(".") if path else ():
-        model = model._modules[name]  # type: ignore[assignment]
-    return model
-
-
 def base_value(module: nn.Module, name: str) -> Any:
     """The backbone's own value of an attribute, whatever parts read it; a packed weight in its true shape.
 
@@ -260,11 +255,12 @@ def _reader(name: str) -> property:
 @cache
 def tuned_class(base: type, reads: frozenset[str]) -> TunedMeta:
     """The subclass of `base` that hosts parts and lets them answer for the attributes `reads`."""
-    namespace: dict[str, Any] = {name: _reader(name) for name in reads}
-    namespace |= {"base": base, "reads": reads, "packed": packs(base), "forward": _forward(base)}
+    still = MODE in reads
+    namespace: dict[str, Any] = {name: _reader(name) for name in reads - {MODE}}
+    namespace |= {"base": base, "reads": reads, "packed": packs(base), "forward": _forward(base, still)}
     namespace |= {"__module__": base.__module__, "__doc__": base.__doc__, "__qualname__": base.__qualname__}
     namespace |= {PATCHED: None, "__prepare_scriptable__": _scriptable}
-    return _meta(type(base))(base.__name__, (base,), namespace)
+    return _meta(type(base))(base.__name__, (Still, base) if still else (base,), namespace)
 
 
 @cache

@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 from mmpeft.errors import SiteError
 from mmpeft.few_bits import dense
+from mmpeft.modules import own_modules
 
 if TYPE_CHECKING:
     from mmpeft.tuning import Tuning
@@ -42,7 +43,7 @@ class Liveness:
 
     pulses: list[Pulse]
     moved: list[str]
-    """Frozen tensors whose bits changed."""
+    """Frozen tensors and buffers of the base whose bits changed."""
 
     @property
     def dead(self) -> list[str]:
@@ -83,7 +84,8 @@ def liveness(tuning: Tuning, batch: Any) -> Liveness:
     """Two AdamW steps (with weight decay) on one batch; the model is left as it was.
 
     The loss is a fixed random projection of every floating output, in evaluation mode: stochastic depth may drop a
-    whole branch twice in a row. `batch` is a tensor, a tuple of arguments or a mapping of keyword arguments.
+    whole branch twice in a row. One more forward pass, in training mode, shows which buffers move then. `batch` is a
+    tensor, a tuple of arguments or a mapping of keyword arguments.
     """
     model = tuning.model
     trainable = dict(tuning.named_parameters())
@@ -94,16 +96,19 @@ def liveness(tuning: Tuning, batch: Any) -> Liveness:
     norms = dict.fromkeys(trainable, 0.0)
     with _untouched(model, list(trainable.values())), tuning.use(), torch.enable_grad():
         frozen = {n: p for n, p in model.named_parameters() if id(p) not in roles}
-        before = {name: _fingerprint(p) for name, p in frozen.items()}
-        optimizer = torch.optim.AdamW(trainable.values(), lr=1e-3, weight_decay=0.1)
-        for step in range(STEPS):
+        before = {name: fingerprint(p) for name, p in frozen.items()}
+        kept = buffer_prints(model)
+        optimizer = torch.optim.AdamW([{"params": list(trainable.values())}], lr=1e-3, weight_decay=0.1)
+        for step in range(STEPS if trainable else 0):  # statistics alone have nothing to step
             optimizer.zero_grad()
             torch.autograd.backward(_loss(call(model, batch), seed=step))
             for name, parameter in trainable.items():
                 if parameter.grad is not None:
                     norms[name] = max(norms[name], float(parameter.grad.norm()))
             optimizer.step()
-        moved = [name for name, p in frozen.items() if _fingerprint(p) != before[name]]
+        model.train()
+        call(model, batch)
+        moved = [name for name, p in frozen.items() if fingerprint(p) != before[name]] + moved_buffers(model, kept)
     pulses = [Pulse(roles[id(p)], name, norms[name]) for name, p in trainable.items() if id(p) in loud]
     return Liveness(pulses, moved)
 
@@ -134,19 +139,53 @@ def _loss(output: Any, seed: int) -> Tensor:
     return total
 
 
-def _fingerprint(tensor: Tensor) -> int:
+def fingerprint(tensor: Tensor) -> int:
     """A weighted sum of the tensor's words: changes with any single bit, costs no copy of the model."""
+    if tensor.is_meta:
+        return 0
     data = dense(tensor.detach()).contiguous().view(-1).view(torch.uint8)
     words = data.view(torch.int32) if len(data) % 4 == 0 else data
     return int((words * (torch.arange(len(words), device=data.device, dtype=torch.int64) % 1021 * 2 + 1)).sum())
 
 
+Prints = dict[str, tuple[object, int]]
+"""Buffer → what it is (type and shape) and a fingerprint of its values."""
+
+LARGE = 1 << 16
+"""Elements from which a buffer of whole numbers is a table that nothing moves, such as a mask or an index."""
+
+
+def buffer_prints(model: nn.Module) -> Prints:
+    """Fingerprints of the base's buffers that are part of its state dict; what it only caches may change."""
+    return {name: ((b.dtype, b.shape), fingerprint(b)) for name, b in _base_buffers(model)}
+
+
+def moved_buffers(model: nn.Module, before: Prints) -> list[str]:
+    """Buffers whose values are others than they were; what was cast, resized or removed since is left out."""
+    now = dict(_base_buffers(model))
+    same = {name: b for name, b in now.items() if name in before and (b.dtype, b.shape) == before[name][0]}
+    return [name for name, b in same.items() if fingerprint(b) != before[name][1]]
+
+
+def _base_buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    for path, module in own_modules(model):
+        for name, buffer in module._buffers.items():
+            if buffer is None or name in module._non_persistent_buffers_set:
+                continue
+            if buffer.is_floating_point() or buffer.is_complex() or buffer.numel() < LARGE:
+                yield f"{path}.{name}".lstrip("."), buffer
+
+
 @contextmanager
 def _untouched(model: nn.Module, trainable: list[nn.Parameter]) -> Iterator[None]:
-    """Evaluation mode inside; values, gradients, buffers, modes and random state come back on exit."""
+    """Evaluation mode inside; values, gradients, buffers, modes and random state come back on exit.
+
+    A buffer comes back as the object it was: some modules put another one in its place.
+    """
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     values = [(p, p.detach().clone(), p.grad) for p in trainable]
+    stores = [(module._buffers, dict(module._buffers)) for module in model.modules()]
     buffers = [(b, b.clone()) for b in model.buffers()]
     for parameter in trainable:
         parameter.grad = None
@@ -160,5 +199,7 @@ def _untouched(model: nn.Module, trainable: list[nn.Parameter]) -> Iterator[None
             for parameter, value, grad in values:
                 parameter.copy_(value)
                 parameter.grad = grad
+            for store, held in stores:
+                store.update(held)
             for buffer, value in buffers:
                 buffer.copy_(value)

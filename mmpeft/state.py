@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from mmpeft.controllers import Controllers
 from mmpeft.errors import ConfigError, nearest
+from mmpeft.liveness import Prints
 from mmpeft.methods.base import Method
 from mmpeft.parts.base import Placement
 from mmpeft.recompute import Recompute
@@ -41,6 +42,8 @@ class State:
     blocks: list[str] = field(default_factory=list)
     trained: dict[str, bool] = field(default_factory=dict)
     """requires_grad of every base tensor before the first tuning."""
+    buffers: Prints = field(default_factory=dict)
+    """What the base's buffers were before the first tuning."""
     merged: dict[str, list[tuple[str, str, Tensor | None]]] = field(default_factory=dict)
     """Originals `(host, attribute, tensor)` replaced by each merged tuning, in the order of merging."""
     controllers: dict[str, Controllers] = field(default_factory=dict)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
@@ -10,14 +11,18 @@ from torch import Tensor, nn
 from mmpeft.choice import use
 from mmpeft.controllers import Controllers
 from mmpeft.controllers.scores import Loss, default_loss
-from mmpeft.errors import ConfigError, DataError, Refused
+from mmpeft.errors import ConfigError, DataError, FreshHeadWarning, MovedBuffersWarning, Refused
+from mmpeft.fresh_head import fresh_head
 from mmpeft.host import CHILD, Seat, base_value, is_patched, make_host, module_at, unmake_host
+from mmpeft.liveness import buffer_prints, moved_buffers
 from mmpeft.methods.base import Method
 from mmpeft.parts.base import Placement
 from mmpeft.running import CHOICES, Choice, choose
-from mmpeft.sites import sites
+from mmpeft.sites import Site, sites
 from mmpeft.state import STATE, State, state_of, state_with
+from mmpeft.still import MODE, frozen_statistics
 from mmpeft.together import names_of
+from mmpeft.transaction import unchanged_on_error
 from mmpeft.wrappers import check_order, watch_replacements
 
 if TYPE_CHECKING:
@@ -32,15 +37,21 @@ def attach(
     data: Iterable[Any] | None = None,
     loss: Loss = default_loss,
     run: bool = True,
+    train_head: bool = False,
 ) -> Tuning:
     """Tune `model` by `method`: freeze the base and hang trainable parts under it; nothing else changes.
 
     A method that chooses by data what it trains (a Fisher mask) scores batches of `data` by `loss(model, batch)`
     first, by default the cross entropy of `(inputs, labels)` or the model's own loss of keyword arguments.
 
+    `train_head` also trains the sites of role `head`, unless the method does: `method + LinearProbe()`. A head that
+    looks as if nobody had trained it and that stays frozen gets a FreshHeadWarning.
+
     The model stays the same object, `isinstance` still holds and no state-dict key is renamed. Several
     tunings may live on one model under different names; the newest one is in use, unless `run` is False. While other
     threads run the model, `attach` waits for their passes.
+
+    After any exception, an interrupt included, the model is bit for bit what it was.
 
     Raises:
         SiteError: the model's class is unknown, or a selector matches nothing.
@@ -54,44 +65,59 @@ def attach(
             f"attach expects a method such as mmpeft.LoRA(rank=8), got {type(method).__name__}: {method!r}"
         )
     check_order(model)
-    state = state_of(model) or State()
+    if train_head and not method.trains_head:
+        from mmpeft.methods.selective.linear_probe import LinearProbe
+
+        method = method + LinearProbe()
+    with unchanged_on_error(model):
+        state = state_of(model) or State()
+        _check_name(state, name)
+        method = _resolved(model, state, method, data, loss)
+        available = sites(model)
+        placements = method.place(model, available)  # all checks happen here, before anything is changed
+        for placement in placements:
+            _check_home(model, placement)
+        why = fresh_head(model, available, method, placements)
+        if why:
+            warnings.warn(why, FreshHeadWarning, stacklevel=2)
+        controllers = Controllers(method.controllers(placements), _Replan(model))
+        with state.gate.alone(state):
+            if not state.placements:
+                _freeze(model, state, available)
+            state.methods[name], state.placements[name] = method, placements
+            state.controllers[name] = controllers
+            _install(model, state, name, placements)
+            if run:
+                state.default = Choice(state, name)
+                if state.key in CHOICES.get():  # inside a `with use(...)`, until its end
+                    choose(state, Choice(state, name))
+            state.replan()
+    return Tuning(model, name)
+
+
+def _check_name(state: State, name: str) -> None:
+    """Raise ConfigError for a name that no new tuning can have."""
     if not name.isidentifier() or hasattr(nn.ModuleDict, name):
         raise ConfigError(f"the name of a tuning must be a plain identifier, got {name!r}")
     if name in state.placements:
         raise ConfigError(f"a tuning named {name!r} is attached already; detach it or choose another name")
     if state.merged:
         raise ConfigError(f"tuning {next(iter(state.merged))!r} is merged into the base; unmerge it before attaching")
-    if not method.decided:
-        if method.needs_data and data is None:
-            raise DataError(
-                f"{type(method).__name__} chooses by data what trains: attach(model, method, data=loader), or attach "
-                "the plan that method.resolve(model, loader) gives"
-            )
-        if state.placements:
-            with use(model, None):  # scores are those of the plain backbone
-                method = method.resolve(model, data or (), loss)
-        else:
-            method = method.resolve(model, data or (), loss)
-    available = sites(model)
-    placements = method.place(model, available)  # all checks happen here, before anything is changed
-    for placement in placements:
-        _check_home(model, placement)
-    controllers = Controllers(method.controllers(placements), _Replan(model))
-    with state.gate.alone(state):
-        if not state.placements:
-            for parameter_name, parameter in base_parameters(model):
-                state.trained[parameter_name] = parameter.requires_grad
-                parameter.requires_grad_(False)
-            state.blocks = [site.path for site in available if site.role == "block"]
-        state.methods[name], state.placements[name] = method, placements
-        state.controllers[name] = controllers
-        _install(model, state, name, placements)
-        if run:
-            state.default = Choice(state, name)
-            if state.key in CHOICES.get():  # inside a `with use(...)`, until its end
-                choose(state, Choice(state, name))
-        state.replan()
-    return Tuning(model, name)
+
+
+def _resolved(model: nn.Module, state: State, method: Method, data: Iterable[Any] | None, loss: Loss) -> Method:
+    """The method with all decided that data decide, by scores of the plain backbone."""
+    if method.decided:
+        return method
+    if method.needs_data and data is None:
+        raise DataError(
+            f"{type(method).__name__} chooses by data what trains: attach(model, method, data=loader), or attach "
+            "the plan that method.resolve(model, loader) gives"
+        )
+    if not state.placements:
+        return method.resolve(model, data or (), loss)
+    with use(model, None):
+        return method.resolve(model, data or (), loss)
 
 
 def _check_home(model: nn.Module, placement: Placement) -> None:
@@ -115,6 +141,14 @@ def base_tensors(model: nn.Module) -> Iterable[tuple[str, Tensor]]:
         yield name, base_value(module_at(model, owner), own)
 
 
+def _freeze(model: nn.Module, state: State, available: Iterable[Site]) -> None:
+    for name, parameter in base_parameters(model):
+        state.trained[name] = parameter.requires_grad
+        parameter.requires_grad_(False)
+    state.buffers = buffer_prints(model)
+    state.blocks = [site.path for site in available if site.role == "block"]
+
+
 def _install(model: nn.Module, state: State, name: str, placements: list[Placement]) -> None:
     watch_replacements()
     model.__dict__[STATE] = state
@@ -127,6 +161,8 @@ def _install(model: nn.Module, state: State, name: str, placements: list[Placeme
                 names.add(hook.name)
             elif hook.kind == "call" and is_patched(state.hosts.get(hook.path) or module_at(model, hook.path)):
                 names.add("weight")  # whatever the patch does with it
+    for path in frozen_statistics(model):
+        reads.setdefault(path, set()).add(MODE)
     for path, names in reads.items():
         host(model, state, path, frozenset(names))
     for placement in placements:
@@ -156,6 +192,8 @@ def _child(module: nn.Module, name: str) -> nn.Module:
 def detach(model: nn.Module, name: str) -> None:
     """Remove a tuning: original classes, keys and requires_grad come back with the last one.
 
+    Warns by name of buffers of the base that have moved since: the model is then not what it was.
+
     Raises:
         Refused: another thread, task or generator is inside `with use(...)` of it.
         ConfigError: it is merged.
@@ -167,30 +205,45 @@ def detach(model: nn.Module, name: str) -> None:
     for choice in list(state.live):
         if choice.entered and choice is not own and name in names_of(choice.route):
             raise Refused(f"another thread, task or generator is inside `with use(...)` of {name!r}; leave it first")
-    with state.gate.alone(state):
-        del state.placements[name], state.methods[name], state.controllers[name]
-        for choice in list(state.live):
-            if name in names_of(choice.route):
-                choice.route = None
-        for host in state.hosts.values():
-            under = host._modules.get(CHILD)
-            if isinstance(under, nn.ModuleDict) and name in under:
-                del under[name]
-                if not under:
-                    del host._modules[CHILD]
-        if state.placements:
-            kept = {
-                path for ps in state.placements.values() for p in ps for path in (p.home, *(h.path for h in p.hooks))
-            }
-            for path in [p for p in state.hosts if p and p not in kept and p not in state.blocks]:
-                unmake_host(state.hosts.pop(path))
-            state.replan()
-            return
-        for host in state.hosts.values():
-            unmake_host(host)
-        for parameter_name, parameter in base_parameters(model):
-            parameter.requires_grad_(state.trained[parameter_name])
-        del model.__dict__[STATE]
+    with unchanged_on_error(model), state.gate.alone(state):
+        moved = _detach(model, state, name)
+    if moved:
+        warnings.warn(
+            f"{len(moved)} buffers of the base have moved since the first tuning was attached (first: {moved[:3]}), so "
+            f"the detached model is not what it was. {type(model).__name__} moves them itself in training mode: load "
+            "the base again, or keep those modules in evaluation mode",
+            MovedBuffersWarning,
+            stacklevel=2,
+        )
+
+
+def _detach(model: nn.Module, state: State, name: str) -> list[str]:
+    """As `detach`; gives the names of buffers that have moved."""
+    del state.placements[name], state.methods[name], state.controllers[name]
+    for choice in list(state.live):
+        if name in names_of(choice.route):
+            choice.route = None
+    for module in state.hosts.values():
+        under = module._modules.get(CHILD)
+        if isinstance(under, nn.ModuleDict) and name in under:
+            del under[name]
+            if not under:
+                del module._modules[CHILD]
+    if state.placements:
+        left = [p for placements in state.placements.values() for p in placements]
+        used = {path for p in left for path in (p.home, *(hook.path for hook in p.hooks))}
+        used.update(("", *state.blocks, *frozen_statistics(model)))
+        for path in [path for path in state.hosts if path not in used]:
+            unmake_host(state.hosts.pop(path))
+        state.replan()
+        return []
+    moved = moved_buffers(model, state.buffers)
+    for module in state.hosts.values():
+        unmake_host(module)
+    for parameter_name, parameter in base_parameters(model):
+        parameter.requires_grad_(state.trained[parameter_name])
+    del model.__dict__[STATE]
+    return moved
 
 
 class _Replan:

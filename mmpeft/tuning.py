@@ -23,6 +23,8 @@ from mmpeft.report import Report, report
 from mmpeft.sites import sites
 from mmpeft.state import State, state_of, state_with
 from mmpeft.surgery import attach, detach, host
+from mmpeft.transaction import unchanged_on_error
+from mmpeft.values import unfit
 
 if TYPE_CHECKING:
     from mmpeft.formats.exchange import Exported
@@ -110,8 +112,9 @@ class Tuning:
                 raise AdapterFileError(
                     f"{name}: expected shape {tuple(parameter.shape)}, got {tuple(tensors[name].shape)}"
                 )
-            if not torch.isfinite(tensors[name]).all():
-                raise AdapterFileError(f"{name} holds NaN or infinity; the adapter was saved from a diverged run")
+            why = unfit(tensors[name], parameter.dtype)
+            if why:
+                raise AdapterFileError(f"{name} {why}")
         with torch.no_grad():
             for name, parameter in own.items():
                 parameter.copy_(tensors[name])
@@ -163,6 +166,10 @@ class Tuning:
         Raises:
             Refused: a part is no change of base weights; nothing is changed then.
         """
+        with unchanged_on_error(self.model):
+            self._merge()
+
+    def _merge(self) -> None:
         state = self._state
         self._check_hosts()
         if self.name in state.merged:
@@ -206,7 +213,7 @@ class Tuning:
             raise ConfigError(f"tuning {self.name!r} is not merged")
         if next(reversed(state.merged)) != self.name:
             raise ConfigError(f"unmerge {next(reversed(state.merged))!r} first: it was merged on top of {self.name!r}")
-        with state.changing():
+        with unchanged_on_error(self.model), state.changing():
             for path, name, original in state.merged.pop(self.name):
                 exchange(state.hosts[path], name, original)
 
@@ -228,13 +235,8 @@ class Tuning:
         """
         method, tensors = self.method.compact(self.placements)
         if method is not self.method:
-            route = self._state.route
-            self.detach()
-            attach(self.model, method, self.name)
-            for placement, own in zip(self.placements, tensors, strict=True):
-                for name, tensor in {**dict(placement.part.named_parameters()), **placement.part.frozen()}.items():
-                    tensor.copy_(own[name])
-            use(self.model, route)
+            with unchanged_on_error(self.model):
+                self._replace(method, tensors)
 
     def _check_hosts(self) -> None:
         """Raise ConfigError for a host that is no longer part of the model: a block that was taken out."""
@@ -242,9 +244,19 @@ class Tuning:
         for placement in self.placements:
             if id(self._state.hosts[placement.home]) not in present:
                 raise ConfigError(
-                    f"{placement.home} hosts parts of {self.name!r} and is no longer part of the model, so that neither "
-                    "its file nor its merged weights would be whole: change the model before attach"
+                    f"{placement.home} hosts parts of {self.name!r} and is no longer part of the model, so that "
+                    "neither its file nor its merged weights would be whole: change the model before attach"
                 )
+
+    def _replace(self, method: Method, values: list[dict[str, Tensor]]) -> None:
+        """Another method in the place of this one, its parts with these values."""
+        route = self._state.route
+        self.detach()
+        attach(self.model, method, self.name)
+        for placement, own in zip(self.placements, values, strict=True):
+            for name, tensor in {**dict(placement.part.named_parameters()), **placement.part.frozen()}.items():
+                tensor.copy_(own[name])
+        use(self.model, route)
 
     # -- checks, reports, files -----------------------------------------------------------------------------
 

@@ -21,6 +21,7 @@ from mmpeft.state import state_of
 from mmpeft.surgery import attach
 from mmpeft.together import Entry as RouteEntry
 from mmpeft.together import Together, names_of
+from mmpeft.transaction import unchanged_on_error
 from mmpeft.tuning import Tuning
 
 Rows = RouteEntry | Sequence[RouteEntry]
@@ -91,11 +92,12 @@ class Bank(nn.Module):
             raise ConfigError(f"the bank has an entry {name!r} already; remove() it or choose another name")
         if not name.isidentifier() or hasattr(nn.ModuleDict, name):
             raise ConfigError(f"the name of an entry must be a plain identifier, got {name!r}")
-        if method is not None:
-            method = attach(self.model, method, name, run=False, **options).method
-        entry = Entry(method, head)
-        entry.to(next(self.model.parameters()).device)
-        self.entries[name] = entry
+        with unchanged_on_error(self):
+            if method is not None:
+                method = attach(self.model, method, name, run=False, **options).method
+            entry = Entry(method, head)
+            entry.to(next(self.model.parameters()).device)
+            self.entries[name] = entry
         return entry
 
     def remove(self, name: str) -> None:
@@ -231,9 +233,10 @@ class Bank(nn.Module):
         return summed([self.tuning(name).placements for name in names], [float(w) for w in weights])
 
     def _written(self, name: str, method: Method, tensors: dict[str, Tensor]) -> Entry:
-        entry = self.add_task(name, method)
-        fill(self.tuning(name).placements, tensors)
-        self.freeze(name)
+        with unchanged_on_error(self):
+            entry = self.add_task(name, method)
+            fill(self.tuning(name).placements, tensors)
+            self.freeze(name)
         return entry
 
     def fold(self, names: Sequence[str], weights: Sequence[float] | None = None, into: str = "folded") -> Entry:
@@ -247,9 +250,10 @@ class Bank(nn.Module):
         method, tensors = self._summed(names, [1.0] * len(names) if weights is None else weights)
         if into in self and into not in names:
             raise ConfigError(f"the bank has an entry {into!r} already, which is not among those folded")
-        for name in names:
-            self.remove(name)
-        return self._written(into, method, tensors)
+        with unchanged_on_error(self):
+            for name in names:
+                self.remove(name)
+            return self._written(into, method, tensors)
 
     # -- files ----------------------------------------------------------------------------------------------
 
@@ -272,4 +276,5 @@ class Bank(nn.Module):
         """
         from mmpeft.bank.files import load
 
-        return load(cls(model, extract), Path(folder))
+        with unchanged_on_error(model, parts=True):
+            return load(cls(model, extract), Path(folder))

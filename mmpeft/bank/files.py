@@ -19,10 +19,13 @@ from mmpeft.bank.entry import Entry
 from mmpeft.bank.heads import head_from
 from mmpeft.errors import AdapterFileError, ConfigError, MMPEFTError
 from mmpeft.files import write_atomic
+from mmpeft.formats.content import parse_object
 from mmpeft.formats.fingerprint import Fingerprint
 from mmpeft.formats.native import base_class, library_versions, read_tensors
 from mmpeft.methods.spec import from_spec, to_spec
 from mmpeft.state import state_of
+from mmpeft.transaction import unchanged_on_error
+from mmpeft.values import unfit
 
 if TYPE_CHECKING:
     from mmpeft.bank.bank import Bank
@@ -84,21 +87,15 @@ def _facts(bank: Bank, name: str) -> dict[str, Any]:
 def load(bank: Bank, folder: Path) -> Bank:
     """Fill an empty bank; the model is left as it was if anything is wrong."""
     manifest = _manifest(folder)
-    try:
-        for facts in manifest["entries"]:
-            _add(bank, folder, facts, manifest["base"]["class"])
-    except (KeyError, TypeError) as error:
-        _empty(bank)
-        raise AdapterFileError(f"{folder / MANIFEST} is only a part of a manifest: {error!r}") from error
-    except MMPEFTError:
-        _empty(bank)
-        raise
+    with unchanged_on_error(bank):
+        try:
+            for facts in manifest["entries"]:
+                _add(bank, folder, facts, manifest["base"]["class"])
+        except MMPEFTError:
+            raise
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise AdapterFileError(f"{folder / MANIFEST} is only a part of a manifest: {error!r}") from error
     return bank
-
-
-def _empty(bank: Bank) -> None:
-    for name in bank.ids:
-        bank.remove(name)
 
 
 def _add(bank: Bank, folder: Path, facts: dict[str, Any], made_for: str) -> None:
@@ -132,8 +129,9 @@ def _add(bank: Bank, folder: Path, facts: dict[str, Any], made_for: str) -> None
 
 def _restore(entry: Entry, tensors: dict[str, Tensor], facts: dict[str, Any], device: torch.device) -> None:
     for key, tensor in _below(tensors, "entry.learned.").items():
-        if not torch.isfinite(tensor).all():
-            raise AdapterFileError(f"{key} of entry {facts['id']!r} holds NaN or infinity")
+        why = unfit(tensor, tensor.dtype)
+        if why:
+            raise AdapterFileError(f"{key} of entry {facts['id']!r} {why}")
         entry.learned[key] = nn.Parameter(tensor.to(device))
     entry.state = {key: tensor.to(device) for key, tensor in _below(tensors, "state.").items()}
     entry.frozen, entry.meta = bool(facts["frozen"]), dict(facts["meta"])
@@ -148,13 +146,15 @@ def _manifest(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         raise AdapterFileError(f"no {MANIFEST} in {folder}: not the folder of a bank")
     try:
-        manifest: dict[str, Any] = json.loads(path.read_text("utf-8"))
+        manifest = parse_object(path.read_text("utf-8"))
         if manifest["format"] != FORMAT:
             raise AdapterFileError(f"{path}: expected format {FORMAT!r}, got {manifest['format']!r}")
         if manifest["version"] > VERSION:
             raise AdapterFileError(
                 f"{path} has version {manifest['version']}, this mmpeft reads up to {VERSION}; update mmpeft"
             )
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+    except AdapterFileError:
+        raise
+    except (ValueError, KeyError, TypeError, OSError, RecursionError) as error:
         raise AdapterFileError(f"{path} is not a manifest of a bank, or only a part of one: {error!r}") from error
     return manifest

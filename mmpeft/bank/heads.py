@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmpeft.errors import AdapterFileError, ConfigError, DataError, nearest
+from mmpeft.values import unfit
 
 LAMBDAS = tuple(10.0**power for power in range(-8, 9))
 
@@ -174,8 +175,10 @@ def head_from(spec: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Head:
         options = {key: value for key, value in spec.items() if key != "kind"}
         head = HEADS[kind](labels=tensors["labels"].tolist(), **options)
         head.load_state_dict(dict(tensors))
-    except (KeyError, TypeError, RuntimeError) as error:
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise AdapterFileError(f"the tensors of a {kind} do not fit it: {error}") from error
-    if not all(torch.isfinite(tensor).all() for tensor in tensors.values() if tensor.is_floating_point()):
-        raise AdapterFileError(f"a {kind} holds NaN or infinity; it was saved from a diverged run")
+    for name, own in head.state_dict().items():
+        why = unfit(tensors[name], own.dtype)
+        if why:
+            raise AdapterFileError(f"{name} of a {kind} {why}")
     return head

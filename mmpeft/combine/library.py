@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from mmpeft.formats.native import load
 from mmpeft.methods.base import Method
 from mmpeft.parts.base import Placement
+from mmpeft.transaction import unchanged_on_error
 from mmpeft.tuning import Tuning
 
 
@@ -33,8 +34,9 @@ def borrow(model: nn.Module, source: str | Path | Tuning) -> Adapter:
     if isinstance(source, Tuning):
         return Adapter(source.name, source.method, source.placements, source.state_dict())
     random = torch.get_rng_state()
-    tuning = load(model, source, "borrowed", run=False)
-    found = Adapter(str(source), tuning.method, tuning.placements, tuning.state_dict())
-    tuning.detach()
-    torch.set_rng_state(random)
+    with unchanged_on_error(model):
+        tuning = load(model, source, "borrowed", run=False)
+        found = Adapter(str(source), tuning.method, tuning.placements, tuning.state_dict())
+        tuning.detach()
+        torch.set_rng_state(random)
     return found

@@ -22,6 +22,7 @@ from mmpeft.parts.base import Placement
 from mmpeft.sites import sites
 from mmpeft.state import state_of
 from mmpeft.surgery import attach
+from mmpeft.transaction import unchanged_on_error
 from mmpeft.tuning import Tuning
 
 ALIKE = 0.1
@@ -64,8 +65,9 @@ def soup(
             "average is then usually worse than each; train them from one seed, or one saved start",
             stacklevel=2,
         )
-    tuning = attach(model, first.method, name)
-    tuning.load_state_dict(average([adapter.tensors for adapter in found], shares))
+    with unchanged_on_error(model):
+        tuning = attach(model, first.method, name)
+        tuning.load_state_dict(average([adapter.tensors for adapter in found], shares))
     return tuning
 
 

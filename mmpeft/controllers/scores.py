@@ -141,7 +141,7 @@ def summed(tensor: Tensor) -> Tensor:
 
 @contextmanager
 def scoring(model: nn.Module, tensors: Iterable[Tensor]) -> Iterator[None]:
-    """Evaluation mode, and gradients for these tensors alone; modes, flags and random state come back on exit."""
+    """Evaluation mode, and gradients for these tensors alone; modes, flags, `.grad` and random state come back."""
     tensors = list(tensors)
     packed = sum(isinstance(tensor, FewBits) for tensor in tensors)
     if packed:
@@ -150,11 +150,12 @@ def scoring(model: nn.Module, tensors: Iterable[Tensor]) -> Iterator[None]:
             "with `at`, or choose by what needs none (random, magnitude)"
         )
     modes = [(module, module.training) for module in model.modules()]
-    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    flags = [(parameter, parameter.requires_grad, parameter.grad) for parameter in model.parameters()]
     try:
         model.eval()
-        for parameter, _ in flags:
+        for parameter, _, _ in flags:
             parameter.requires_grad_(False)
+            parameter.grad = None
         for tensor in tensors:
             tensor.requires_grad_(True)
         with torch.random.fork_rng(), torch.enable_grad():
@@ -162,8 +163,9 @@ def scoring(model: nn.Module, tensors: Iterable[Tensor]) -> Iterator[None]:
     finally:
         for module, training in modes:
             module.training = training
-        for parameter, flag in flags:
+        for parameter, flag, grad in flags:
             parameter.requires_grad_(flag)
+            parameter.grad = grad
 
 
 def dense_change(

@@ -22,6 +22,7 @@ from mmpeft.parts import Delta, Mask, Rescale
 from mmpeft.parts.base import Placement
 from mmpeft.sites import Site, sites
 from mmpeft.surgery import attach
+from mmpeft.transaction import unchanged_on_error
 from mmpeft.tuning import Tuning
 
 
@@ -133,36 +134,38 @@ def attach_content(model: nn.Module, content: Content, name: str, where: object)
     Raises:
         AdapterFileError: a tensor has no place in the model. The model is left as it was.
     """
-    pieces = fit_layers(model, content.layers, where)
-    vectors = _fit_scalings(model, content.scalings, where)
-    tensors = _fit_whole(model, content.whole, where)
-    _check_complete(model, content, where)
-    methods: list[Method] = [method_for(model, pieces, content.dropout)] if pieces else []
-    tokens: dict[str, Tensor] = {}
-    if content.learned is not None:
-        method, tokens = peft_prompts.method_for(model, content.learned, where)
-        methods.append(method)
-    available = [site for site in sites(model) if site.kind != "param"]
-    if vectors:
-        methods.append(IA3(at=selector([site for site, _ in vectors], available)))
-    if tensors:
-        methods.append(Full(at="|".join(f"param & path={path}" for path in tensors)))
-    if not methods:
-        raise AdapterFileError(f"{where} holds no layer")
-    try:
-        tuning = attach(model, methods[0] if len(methods) == 1 else Union(methods), name)
-    except (SiteError, Refused) as error:
-        raise AdapterFileError(f"{where} does not attach to {type(model).__name__}: {error}") from error
-    set_pieces(tuning.placements, pieces)
-    peft_prompts.fill(tuning.placements, tokens)
-    by_rows = {(site.path, site.rows): gamma for site, gamma in vectors}
-    for placement in tuning.placements:
-        part, path = placement.part, placement.home
-        if isinstance(part, Rescale):
-            part.gamma.copy_(by_rows[path, part.rows] if part.side == "output" else by_rows[path, None])
-        elif isinstance(part, Mask):
-            part.value.copy_(tensors[f"{path}.{placement.hooks[0].name}".lstrip(".")])
-    return tuning
+    content.check(where)
+    with unchanged_on_error(model):
+        pieces = fit_layers(model, content.layers, where)
+        vectors = _fit_scalings(model, content.scalings, where)
+        tensors = _fit_whole(model, content.whole, where)
+        _check_complete(model, content, where)
+        methods: list[Method] = [method_for(model, pieces, content.dropout)] if pieces else []
+        tokens: dict[str, Tensor] = {}
+        if content.learned is not None:
+            method, tokens = peft_prompts.method_for(model, content.learned, where)
+            methods.append(method)
+        available = [site for site in sites(model) if site.kind != "param"]
+        if vectors:
+            methods.append(IA3(at=selector([site for site, _ in vectors], available)))
+        if tensors:
+            methods.append(Full(at="|".join(f"param & path={path}" for path in tensors)))
+        if not methods:
+            raise AdapterFileError(f"{where} holds no layer")
+        try:
+            tuning = attach(model, methods[0] if len(methods) == 1 else Union(methods), name)
+        except (SiteError, Refused) as error:
+            raise AdapterFileError(f"{where} does not attach to {type(model).__name__}: {error}") from error
+        set_pieces(tuning.placements, pieces)
+        peft_prompts.fill(tuning.placements, tokens)
+        by_rows = {(site.path, site.rows): gamma for site, gamma in vectors}
+        for placement in tuning.placements:
+            part, path = placement.part, placement.home
+            if isinstance(part, Rescale):
+                part.gamma.copy_(by_rows[path, part.rows] if part.side == "output" else by_rows[path, None])
+            elif isinstance(part, Mask):
+                part.value.copy_(tensors[f"{path}.{placement.hooks[0].name}".lstrip(".")])
+        return tuning
 
 
 def _check_complete(model: nn.Module, content: Content, where: object) -> None:

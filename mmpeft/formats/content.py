@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -14,6 +15,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from mmpeft.errors import AdapterFileError
+from mmpeft.values import finite, unfit
 
 PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 
@@ -107,6 +109,19 @@ class Content:
         names |= {self.learned.kind} if self.learned else set()
         return "+".join(sorted(names)) or "none"
 
+    def check(self, where: object) -> None:
+        """Raise AdapterFileError for what reading has made infinite: products of factors, scales of their alpha."""
+        found: dict[str, Tensor] = {}
+        for layer in self.layers:
+            if not finite(layer.scale):
+                raise AdapterFileError(f"{where}: {layer.path} has the scale {layer.scale} (alpha {layer.alpha})")
+            halves = {"down": layer.down, "up": layer.up, "magnitude": layer.magnitude}
+            found.update({f"{layer.path}.{name}": t for name, t in halves.items() if t is not None})
+        found.update({scaling.path: scaling.gamma for scaling in self.scalings})
+        found.update({f"{path}.{name}": t for path, own in self.whole.items() for name, t in own.items()})
+        found.update({self.learned.kind: self.learned.tensor} if self.learned else {})
+        check_values(found, where)
+
     @property
     def components(self) -> dict[str, int]:
         """How many layers each model of a pipeline has here; the empty name where a file names none."""
@@ -142,10 +157,20 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         ) from error
     if not tensors:
         raise AdapterFileError(f"{path} holds no tensor")
-    for key, tensor in tensors.items():
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            raise AdapterFileError(f"{path}: {key} holds NaN or infinity; the adapter was saved from a diverged run")
+    check_values(tensors, path)
     return tensors, metadata
+
+
+def check_values(tensors: Mapping[str, Tensor], where: object) -> None:
+    """Raise AdapterFileError for the first tensor whose values no adapter can have.
+
+    What one number says (alpha) may be written as a whole number; everything else is trained, in at least 32 bits.
+    """
+    for key, tensor in tensors.items():
+        whole = tensor.numel() == 1 and not tensor.is_floating_point() and tensor.dtype != torch.bool
+        why = unfit(tensor, torch.int64 if whole else torch.float32)
+        if why:
+            raise AdapterFileError(f"{where}: {key} {why}")
 
 
 def dump_tensors(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
@@ -166,15 +191,23 @@ def read_json(path: Path) -> dict[str, Any]:
     """
     try:
         return parse_object(path.read_text("utf-8"))
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise AdapterFileError(f"{path} is no JSON object, or only a part of one: {error}") from error
 
 
 def parse_object(text: str) -> dict[str, Any]:
-    """A JSON object from text. Raises ValueError."""
-    value = json.loads(text)
+    """A JSON object from text, every number in it finite. Raises ValueError, or RecursionError for a bottomless one."""
+    value = json.loads(text, parse_constant=_number, parse_float=_number)
     if not isinstance(value, dict):
         raise ValueError(f"expected an object, got {type(value).__name__}")
+    return value
+
+
+def _number(text: str) -> float:
+    """A number as JSON writes one; Python would also read NaN, Infinity and 1e999."""
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{text} is no finite number")
     return value
 
 

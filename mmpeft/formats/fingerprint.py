@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mmpeft.errors import AdapterFileError
 from mmpeft.few_bits import FewBits, dense
 from mmpeft.parts.base import Placement
 from mmpeft.parts.mask import Mask
@@ -62,9 +63,20 @@ class Fingerprint:
 
     @classmethod
     def read(cls, facts: Any) -> Fingerprint:
-        """From a manifest; what an older one lacks is empty."""
+        """From a manifest; what an older one lacks is empty.
+
+        Raises:
+            AdapterFileError: no text, or a sketch that is no whole numbers.
+        """
         facts = {"fingerprint": facts} if isinstance(facts, str) else facts
-        return cls(facts["fingerprint"], facts.get("layout", ""), facts.get("sketch", ""))
+        try:
+            found = cls(facts["fingerprint"], facts.get("layout", ""), facts.get("sketch", ""))
+            if not all(isinstance(text, str) for text in (found.digest, found.layout, found.sketch)):
+                raise TypeError(f"expected text, got {found}")
+            _numbers(found.sketch)
+        except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+            raise AdapterFileError(f"the base's fingerprint is damaged: {error!r}") from error
+        return found
 
     def facts(self) -> dict[str, str]:
         """For a manifest."""
@@ -108,5 +120,5 @@ def _packed() -> Tensor:
 
 
 def _numbers(sketch: str) -> Tensor:
-    raw = bytearray(base64.b64decode(sketch))
+    raw = bytearray(base64.b64decode(sketch, validate=True))
     return torch.frombuffer(raw, dtype=torch.int16).view(-1, 3).int() if raw else torch.empty(0, 3, dtype=torch.int32)

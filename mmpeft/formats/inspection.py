@@ -9,7 +9,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from mmpeft.errors import AdapterFileError
+from mmpeft.errors import AdapterFileError, MMPEFTError
 from mmpeft.formats import diffusers, lycoris, native, peft
 from mmpeft.formats.content import PICKLED, Content, read_json, read_tensors
 from mmpeft.formats.low_rank import tunable_sites
@@ -44,9 +44,20 @@ def read(path: str | Path) -> Content:
     """The content of a PEFT folder or a single LoRA file, whichever is there.
 
     Raises:
-        AdapterFileError: nothing readable; the message says what is there instead.
+        AdapterFileError: nothing readable, or values that no adapter has; the message says what is there instead.
     """
     path = Path(path)
+    try:
+        content = _read(path)
+    except MMPEFTError:
+        raise
+    except Exception as error:  # whatever a damaged config or a strange shape leads to: the file is at fault
+        raise AdapterFileError(f"{path} is no adapter as its format has it: {error!r}") from error
+    content.check(path)
+    return content
+
+
+def _read(path: Path) -> Content:
     if path.is_file():
         beside = path.name == peft.WEIGHTS and (path.parent / peft.CONFIG).exists()
         return _read_folder(path.parent) if beside or path.name == peft.CONFIG else diffusers.read_file(path)

@@ -19,16 +19,21 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as dump_tensors
 from torch import Tensor, nn
 
-from mmpeft.errors import AdapterFileError, ConfigError, MMPEFTError
+from mmpeft.errors import AdapterFileError, ConfigError
 from mmpeft.files import write_atomic
+from mmpeft.formats.content import parse_object
 from mmpeft.formats.fingerprint import Fingerprint
 from mmpeft.host import original_class
+from mmpeft.methods.base import Method
 from mmpeft.methods.spec import from_spec, to_spec
 from mmpeft.surgery import attach
+from mmpeft.transaction import unchanged_on_error
 from mmpeft.tuning import Tuning
 
 FORMAT, VERSION = "mmpeft", 1
 MANIFEST = "adapter.json"
+SECTIONS = (("base", "class"), ("base", "fingerprint"), ("tensors", "file"), ("tensors", "sha256"))
+"""What of a manifest must be text."""
 LIBRARIES = ("mmpeft", "torch", "timm", "open_clip_torch", "diffusers", "transformers")
 
 
@@ -83,31 +88,33 @@ def load(
     tensors = read_tensors(folder, manifest["tensors"], MANIFEST)
     try:
         method = from_spec(manifest["method"])
-    except (ConfigError, TypeError, KeyError) as error:
-        made = manifest.get("libraries", {}).get("mmpeft", "?")
+        expected = Fingerprint.read(manifest["base"])
+    except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError) as error:
+        made = manifest["libraries"].get("mmpeft", "?")
         raise AdapterFileError(f"{folder / MANIFEST} (written by mmpeft {made}): {error}") from error
-    try:
-        tuning = attach(model, method, name, run=run)
-    except AdapterFileError:
-        raise
-    except MMPEFTError as error:
-        raise AdapterFileError(
-            f"the adapter in {folder} was made for {manifest['base']['class']} and does not attach to "
-            f"{base_class(model)}: {error}"
-        ) from error
-    try:
+    with unchanged_on_error(model):
+        tuning = _attach(model, method, name, f"the adapter in {folder}", manifest["base"]["class"], run)
         own = Fingerprint.of(model, tuning.placements) if check_base else None
-        if own and not own.fits(Fingerprint.read(manifest["base"])):
+        if own and not own.fits(expected):
             raise AdapterFileError(
                 f"the adapter in {folder} was made for another base: expected {manifest['base']['class']} "
-                f"{manifest['base']['fingerprint']}, this model is {base_class(model)} {own.digest}. Load the base it "
+                f"{expected.digest}, this model is {base_class(model)} {own.digest}. Load the base it "
                 "was trained on; in Python, check_base=False takes this one if the weights are meant to differ"
             )
         tuning.load_state_dict(tensors)
-    except AdapterFileError:
-        tuning.detach()
-        raise
     return tuning
+
+
+def _attach(model: nn.Module, method: Method, name: str, what: str, made_for: str, run: bool) -> Tuning:
+    """`attach`, whose refusals are the file's fault; so is what a field of another type leads to."""
+    try:
+        return attach(model, method, name, run=run)
+    except AdapterFileError:
+        raise
+    except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError) as error:
+        raise AdapterFileError(
+            f"{what} was made for {made_for} and does not attach to {base_class(model)}: {error}"
+        ) from error
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -130,18 +137,22 @@ def read_manifest(folder: Path) -> dict[str, Any]:
                 what += "; pickled files are never read, because unpickling runs code"
         raise AdapterFileError(f"no {MANIFEST} in {folder}: {what}")
     try:
-        manifest = json.loads(path.read_text("utf-8"))
+        manifest = parse_object(path.read_text("utf-8"))
         if manifest["format"] != FORMAT:
             raise AdapterFileError(f"{path}: expected format {FORMAT!r}, got {manifest['format']!r}")
         if manifest["version"] > VERSION:
             raise AdapterFileError(
                 f"{path} has version {manifest['version']}, this mmpeft reads up to {VERSION}; update mmpeft"
             )
-        for section, key in (("base", "fingerprint"), ("tensors", "file"), ("tensors", "sha256")):
-            manifest[section][key]
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+        for section, key in SECTIONS:
+            if not isinstance(manifest[section][key], str):
+                raise TypeError(f"{section}.{key} is {manifest[section][key]!r}")
+        manifest["libraries"] = dict(manifest.get("libraries") or {})
+    except AdapterFileError:
+        raise
+    except (ValueError, KeyError, TypeError, OSError, RecursionError) as error:
         raise AdapterFileError(f"{path} is not a manifest of this suite, or only a part of one: {error!r}") from error
-    return manifest  # type: ignore[no-any-return]
+    return manifest
 
 
 def read_tensors(folder: Path, entry: Mapping[str, Any], manifest: str) -> dict[str, Tensor]:
@@ -166,7 +177,7 @@ def read_tensors(folder: Path, entry: Mapping[str, Any], manifest: str) -> dict[
         )
     try:
         return load_tensors(data)
-    except (SafetensorError, ValueError) as error:
+    except (SafetensorError, ValueError, KeyError, TypeError) as error:
         raise AdapterFileError(f"{path} is no safetensors file: {error}") from error
 
 

@@ -8,13 +8,14 @@ from typing import Any
 
 from mmpeft.methods.base import METHODS, Method, list_methods
 from mmpeft.methods.compose import Frozen, Restricted, Union
+from mmpeft.methods.shared.statistics import BatchStatistics
 
 for _folder in ("additive", "selective", "reparameterized", "hybrid", "efficient"):
     _package = import_module(f"mmpeft.methods.{_folder}")
     for _module in iter_modules(_package.__path__):
         import_module(f"{_package.__name__}.{_module.name}")
 
-__all__ = ["METHODS", "Frozen", "Method", "Restricted", "Union", "list_methods", *METHODS]
+__all__ = ["METHODS", "BatchStatistics", "Frozen", "Method", "Restricted", "Union", "list_methods", *METHODS]
 
 
 def __getattr__(name: str) -> Any:

@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 from fnmatch import fnmatch
+from functools import wraps
 from typing import Any, ClassVar, Literal, TypeVar
 
 from torch import Tensor, nn
@@ -15,6 +16,7 @@ from mmpeft.controllers.scores import Loss, default_loss
 from mmpeft.errors import ConfigError, Refused, nearest
 from mmpeft.functional.rows import count_rows
 from mmpeft.host import base_value, module_at
+from mmpeft.methods.fields import check_fields
 from mmpeft.parts.base import Placement
 from mmpeft.selector import select
 from mmpeft.sites import Kind, Selector, Site
@@ -75,6 +77,22 @@ class Method(ABC):
     """A recipe: given a model and its sites, which parts go where."""
 
     info: ClassVar[MethodInfo]
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        """Checks of a class's own come after that of its fields' types, which they may rely on."""
+        super().__init_subclass__(**options)
+        own = cls.__dict__.get("__post_init__")
+        if own is not None:
+
+            @wraps(own)
+            def checked(self: Method) -> None:
+                check_fields(self)
+                own(self)
+
+            cls.__post_init__ = checked  # type: ignore[method-assign]
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
     @abstractmethod
     def place(self, model: nn.Module, available: list[Site]) -> list[Placement]:

@@ -15,6 +15,7 @@ from mmpeft.functional.rows import Rows
 from mmpeft.methods.base import Method, MethodInfo
 from mmpeft.parts.base import Hook, Placement
 from mmpeft.parts.mask import Mask
+from mmpeft.parts.statistics import Statistics
 from mmpeft.selector import select
 from mmpeft.sites import Selector, Site
 
@@ -58,6 +59,10 @@ class Union(Method):
         owners: dict[tuple[Hook, Rows | None], str] = {}
         for number, method in enumerate(self.methods):
             for p in method.place(model, available):
+                if isinstance(p.part, Statistics):  # the data move them, whichever methods ask for it
+                    if (p.hooks[0], None) in owners:
+                        continue
+                    owners[p.hooks[0], None] = type(method).__name__
                 if isinstance(p.part, Mask):
                     tensor = (p.hooks[0], p.part.rows)
                     if tensor in owners:

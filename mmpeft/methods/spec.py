@@ -10,6 +10,7 @@ from mmpeft.errors import ConfigError, nearest
 from mmpeft.methods.base import METHODS, Method
 from mmpeft.methods.compose import Frozen, Restricted, Union
 from mmpeft.methods.gated import Gated
+from mmpeft.methods.shared.statistics import BatchStatistics
 
 
 def to_spec(method: Method) -> dict[str, Any]:
@@ -42,7 +43,8 @@ def from_spec(spec: Mapping[str, Any]) -> Method:
     Raises:
         ConfigError: an unknown method or field.
     """
-    classes: dict[str, type[Method]] = {**METHODS, **{c.__name__: c for c in (Frozen, Union, Restricted, Gated)}}
+    unlisted = (Frozen, Union, Restricted, Gated, BatchStatistics)
+    classes: dict[str, type[Method]] = {**METHODS, **{c.__name__: c for c in unlisted}}
     name = spec.get("name")
     if not isinstance(name, str) or name not in classes:
         raise ConfigError(f"unknown method {name!r}; known: {', '.join(sorted(classes))}.{nearest(str(name), classes)}")

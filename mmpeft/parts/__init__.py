@@ -11,6 +11,7 @@ from mmpeft.parts.prompt import Prompt, PromptLayer
 from mmpeft.parts.rescale import Rescale
 from mmpeft.parts.shared import Shared, View
 from mmpeft.parts.sparse import Sparse
+from mmpeft.parts.statistics import Statistics
 
 __all__ = [
     "Branch",
@@ -35,5 +36,6 @@ __all__ = [
     "Rescale",
     "Shared",
     "Sparse",
+    "Statistics",
     "View",
 ]

@@ -38,7 +38,9 @@ class Scaled(Part):
         return tuned * self.strength if base is None else self._between(base, tuned)
 
     def _between(self, without: Tensor, tuned: Tensor) -> Tensor:
-        return tuned if tuned is without else torch.lerp(without, tuned, self.strength)
+        if tuned is without or not tuned.is_floating_point():  # a count of batches has no middle
+            return tuned
+        return torch.lerp(without, tuned, self.strength)
 
     @staticmethod
     def at(hook: Hook) -> Hook:

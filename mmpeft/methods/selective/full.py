@@ -8,14 +8,17 @@ from dataclasses import dataclass
 from torch import nn
 
 from mmpeft.methods.base import register
-from mmpeft.methods.shared.tensors import TensorMethod
+from mmpeft.methods.shared.statistics import WholeModules
 from mmpeft.sites import Site
 
 
 @register("", "selective", mergeable=True, trains_head=True)
 @dataclass(frozen=True)
-class Full(TensorMethod):
-    """Every tensor trains. The base is kept beside the trained copy, so that it can be switched off or detached."""
+class Full(WholeModules):
+    """Every tensor trains, and running statistics follow the data.
+
+    The base is kept beside the trained copy, so that it can be switched off or detached.
+    """
 
     def tensors(self, model: nn.Module, available: list[Site]) -> Iterable[Site]:
         return (site for site in available if site.role == "param")

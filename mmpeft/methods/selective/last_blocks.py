@@ -9,14 +9,14 @@ from torch import nn
 
 from mmpeft.errors import ConfigError
 from mmpeft.methods.base import positive, register
-from mmpeft.methods.shared.tensors import TensorMethod
+from mmpeft.methods.shared.statistics import WholeModules
 from mmpeft.sites import Site
 
 
 @register("https://arxiv.org/abs/1411.1792", "selective", mergeable=True)
 @dataclass(frozen=True)
-class LastBlocks(TensorMethod):
-    """Every tensor of the last `blocks` blocks trains."""
+class LastBlocks(WholeModules):
+    """Every tensor of the last `blocks` blocks trains, running statistics in them included."""
 
     blocks: int = 1
 

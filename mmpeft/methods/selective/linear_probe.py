@@ -8,14 +8,14 @@ from dataclasses import dataclass
 from torch import nn
 
 from mmpeft.methods.base import register
-from mmpeft.methods.shared.tensors import TensorMethod
+from mmpeft.methods.shared.statistics import WholeModules
 from mmpeft.sites import Site
 
 
 @register("", "selective", mergeable=True, trains_head=True)
 @dataclass(frozen=True)
-class LinearProbe(TensorMethod):
-    """Only the sites of role `head` train."""
+class LinearProbe(WholeModules):
+    """Only the sites of role `head` train, running statistics of norms in them included."""
 
     def tensors(self, model: nn.Module, available: list[Site]) -> Iterable[Site]:
         heads = tuple(site.path + "." for site in available if site.role == "head")

@@ -15,7 +15,7 @@ from mmpeft.sites import Site
 @register("https://arxiv.org/abs/2312.11420", "selective", mergeable=True)
 @dataclass(frozen=True)
 class NormTuning(TensorMethod):
-    """Weight and bias of the sites of role `norm` train."""
+    """Weight and bias of the sites of role `norm` train; running statistics stay (`+ BatchStatistics()` moves them)."""
 
     def tensors(self, model: nn.Module, available: list[Site]) -> Iterable[Site]:
         norms = {site.path for site in available if site.role == "norm"}
