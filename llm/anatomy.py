@@ -16,9 +16,11 @@ from mmpeft.anatomy import Builder, is_a, weight_shape
 from mmpeft.errors import SiteError
 from mmpeft.functional.rows import count_rows
 from mmpeft.host import CHILD
-from mmpeft.llm.attention import view
+from mmpeft.llm.attention import consults, view
 from mmpeft.llm.prompt import bidirectional, cross_attended, prompted, stripped, unlengthened
 from mmpeft.llm.rotary import shifted
+from mmpeft.llm.written_out import cosine, refusal
+from mmpeft.parts.attention import attend
 from mmpeft.sites import Connect, Site, anatomy
 
 TEXT = "positions and the attention mask are made before the blocks; tokens put in between would have neither"
@@ -226,19 +228,25 @@ class _Builder(Builder):
             paths = {key: f"{path}.{name}" for key, name in known.items() if name}
             self.add(f"{path}.{sub.path}", sub.role, depth, width=width, **paths)
             if sub.role != "mlp":
-                self.keys_and_values(path, sub, depth)
+                self.keys_and_values(path, sub, depth, width)
         refuse = "" if self.tower == "image" else TEXT
         self.add(path, "tokens", depth, width=width, prefix=self.prefix(), refuse=refuse)
 
-    def keys_and_values(self, path: str, sub: Sublayer, depth: int) -> None:
+    def keys_and_values(self, path: str, sub: Sublayer, depth: int, width: int) -> None:
         """The `kv` site of an attention: the module whose config names the attention function."""
         where = f"{path}.{sub.entry or sub.path}"
-        head = next((size for name in HEAD if (size := getattr(self.module(where), name, 0))), 0)
-        rows = next(
-            s for s in self.sites if s.role == f"{sub.role}.k" and s.depth == depth and s.path.startswith(f"{path}.")
+        module = self.module(where)
+        head = next((size for name in HEAD if (size := getattr(module, name, 0))), 0)
+        keys, values = (
+            next(s for s in self.sites if s.role == f"{sub.role}.{name}" and s.depth == depth and f"{path}." in s.path)
+            for name in "kv"
         )
-        heads = count_rows(rows.rows, self.features(rows.path)[0]) // head
-        self.add(where, "kv", depth, width=head, heads=heads, connect=Connect("config", view, shift=shifted))
+        heads = count_rows(keys.rows, self.features(keys.path)[0]) // head
+        connect, refuse = Connect("config", view, shift=shifted), ""
+        if not consults(module):
+            connect = Connect("", cosine if hasattr(module, "logit_scale") else attend)
+            refuse = refusal(module, width, self.features(values.path)[1] if sub.role == "cross" else 0)
+        self.add(where, "kv", depth, width=head, heads=heads, connect=connect, refuse=refuse)
 
     def projection(self, path: str, sub: Sublayer, uses: str, depth: int, block: str) -> None:
         """One projection, for one use or for several."""
