@@ -7,6 +7,7 @@ here of a module is checked by running the models in `tests/unit/test_anatomy_tr
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch import nn
 from mmpeft.anatomy import Builder, is_a, weight_shape
 from mmpeft.errors import SiteError
 from mmpeft.functional.rows import count_rows
-from mmpeft.host import CHILD
+from mmpeft.host import CHILD, original_class
 from mmpeft.llm.attention import consults, view
 from mmpeft.llm.prompt import bidirectional, cross_attended, prompted, stripped, unlengthened
 from mmpeft.llm.rotary import shifted
@@ -167,11 +168,20 @@ def transformer(model: nn.Module) -> list[Site]:
 
 def _prompt(builder: _Builder, found: list[Site]) -> tuple[str, Connect | None]:
     """How a prompt gets before the text, and where the text's embedding is; None where no way is known."""
-    towers = {s.tower for s in found if s.role == "stack"}
-    causal = [getattr(builder.module(s.path), "is_causal", False) for s in found if s.role == "kv"]
-    if towers == {"lm"} and all(causal):
-        return "", Connect("", prompted, layers=True)
-    stacks = {s.tower: s.path.rpartition(".")[0] for s in found if s.role == "stack"}
+    stacks = {s.tower: s.path for s in found if s.role == "stack" and s.tower != "image"}
+    towers = set(stacks)
+    attentions = [s for s in found if s.role == "kv" and s.tower in towers]
+    causal = [getattr(builder.module(s.path), "is_causal", False) for s in attentions]
+    asked = [consults(builder.module(s.path)) for s in attentions]
+    if towers == {"lm"} and all(causal) and all(asked):
+        path = _model_around(builder, stacks["lm"])
+        layers = len(list(builder.module(stacks["lm"]).children()))
+        if layers == len(attentions) and _told_positions(builder.module(path)):
+            return f"{path}.".lstrip("."), Connect(path, prompted, layers=True)
+        return "", None  # where blocks are of another kind, some have no keys to put the prompt's in front of
+    if towers == {"lm"} and getattr(builder.model.config, "is_decoder", False):
+        return "", None  # a cache, in which the prompt would be again with every word
+    stacks = {tower: path.rpartition(".")[0] for tower, path in stacks.items()}
     whole = {tower: is_a(builder.module(path), "PreTrainedModel") for tower, path in stacks.items()}
     if towers == {"encoder", "decoder"} and all(whole.values()):  # T5
         path = stacks["encoder"]
@@ -184,6 +194,26 @@ def _prompt(builder: _Builder, found: list[Site]) -> tuple[str, Connect | None]:
         if is_a(builder.module(model), "PreTrainedModel"):
             return f"{model}.".lstrip("."), Connect(model, stripped, beside=((path, unlengthened),))
     return "", None
+
+
+def _model_around(builder: _Builder, path: str) -> str:
+    """The nearest model of transformers around a stack of blocks: it takes words or embeddings, and positions."""
+    while path and not is_a(builder.module(path), "PreTrainedModel"):
+        path = path.rpartition(".")[0]
+    return path
+
+
+def _told_positions(model: nn.Module) -> bool:
+    """Whether all that a model knows of positions is told by `position_ids`, so that a text can be moved."""
+    config = getattr(model, "config", None)
+    if getattr(config, "alibi", False) or getattr(config, "attention_chunk_size", None):
+        return False  # by distance out of the mask; windows of which a moved text would have others
+    counted = any(isinstance(m, nn.Embedding) and "attention_mask" in _arguments(m) for m in model.modules())
+    return not counted and "position_ids" in _arguments(model)
+
+
+def _arguments(module: nn.Module) -> set[str]:
+    return set(inspect.signature(original_class(module).forward).parameters)
 
 
 def _has(block: nn.Module, path: str) -> bool:

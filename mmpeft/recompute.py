@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import partial
 from typing import Any, Literal
 
@@ -12,6 +14,18 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from mmpeft.functional.fused import LOW_RANK_OP
 
 Recompute = Literal["pointwise", "block"] | None
+_ON: ContextVar[bool] = ContextVar("mmpeft_recompute", default=True)
+
+
+@contextmanager
+def recomputing(on: bool) -> Iterator[None]:
+    """Whether blocks that are run inside recompute, of this thread or task alone."""
+    token = _ON.set(on)
+    try:
+        yield
+    finally:
+        _ON.reset(token)
+
 
 _aten = torch.ops.aten
 _PRODUCTS = {
@@ -58,7 +72,7 @@ def _without_caches(args: Any, kwargs: Any) -> tuple[Any, Any]:
 
 class _Block:
     def __call__(self, run: Any, *args: Any, **kwargs: Any) -> Any:
-        if not torch.is_grad_enabled():
+        if not (torch.is_grad_enabled() and _ON.get()):
             return run(*args, **kwargs)
         args, kwargs = _without_caches(args, kwargs)
         return checkpoint(run, *args, use_reentrant=False, **kwargs)
@@ -66,7 +80,7 @@ class _Block:
 
 class _Pointwise:
     def __call__(self, run: Any, *args: Any, **kwargs: Any) -> Any:
-        if not torch.is_grad_enabled():
+        if not (torch.is_grad_enabled() and _ON.get()):
             return run(*args, **kwargs)
         args, kwargs = _without_caches(args, kwargs)
         contexts = partial(create_selective_checkpoint_contexts, _policy)

@@ -160,16 +160,16 @@ class _Attending(TorchFunctionMode):
                 self.values.append(values)
             return y
         self.found += 1
-        shares, values = self.learned, self.values
+        shares, found = self.learned, self.values
         self.share = None
         self.learned, self.values = [], []
         if self.front:
-            right = torch.cat([values[0].to(right.dtype), right], dim=2)
-        y = func(left, right)
-        for part, own, value in zip(self.gated, shares[bool(self.front) :], values[bool(self.front) :]):
+            right = torch.cat([found[0].to(right.dtype), right], dim=2)
+        mixed: Tensor = func(left, right)
+        for part, own, value in zip(self.gated, shares[bool(self.front) :], found[bool(self.front) :]):
             beside = (own @ value.to(own.dtype)) * torch.tanh(part.gate).to(own.dtype)
-            y = y + beside.to(y.dtype)
-        return y
+            mixed = mixed + beside.to(mixed.dtype)
+        return mixed
 
     def follow(self, func: Any, y: Tensor, args: Any, kwargs: Any) -> None:
         """Do to the scores of learned keys what is done to the others'."""
