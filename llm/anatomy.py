@@ -179,7 +179,8 @@ def _prompt(builder: _Builder, found: list[Site]) -> tuple[str, Connect | None]:
         if layers == len(attentions) and _told_positions(builder.module(path)):
             return f"{path}.".lstrip("."), Connect(path, prompted, layers=True)
         return "", None  # where blocks are of another kind, some have no keys to put the prompt's in front of
-    if towers == {"lm"} and getattr(builder.model.config, "is_decoder", False):
+    around = builder.module(_model_around(builder, stacks["lm"])) if towers == {"lm"} else None
+    if around is not None and getattr(getattr(around, "config", None), "is_decoder", False):
         return "", None  # a cache, in which the prompt would be again with every word
     stacks = {tower: path.rpartition(".")[0] for tower, path in stacks.items()}
     whole = {tower: is_a(builder.module(path), "PreTrainedModel") for tower, path in stacks.items()}

@@ -21,6 +21,7 @@ from mmpeft.functional.attention import prefix_mask
 from mmpeft.host import base_value, original_class
 from mmpeft.parts.gate import GatedKeys
 from mmpeft.parts.prefix import GatedPrefix
+from mmpeft.parts.prompt import PromptLayer
 
 NAME = "mmpeft"
 EXTENDED = "_mmpeft_extended"
@@ -106,11 +107,13 @@ def attend(
     def with_(front: list[Any]) -> tuple[Tensor, Any]:
         keys, values, seen = key, value, []
         for part in front:
+            if isinstance(part, PromptLayer):
+                part.record(key, value)
             length = keys.shape[2]
             keys, values = part.extend(keys, values)
             if keys.shape[2] > length:
                 window = options.get("sliding_window", getattr(module, "sliding_window", None))
-                visible = part.visible(query.shape[2], window, query.device) if hasattr(part, "visible") else None
+                visible = part.visible(query.shape[2], window, query.device) if isinstance(part, PromptLayer) else None
                 seen.insert(0, (keys.shape[2] - length, visible))
         if not seen:
             return function(module, query, keys, values, attention_mask, **options)  # type: ignore[no-any-return]

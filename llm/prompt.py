@@ -47,7 +47,7 @@ def prompted(
     if not torch.compiler.is_compiling() and not isinstance(past, Tensor):
         _check_room(host, len(part), past + text.shape[1])
     kept = part.keys(host, prompt_alone)
-    return part.served(kept, past, partial(run, **{**kwargs, "position_ids": positions + len(part)}))
+    return part.served(host, kept, past, partial(run, **{**kwargs, "position_ids": positions + len(part)}))
 
 
 _PAUSED: dict[int, int] = {}

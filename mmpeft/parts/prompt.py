@@ -56,11 +56,13 @@ Keys = dict[int, tuple[Tensor, Tensor]]
 class Pass:
     """What the layers are told of the forward pass under way: keys and values of the prompt by layer.
 
-    While `recording` they put them there; otherwise they take them, `past` words of the text being in the cache.
+    While `recording` they put them there; otherwise they take them, `past` words being between the prompt and those
+    of the pass. They are `silent` while a prompt in front of this one is recorded.
     """
 
     kept: Keys = field(default_factory=dict)
     recording: bool = False
+    silent: bool = False
     past: Any = 0
 
 
@@ -108,7 +110,7 @@ class Prompt(Part):
     def keys(self, host: nn.Module, run: Callable[[], Any]) -> Keys:
         """Keys and values of the prompt in every layer, which `run` computes unless they are kept and still right."""
         if torch.is_grad_enabled() or torch.compiler.is_compiling():
-            return self._record(run)
+            return self._record(host, run)
         device = next(self.parameters()).device.type
         autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
         state = (_plan(host), torch.is_inference_mode_enabled(), autocast)
@@ -120,25 +122,32 @@ class Prompt(Part):
             self._kept = None
         watched = Watched(self._model[0])
         noted = watched.note() and not watched.training()  # before computing: a change meanwhile is seen
-        made = self._record(run)
+        made = self._record(host, run)
         if noted:
             self._kept = (state, watched, made)
         return made
 
-    def _record(self, run: Callable[[], Any]) -> Keys:
+    def _record(self, host: nn.Module, run: Callable[[], Any]) -> Keys:
         recording = Pass(recording=True)
-        before = self._pass.set(recording)
+        before = [(prompt, prompt._pass.set(Pass(silent=True))) for prompt in self.behind(host)]
+        before.append((self, self._pass.set(recording)))
         # A block that recomputes would find the recording over. One row of p tokens needs no recomputation.
         try:
             with recomputing(False):
                 run()
         finally:
-            self._pass.set(before)
+            for prompt, own in before:
+                prompt._pass.set(own)
         return recording.kept
 
-    def served(self, kept: Keys, past: Any, run: Callable[[], Any]) -> Any:
+    def behind(self, host: nn.Module) -> list[Prompt]:
+        """Other prompts between this one and the text: those whose pass is under way when this one's begins."""
+        prompts = [part for part in _plan(host).wraps if isinstance(part, Prompt) and part is not self]
+        return [p for p in prompts if (own := p._pass.get()) is not None and not (own.recording or own.silent)]
+
+    def served(self, host: nn.Module, kept: Keys, past: Any, run: Callable[[], Any]) -> Any:
         """`run` with these keys and values in front of every layer's own."""
-        own = Pass(kept, past=past)
+        own = Pass(kept, past=past + sum(len(prompt) for prompt in self.behind(host)))
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             self._graph = own  # for blocks that are computed again in the backward pass, when no pass is under way
         before = self._pass.set(own)
@@ -160,7 +169,7 @@ class Prompt(Part):
         return self.run(host, run, self, args, kwargs)
 
 
-def _plan(host: nn.Module) -> object:
+def _plan(host: nn.Module) -> Any:
     """What the present route runs at a host: another object once the route has changed."""
     return host.__dict__["_plan"]
 
@@ -193,11 +202,16 @@ class PromptLayer(Part):
         self._prompt = (prompt,)  # a tuple: the prompt stays registered under the model itself
         self.index, self.view = index, view
 
-    def extend(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Prepend to keys and values [B, h, n, d]; while recording, keep them instead."""
+    def record(self, keys: Tensor, values: Tensor) -> None:
+        """While recording, keep what the attention computes of the prompt, nothing in front of it."""
         now = self._prompt[0].under_way()
         if now.recording:
             now.kept[self.index] = (keys, values)
+
+    def extend(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Prepend to keys and values [B, h, n, d]; nothing while recording."""
+        now = self._prompt[0].under_way()
+        if now.recording or now.silent:
             return keys, values
         batch = [tensor.to(keys).expand(len(keys), -1, -1, -1) for tensor in now.kept[self.index]]
         return torch.cat([batch[0], keys], dim=2), torch.cat([batch[1], values], dim=2)

@@ -191,6 +191,26 @@ def test_padded_batches_are_those_of_concatenated_embeddings(family: str, paddin
     torch.testing.assert_close(ours[real], expected[real], atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("family", ["llama", "mistral"])
+@torch.no_grad()
+def test_two_prompts_stand_one_before_the_other(family: str) -> None:
+    torch.manual_seed(0)
+    method = mmpeft.PromptTuning(tokens=P) + mmpeft.PTuning(tokens=2, hidden=0) + mmpeft.PTuningV2(tokens=2)
+    model, plain, tuning, near = _tuned(DECODERS[family](), method)
+    ids, mask = torch.randint(3, WORDS, (2, TOKENS)), LEFT
+    for placement in tuning.placements:
+        if placement.key == "ptuningv2":
+            placement.part.tokens.fill_(0.5)
+    far = next(p.part for p in tuning.placements if p.key == "ptuning").embeddings()
+    one = mmpeft.attach(copy.deepcopy(plain), mmpeft.PromptTuning(tokens=P + 2) + mmpeft.PTuningV2(tokens=2))
+    one.placements[0].part.tokens.copy_(torch.cat([far, near]))
+    for placement in one.placements:
+        if placement.key == "ptuningv2":
+            placement.part.tokens.fill_(0.5)
+    expected = one.model(ids, attention_mask=mask).logits
+    torch.testing.assert_close(model(ids, attention_mask=mask).logits[mask.bool()], expected[mask.bool()])
+
+
 @pytest.mark.parametrize("padding", ["none", "left"])
 @pytest.mark.parametrize("family", ["llama", "gpt2", "mistral", "gemma3", "bert"])
 def test_generation_on_an_untouched_copy(family: str, padding: str) -> None:
