@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from threading import Lock
 from typing import Any
@@ -36,7 +36,7 @@ def prompted(
     embedding: Any = host.get_input_embeddings()  # type: ignore[operator]
 
     def prompt_alone() -> None:
-        with _unchecked(host):
+        with nullcontext() if torch.compiler.is_compiling() else _unchecked(host):
             run(inputs_embeds=part.embeddings()[None].to(embedding.weight.dtype), use_cache=False)
 
     cache = kwargs.get("cache", kwargs.get("past_key_values"))  # the older name before transformers 5.24
@@ -58,7 +58,7 @@ _LOCK = Lock()
 def _unchecked(host: nn.Module) -> Iterator[None]:
     """Without transformers' own recomputation, as without the suite's; several threads may be inside at once."""
     flag = "gradient_checkpointing"
-    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+    if not torch.is_grad_enabled():
         yield
         return
     with _LOCK:

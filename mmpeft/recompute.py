@@ -20,9 +20,6 @@ _ON: ContextVar[bool] = ContextVar("mmpeft_recompute", default=True)
 @contextmanager
 def recomputing(on: bool) -> Iterator[None]:
     """Whether blocks that are run inside recompute, of this thread or task alone."""
-    if torch.compiler.is_compiling():  # dynamo sets no context variable, and repeats nothing by these wrappers
-        yield
-        return
     token = _ON.set(on)
     try:
         yield

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -133,7 +134,7 @@ class Prompt(Part):
         before.append((self, self._pass.set(recording)))
         # A block that recomputes would find the recording over. One row of p tokens needs no recomputation.
         try:
-            with recomputing(False):
+            with nullcontext() if torch.compiler.is_compiling() else recomputing(False):  # dynamo sets no context
                 run()
         finally:
             for prompt, own in before:
@@ -142,8 +143,12 @@ class Prompt(Part):
 
     def behind(self, host: nn.Module) -> list[Prompt]:
         """Other prompts between this one and the text: those whose pass is under way when this one's begins."""
-        prompts = [part for part in _plan(host).wraps if isinstance(part, Prompt) and part is not self]
-        return [p for p in prompts if (own := p._pass.get()) is not None and not (own.recording or own.silent)]
+        found = []
+        for part in _plan(host).wraps:
+            own = part._pass.get() if isinstance(part, Prompt) and part is not self else None
+            if own is not None and not (own.recording or own.silent):
+                found.append(part)
+        return found
 
     def served(self, host: nn.Module, kept: Keys, past: Any, run: Callable[[], Any]) -> Any:
         """`run` with these keys and values in front of every layer's own."""

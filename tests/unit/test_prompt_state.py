@@ -338,3 +338,13 @@ def test_generation_after_pictures(name: str, kind: str) -> None:
         whole["attention_mask"] = torch.cat([whole["attention_mask"], torch.ones_like(word)], dim=1)
         whole["mm_token_type_ids"] = torch.cat([whole["mm_token_type_ids"], torch.zeros_like(word)], dim=1)
     assert torch.equal(found, whole["input_ids"])
+
+
+@pytest.mark.parametrize("recorded", [False, True])
+def test_compiled_as_one_graph(recorded: bool) -> None:
+    model, _, _, _ = _tuned(FAMILIES["llama"]().model)
+    ids = torch.randint(3, WORDS, (2, TOKENS))
+    torch._dynamo.reset()
+    with torch.set_grad_enabled(recorded):
+        compiled = torch.compile(model, backend="eager", fullgraph=True)
+        torch.testing.assert_close(compiled(ids).logits, model(ids).logits, atol=1e-5, rtol=1e-5)
