@@ -7,6 +7,7 @@ here of a module is checked by running the models in `tests/unit/test_anatomy_tr
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,10 +16,12 @@ from torch import nn
 from mmpeft.anatomy import Builder, is_a, weight_shape
 from mmpeft.errors import SiteError
 from mmpeft.functional.rows import count_rows
-from mmpeft.host import CHILD
-from mmpeft.llm.attention import view
+from mmpeft.host import CHILD, original_class
+from mmpeft.llm.attention import consults, view
 from mmpeft.llm.prompt import bidirectional, cross_attended, prompted, stripped, unlengthened
 from mmpeft.llm.rotary import shifted
+from mmpeft.llm.written_out import cosine, refusal
+from mmpeft.parts.attention import attend
 from mmpeft.sites import Connect, Site, anatomy
 
 TEXT = "positions and the attention mask are made before the blocks; tokens put in between would have neither"
@@ -165,11 +168,21 @@ def transformer(model: nn.Module) -> list[Site]:
 
 def _prompt(builder: _Builder, found: list[Site]) -> tuple[str, Connect | None]:
     """How a prompt gets before the text, and where the text's embedding is; None where no way is known."""
-    towers = {s.tower for s in found if s.role == "stack"}
-    causal = [getattr(builder.module(s.path), "is_causal", False) for s in found if s.role == "kv"]
-    if towers == {"lm"} and all(causal):
-        return "", Connect("", prompted, layers=True)
-    stacks = {s.tower: s.path.rpartition(".")[0] for s in found if s.role == "stack"}
+    stacks = {s.tower: s.path for s in found if s.role == "stack" and s.tower != "image"}
+    towers = set(stacks)
+    attentions = [s for s in found if s.role == "kv" and s.tower in towers]
+    causal = [getattr(builder.module(s.path), "is_causal", False) for s in attentions]
+    asked = [consults(builder.module(s.path)) for s in attentions]
+    if towers == {"lm"} and all(causal) and all(asked):
+        path = _model_around(builder, stacks["lm"])
+        layers = len(list(builder.module(stacks["lm"]).children()))
+        if layers == len(attentions) and _told_positions(builder.module(path)):
+            return f"{path}.".lstrip("."), Connect(path, prompted, layers=True)
+        return "", None  # where blocks are of another kind, some have no keys to put the prompt's in front of
+    around = builder.module(_model_around(builder, stacks["lm"])) if towers == {"lm"} else None
+    if around is not None and getattr(getattr(around, "config", None), "is_decoder", False):
+        return "", None  # a cache, in which the prompt would be again with every word
+    stacks = {tower: path.rpartition(".")[0] for tower, path in stacks.items()}
     whole = {tower: is_a(builder.module(path), "PreTrainedModel") for tower, path in stacks.items()}
     if towers == {"encoder", "decoder"} and all(whole.values()):  # T5
         path = stacks["encoder"]
@@ -182,6 +195,26 @@ def _prompt(builder: _Builder, found: list[Site]) -> tuple[str, Connect | None]:
         if is_a(builder.module(model), "PreTrainedModel"):
             return f"{model}.".lstrip("."), Connect(model, stripped, beside=((path, unlengthened),))
     return "", None
+
+
+def _model_around(builder: _Builder, path: str) -> str:
+    """The nearest model of transformers around a stack of blocks: it takes words or embeddings, and positions."""
+    while path and not is_a(builder.module(path), "PreTrainedModel"):
+        path = path.rpartition(".")[0]
+    return path
+
+
+def _told_positions(model: nn.Module) -> bool:
+    """Whether all that a model knows of positions is told by `position_ids`, so that a text can be moved."""
+    config = getattr(model, "config", None)
+    if getattr(config, "alibi", False) or getattr(config, "attention_chunk_size", None):
+        return False  # by distance out of the mask; windows of which a moved text would have others
+    counted = any(isinstance(m, nn.Embedding) and "attention_mask" in _arguments(m) for m in model.modules())
+    return not counted and "position_ids" in _arguments(model)
+
+
+def _arguments(module: nn.Module) -> set[str]:
+    return set(inspect.signature(original_class(module).forward).parameters)
 
 
 def _has(block: nn.Module, path: str) -> bool:
@@ -226,19 +259,25 @@ class _Builder(Builder):
             paths = {key: f"{path}.{name}" for key, name in known.items() if name}
             self.add(f"{path}.{sub.path}", sub.role, depth, width=width, **paths)
             if sub.role != "mlp":
-                self.keys_and_values(path, sub, depth)
+                self.keys_and_values(path, sub, depth, width)
         refuse = "" if self.tower == "image" else TEXT
         self.add(path, "tokens", depth, width=width, prefix=self.prefix(), refuse=refuse)
 
-    def keys_and_values(self, path: str, sub: Sublayer, depth: int) -> None:
+    def keys_and_values(self, path: str, sub: Sublayer, depth: int, width: int) -> None:
         """The `kv` site of an attention: the module whose config names the attention function."""
         where = f"{path}.{sub.entry or sub.path}"
-        head = next((size for name in HEAD if (size := getattr(self.module(where), name, 0))), 0)
-        rows = next(
-            s for s in self.sites if s.role == f"{sub.role}.k" and s.depth == depth and s.path.startswith(f"{path}.")
+        module = self.module(where)
+        head = next((size for name in HEAD if (size := getattr(module, name, 0))), 0)
+        keys, values = (
+            next(s for s in self.sites if s.role == f"{sub.role}.{name}" and s.depth == depth and f"{path}." in s.path)
+            for name in "kv"
         )
-        heads = count_rows(rows.rows, self.features(rows.path)[0]) // head
-        self.add(where, "kv", depth, width=head, heads=heads, connect=Connect("config", view, shift=shifted))
+        heads = count_rows(keys.rows, self.features(keys.path)[0]) // head
+        connect, refuse = Connect("config", view, shift=shifted), ""
+        if not consults(module):
+            connect = Connect("", cosine if hasattr(module, "logit_scale") else attend)
+            refuse = refusal(module, width, self.features(values.path)[1] if sub.role == "cross" else 0)
+        self.add(where, "kv", depth, width=head, heads=heads, connect=connect, refuse=refuse)
 
     def projection(self, path: str, sub: Sublayer, uses: str, depth: int, block: str) -> None:
         """One projection, for one use or for several."""

@@ -6,7 +6,10 @@ Causal models keep its keys and values; encoders see it as part of the sequence.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from functools import partial
+from threading import Lock
 from typing import Any
 
 import torch
@@ -22,31 +25,62 @@ from mmpeft.parts.prompt import Prompt
 def prompted(
     host: nn.Module, run: Callable[..., Any], part: Prompt, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
-    """The model's forward pass with the prompt in front of every row; equal to concatenated embeddings."""
-    parameters = list(inspect.signature(original_class(host).forward).parameters)[1:]
-    kwargs = {**dict(zip(parameters, args)), **kwargs}
+    """A decoder's forward pass with the prompt in front of every row; equal to concatenated embeddings.
+
+    The host is the stack of blocks with its embedding, which is given the text's positions when they are made: one
+    for each word or several (of pictures), counted from the mask or not. All of them move by the prompt's length.
+    """
+    kwargs = _named(host, args, kwargs)
     text = kwargs.get("input_ids")
     text = kwargs["inputs_embeds"] if text is None else text
     embedding: Any = host.get_input_embeddings()  # type: ignore[operator]
 
     def prompt_alone() -> None:
-        alone = {"inputs_embeds": part.embeddings()[None].to(embedding.weight.dtype), "use_cache": False}
-        checkpointed = [m for m in host.modules() if getattr(m, "gradient_checkpointing", False)]
-        for module in checkpointed:  # as for the suite's own recomputation
-            module.gradient_checkpointing = False  # type: ignore[assignment]
-        try:
-            run(**alone, **({"logits_to_keep": 1} if "logits_to_keep" in parameters else {}))
-        finally:
-            for module in checkpointed:
-                module.gradient_checkpointing = True  # type: ignore[assignment]
+        with nullcontext() if torch.compiler.is_compiling() else _unchecked(host):
+            run(inputs_embeds=part.embeddings()[None].to(embedding.weight.dtype), use_cache=False)
 
-    part.record(host, prompt_alone)
+    cache = kwargs.get("cache", kwargs.get("past_key_values"))  # the older name before transformers 5.24
+    past = cache.get_seq_length() if cache is not None else 0
     positions = kwargs.get("position_ids")
     if positions is None:
-        cache = kwargs.get("cache", kwargs.get("past_key_values"))  # the older name before transformers 5.24
-        past = cache.get_seq_length() if cache is not None else 0
-        positions = torch.arange(past, past + text.shape[1], device=text.device)[None]
-    return run(**{**kwargs, "position_ids": positions + len(part)})
+        positions = torch.arange(text.shape[1], device=text.device)[None] + past + _first_position(host)
+    if not torch.compiler.is_compiling() and not isinstance(past, Tensor):
+        _check_room(host, len(part), past + text.shape[1])
+    kept = part.keys(host, prompt_alone)
+    return part.served(host, kept, past, partial(run, **{**kwargs, "position_ids": positions + len(part)}))
+
+
+_PAUSED: dict[int, int] = {}
+_LOCK = Lock()
+
+
+@contextmanager
+def _unchecked(host: nn.Module) -> Iterator[None]:
+    """Without transformers' own recomputation, as without the suite's; several threads may be inside at once."""
+    flag = "gradient_checkpointing"
+    if not torch.is_grad_enabled():
+        yield
+        return
+    with _LOCK:
+        paused: list[Any] = [m for m in host.modules() if getattr(m, flag, False) or id(m) in _PAUSED]
+        for module in paused:
+            setattr(module, flag, False)
+            _PAUSED[id(module)] = _PAUSED.get(id(module), 0) + 1
+    try:
+        yield
+    finally:
+        with _LOCK:
+            for module in paused:
+                _PAUSED[id(module)] -= 1
+                if not _PAUSED[id(module)]:
+                    del _PAUSED[id(module)]
+                    setattr(module, flag, True)
+
+
+def _first_position(host: nn.Module) -> int:
+    """The first word's, in a table of positions that begins with padding (RoBERTa's)."""
+    table = _positions(host)
+    return 0 if table is None or table.padding_idx is None else table.padding_idx + 1
 
 
 def bidirectional(
@@ -115,11 +149,18 @@ def _lengthened(
     return {**kwargs, **longer}, count + text.shape[1]
 
 
+def _positions(host: nn.Module) -> nn.Embedding | None:
+    """A table of learned positions."""
+    names = ("position_embeddings", "wpe")
+    table = next((m for n, m in host.named_modules() if n.rpartition(".")[2] in names), None)
+    return table if isinstance(table, nn.Embedding) else None
+
+
 def _check_room(host: nn.Module, count: int, length: int) -> None:
     """Raise ConfigError where a table of positions is too short; the lookup's own error names no length."""
-    table = next((m for n, m in host.named_modules() if n.endswith("position_embeddings")), None)
-    if isinstance(table, nn.Embedding):
-        room = table.num_embeddings - (0 if table.padding_idx is None else table.padding_idx + 1)
+    table = _positions(host)
+    if table is not None:
+        room = table.num_embeddings - _first_position(host)
         if count + length > room:
             raise ConfigError(
                 f"{count} prompt tokens and {length} of the text are more than the {room} positions of "

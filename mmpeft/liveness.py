@@ -101,7 +101,9 @@ def liveness(tuning: Tuning, batch: Any) -> Liveness:
         optimizer = torch.optim.AdamW([{"params": list(trainable.values())}], lr=1e-3, weight_decay=0.1)
         for step in range(STEPS if trainable else 0):  # statistics alone have nothing to step
             optimizer.zero_grad()
-            torch.autograd.backward(_loss(call(model, batch), seed=step))
+            loss = _loss(call(model, batch), seed=step)
+            if loss.requires_grad:  # else nothing that trains is in it, which is what the report then says
+                torch.autograd.backward(loss)
             for name, parameter in trainable.items():
                 if parameter.grad is not None:
                     norms[name] = max(norms[name], float(parameter.grad.norm()))

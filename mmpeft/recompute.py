@@ -14,6 +14,18 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from mmpeft.functional.fused import LOW_RANK_OP
 
 Recompute = Literal["pointwise", "block"] | None
+_ON: ContextVar[bool] = ContextVar("mmpeft_recompute", default=True)
+
+
+@contextmanager
+def recomputing(on: bool) -> Iterator[None]:
+    """Whether blocks that are run inside recompute, of this thread or task alone."""
+    token = _ON.set(on)
+    try:
+        yield
+    finally:
+        _ON.reset(token)
+
 
 _aten = torch.ops.aten
 _PRODUCTS = {
@@ -44,19 +56,6 @@ def recompute_around(mode: Literal["pointwise", "block"]) -> Callable[..., Any]:
     return _Pointwise() if mode == "pointwise" else _Block()
 
 
-_ONCE: ContextVar[bool] = ContextVar("mmpeft_once", default=False)
-
-
-@contextmanager
-def once() -> Iterator[None]:
-    """Recompute nothing of what runs inside: a block that is repeated later would not find what this pass is for."""
-    token = _ONCE.set(True)
-    try:
-        yield
-    finally:
-        _ONCE.reset(token)
-
-
 def is_cache(value: Any) -> bool:
     """Whether an argument is a key-value cache, which a forward pass writes into."""
     return hasattr(value, "get_seq_length") and hasattr(value, "update")
@@ -73,7 +72,7 @@ def _without_caches(args: Any, kwargs: Any) -> tuple[Any, Any]:
 
 class _Block:
     def __call__(self, run: Any, *args: Any, **kwargs: Any) -> Any:
-        if _ONCE.get() or not torch.is_grad_enabled():
+        if not (torch.is_grad_enabled() and _ON.get()):
             return run(*args, **kwargs)
         args, kwargs = _without_caches(args, kwargs)
         return checkpoint(run, *args, use_reentrant=False, **kwargs)
@@ -81,7 +80,7 @@ class _Block:
 
 class _Pointwise:
     def __call__(self, run: Any, *args: Any, **kwargs: Any) -> Any:
-        if _ONCE.get() or not torch.is_grad_enabled():
+        if not (torch.is_grad_enabled() and _ON.get()):
             return run(*args, **kwargs)
         args, kwargs = _without_caches(args, kwargs)
         contexts = partial(create_selective_checkpoint_contexts, _policy)

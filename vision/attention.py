@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import nn
 
@@ -22,5 +20,4 @@ def cosine(
     kwargs: dict[str, Any],
 ) -> Any:
     """`softmax(τ cos(q, [K_p; K]) + bias)`: learned keys are normalised and scaled as the window's own are."""
-    scale = torch.clamp(host.logit_scale, max=math.log(100.0)).exp()  # type: ignore[arg-type]
-    return attend(host, run, parts, args, kwargs, keyed=partial(F.normalize, dim=-1), scale=scale)
+    return attend(host, run, parts, args, kwargs, keyed=partial(F.normalize, dim=-1))

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from mmpeft.functional.pointwise import ACTIVATIONS, along, bottleneck, stochastic_depth
 from mmpeft.parts.base import Part, cast
 from mmpeft.parts.factors import Kron, like_options
+from mmpeft.parts.passing import Passed
 
 Source = Literal["output", "input", "tap"]
 Init = Literal["houlsby", "lora", "bert"]
@@ -57,7 +58,7 @@ class Branch(Part):
             self.scale = nn.Parameter(torch.ones(width if scale == "channel" else 1, **options))
         else:
             self.scale = scale
-        self._tapped: Tensor | None = None
+        self._tapped: Passed[Tensor] = Passed()
 
     def apply_to(self, source: Tensor) -> Tensor:
         """What the branch makes of its source, channels last."""
@@ -68,7 +69,7 @@ class Branch(Part):
 
     def enter(self, host: nn.Module, x: Tensor) -> Tensor:
         """At the tapped module: keep what it sees for the host that the branch adds to."""
-        self._tapped = x
+        self._tapped.set(x)
         return x
 
     def exit(self, host: nn.Module, x: Tensor, y: Tensor) -> Tensor:
@@ -84,8 +85,9 @@ class Branch(Part):
         elif self.source == "input":
             source = x
         else:
-            assert self._tapped is not None, "the tapped module did not run before the sub-layer ended"
-            source, self._tapped = self._tapped, None
+            tapped = self._tapped.set(None)
+            assert tapped is not None, "the tapped module did not run before the sub-layer ended"
+            source = tapped
         if self.channel_dim != -1:
             source = source.movedim(self.channel_dim, -1)
         z = self.apply_to(source)
@@ -121,7 +123,7 @@ class KronBranch(Branch):
         self.source, self.scale, self.factor, self.channel_dim = source, scale, factor, channel_dim
         self.dropout = self.drop_path = 0.0
         self.residual = nn.Parameter(torch.zeros(1, **like_options(like))) if residual else None
-        self._tapped = None
+        self._tapped = Passed()
 
     def apply_to(self, source: Tensor) -> Tensor:
         z: Tensor = self.factor(source)

@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_map
 from mmpeft.controllers.gate import Gate
 from mmpeft.parts.base import Part
 from mmpeft.parts.branch import Branch
+from mmpeft.parts.passing import Passed
 from mmpeft.parts.prefix import Prefix
 from mmpeft.parts.shared import View
 
@@ -32,11 +33,11 @@ class Padding(Part):
     def __init__(self, position: int) -> None:
         super().__init__()
         self.position = position
-        self.seen: Tensor | None = None
+        self.seen: Passed[Tensor] = Passed()
 
     def around(self, host: nn.Module, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         given = args[self.position] if len(args) > self.position else kwargs.get("attention_mask")
-        self.seen = visible(given)
+        self.seen.set(visible(given))
         return run(*args, **kwargs)
 
 
@@ -60,7 +61,7 @@ class GatedPart(Part):
 
     def level(self, x: Tensor) -> Tensor:
         """The gate for x [B, ..., d], padding left out where the mask of the block tells it."""
-        seen = self.padding().seen if self.padding else None
+        seen = self.padding().seen.get() if self.padding else None
         g: Tensor = self.gate(x, seen if seen is not None and seen.shape == x.shape[:-1] else None)
         return g
 
@@ -75,17 +76,17 @@ class GatedOutput(GatedPart):
         super().__init__(inner, gate, padding)
         self.order = inner.order  # type: ignore[misc]
         self.channel_dim = channel_dim
-        self._tapped: Tensor | None = None
+        self._tapped: Passed[Tensor] = Passed()
 
     def enter(self, host: nn.Module, x: Tensor) -> Tensor:
-        self._tapped = x
+        self._tapped.set(x)
         return self.inner.enter(host, x)
 
     def exit(self, host: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         source = x
         if isinstance(self.inner, Branch) and self.inner.source != "input":
-            source = y if self.inner.source == "output" else self._tapped  # type: ignore[assignment]
-            self._tapped = None
+            tapped = self._tapped.set(None)
+            source = y if self.inner.source == "output" else tapped  # type: ignore[assignment]
         tuned = self.inner.exit(host, x, y)
         if self.channel_dim == -1:
             return mixed(y, tuned, self.level(source))
@@ -108,11 +109,11 @@ class GatedKeys(GatedPart):
 
     def __init__(self, inner: Prefix, gate: Gate, padding: Padding | None = None) -> None:
         super().__init__(inner, gate, padding)
-        self._seen: Tensor | None = None
+        self._seen: Passed[Tensor] = Passed()
 
     def enter(self, host: nn.Module, x: Tensor) -> Tensor:
         """Where the attention calls a function: keep what the module sees for the gate."""
-        self._seen = x
+        self._seen.set(x)
         return x
 
     def read(self, host: nn.Module, name: str, base: Any) -> Any:
@@ -123,7 +124,7 @@ class GatedKeys(GatedPart):
 
     def interpolate(self, plain: Tensor, full: Tensor) -> Tensor:
         """The gated output of outputs [B, n, H, d] without and with the prefix."""
-        x, self._seen = self._seen, None
+        x = self._seen.set(None)
         assert x is not None, "the attention ran without its module"
         g = self.level(x)
         return mixed(plain, full, g.unsqueeze(-1) if g.dim() > 1 else g)

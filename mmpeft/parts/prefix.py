@@ -149,15 +149,15 @@ class GatedPrefix(KeyValues):
         self.tokens = nn.Parameter(torch.randn(count, width, **options))
         self.gate = nn.Parameter(torch.zeros(1, **options))
 
-    def beside(self, queries: Tensor, scaling: float, keyed: Callable[[Tensor], Tensor] | None = None) -> Tensor:
-        """The gated second attention for queries [B, H, n, d]; [B, n, H, d]. `keyed` is done to its keys first."""
-        dtype = queries.dtype
-        tokens = cast(self.tokens, dtype)
-        keys, values = (
-            project(tokens).view(self.count, -1, self.head).transpose(0, 1)[None] for project in self.project
-        )
-        keys = keyed(keys) if keyed else keys
-        groups = queries.shape[1] // keys.shape[1]
-        keys, values = (t.repeat_interleave(groups, dim=1).expand(len(queries), -1, -1, -1) for t in (keys, values))
-        found = F.scaled_dot_product_attention(queries, keys, values, scale=scaling)
-        return found.transpose(1, 2) * cast(torch.tanh(self.gate), dtype)
+    def projected(self, queries: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values [B, H, p, d] of the tokens for queries [B, H, n, d]."""
+        tokens = cast(self.tokens, queries.dtype)
+        made = (project(tokens).view(self.count, -1, self.head).transpose(0, 1)[None] for project in self.project)
+        groups = [t.repeat_interleave(queries.shape[1] // t.shape[1], dim=1) for t in made]
+        keys, values = (t.expand(len(queries), -1, -1, -1) for t in groups)
+        return keys, values
+
+    def beside(self, queries: Tensor, scaling: float) -> Tensor:
+        """The gated second attention for queries [B, H, n, d]; [B, n, H, d]."""
+        found = F.scaled_dot_product_attention(queries, *self.projected(queries), scale=scaling)
+        return found.transpose(1, 2) * cast(torch.tanh(self.gate), queries.dtype)

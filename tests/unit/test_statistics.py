@@ -187,7 +187,7 @@ ALL = {"stem.1", "blocks.0.norm", "blocks.1.norm", "head.0"}
         (mmpeft.LastBlocks() + mmpeft.BatchStatistics(), ALL),
         (mmpeft.NormTuning() + mmpeft.BatchStatistics(at="block"), {"blocks.0.norm", "blocks.1.norm"}),
     ],
-    ids=str,
+    ids=lambda value: "-".join(sorted(value)) if isinstance(value, set) else str(value),
 )
 def test_which_statistics_move(method: mmpeft.methods.Method, moved: set[str]) -> None:
     assert _moved(_made(), method) == moved

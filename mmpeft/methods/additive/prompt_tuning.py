@@ -64,6 +64,7 @@ class InputPrompt(Sited):
             None if start is None else start.to(like.device, dtype),
             None if encoder is None else encoder.to(like.device, dtype),
             site.connect.view,
+            model,
         )
         key = type(self).__name__.lower()
         placements = [Placement(prompt, "", key, (Hook(site.connect.attribute, "around"),), "embed")]
