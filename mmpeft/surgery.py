@@ -92,7 +92,7 @@ def attach(
                 if state.key in CHOICES.get():  # inside a `with use(...)`, until its end
                     choose(state, Choice(state, name))
             state.replan()
-    return Tuning(model, name)
+        return Tuning(model, name)
 
 
 def _check_name(state: State, name: str) -> None:

@@ -146,9 +146,10 @@ class Prompt(Part):
         """Other prompts between this one and the text: those whose pass is under way when this one's begins."""
         found: list[Prompt] = []
         for part in plan_of(host).wraps:
-            own = part._pass.get() if isinstance(part, Prompt) and part is not self else None
-            if own is not None and not (own.recording or own.silent):
-                found.append(part)
+            if isinstance(part, Prompt) and part is not self:
+                own = part._pass.get()
+                if own is not None and not (own.recording or own.silent):
+                    found.append(part)
         return found
 
     def served(self, host: nn.Module, kept: Keys, past: Any, run: Callable[[], Any]) -> Any:
