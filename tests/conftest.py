@@ -23,15 +23,27 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    named = any("::" in arg and "[" in arg for arg in config.args)  # whoever names a cell gets it on any day
     try:
-        shares.settle(config.getoption("--share-seed"))
+        shares.settle(shares.ALL if named else config.getoption("--share-seed"))
     except ValueError as error:
         raise pytest.UsageError(str(error)) from error
 
 
-def pytest_report_header() -> str:
+def _share() -> str:
     seed = os.environ[shares.VARIABLE]
-    return f"shares of the matrix: --share-seed {seed}" + ("" if seed == shares.ALL else "; `make test-all` runs all")
+    return f"share of the matrix: --share-seed {seed}" + (
+        "" if seed == shares.ALL else "; make test-all runs all of it"
+    )
+
+
+def pytest_report_header() -> str:
+    return _share()
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    if terminalreporter.verbosity < 0:  # which hides the header
+        terminalreporter.write_line(_share())
 
 
 @pytest.fixture(autouse=True)

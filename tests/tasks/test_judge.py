@@ -15,27 +15,20 @@ from transformers import AutoTokenizer, CLIPImageProcessor
 
 import mmpeft
 from mmpeft.diffusion.data import CaptionedImages
-from mmpeft.diffusion.data.emoji import EmojiStyle, spread
-from mmpeft.diffusion.emoji_judge import EmojiJudge
+from mmpeft.diffusion.data.emoji import EmojiStyle
 from mmpeft.diffusion.grid import Show
 from mmpeft.diffusion.pair_judge import PairJudge
 from mmpeft.diffusion.style import StyleTuner
 from mmpeft.embedded import emoji
 from mmpeft.errors import ConfigError
 from mmpeft.training.callbacks import rows_before
+from tests.tasks.small_judge import small_judge
 from tests.tasks.tiny import trainer
 from tests.tasks.tiny_pipelines import PAIR, clip, image_text_pair, sized, tokenizer
 
 
-@pytest.fixture(scope="module")
-def judge() -> EmojiJudge:
-    """Trained on 300 identities: enough for a test."""
-    identity = emoji("openmoji", "train").identity
-    kept = spread(emoji("openmoji", "train").labels, 300, 0)
-    return EmojiJudge(32, "openmoji", sorted(set(identity.tolist()) - set(identity[kept].tolist())))
-
-
-def test_real_drawings_are_told_apart(judge: EmojiJudge) -> None:
+def test_real_drawings_are_told_apart() -> None:
+    judge = small_judge("openmoji")
     real, other = (emoji(style, "test", 32) for style in ("openmoji", "noto"))
     images, others = (drawn.rgb()[::4].float() / 255 for drawn in (real, other))
     own = judge.accuracy(images, [], real.labels[::4])
