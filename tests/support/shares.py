@@ -14,7 +14,7 @@ from typing import TypeVar
 
 T = TypeVar("T", bound=Hashable)
 
-ROUND = 7
+ROUND = 10
 VARIABLE = "MMPEFT_SEED"
 ALL = "all"
 
