@@ -4,8 +4,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 WORKERS ?= 2
+SHARE := $(if $(SEED),--share-seed $(SEED))
 
-.PHONY: demo demo-style test matrix lint docs bench clean
+.PHONY: demo demo-style test test-all lint docs bench clean
 
 demo: $(STAMP)  ## adapt a pretrained ViT to a drawing style it never saw, by six methods; a table and a plot
 	$(BIN)/mmpeft compare -c configs/vision/demo.yaml --out runs/demo
@@ -14,11 +15,11 @@ demo-style: $(STAMP)  ## tune a pretrained text-to-image UNet to OpenMoji from 6
 	$(BIN)/mmpeft fit -c configs/diffusion/demo_style.yaml
 	$(BIN)/mmpeft test -c configs/diffusion/demo_style.yaml --ckpt_path last
 
-test: lint  ## everything that CI checks
-	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -q -m "not slow and not gpu"
+test: lint  ## everything that CI checks: of the matrix the share of the day, which SEED=<number> repeats
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -q -m "not slow and not gpu" $(SHARE)
 
-matrix: $(STAMP)  ## every method x backbone x invariant; `make test` runs a third of three of the invariants
-	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -q tests/matrix
+test-all: lint  ## the same with every cell of the matrix, and what takes minutes
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -q -m "not gpu" --share-seed all
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -6,6 +6,7 @@ import base64
 import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -106,13 +107,17 @@ class Fingerprint:
 def _sketch(sample: Tensor) -> Tensor:
     """The three numbers of a tensor, int16."""
     wide = sample.double()
-    generator = torch.Generator().manual_seed(len(sample))
-    signs = torch.randint(2, (len(sample),), generator=generator).double() * 2 - 1
     total = wide.abs().sum()
     if not torch.isfinite(total) or total == 0:
         return torch.tensor([len(sample), 0, 0], dtype=torch.int16)
-    numbers = torch.stack([(wide * signs).sum() / total, (total / len(sample)).log2() % 1])
+    numbers = torch.stack([(wide * _signs(len(sample))).sum() / total, (total / len(sample)).log2() % 1])
     return torch.cat([torch.tensor([len(sample)]), (numbers / STEP).round()]).to(torch.int16)
+
+
+@cache
+def _signs(count: int) -> Tensor:
+    """Random ones and minus ones, the same for every tensor of so many elements in its sample."""
+    return torch.randint(2, (count,), generator=torch.Generator().manual_seed(count), device="cpu").double() * 2 - 1
 
 
 def _packed() -> Tensor:

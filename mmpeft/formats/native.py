@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -188,10 +189,13 @@ def base_class(model: nn.Module) -> str:
 
 def library_versions() -> dict[str, str]:
     """Versions of this suite and of the libraries whose models it tunes."""
-    found = {}
-    for library in LIBRARIES:
-        try:
-            found[library] = version(library)
-        except PackageNotFoundError:
-            continue
-    return found
+    return {library: found for library in LIBRARIES if (found := _version(library))}
+
+
+@cache
+def _version(library: str) -> str:
+    """Empty for what is not installed; kept, because reading a package's metadata takes two milliseconds."""
+    try:
+        return version(library)
+    except PackageNotFoundError:
+        return ""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from tempfile import TemporaryDirectory
 
 import torch
@@ -73,7 +73,7 @@ def library(model: nn.Module, folder: str) -> list[str]:
 
 @dataclass(frozen=True)
 class Cell:
-    method: Method
+    method: Method = field(compare=False)  # its options may be unhashable
     family: str
     label: str
 

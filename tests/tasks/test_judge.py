@@ -15,7 +15,7 @@ from transformers import AutoTokenizer, CLIPImageProcessor
 
 import mmpeft
 from mmpeft.diffusion.data import CaptionedImages
-from mmpeft.diffusion.data.emoji import EmojiStyle, spread
+from mmpeft.diffusion.data.emoji import EmojiStyle
 from mmpeft.diffusion.emoji_judge import EmojiJudge
 from mmpeft.diffusion.grid import Show
 from mmpeft.diffusion.pair_judge import PairJudge
@@ -23,19 +23,13 @@ from mmpeft.diffusion.style import StyleTuner
 from mmpeft.embedded import emoji
 from mmpeft.errors import ConfigError
 from mmpeft.training.callbacks import rows_before
+from tests.tasks.small_judge import small_judge
 from tests.tasks.tiny import trainer
 from tests.tasks.tiny_pipelines import PAIR, clip, image_text_pair, sized, tokenizer
 
 
-@pytest.fixture(scope="module")
-def judge() -> EmojiJudge:
-    """Trained on 300 identities: enough for a test."""
-    identity = emoji("openmoji", "train").identity
-    kept = spread(emoji("openmoji", "train").labels, 300, 0)
-    return EmojiJudge(32, "openmoji", sorted(set(identity.tolist()) - set(identity[kept].tolist())))
-
-
-def test_real_drawings_are_told_apart(judge: EmojiJudge) -> None:
+def test_real_drawings_are_told_apart() -> None:
+    judge = small_judge("openmoji")
     real, other = (emoji(style, "test", 32) for style in ("openmoji", "noto"))
     images, others = (drawn.rgb()[::4].float() / 255 for drawn in (real, other))
     own = judge.accuracy(images, [], real.labels[::4])
@@ -48,7 +42,14 @@ def test_real_drawings_are_told_apart(judge: EmojiJudge) -> None:
     assert judge.kid(others, images) == judge.kid(others, images)
 
 
-def test_a_test_run_judges_what_is_drawn(tmp_path: Path) -> None:
+def test_a_test_run_judges_what_is_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def small(*given: Any) -> EmojiJudge:
+        asked.append(given)
+        return small_judge("openmoji")
+
+    monkeypatch.setattr("mmpeft.diffusion.data.emoji.EmojiJudge", small)
     sized(32).save_pretrained(tmp_path / "unet")
     method = mmpeft.LoRA(rank=2, at="attn.*")
     module = StyleTuner(
@@ -57,7 +58,7 @@ def test_a_test_run_judges_what_is_drawn(tmp_path: Path) -> None:
         show=Show(every=2, steps=2, judged=8),
         optimizer=partial(torch.optim.AdamW, lr=1e-2),
     )
-    data = EmojiStyle(images=1250, template="{}, outlined", test_images=18, batch_size=4)
+    data = EmojiStyle(images=40, template="{}, outlined", test_images=18, batch_size=4)
     fit = trainer(tmp_path, max_steps=2, limit_val_batches=0, logger=CSVLogger(tmp_path, name="", version=""))
     fit.fit(module, data)
     (found,) = fit.test(module, data, verbose=False)
@@ -68,6 +69,8 @@ def test_a_test_run_judges_what_is_drawn(tmp_path: Path) -> None:
     assert found["plain_real/style"] < 0.3
     assert found["base/kid"] != found["test/kid"]
     assert (tmp_path / "test.png").is_file()
+    assert asked
+    assert all(given == (32, "openmoji", emoji("openmoji", "train").identity[data.rows].tolist()) for given in asked)
     (row,) = rows_before(tmp_path / "scores.csv", 2)
     assert {"val/style", "val/caption", "plain/style", "plain_base/caption", "real/style"} <= row.keys()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ from transformers import (
 from mmpeft.diffusion.pipeline import PixelPipeline
 from mmpeft.diffusion.text import text_encoder
 from mmpeft.embedded.store import WEIGHTS
+from tests.support.copies import Copies
 
 PAIR = WEIGHTS / "clip_emoji"
 CROSS = {
@@ -228,6 +230,15 @@ def sized(size: int) -> Any:
 
 def pipeline(kind: str, seed: int = 0) -> Any:
     """A pipeline with weights that depend on the seed; zero-initialised outputs are set alive."""
+    return _kept(kind, seed)()
+
+
+@cache
+def _kept(kind: str, seed: int) -> Copies[Any]:
+    return Copies(partial(_built, kind, seed))
+
+
+def _built(kind: str, seed: int) -> Any:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         made = PIPELINES[kind]()

@@ -35,7 +35,8 @@ def test_importing_the_package_loads_no_library() -> None:
     )
 
 
-def test_the_core_and_the_domain_load_no_backbone_library() -> None:
+def test_the_core_and_the_domains_load_no_backbone_library() -> None:
+    """Importing all of them loads none, so importing one of them loads none."""
     code = (
         "import sys, mmpeft; mmpeft.LoRA; mmpeft.attach; mmpeft.load;"
         "import mmpeft.vision, mmpeft.vla, mmpeft.diffusion, mmpeft.llm;"

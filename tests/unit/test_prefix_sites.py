@@ -19,6 +19,7 @@ from mmpeft.errors import Refused
 from mmpeft.functional.attention import prefix_mask
 from mmpeft.sites import sites
 from tests.matrix.families import FAMILIES
+from tests.support.shares import of_today
 
 P = 3
 
@@ -294,7 +295,7 @@ def test_masks_grow_by_visible_columns() -> None:
     assert scores.tolist() == [[0, 0, -1, -1, -1]]
 
 
-@pytest.mark.parametrize("family", ["swinv2", "open_clip", "sd_unet", "flux"])
+@pytest.mark.parametrize("family", of_today(["swinv2", "open_clip", "sd_unet", "flux"], lambda family: ("compiled",)))
 def test_compiled(family: str) -> None:
     example = FAMILIES[family]()
     mmpeft.attach(example.model, mmpeft.PTuningV2(tokens=P))

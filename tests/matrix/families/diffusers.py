@@ -18,6 +18,7 @@ from diffusers import (
 from torch import Tensor
 
 from tests.matrix.example import BATCH, Example, enliven
+from tests.support.copies import copies
 
 TEXT, WORDS, POOLED = 12, 5, 10
 """Channels of a context token, tokens of a context, channels of the pooled context."""
@@ -101,54 +102,58 @@ SD3 = partial(
     pos_embed_max_size=8,
 )
 
-FAMILIES: dict[str, Callable[[], Example]] = {
-    "unet2d": partial(
-        _build,
-        UNet2DModel,
-        _unet_inputs,
-        **_UNET,
-        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
-        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
-        attention_head_dim=4,
-        num_class_embeds=BATCH,
-    ),
-    "sd_unet": partial(
-        SD_UNET,
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-    ),
-    "sdxl_unet": partial(
-        SD_UNET,
-        inputs=_sdxl_inputs,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        transformer_layers_per_block=(1, 2),
-        use_linear_projection=True,
-        addition_embed_type="text_time",
-        addition_time_embed_dim=4,
-        projection_class_embeddings_input_dim=6 * 4 + POOLED,
-    ),
-    "dit": partial(_build, DiTTransformer2DModel, _dit_inputs, **_PATCHES, num_embeds_ada_norm=BATCH, out_channels=8),
-    "pixart": partial(
-        _build,
-        PixArtTransformer2DModel,
-        _pixart_inputs,
-        **_PATCHES,
-        caption_channels=TEXT,
-        cross_attention_dim=16,
-        out_channels=8,
-    ),
-    "sd3": partial(SD3, qk_norm="rms_norm", dual_attention_layers=(0,)),  # as SD3.5 medium
-    "flux": partial(
-        _build,
-        FluxTransformer2DModel,
-        _flux_inputs,
-        **_DIT,
-        in_channels=4,
-        num_single_layers=2,
-        joint_attention_dim=TEXT,
-        pooled_projection_dim=POOLED,
-        axes_dims_rope=(2, 2, 4),
-        guidance_embeds=True,
-    ),
-}
+FAMILIES: dict[str, Callable[[], Example]] = copies(
+    {
+        "unet2d": partial(
+            _build,
+            UNet2DModel,
+            _unet_inputs,
+            **_UNET,
+            down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+            up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+            attention_head_dim=4,
+            num_class_embeds=BATCH,
+        ),
+        "sd_unet": partial(
+            SD_UNET,
+            down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        ),
+        "sdxl_unet": partial(
+            SD_UNET,
+            inputs=_sdxl_inputs,
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+            up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+            transformer_layers_per_block=(1, 2),
+            use_linear_projection=True,
+            addition_embed_type="text_time",
+            addition_time_embed_dim=4,
+            projection_class_embeddings_input_dim=6 * 4 + POOLED,
+        ),
+        "dit": partial(
+            _build, DiTTransformer2DModel, _dit_inputs, **_PATCHES, num_embeds_ada_norm=BATCH, out_channels=8
+        ),
+        "pixart": partial(
+            _build,
+            PixArtTransformer2DModel,
+            _pixart_inputs,
+            **_PATCHES,
+            caption_channels=TEXT,
+            cross_attention_dim=16,
+            out_channels=8,
+        ),
+        "sd3": partial(SD3, qk_norm="rms_norm", dual_attention_layers=(0,)),  # as SD3.5 medium
+        "flux": partial(
+            _build,
+            FluxTransformer2DModel,
+            _flux_inputs,
+            **_DIT,
+            in_channels=4,
+            num_single_layers=2,
+            joint_attention_dim=TEXT,
+            pooled_projection_dim=POOLED,
+            axes_dims_rope=(2, 2, 4),
+            guidance_embeds=True,
+        ),
+    }
+)

@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import RobertaConfig
 
 from tests.matrix.example import BATCH, Example, enliven
+from tests.support.copies import copies
 
 WIDTH, WORDS, CONTEXT = 32, 60, 8
 VISION: dict[str, Any] = {"layers": 2, "width": WIDTH, "head_width": 8, "patch_size": 8, "image_size": 32}
@@ -65,8 +66,10 @@ def _coca() -> CoCa:
     return CoCa(WIDTH, multimodal_cfg=decoder, text_cfg=text, vision_cfg={**VISION, **pooling})
 
 
-FAMILIES: dict[str, Callable[[], Example]] = {
-    "open_clip": partial(_build, partial(CLIP, embed_dim=16, vision_cfg=VISION, text_cfg=TEXT)),
-    "open_clip_timm_hf": partial(_build, _timm_and_hf, 160),
-    "coca": partial(_build, _coca),
-}
+FAMILIES: dict[str, Callable[[], Example]] = copies(
+    {
+        "open_clip": partial(_build, partial(CLIP, embed_dim=16, vision_cfg=VISION, text_cfg=TEXT)),
+        "open_clip_timm_hf": partial(_build, _timm_and_hf, 160),
+        "coca": partial(_build, _coca),
+    }
+)

@@ -16,6 +16,7 @@ from timm.models.vision_transformer import ParallelScalingBlock, ResPostBlock, V
 from torch import nn
 
 from tests.matrix.example import BATCH, Example
+from tests.support.copies import copies
 
 CLASSES = 5
 
@@ -47,7 +48,7 @@ _VIT = partial(_build, VisionTransformer, img_size=32, patch_size=8, embed_dim=4
 _EVA = partial(_build, Eva, img_size=32, patch_size=8, embed_dim=48, depth=3, num_heads=3)
 _ROPE = {"use_rot_pos_emb": True, "use_abs_pos_emb": False}
 
-FAMILIES: dict[str, Callable[[], Example]] = {
+_BUILDERS: dict[str, Callable[[], Example]] = {
     "vit": _VIT,
     "dinov2": partial(_VIT, reg_tokens=2, init_values=0.5, no_embed_class=True),
     "deit3": partial(_VIT, init_values=0.5, no_embed_class=True, global_pool="avg", qkv_bias=False),
@@ -78,7 +79,14 @@ FAMILIES: dict[str, Callable[[], Example]] = {
         use_rel_pos_bias=True,
     ),
     "swin": partial(
-        _build, SwinTransformer, img_size=32, patch_size=4, embed_dim=16, depths=(2, 2), num_heads=(2, 2), window_size=4
+        _build,
+        SwinTransformer,
+        img_size=32,
+        patch_size=4,
+        embed_dim=16,
+        depths=(2, 2),
+        num_heads=(2, 2),
+        window_size=4,
     ),
     "swinv2": partial(
         _build,
@@ -92,3 +100,7 @@ FAMILIES: dict[str, Callable[[], Example]] = {
     ),
     "convnext": partial(_build, ConvNeXt, depths=(1, 1, 2, 1), dims=(8, 12, 16, 16), ls_init_value=0.5),
 }
+
+FAMILIES = copies(_BUILDERS)
+SHALLOW = copies({name: partial(_BUILDERS[name], depth=2) for name in ("vit", "beit", "eva02")})
+"""Those that are compiled, which takes a second a block."""

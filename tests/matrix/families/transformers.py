@@ -11,6 +11,7 @@ import transformers as hf
 from torch import Tensor, nn
 
 from tests.matrix.example import BATCH, Example, enliven, first
+from tests.support.copies import copies
 
 TOKENS, WORDS = 6, 60
 LM = {
@@ -60,23 +61,29 @@ def _build(
 _text, _image = "input_ids attention_mask", "pixel_values"
 _pair = {"text_config": {**LM, "max_position_embeddings": 16}, "vision_config": VIT}
 
-FAMILIES: dict[str, Callable[[], Example]] = {
-    "llama": partial(_build, hf.LlamaForCausalLM, hf.LlamaConfig, _text, **GQA),
-    "gemma2": partial(_build, hf.Gemma2ForCausalLM, hf.Gemma2Config, _text, **GQA),
-    "phi": partial(_build, hf.PhiForCausalLM, hf.PhiConfig, _text, **LM),
-    "phi3": partial(_build, hf.Phi3ForCausalLM, hf.Phi3Config, _text, **GQA),
-    "gpt2": partial(_build, hf.GPT2LMHeadModel, hf.GPT2Config, _text, n_embd=32, n_layer=2, n_head=4, vocab_size=WORDS),
-    "gpt_neox": partial(_build, hf.GPTNeoXForCausalLM, hf.GPTNeoXConfig, _text, **LM),
-    "bert": partial(_build, hf.BertForSequenceClassification, hf.BertConfig, _text, **LM),
-    "t5": partial(
-        _build,
-        hf.T5ForConditionalGeneration,
-        hf.T5Config,
-        "input_ids attention_mask decoder_input_ids",
-        feed_forward_proj="gated-gelu",
-        **T5,
-    ),
-    "hf_vit": partial(_build, hf.ViTForImageClassification, hf.ViTConfig, _image, num_labels=5, **VIT),
-    "hf_clip": partial(_build, hf.CLIPModel, hf.CLIPConfig, f"{_text} {_image}", _embeds, projection_dim=16, **_pair),
-    "hf_siglip": partial(_build, hf.SiglipModel, hf.SiglipConfig, f"{_text} {_image}", _embeds, **_pair),
-}
+FAMILIES: dict[str, Callable[[], Example]] = copies(
+    {
+        "llama": partial(_build, hf.LlamaForCausalLM, hf.LlamaConfig, _text, **GQA),
+        "gemma2": partial(_build, hf.Gemma2ForCausalLM, hf.Gemma2Config, _text, **GQA),
+        "phi": partial(_build, hf.PhiForCausalLM, hf.PhiConfig, _text, **LM),
+        "phi3": partial(_build, hf.Phi3ForCausalLM, hf.Phi3Config, _text, **GQA),
+        "gpt2": partial(
+            _build, hf.GPT2LMHeadModel, hf.GPT2Config, _text, n_embd=32, n_layer=2, n_head=4, vocab_size=WORDS
+        ),
+        "gpt_neox": partial(_build, hf.GPTNeoXForCausalLM, hf.GPTNeoXConfig, _text, **LM),
+        "bert": partial(_build, hf.BertForSequenceClassification, hf.BertConfig, _text, **LM),
+        "t5": partial(
+            _build,
+            hf.T5ForConditionalGeneration,
+            hf.T5Config,
+            "input_ids attention_mask decoder_input_ids",
+            feed_forward_proj="gated-gelu",
+            **T5,
+        ),
+        "hf_vit": partial(_build, hf.ViTForImageClassification, hf.ViTConfig, _image, num_labels=5, **VIT),
+        "hf_clip": partial(
+            _build, hf.CLIPModel, hf.CLIPConfig, f"{_text} {_image}", _embeds, projection_dim=16, **_pair
+        ),
+        "hf_siglip": partial(_build, hf.SiglipModel, hf.SiglipConfig, f"{_text} {_image}", _embeds, **_pair),
+    }
+)

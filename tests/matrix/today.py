@@ -1,0 +1,46 @@
+"""Which cells each invariant is tried on, and which of them today."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from tests.matrix.cells import ALIKE, CELLS, Cell
+from tests.matrix.expected import REFUSED, reason
+from tests.matrix.families.timm import SHALLOW
+from tests.support import shares
+
+REFUSALS = [cell for cell in CELLS if reason(REFUSED, cell.label, cell.family)]
+WORKING = [cell for cell in CELLS if not reason(REFUSED, cell.label, cell.family)]
+COMPILED = [cell for cell in WORKING if cell.family in SHALLOW and "[" not in cell.label and cell.label not in ALIKE]
+
+
+class Table(NamedTuple):
+    """The cells of an invariant, what of them every day's share must have one of, and how far its turn is ahead."""
+
+    cells: list[Cell]
+    keys: Callable[[Cell], tuple[tuple[str, str], ...]]
+    shift: int
+
+
+def _method_and_family(cell: Cell) -> tuple[tuple[str, str], ...]:
+    return ("method", cell.label), ("family", cell.family)
+
+
+def _family(cell: Cell) -> tuple[tuple[str, str], ...]:
+    return (("family", cell.family),)
+
+
+TABLES = {
+    "refusal": Table(REFUSALS, _method_and_family, 0),
+    "session": Table(WORKING, _method_and_family, 0),
+    "merge": Table(WORKING, _method_and_family, 1),
+    "recomputation": Table(WORKING, _method_and_family, 3),
+    "copies": Table(WORKING, _method_and_family, 5),
+    "compile": Table(COMPILED, _family, 0),
+}
+
+
+def of_today(invariant: str, seed: str | None = None) -> list[Cell]:
+    """The cells whose turn it is under a seed, by default the session's."""
+    return shares.of_today(*TABLES[invariant], seed)
