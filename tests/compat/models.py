@@ -119,6 +119,13 @@ def close(got: Any, expected: Any, tolerance: float = 1e-5) -> None:
     torch.testing.assert_close(got, expected, atol=tolerance, rtol=tolerance)
 
 
+def near(got: Tensor, expected: Tensor, share: float = 0.05) -> None:
+    """Equal up to a share of the norm: what bf16 leaves of it."""
+    assert got.dtype == expected.dtype
+    error = (got.double() - expected.double()).norm() / expected.double().norm()
+    assert error < share, f"{error:.3f} of the norm apart"
+
+
 def differ(got: Tensor, other: Tensor) -> None:
     """The adapter is in effect: what the plain backbone answers is something else."""
     assert (got - other).abs().max() > 1e-3, "the answer is the plain backbone's: the adapter has no effect"

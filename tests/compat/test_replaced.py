@@ -241,11 +241,6 @@ def test_modules_replaced(change: str, at: str) -> None:
     close(got, carried(images()), 1e-4)
     with torch.no_grad(), mmpeft.use(model, None):
         close(model(images()), before(images()), 1e-4)
-    assert all(
-        p.requires_grad is False
-        for n, p in model.named_parameters()
-        if n in dict(carried.named_parameters()) and not _touches(change, at) and n.split(".")[0] != "head"
-    ) or _touches(change, at)
 
 
 def _put_on_the_new(tuning: Any, changed: Any) -> Any:
