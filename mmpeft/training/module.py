@@ -139,11 +139,7 @@ class TuningModule(lightning.LightningModule):
 
     def configure_model(self) -> None:
         """Lightning's hook, called before a checkpoint is restored and before any batch."""
-        with (
-            torch.inference_mode(False),
-            torch.enable_grad(),
-        ):  # `validate` calls it in a mode whose tensors cannot train
-            self.prepare()
+        self.prepare()
 
     def trainable(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Everything that trains: the tuning's tensors, and parameters a task adds beside the backbone."""

@@ -77,15 +77,20 @@ def test_export_of_families(family: str) -> None:
     close(example.read(got), example(plain(tuning, before)), 1e-4)
 
 
-COMPILED = {"fullgraph": {"fullgraph": True}, "dynamic": {"fullgraph": True, "dynamic": True}, "default": {}}
+BACKEND = "eager"  # the graphs that are captured are what is tested; `test_compile` compiles the backward pass as well
+COMPILED = {
+    "fullgraph": {"fullgraph": True, "backend": "aot_eager"},
+    "dynamic": {"fullgraph": True, "dynamic": True, "backend": BACKEND},
+    "default": {"backend": BACKEND},
+}
 
 
 @row("torch", "`torch.compile(fullgraph=True)` forward and backward, switched with `use` between calls")
 @pytest.mark.parametrize("options", COMPILED)
 def test_compile(options: str) -> None:
-    model = vit()
+    model = vit(depth=1)
     tuning, before, expected = tuned(model)
-    compiled = torch.compile(model, backend="aot_eager", **COMPILED[options])
+    compiled = torch.compile(model, **COMPILED[options])
     close(compiled(images()), expected(images()), 1e-4)
     with mmpeft.use(model, None):
         close(compiled(images()), before(images()), 1e-4)
@@ -106,16 +111,16 @@ def test_compile(options: str) -> None:
 @row("torch", "`model.compile()`, regional `block.compile()`, a compiled function around the model")
 @pytest.mark.parametrize("way", ["model", "blocks", "function"])
 def test_other_ways_to_compile(way: str) -> None:
-    model = vit()
+    model = vit(depth=1)
     tuning, before, expected = tuned(model)
     run: Any = model
     if way == "model":
-        model.compile(backend="aot_eager", fullgraph=True)
+        model.compile(backend=BACKEND, fullgraph=True)
     elif way == "blocks":
         for block in model.blocks:
-            block.compile(backend="aot_eager", fullgraph=True)
+            block.compile(backend=BACKEND, fullgraph=True)
     else:
-        run = torch.compile(lambda x: model(x).softmax(-1).log(), backend="aot_eager", fullgraph=True)
+        run = torch.compile(lambda x: model(x).softmax(-1).log(), backend=BACKEND, fullgraph=True)
         inner, expected_run = expected, None
         del expected_run
         close(run(images()), inner(images()).log_softmax(-1), 1e-4)
@@ -139,16 +144,16 @@ def test_other_ways_to_compile(way: str) -> None:
 )
 @pytest.mark.parametrize("way", ["wrapper", "model", "blocks"])
 def test_compiled_before_attach(way: str) -> None:
-    model = vit()
+    model = vit(depth=1)
     before = untouched(model)
     run: Any = model
     if way == "wrapper":
-        run = torch.compile(model, backend="aot_eager")
+        run = torch.compile(model, backend=BACKEND)
     elif way == "model":
-        model.compile(backend="aot_eager")
+        model.compile(backend=BACKEND)
     else:
         for block in model.blocks:
-            block.compile(backend="aot_eager")
+            block.compile(backend=BACKEND)
     close(run(images()), before(images()), 1e-4)
     tuning = mmpeft.attach(model, mmpeft.LoRA(rank=2, at=ALL))
     close(run(images()), before(images()), 1e-4)
@@ -165,9 +170,9 @@ def test_compiled_before_attach(way: str) -> None:
     "the adapter in effect, or refused with the module to use",
 )
 def test_attach_to_an_optimized_module() -> None:
-    model = vit()
+    model = vit(depth=1)
     before = untouched(model)
-    compiled = torch.compile(model, backend="aot_eager")
+    compiled = torch.compile(model, backend=BACKEND)
     try:
         tuning = bend(mmpeft.attach(compiled, mmpeft.LoRA(rank=2, at=ALL)))
     except MMPEFTError:

@@ -122,8 +122,7 @@ def test_a_module_of_ones_own(options: dict[str, Any], tmp_path: Path) -> None:
 def test_the_suites_own_module(options: dict[str, Any], tmp_path: Path) -> None:
     module = classifier()
     data = TinyData()
-    run = trainer(tmp_path, limit_train_batches=0, **options)
-    run.validate(module, data, verbose=False)
+    trainer(tmp_path, max_steps=0, **options).fit(module, data)
     backbone = module.model
     before = untouched(backbone)
     mmpeft.tunings(before)["default"].detach()
