@@ -16,6 +16,7 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as tf
 from torchvision.utils import make_grid
 
+from mmpeft.choice import use
 from mmpeft.combine.strength import strength
 from mmpeft.diffusion.backbone import DTYPES, create
 from mmpeft.diffusion.families import family_of
@@ -29,7 +30,6 @@ from mmpeft.formats.exchange import export_pipeline as write_pipeline
 from mmpeft.formats.inspection import read
 from mmpeft.formats.merged import merged_copy
 from mmpeft.formats.native import MANIFEST, load
-from mmpeft.surgery import use
 from mmpeft.together import Together
 from mmpeft.training.data import mix
 from mmpeft.tuning import Tuning

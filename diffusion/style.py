@@ -13,6 +13,7 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from rich.progress import track
 from torch import Generator, Tensor, nn
 
+from mmpeft.choice import use
 from mmpeft.combine.strength import strength
 from mmpeft.diffusion.backbone import DTYPES, create
 from mmpeft.diffusion.cache import Cache
@@ -24,7 +25,7 @@ from mmpeft.diffusion.objective import Levels, Objective, objective_of
 from mmpeft.errors import ConfigError
 from mmpeft.methods.base import Method
 from mmpeft.recompute import Recompute
-from mmpeft.surgery import attach, use
+from mmpeft.surgery import attach
 from mmpeft.training.callbacks import folder_of
 from mmpeft.training.data import mix
 from mmpeft.training.module import TuningModule

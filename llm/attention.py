@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmpeft.errors import Refused
-from mmpeft.host import base_value, original_class
+from mmpeft.host import base_value, original_class, plan_of
 from mmpeft.parts.gate import GatedKeys
 from mmpeft.parts.prefix import GatedPrefix
 
@@ -54,7 +54,7 @@ def attend(
 
     `query` is [B, H, n, d], `key` and `value` [B, h, m, d] with what the cache holds.
     """
-    parts = module._plan.reads["config"]  # type: ignore[union-attr]
+    parts = plan_of(module).reads["config"]
     function = _original(module)
     beside = [part for part in parts if isinstance(part, GatedPrefix)]
     gated = [part for part in parts if isinstance(part, GatedKeys)]

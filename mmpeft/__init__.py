@@ -12,7 +12,7 @@ __version__ = "0.1.0"
 
 _HOME = {
     "attach": "surgery",
-    "use": "surgery",
+    "use": "choice",
     "Together": "together",
     "Mixture": "mixture",
     "Bank": "bank",

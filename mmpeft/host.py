@@ -1,45 +1,68 @@
 """A module that hosts parts: the class swap, and the forward pass around the parts.
 
-Follows PyTorch's own `fully_shard` and `parametrize`: the module keeps its object, its type (a cached
-subclass, so `isinstance` still holds) and every state-dict key; the parts hang under it as one child named
-`mmpeft`. Only `mmpeft.surgery` performs it.
+Follows PyTorch's own `fully_shard` and `parametrize`: the module keeps its object, its type (a cached subclass of the
+same name, so `isinstance` still holds), its forward's signature and every state-dict key; the parts hang under it as
+one child named `mmpeft`. Only `mmpeft.surgery` performs it.
 """
 
 from __future__ import annotations
 
 import copyreg
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
-from typing import Any
+from functools import cache, partial, wraps
+from types import FunctionType, MethodType
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import Function
 
-from mmpeft.errors import Refused
+from mmpeft.errors import ConfigError, Refused
 from mmpeft.few_bits import Product, packs, viewed
-from mmpeft.parts.base import Call, Part
+from mmpeft.running import RUNNING, Pinned, Planned, current, remember
+
+if TYPE_CHECKING:
+    from mmpeft.parts.base import Call, Part
+    from mmpeft.state import State
 
 CHILD = "mmpeft"
+SEAT = "_mmpeft_seat"
+PATCHED = "_mmpeft_patched"
+"""Where a host keeps a forward that somebody had put on the module itself before it became one."""
 
 
 @dataclass
 class Plan:
-    """What a host does in its forward pass under the present route; empty lists are the plain backbone."""
+    """What a host does in its forward pass under a route; empty lists are the plain backbone."""
 
     enter: tuple[Part, ...] = ()
     exit: tuple[Part, ...] = ()
     call: Call | None = None
     reads: dict[str, tuple[Part, ...]] = field(default_factory=dict)
-    route: Callable[..., Any] | None = None
-    """At the root, runs everything: `route(run, *args, **kwargs)` marks the graph, or runs group after group."""
     wraps: tuple[Part, ...] = ()
     """Parts that run the host themselves, the first one outermost."""
     around: Callable[..., Any] | None = None
     """Runs the host inside `wraps`: recomputation, which repeats it and those of `wraps` that are `repeated`."""
     alone: bool = False
     """Whether `call` is all there is: the common case of a tuned linear, kept free of further tests."""
+
+
+PLAIN = Plan()
+
+
+class Seat:
+    """A host's place in its model: the model's state, its own number there, and its plans by the number of a route."""
+
+    def __init__(self, state: State, index: int, path: str) -> None:
+        self.state, self.index, self.path = state, index, path
+        self.plans: dict[int, Plan] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"state": self.state, "index": self.index, "path": self.path}
+
+    def __setstate__(self, values: dict[str, Any]) -> None:
+        self.__dict__.update(values, plans={})
 
 
 class TunedMeta(type):
@@ -55,52 +78,143 @@ class TunedMeta(type):
         return str(cls.base)
 
 
-_CLASSES: dict[tuple[type, frozenset[str]], TunedMeta] = {}
+def tuned_part(cls: type) -> TunedMeta | None:
+    """The swapped class in a class's hierarchy: itself, or one that other libraries have derived from; None without."""
+    return next((c for c in cls.__mro__ if isinstance(c, TunedMeta) and "base" in vars(c)), None)
 
 
-class Host:
-    """Mixin in front of a module's own class."""
+def _reduced(cls: TunedMeta) -> Any:
+    if "base" not in vars(cls):  # of another library, on top of a swapped one
+        return cls.__qualname__
+    return tuned_class, (cls.base, cls.reads)
 
-    _plan: Plan
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        plan = self._plan
-        if plan.alone and not kwargs:
-            return plan.call(self, *args)  # type: ignore[misc, arg-type]
-        if plan.route is not None:
-            return plan.route(self._run, *args, **kwargs)
-        return self._run(*args, **kwargs)
+copyreg.pickle(TunedMeta, _reduced)  # type: ignore[arg-type]
 
-    def _run(self, *args: Any, **kwargs: Any) -> Any:
-        plan = self._plan
-        run = self._wrapped(self._inner, repeated=True)
-        if plan.around is not None:
-            run = partial(plan.around, run)
-        return self._wrapped(run, repeated=False)(*args, **kwargs)
 
-    def _wrapped(self, run: Callable[..., Any], repeated: bool) -> Callable[..., Any]:
-        for part in reversed(self._plan.wraps):
-            if part.repeated == repeated:
-                run = partial(part.around, self, run)  # type: ignore[arg-type]
-        return run
+def _forward(base: type) -> Callable[..., Any]:
+    """The forward of a host of class `base`, under the signature, name and doc of its own."""
+    own = Product.forward if packs(base) else base.forward  # type: ignore[attr-defined]
 
-    def _inner(self, *args: Any, **kwargs: Any) -> Any:
-        plan = self._plan
-        if not (plan.enter or plan.exit or plan.call):
-            return super().forward(*args, **kwargs)  # type: ignore[misc]
-        if args:
-            x, args = args[0], args[1:]
+    def inner(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if self._mmpeft_patched is not None:
+            return self._mmpeft_patched(*args, **kwargs)
+        return own(self, *args, **kwargs)
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        seat = getattr(self, SEAT, None)
+        if seat is None:  # a bound method that outlived the tuning
+            return own(self, *args, **kwargs)
+        running = RUNNING.get()
+        if running is None or running.state is not seat.state:
+            return _pass(self, seat, inner, args, kwargs)
+        if torch.compiler.is_compiling() and running.number is not None:
+            plan = seat.plans.get(running.number)
         else:
-            name = next(iter(kwargs))
-            x = kwargs.pop(name)
-        for part in plan.enter:
-            x = part.enter(self, x)  # type: ignore[arg-type]
-        y = plan.call(self, x) if plan.call else super().forward(x, *args, **kwargs)  # type: ignore
-        for part in plan.exit:
-            first, *rest = y if isinstance(y, tuple) else (y,)
-            first = part.exit(self, x, first)  # type: ignore[arg-type]
-            y = (first, *rest) if isinstance(y, tuple) else first
-        return y
+            plan = running.plans.get(seat.index)
+        if plan is None:
+            return inner(self, *args, **kwargs)
+        if plan.alone and not kwargs:
+            return plan.call(self, *args)
+        return run(self, plan, inner, args, kwargs)
+
+    if not isinstance(own, FunctionType):
+        return forward
+    found = wraps(own)(forward)
+    found.__signature__ = inspect.signature(own)  # type: ignore[attr-defined]
+    return found
+
+
+def _pass(host: Any, seat: Seat, inner: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    """A host that is run from outside: a pass through the model, or through a part of it, begins here."""
+    planned = current(seat.state)
+    if torch.compiler.is_compiling() and planned.grouped is None:
+        plan = planned.plans.get(seat.index)
+        return inner(host, *args, **kwargs) if plan is None else run(host, plan, inner, args, kwargs)
+    return _begun(host, seat, planned, inner, args, kwargs)
+
+
+def _begun(host: Any, seat: Seat, planned: Planned, inner: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    state = seat.state
+    plan = planned.plans.get(seat.index, PLAIN)
+    if planned.grouped is not None and seat.path and seat.index in planned.plans:
+        raise ConfigError(
+            f"the rows in use() need passes of their own through the whole model, but {seat.path} was run by itself "
+            "(generate() runs an encoder so, encode_image() a tower): call the model, or use() one name at a time"
+        )
+    state.gate.enter()
+    token = RUNNING.set(planned)
+    try:
+        if planned.grouped is not None and not seat.path:
+            output = planned.grouped(partial(_grouped_run, host, seat, inner), *args, **kwargs)
+        else:
+            output = run(host, plan, inner, args, kwargs)
+    finally:
+        RUNNING.reset(token)
+        state.gate.leave()
+    if torch.is_grad_enabled():
+        remember(output, planned)
+    return output
+
+
+def _grouped_run(
+    host: Any, seat: Seat, inner: Callable[..., Any], planned: Planned, args: Any, kwargs: dict[str, Any]
+) -> Any:
+    """One group's pass."""
+    token = RUNNING.set(planned)
+    try:
+        output = run(host, planned.plans.get(seat.index, PLAIN), inner, args, kwargs)
+    finally:
+        RUNNING.reset(token)
+    if torch.is_grad_enabled():
+        remember(output, planned)
+    return output
+
+
+def run(host: Any, plan: Plan, inner: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    """A host's forward pass with the parts of a plan."""
+    if not plan.wraps and plan.around is None:
+        return _inside(host, plan, inner, *args, **kwargs)
+    call = _wrapped(host, plan, partial(_inside, host, plan, inner), repeated=True)
+    if plan.around is not None:
+        call = partial(plan.around, call if torch.compiler.is_compiling() else Pinned(call))
+    return _wrapped(host, plan, call, repeated=False)(*args, **kwargs)
+
+
+def _wrapped(host: Any, plan: Plan, call: Callable[..., Any], repeated: bool) -> Callable[..., Any]:
+    for part in reversed(plan.wraps):
+        if part.repeated == repeated:
+            call = partial(part.around, host, call)
+    return call
+
+
+def _inside(host: Any, plan: Plan, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    if not (plan.enter or plan.exit or plan.call):
+        return inner(host, *args, **kwargs)
+    if args:
+        x, args = args[0], args[1:]
+    else:
+        name = next(iter(kwargs))
+        x = kwargs.pop(name)
+    for part in plan.enter:
+        x = part.enter(host, x)
+    y = plan.call(host, x) if plan.call else inner(host, x, *args, **kwargs)
+    for part in plan.exit:
+        first, *rest = y if isinstance(y, tuple) else (y,)
+        first = part.exit(host, x, first)
+        y = (first, *rest) if isinstance(y, tuple) else first
+    return y
+
+
+def plan_of(host: nn.Module) -> Plan:
+    """What a host does at present: in the pass that runs, or under this context's choice."""
+    seat: Seat = getattr(host, SEAT)
+    running = RUNNING.get()
+    if running is None or running.state is not seat.state:
+        running = current(seat.state)
+    elif torch.compiler.is_compiling() and running.number is not None:
+        return seat.plans.get(running.number, PLAIN)
+    return running.plans.get(seat.index, PLAIN)
 
 
 def module_at(model: nn.Module, path: str) -> nn.Module:
@@ -111,17 +225,31 @@ def module_at(model: nn.Module, path: str) -> nn.Module:
 
 
 def base_value(module: nn.Module, name: str) -> Any:
-    """The backbone's own value of an attribute, whatever parts read it; a packed weight in its true shape."""
+    """The backbone's own value of an attribute, whatever parts read it; a packed weight in its true shape.
+
+    What accelerate holds elsewhere between passes is read from there.
+    """
     for store in (module._parameters, module._buffers, module.__dict__):
         if name in store:
-            return viewed(module, store[name])
+            return _present(module, name, viewed(module, store[name]))
+    own = getattr(original_class(module), name, None)
+    if isinstance(own, property):  # of a parametrised module, which computes its weight
+        return own.fget(module)  # type: ignore[misc]
     raise AttributeError(f"{type(module).__name__} has no attribute {name!r}")
+
+
+def _present(module: nn.Module, name: str, value: Any) -> Any:
+    hook = module.__dict__.get("_hf_hook")
+    held = getattr(hook, "weights_map", None)
+    if held is None or not isinstance(value, Tensor) or not value.is_meta:
+        return value
+    return held[name].to(hook.execution_device)  # type: ignore[union-attr]
 
 
 def _reader(name: str) -> property:
     def read(self: Any) -> Any:
         value = base_value(self, name)
-        for part in self._plan.reads.get(name, ()):
+        for part in plan_of(self).reads.get(name, ()):
             value = part.read(self, name, value)
         return value
 
@@ -131,80 +259,124 @@ def _reader(name: str) -> property:
     return property(read, write)
 
 
+@cache
 def tuned_class(base: type, reads: frozenset[str]) -> TunedMeta:
     """The subclass of `base` that hosts parts and lets them answer for the attributes `reads`."""
-    key = (base, reads)
-    if key not in _CLASSES:
-        namespace: dict[str, Any] = {name: _reader(name) for name in reads}
-        namespace |= {"base": base, "reads": reads, "__module__": base.__module__, "__doc__": base.__doc__}
-        namespace["packed"] = packs(base)
-        mixins = (Host, Product) if namespace["packed"] else (Host,)
-        _CLASSES[key] = TunedMeta(f"Tuned{base.__name__}", (*mixins, base), namespace)
-    return _CLASSES[key]
+    namespace: dict[str, Any] = {name: _reader(name) for name in reads}
+    namespace |= {"base": base, "reads": reads, "packed": packs(base), "forward": _forward(base)}
+    namespace |= {"__module__": base.__module__, "__doc__": base.__doc__, "__qualname__": base.__qualname__}
+    namespace |= {PATCHED: None, "__prepare_scriptable__": _scriptable}
+    return _meta(type(base))(base.__name__, (base,), namespace)
 
 
-copyreg.pickle(TunedMeta, lambda cls: (tuned_class, (cls.base, cls.reads)))  # type: ignore[arg-type]
+@cache
+def _meta(kind: type) -> type[TunedMeta]:
+    """The metaclass for a base whose own metaclass is `kind` (abstract classes have one)."""
+    if issubclass(TunedMeta, kind):
+        return TunedMeta
+    found = type(TunedMeta.__name__, (TunedMeta, kind), {"__module__": TunedMeta.__module__})
+    copyreg.pickle(found, _reduced)  # type: ignore[arg-type]
+    return found
+
+
+def _scriptable(host: nn.Module) -> nn.Module:
+    """What `torch.jit.script` compiles: the plain model, once all that is tuned is merged into it."""
+    seat: Seat = getattr(host, SEAT)
+    if seat.path or set(seat.state.placements) - set(seat.state.merged):
+        raise Refused(
+            "TorchScript knows no tunings: merge() them and script the whole model, or use torch.jit.trace, "
+            "torch.export or torch.compile, which take them as they are"
+        )
+    return plain_copy(host)
+
+
+def plain_copy(module: nn.Module) -> nn.Module:
+    """A model of the same modules' own classes that shares every tensor of the backbone, and hosts nothing."""
+    made: dict[int, nn.Module] = {}
+
+    def copied(module: nn.Module) -> nn.Module:
+        if id(module) not in made:
+            tuned = tuned_part(type(module))
+            cls: Any = type(module) if tuned is None else rebased(type(module), tuned, tuned.base)
+            made[id(module)] = new = cls.__new__(cls)
+            own = {k: v for k, v in module.__dict__.items() if not k.startswith("_mmpeft")}
+            if PATCHED in module.__dict__:
+                own["forward"] = module.__dict__[PATCHED]
+            new.__dict__.update(own)
+            for table in ("_parameters", "_buffers"):
+                new.__dict__[table] = dict(module.__dict__[table])
+            children = {k: v for k, v in module._modules.items() if tuned is None or k != CHILD}
+            new.__dict__["_modules"] = {k: v if v is None else copied(v) for k, v in children.items()}
+        return made[id(module)]
+
+    return copied(module)
+
+
+def rebased(cls: type, old: type, new: type) -> type:
+    """`cls` with `new` in the place of `old` among its bases: what other libraries derived from it is kept."""
+    if cls is old:
+        return new
+    if not issubclass(cls, old):
+        return cls
+    own = {key: value for key, value in vars(cls).items() if key not in ("__dict__", "__weakref__")}
+    found: type = type(new)(cls.__name__, tuple(rebased(base, old, new) for base in cls.__bases__), own)
+    return found
 
 
 def original_class(module: nn.Module) -> type:
     """A module's class as its library wrote it."""
-    cls: type = type(module)
-    return cls.base if isinstance(cls, TunedMeta) else cls
+    tuned = tuned_part(type(module))
+    return type(module) if tuned is None else tuned.base
 
 
 def is_host(module: nn.Module) -> bool:
     """Whether a module's class has been swapped."""
-    return isinstance(type(module), TunedMeta)
+    return SEAT in module.__dict__
 
 
-def make_host(module: nn.Module, reads: frozenset[str]) -> None:
+def make_host(module: nn.Module, seat: Seat, reads: frozenset[str]) -> None:
     """Swap a module's class, or widen the attributes that parts may answer for."""
     cls: type = type(module)
-    if isinstance(cls, TunedMeta):
-        reads, cls = reads | cls.reads, cls.base
-    else:
-        if isinstance(module, torch.jit.ScriptModule):
-            raise Refused(f"{cls.__name__} is a TorchScript module; attach before scripting")
-        module.__dict__["_plan"] = Plan()
-    module.__class__ = tuned_class(cls, reads)  # type: ignore[assignment]
+    tuned = tuned_part(cls)
+    if tuned is not None:
+        if not reads <= tuned.reads:
+            module.__class__ = rebased(cls, tuned, tuned_class(tuned.base, reads | tuned.reads))
+        return
+    if isinstance(module, torch.jit.ScriptModule):
+        raise Refused(f"{cls.__name__} is a TorchScript module; attach before scripting")
+    module.__dict__[SEAT] = seat
+    made = tuned_class(cls, reads)
+    if "forward" in module.__dict__ and not _inside_hook(module, made):
+        module.__dict__[PATCHED] = module.__dict__.pop("forward")
+    module.__class__ = made  # type: ignore[assignment]
+
+
+def _inside_hook(module: nn.Module, cls: type) -> bool:
+    """Have accelerate's hook, which moves tensors around a module's own forward, run that of `cls`; False without."""
+    inside = module.__dict__.get("_old_forward")
+    if "_hf_hook" not in module.__dict__ or not isinstance(inside, MethodType) or inside.__self__ is not module:
+        return False
+    module.__dict__["_old_forward"] = MethodType(cls.forward, module)  # type: ignore[attr-defined]
+    return True
 
 
 def unmake_host(module: nn.Module) -> None:
     """Give a module its original class back."""
-    cls: type = type(module)
-    assert isinstance(cls, TunedMeta)
-    module.__class__ = cls.base
-    del module.__dict__["_plan"]
+    tuned = tuned_part(type(module))
+    assert tuned is not None
+    base = rebased(type(module), tuned, tuned.base)
+    _inside_hook(module, base)
+    module.__class__ = base
+    if PATCHED in module.__dict__:
+        module.__dict__["forward"] = module.__dict__.pop(PATCHED)
+    del module.__dict__[SEAT]
     module._modules.pop(CHILD, None)
 
 
-class _RouteMark(Function):
-    """Identity that sets the route again before the backward pass of what ran under it.
+def is_patched(module: nn.Module) -> bool:
+    """Whether somebody has put a forward of their own on a module, which parts must run and not replace.
 
-    Activation checkpointing repeats a forward pass inside the backward pass, when the caller may long have
-    switched to another adapter. The mark sits on the model's output, so its backward runs first.
+    One that accelerate has put there runs the module's own inside.
     """
-
-    @staticmethod
-    def forward(ctx: Any, set_route: Callable[[Any], Any], route: Any, y: Tensor) -> Tensor:
-        ctx.set_route, ctx.route = set_route, route
-        return y.view_as(y)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Any:
-        before = ctx.set_route(ctx.route)
-        if before is not ctx.route:
-            engine = torch.autograd.Variable._execution_engine  # type: ignore[attr-defined]
-            engine.queue_callback(lambda: ctx.set_route(before))
-        return None, None, grads[0]
-
-
-def mark_route(y: Any, set_route: Callable[[Any], Any], route: Any) -> Any:
-    """Mark every differentiable tensor of an output with the route it was computed under."""
-
-    def mark(value: Any) -> Any:
-        if isinstance(value, Tensor) and value.requires_grad:
-            return _RouteMark.apply(set_route, route, value)
-        return value
-
-    return torch.utils._pytree.tree_map(mark, y)
+    own = module.__dict__
+    return PATCHED in own or ("forward" in own and "_hf_hook" not in own)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import partial
 from typing import Any, Literal
 
@@ -42,6 +44,19 @@ def recompute_around(mode: Literal["pointwise", "block"]) -> Callable[..., Any]:
     return _Pointwise() if mode == "pointwise" else _Block()
 
 
+_ONCE: ContextVar[bool] = ContextVar("mmpeft_once", default=False)
+
+
+@contextmanager
+def once() -> Iterator[None]:
+    """Recompute nothing of what runs inside: a block that is repeated later would not find what this pass is for."""
+    token = _ONCE.set(True)
+    try:
+        yield
+    finally:
+        _ONCE.reset(token)
+
+
 def is_cache(value: Any) -> bool:
     """Whether an argument is a key-value cache, which a forward pass writes into."""
     return hasattr(value, "get_seq_length") and hasattr(value, "update")
@@ -58,7 +73,7 @@ def _without_caches(args: Any, kwargs: Any) -> tuple[Any, Any]:
 
 class _Block:
     def __call__(self, run: Any, *args: Any, **kwargs: Any) -> Any:
-        if not torch.is_grad_enabled():
+        if _ONCE.get() or not torch.is_grad_enabled():
             return run(*args, **kwargs)
         args, kwargs = _without_caches(args, kwargs)
         return checkpoint(run, *args, use_reentrant=False, **kwargs)
@@ -66,7 +81,7 @@ class _Block:
 
 class _Pointwise:
     def __call__(self, run: Any, *args: Any, **kwargs: Any) -> Any:
-        if not torch.is_grad_enabled():
+        if _ONCE.get() or not torch.is_grad_enabled():
             return run(*args, **kwargs)
         args, kwargs = _without_caches(args, kwargs)
         contexts = partial(create_selective_checkpoint_contexts, _policy)

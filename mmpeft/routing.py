@@ -12,7 +12,8 @@ from torch.utils._pytree import tree_map
 from mmpeft.errors import ConfigError
 from mmpeft.parts.base import Part
 from mmpeft.recompute import is_cache
-from mmpeft.together import Entry, Route
+from mmpeft.running import Planned
+from mmpeft.together import Entry
 
 
 def row_groups(route: Iterable[Entry]) -> dict[Entry, list[int]]:
@@ -54,19 +55,6 @@ class RowPart(Part):
         return y.index_copy(0, index, self._part[0].exit(host, x[index], y[index]))
 
 
-class Outside:
-    """At a module that a grouped route tunes, between the passes: run on its own it would be the plain backbone."""
-
-    def __init__(self, path: str) -> None:
-        self.path = path
-
-    def __call__(self, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        raise ConfigError(
-            f"the rows in use() need passes of their own through the whole model, but {self.path} was run by itself "
-            "(generate() runs an encoder so, encode_image() a tower): call the model, or use() one name at a time"
-        )
-
-
 class Grouped:
     """Runs the whole model once for each distinct name and puts the rows back in order.
 
@@ -74,8 +62,8 @@ class Grouped:
     that mixes the rows of a batch (logits of every image with every text) has no value then and is None.
     """
 
-    def __init__(self, route: Sequence[Entry], set_route: Callable[[Route], Route]) -> None:
-        self.route, self.set_route = tuple(route), set_route
+    def __init__(self, route: Sequence[Entry], plan: Callable[[Entry], Planned]) -> None:
+        self.route, self.plan = tuple(route), plan
 
     def __call__(self, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         batch = len(self.route)
@@ -98,11 +86,7 @@ class Grouped:
                 own = isinstance(value, Tensor) and value.dim() and value.shape[0] == batch
                 return value[rows] if own else value
 
-            before = self.set_route(name)
-            try:
-                outputs.append(run(*tree_map(take, args), **tree_map(take, kwargs)))
-            finally:
-                self.set_route(before)
+            outputs.append(run(self.plan(name), tree_map(take, args), tree_map(take, kwargs)))
         order = torch.tensor([row for rows in groups.values() for row in rows]).argsort()
 
         def join(*values: Any) -> Any:

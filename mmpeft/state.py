@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import itertools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields
+from types import FrameType
+from typing import Any
+from weakref import WeakSet
 
 from torch import Tensor, nn
 
@@ -11,19 +17,23 @@ from mmpeft.errors import ConfigError, nearest
 from mmpeft.methods.base import Method
 from mmpeft.parts.base import Placement
 from mmpeft.recompute import Recompute
+from mmpeft.running import Choice, Gate, Planned, chosen
 from mmpeft.together import Route
 
 STATE = "_mmpeft_state"
+PLANS_KEPT = 128
+"""Routes whose plans are kept for their next use."""
+
+_keys = itertools.count(1)
 
 
-@dataclass
+@dataclass(eq=False)
 class State:
     """All tunings of one model, shared by its hosts."""
 
     hosts: dict[str, nn.Module] = field(default_factory=dict)
     methods: dict[str, Method] = field(default_factory=dict)
     placements: dict[str, list[Placement]] = field(default_factory=dict)
-    route: Route = None
     recompute: Recompute = None
     blocks: list[str] = field(default_factory=list)
     trained: dict[str, bool] = field(default_factory=dict)
@@ -31,6 +41,72 @@ class State:
     merged: dict[str, list[tuple[str, str, Tensor | None]]] = field(default_factory=dict)
     """Originals `(host, attribute, tensor)` replaced by each merged tuning, in the order of merging."""
     controllers: dict[str, Controllers] = field(default_factory=dict)
+    seats: int = 0
+    """The number of the host that was made last."""
+
+    def __post_init__(self) -> None:
+        self._begin(None)
+
+    def _begin(self, route: Route) -> None:
+        """What belongs to this process and this very model, and not to a copy of it."""
+        self.key = next(_keys)
+        self.gate = Gate()
+        self.live: WeakSet[Choice] = WeakSet()
+        self.generators: dict[int, tuple[FrameType, list[Choice]]] = {}
+        """Choices of generators inside `with use(...)`, by frame, the innermost last."""
+        self.kept: dict[Route, Planned] = {}
+        self.numbers: dict[Route, int] = {}
+        self.default = Choice(self, route)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy runs what this context has chosen."""
+        return {f.name: getattr(self, f.name) for f in fields(self)} | {"route": self.route}
+
+    def __setstate__(self, values: dict[str, Any]) -> None:
+        values = dict(values)
+        route = values.pop("route")
+        self.__dict__.update(values)
+        self._begin(route)
+
+    @property
+    def route(self) -> Route:
+        """What runs in this context."""
+        return chosen(self).route
+
+    def plan(self, route: Route) -> Planned:
+        """What every host does under a route; kept until the model changes."""
+        from mmpeft.planning import plan_route
+
+        found = self.kept.get(route)
+        if found is None:
+            found = plan_route(self, route)
+            while len(self.kept) >= PLANS_KEPT:
+                self.kept.pop(next(iter(self.kept)), None)
+            self.kept[route] = found
+        return found
+
+    def number(self, route: Route) -> int | None:
+        """The number of a route that is one name or none; None for others."""
+        if isinstance(route, tuple):
+            return None
+        return self.numbers.setdefault(route, len(self.numbers))
+
+    @contextmanager
+    def changing(self) -> Iterator[None]:
+        """Change what the hosts do while no pass runs; every choice is planned anew afterwards."""
+        with self.gate.alone(self):
+            yield
+            self.replan()
+
+    def replan(self) -> None:
+        """Plan every choice anew; one that names what is gone says so when it next runs."""
+        self.kept.clear()
+        for choice in list(self.live):
+            choice.planned = None
+            try:
+                choice.plan()
+            except ConfigError:
+                continue
 
 
 def state_of(model: nn.Module) -> State | None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
+from mmpeft.choice import use
 from mmpeft.controllers import Controllers
 from mmpeft.controllers.layers import rest_below
 from mmpeft.errors import AdapterFileError, ConfigError, Refused, nearest
@@ -21,7 +22,7 @@ from mmpeft.recompute import Recompute
 from mmpeft.report import Report, report
 from mmpeft.sites import sites
 from mmpeft.state import State, state_of, state_with
-from mmpeft.surgery import attach, detach, set_route, use
+from mmpeft.surgery import attach, detach, host
 
 if TYPE_CHECKING:
     from mmpeft.formats.exchange import Exported
@@ -132,8 +133,11 @@ class Tuning:
             raise ConfigError(f"recompute is None, 'pointwise' or 'block', got {mode!r}")
         if mode and not self._state.blocks:
             raise ConfigError(f"recompute needs block sites; the anatomy of {type(self.model).__name__} names none")
-        self._state.recompute = mode
-        set_route(self.model, self._state.route)
+        state = self._state
+        with state.changing():
+            for path in state.blocks if mode else ():
+                host(self.model, state, path)
+            state.recompute = mode
 
     def leave_out(self, layers: int) -> None:
         """Run the first `layers` blocks plain, without their parts, from now on; 0 lets all parts run.
@@ -147,8 +151,8 @@ class Tuning:
         deepest = max(p.depth for p in placements)
         if not 0 <= layers <= deepest:
             raise ConfigError(f"leave_out: expected a number of blocks from 0 to {deepest}, got {layers}")
-        rest_below(placements, layers)
-        set_route(self.model, self._state.route)
+        with self._state.changing():
+            rest_below(placements, layers)
 
     # -- merging --------------------------------------------------------------------------------------------
 
@@ -186,11 +190,8 @@ class Tuning:
                     like = base.get(name)
                     folded.append((host, name, tensor if like is None else tensor.to(like.dtype)))
         paths = {id(host): path for path, host in state.hosts.items()}
-        originals = []
-        for host, name, tensor in folded:
-            originals.append((paths[id(host)], name, exchange(host, name, tensor)))
-        state.merged[self.name] = originals
-        set_route(self.model, state.route)
+        with state.changing():
+            state.merged[self.name] = [(paths[id(host)], name, exchange(host, name, t)) for host, name, t in folded]
 
     @torch.no_grad()
     def unmerge(self) -> None:
@@ -204,9 +205,9 @@ class Tuning:
             raise ConfigError(f"tuning {self.name!r} is not merged")
         if next(reversed(state.merged)) != self.name:
             raise ConfigError(f"unmerge {next(reversed(state.merged))!r} first: it was merged on top of {self.name!r}")
-        for path, name, original in state.merged.pop(self.name):
-            exchange(state.hosts[path], name, original)
-        set_route(self.model, state.route)
+        with state.changing():
+            for path, name, original in state.merged.pop(self.name):
+                exchange(state.hosts[path], name, original)
 
     def _hooks_by_host(self) -> dict[str, list[tuple[Any, Any]]]:
         """Hooks of each host, innermost part first, as the forward pass applies them."""
@@ -232,7 +233,7 @@ class Tuning:
             for placement, own in zip(self.placements, tensors, strict=True):
                 for name, tensor in {**dict(placement.part.named_parameters()), **placement.part.frozen()}.items():
                     tensor.copy_(own[name])
-            set_route(self.model, route)
+            use(self.model, route)
 
     # -- checks, reports, files -----------------------------------------------------------------------------
 

@@ -14,10 +14,11 @@ from mmpeft.bank.compose import fill, summed
 from mmpeft.bank.entry import Entry
 from mmpeft.bank.heads import Head, PrototypeHead
 from mmpeft.bank.router import Choice, nearest_keys
+from mmpeft.choice import use
 from mmpeft.errors import ConfigError, Refused, nearest
 from mmpeft.methods.base import Method
 from mmpeft.state import state_of
-from mmpeft.surgery import attach, use
+from mmpeft.surgery import attach
 from mmpeft.together import Entry as RouteEntry
 from mmpeft.together import Together, names_of
 from mmpeft.tuning import Tuning
@@ -91,11 +92,7 @@ class Bank(nn.Module):
         if not name.isidentifier() or hasattr(nn.ModuleDict, name):
             raise ConfigError(f"the name of an entry must be a plain identifier, got {name!r}")
         if method is not None:
-            state = state_of(self.model)
-            before = state.route if state else None
-            tuning = attach(self.model, method, name, **options)
-            method = tuning.method
-            use(self.model, before)
+            method = attach(self.model, method, name, run=False, **options).method
         entry = Entry(method, head)
         entry.to(next(self.model.parameters()).device)
         self.entries[name] = entry

@@ -11,8 +11,6 @@ from torch import Tensor, nn
 from mmpeft.formats.native import load
 from mmpeft.methods.base import Method
 from mmpeft.parts.base import Placement
-from mmpeft.state import state_of
-from mmpeft.surgery import set_route
 from mmpeft.tuning import Tuning
 
 
@@ -34,13 +32,9 @@ def borrow(model: nn.Module, source: str | Path | Tuning) -> Adapter:
     """
     if isinstance(source, Tuning):
         return Adapter(source.name, source.method, source.placements, source.state_dict())
-    state = state_of(model)
-    route = state.route if state else None
     random = torch.get_rng_state()
-    tuning = load(model, source, "borrowed")
+    tuning = load(model, source, "borrowed", run=False)
     found = Adapter(str(source), tuning.method, tuning.placements, tuning.state_dict())
     tuning.detach()
     torch.set_rng_state(random)
-    if state is not None:
-        set_route(model, route)
     return found

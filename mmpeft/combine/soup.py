@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mmpeft.choice import use
 from mmpeft.combine.library import Adapter, borrow
 from mmpeft.errors import ConfigError, DataError, SiteError
 from mmpeft.host import module_at
@@ -19,7 +21,7 @@ from mmpeft.liveness import call
 from mmpeft.parts.base import Placement
 from mmpeft.sites import sites
 from mmpeft.state import state_of
-from mmpeft.surgery import attach, use
+from mmpeft.surgery import attach
 from mmpeft.tuning import Tuning
 
 ALIKE = 0.1
@@ -104,18 +106,16 @@ def mean_features(model: nn.Module, data: Iterable[Any], batches: int = 4) -> Te
         y = output[0] if isinstance(output, tuple) else output
         seen.append(y.movedim(last.channel_dim, -1).flatten(0, -2).float().mean(0))
 
-    training, state = model.training, state_of(model)
-    route = use(model, None) if state is not None else None
+    training = model.training
     handle = module_at(model, last.path).register_forward_hook(keep)
     model.eval()
     try:
-        for batch in islice(data, batches):
-            call(model, batch[0] if isinstance(batch, list | tuple) else batch)
+        with use(model, None) if state_of(model) else nullcontext():
+            for batch in islice(data, batches):
+                call(model, batch[0] if isinstance(batch, list | tuple) else batch)
     finally:
         handle.remove()
         model.train(training)
-        if route is not None:
-            route.__exit__()
     if not seen:
         raise DataError("no batch to compute features from")
     return torch.stack(seen).mean(0)

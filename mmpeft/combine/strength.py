@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mmpeft.surgery import use
+from mmpeft.choice import use
 from mmpeft.together import Together
 from mmpeft.tuning import Tuning
 

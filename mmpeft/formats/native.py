@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from mmpeft.errors import AdapterFileError, ConfigError, MMPEFTError
 from mmpeft.files import write_atomic
 from mmpeft.formats.fingerprint import Fingerprint
+from mmpeft.host import original_class
 from mmpeft.methods.spec import from_spec, to_spec
 from mmpeft.surgery import attach
 from mmpeft.tuning import Tuning
@@ -65,10 +66,13 @@ def save(tuning: Tuning, folder: str | Path, *, bake: bool = False) -> Path:
     return folder
 
 
-def load(model: nn.Module, folder: str | Path, name: str = "default", *, check_base: bool = True) -> Tuning:
+def load(
+    model: nn.Module, folder: str | Path, name: str = "default", *, check_base: bool = True, run: bool = True
+) -> Tuning:
     """Attach the method of an adapter folder to a model and set its tensors.
 
-    `check_base=False` accepts a base with other weights; shapes must agree all the same.
+    `check_base=False` accepts a base with other weights; shapes must agree all the same. With `run=False`, what is in
+    use stays so.
 
     Raises:
         AdapterFileError: not an adapter folder of this suite, partial, tampered with, pickled, not finite, or
@@ -83,7 +87,7 @@ def load(model: nn.Module, folder: str | Path, name: str = "default", *, check_b
         made = manifest.get("libraries", {}).get("mmpeft", "?")
         raise AdapterFileError(f"{folder / MANIFEST} (written by mmpeft {made}): {error}") from error
     try:
-        tuning = attach(model, method, name)
+        tuning = attach(model, method, name, run=run)
     except AdapterFileError:
         raise
     except MMPEFTError as error:
@@ -168,7 +172,7 @@ def read_tensors(folder: Path, entry: Mapping[str, Any], manifest: str) -> dict[
 
 def base_class(model: nn.Module) -> str:
     """The name of the model's class as its library wrote it."""
-    return type(model).__name__.removeprefix("Tuned")
+    return original_class(model).__name__
 
 
 def library_versions() -> dict[str, str]:

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmpeft.errors import ConfigError
+from mmpeft.host import plan_of
 from mmpeft.parts.base import Part, cast, trainable_dtype
 
 View = Callable[..., Any]
@@ -28,7 +29,7 @@ class KeyValues(Part):
         return self.view(host, base, self)
 
     def around(self, host: nn.Module, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        parts = [part for part in host._plan.wraps if isinstance(part, KeyValues)]  # type: ignore[union-attr]
+        parts = [part for part in plan_of(host).wraps if isinstance(part, KeyValues)]
         return self.view(host, run, parts, args, kwargs) if parts[0] is self else run(*args, **kwargs)
 
 

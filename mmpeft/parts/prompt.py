@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mmpeft.host import plan_of
 from mmpeft.parts.base import Part
+from mmpeft.recompute import once
 
 Around = Callable[[nn.Module, Callable[..., Any], Any, tuple[Any, ...], dict[str, Any]], Any]
 View = Callable[[nn.Module, Any, Any], Any]
@@ -89,21 +91,15 @@ class Prompt(Part):
         key = None
         if not torch.is_grad_enabled():
             watched = [p._version for p in host.parameters() if p.requires_grad]
-            key = (id(host._plan), host.training, torch.is_inference_mode_enabled(), watched)
+            key = (id(plan_of(host)), host.training, torch.is_inference_mode_enabled(), watched)
             if self.kept and key == self._key:
                 return
         self.kept, self.recording = [], True
-        # A block that recomputes would find the recording over. One row of p tokens needs no recomputation.
-        plans = [m.__dict__["_plan"] for m in host.modules() if m is not host and "_plan" in m.__dict__]
-        around = [plan.around for plan in plans]
         try:
-            for plan in plans:
-                plan.around = None
-            run()
+            with once():  # a block that recomputes would find the recording over; one row of p tokens needs none
+                run()
         finally:
             self.recording = False
-            for plan, before in zip(plans, around):
-                plan.around = before
         self._key = key
 
     def around(self, host: nn.Module, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 import mmpeft
 from mmpeft.bank import Bank, LinearHead, PrototypeHead, RidgeHead
 from mmpeft.errors import ConfigError, DataError, Refused
+from mmpeft.host import is_host
 from mmpeft.together import Together
 from tests.unit.toy import Toy
 
@@ -25,7 +26,7 @@ KINDS = {
 
 
 def extract(model: nn.Module, x: Tensor) -> Tensor:
-    return model.blocks(x).mean(1) if not hasattr(model, "_plan") else model(x)
+    return model.blocks(x).mean(1) if not is_host(model) else model(x)
 
 
 def moved(bank: Bank, name: str, seed: int) -> None:
