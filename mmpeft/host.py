@@ -20,6 +20,7 @@ from torch.autograd import Function
 from mmpeft.errors import Refused
 from mmpeft.few_bits import Product, packs, viewed
 from mmpeft.parts.base import Call, Part
+from mmpeft.parts.tuned import answered
 
 CHILD = "mmpeft"
 
@@ -121,9 +122,8 @@ def base_value(module: nn.Module, name: str) -> Any:
 def _reader(name: str) -> property:
     def read(self: Any) -> Any:
         value = base_value(self, name)
-        for part in self._plan.reads.get(name, ()):
-            value = part.read(self, name, value)
-        return value
+        parts = self._plan.reads.get(name)
+        return answered(self, name, value, parts) if parts else value
 
     def write(self: Any, value: Any) -> None:
         self.__dict__[name] = value

@@ -1,0 +1,142 @@
+"""Whether tensors are what they were, so that what was computed from them may be used again."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Sequence
+from typing import Any, Generic, NamedTuple, TypeVar
+from weakref import ReferenceType, ref
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import _get_current_dispatch_mode
+
+T = TypeVar("T")
+
+
+class _Noted(NamedTuple):
+    """What was seen of a tensor."""
+
+    tensor: ReferenceType[Tensor]
+    place: int
+    shape: torch.Size
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+    version: int
+    entries: memoryview | None
+    values: memoryview | None
+
+
+class Unchanged:
+    """Tells whether given tensors are those that were last noted, with the same values.
+
+    They must be the same objects at the same place in memory, in the same shape, strides and type, with the same
+    count of changes in place. Writes through `.data`, which no count sees, are found by looking at entries spread over
+    each tensor: one in each row, or at most `entries` of them.
+
+    It does not see a write through `.data` (or through NumPy, or by another process into shared memory) that spares
+    every entry looked at, nor one that leaves their values as they were. A look at values would wait for an
+    accelerator, so tensors on one, and those without plain memory (fake, functorch's, distributed), count as changed.
+    """
+
+    def __init__(self, entries: int | None = None) -> None:
+        self.entries = entries
+        self._noted: tuple[_Noted, ...] | None = None
+
+    def note(self, tensors: Sequence[Tensor]) -> bool:
+        """Remember tensors as they are now; False where that is not possible."""
+        found = [_note(tensor, self.entries) for tensor in tensors] if _plain_run() else [None]
+        self._noted = tuple(noted for noted in found if noted is not None) if None not in found else None
+        return self._noted is not None
+
+    def holds(self, tensors: Sequence[Tensor]) -> bool:
+        """Whether these tensors are those noted, unchanged."""
+        noted = self._noted
+        if noted is None or len(noted) != len(tensors):
+            return False
+        for tensor, (known, place, shape, stride, dtype, version, entries, values) in zip(tensors, noted):
+            if (
+                known() is not tensor
+                or tensor.data_ptr() != place
+                or (version >= 0 and tensor._version != version)
+                or tensor.shape != shape
+                or tensor.dtype is not dtype
+                or tensor.stride() != stride
+                or entries != values  # the memory is there: it is at its place
+            ):
+                return False
+        return True
+
+    def __deepcopy__(self, memo: Any) -> Unchanged:
+        return type(self)(self.entries)
+
+    def __reduce__(self) -> Any:
+        return type(self), (self.entries,)
+
+
+class Kept(Generic[T]):
+    """A value computed from tensors, computed again once one of them has changed; copies and pickles hold none."""
+
+    def __init__(self, entries: int | None = None) -> None:
+        self.entries = entries
+        self._last: tuple[Unchanged, T] | None = None  # replaced as a whole: threads may share it
+
+    def get(self, tensors: Sequence[Tensor], compute: Callable[[], T]) -> T:
+        """The value for these tensors."""
+        last = self._last
+        if last is not None and last[0].holds(tensors):
+            return last[1]
+        unchanged = Unchanged(self.entries)
+        noted = unchanged.note(tensors)  # before computing: a change meanwhile is seen
+        value = compute()
+        self._last = (unchanged, value) if noted else None
+        return value
+
+    def __deepcopy__(self, memo: Any) -> Kept[T]:
+        return type(self)(self.entries)
+
+    def __reduce__(self) -> Any:
+        return type(self), (self.entries,)
+
+
+def _plain_run() -> bool:
+    """Whether tensors are what they seem: no tracing, no transform, no mode that stands in for them."""
+    return not (torch._C._are_functorch_transforms_active() or torch.jit.is_tracing()) and (
+        _get_current_dispatch_mode() is None
+    )
+
+
+def _note(tensor: Tensor, most: int | None) -> _Noted | None:
+    known = ref(tensor)
+    bare = tensor if type(tensor) in (Tensor, nn.Parameter) else _bare(tensor)
+    if bare is None or bare.device.type != "cpu" or bare.layout is not torch.strided:
+        return None
+    version = -1 if bare.is_inference() else bare._version
+    entries = _entries(bare, most)
+    values = None if entries is None else memoryview(entries.tobytes()).cast(entries.format)  # type: ignore[call-overload]
+    return _Noted(known, bare.data_ptr(), bare.shape, bare.stride(), bare.dtype, version, entries, values)
+
+
+_UNITS = {1: "B", 2: "H", 4: "I", 8: "Q"}
+
+
+def _entries(tensor: Tensor, most: int | None) -> memoryview | None:
+    """Entries spread over a tensor's memory: a window, read only while the tensor is known to be there."""
+    size, unit = tensor.numel(), tensor.element_size()
+    if not size:
+        return None
+    extent = 1 + sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride()))
+    row = max(1, size // tensor.shape[0]) if tensor.dim() else 1
+    step = row if most is None else max(1, extent // most)
+    if step > 1 and step % row == 0:
+        step -= 1  # an entry in each row, and another column from row to row
+    window = (ctypes.c_char * (extent * unit)).from_address(tensor.data_ptr())
+    return memoryview(window).cast("B").cast(_UNITS.get(unit, "B"))[::step]
+
+
+def _bare(tensor: Tensor) -> Tensor | None:
+    """The plain tensor behind a subclass that only adds attributes; None for one that computes."""
+    if type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__:
+        return None
+    with torch._C.DisableTorchFunctionSubclass(), torch.no_grad():
+        return tensor.as_subclass(Tensor)
