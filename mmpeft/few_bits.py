@@ -46,6 +46,33 @@ def dense(tensor: Tensor) -> Tensor:
     return tensor
 
 
+def guard(module: nn.Module) -> None:
+    """Keep a `Linear4bit` of bitsandbytes from rearranging its bits, and undo it where that has happened.
+
+    On a CPU with AVX512-BF16 its first forward pass without gradients rearranges them for a kernel for inference: the
+    values that are read from then on are others, and no gradient passes. What the rearranged bits stand for stays, the
+    scales rounded to bfloat16 included.
+    """
+    if not getattr(module, "support_avx512bf16_for_cpu", False) and not _rearranged(module):
+        return
+    module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
+    if _rearranged(module):
+        packed: Any = module._parameters["weight"]
+        state = packed.quant_state
+        scales = state.absmax.t().reshape(-1).float()  # kept [blocks, rows] beside the rearranged bits
+        state.original_nested = False  # to quantise the scales again would round them once more
+        packed.data, state = import_module("bitsandbytes.functional")._convert_weight_packed_for_cpu_inverse(
+            packed.data, state
+        )
+        state.absmax = scales
+        packed.quant_state = module.quant_state = state  # type: ignore[assignment]
+
+
+def _rearranged(module: nn.Module) -> bool:
+    state = getattr(module._parameters.get("weight"), "quant_state", None)
+    return bool(getattr(state, "packing_format_for_cpu", False))
+
+
 class FewBits(Wrapper):
     """The weight of a module that holds it in few bits; the module keeps its own parameter.
 

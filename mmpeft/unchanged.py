@@ -101,7 +101,7 @@ class Kept(Generic[T]):
 
 def _plain_run() -> bool:
     """Whether tensors are what they seem: no tracing, no transform, no mode that stands in for them."""
-    return not (torch._C._are_functorch_transforms_active() or torch.jit.is_tracing()) and (
+    return not (torch._C._are_functorch_transforms_active() or torch._C._get_tracing_state() is not None) and (
         _get_current_dispatch_mode() is None
     )
 
@@ -113,7 +113,7 @@ def _note(tensor: Tensor, most: int | None) -> _Noted | None:
         return None
     version = -1 if bare.is_inference() else bare._version
     entries = _entries(bare, most)
-    values = None if entries is None else memoryview(entries.tobytes()).cast(entries.format)  # type: ignore[call-overload]
+    values = None if entries is None else _as(memoryview(entries.tobytes()), entries.format)
     return _Noted(known, bare.data_ptr(), bare.shape, bare.stride(), bare.dtype, version, entries, values)
 
 
@@ -131,7 +131,13 @@ def _entries(tensor: Tensor, most: int | None) -> memoryview | None:
     if step > 1 and step % row == 0:
         step -= 1  # an entry in each row, and another column from row to row
     window = (ctypes.c_char * (extent * unit)).from_address(tensor.data_ptr())
-    return memoryview(window).cast("B").cast(_UNITS.get(unit, "B"))[::step]
+    return _as(memoryview(window).cast("B"), _UNITS.get(unit, "B"))[::step]
+
+
+def _as(memory: memoryview[int], unit: str) -> memoryview[int]:
+    """Bytes as integers: comparing these is several times as fast as comparing numbers or bytes."""
+    found: memoryview[int] = memory.cast(unit)  # type: ignore[call-overload]
+    return found
 
 
 def _bare(tensor: Tensor) -> Tensor | None:

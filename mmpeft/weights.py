@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from types import FunctionType, ModuleType
 from typing import Any, NamedTuple
 
@@ -77,6 +78,11 @@ class Weight(Tensor):
         """The values as they are seen."""
         return self.seen.of(self.values())
 
+    def fact(self, func: Any, *args: Any, **kwargs: Any) -> Any:
+        """What code asks of a tensor without reading its values."""
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(self, *args, **kwargs)
+
     def times(self, x: Any, bias: Tensor | None) -> Any:
         """`x Wᵀ + b` for the rows that are seen, if nothing is wrong with x."""
         seen = self.seen
@@ -97,9 +103,8 @@ class Weight(Tensor):
             found = answer(func, *args, **kwargs)
             if found is not NotImplemented:
                 return found
-        elif func in FACTS:
-            with torch._C.DisableTorchFunctionSubclass():
-                return func(*args, **kwargs)
+        elif func in FACTS and isinstance(args[0], Weight):
+            return args[0].fact(func, *args[1:], **kwargs)
         elif _changes(func) and isinstance(args[0], Weight):
             raise Refused(
                 f"{func.__name__} would change a weight that is computed on reading, and be lost: change the module's "
@@ -160,7 +165,7 @@ def _changes(func: Any) -> bool:
 
 
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-_IN_PLACE = {f"__i{name}__" for name in "add sub mul truediv floordiv mod pow matmul and or xor lshift rshift".split()}
+_IN_PLACE = {f"__i{name}__" for name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor")}
 
 
 # -- products ---------------------------------------------------------------------------------------------------
@@ -298,7 +303,7 @@ def _cut(weight: Weight, dim: int, sizes: Sequence[int]) -> Any:
         edges.append(edges[-1] + size)
     if edges[-1] > seen.stop:
         return NotImplemented
-    return tuple(weight.again(seen._replace(start=a, stop=b)) for a, b in zip(edges, edges[1:]))
+    return tuple(weight.again(seen._replace(start=a, stop=b)) for a, b in pairwise(edges))
 
 
 def _split(_: Any, weight: Any, split_size_or_sections: Any = 1, dim: int = 0, **named: Any) -> Any:
@@ -404,6 +409,11 @@ ANSWERS: dict[Any, Callable[..., Any]] = {
 """`answer(function, *args, **kwargs)` for each function that a weight may know how to answer."""
 
 _VALUED = ("T", "mT", "H", "mH", "data", "real", "imag")
+_METHODS = (
+    *("size", "dim", "ndimension", "stride", "numel", "nelement", "element_size", "storage_offset", "get_device"),
+    *("is_floating_point", "is_complex", "is_contiguous", "is_inference", "register_hook", "retain_grad"),
+    *("__len__", "__repr__"),
+)
 FACTS: set[Any] = {
     *(getattr(Tensor, name) for name in ("size", "dim", "stride", "numel", "nelement", "ndimension", "element_size")),
     *(

@@ -73,8 +73,8 @@ class Gated(Method):
             raise Refused(f"{name} at {site}: {why}; choose other sites, such as at='mlp.*'")
         if isinstance(part, Delta) and reads and kind == "pooled":
             raise Refused(
-                f"{name} at {site}: the backbone reads this weight itself and multiplies by it what it may have flattened, "
-                "so a gate cannot tell the rows of a batch to pool over; choose kind='token', or other sites"
+                f"{name} at {site}: the backbone multiplies by this weight itself, perhaps what it has flattened, so a "
+                "gate cannot tell the rows of a batch to pool over; choose kind='token', or other sites"
             )
         if not isinstance(part, Delta | Branch | Prefix):
             raise Refused(f"{name} at {site}: gates act on updates of weights, adapters and prefixes alone")

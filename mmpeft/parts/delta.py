@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +15,7 @@ from mmpeft.functional.low_rank import low_rank_row_norms, squared_row_norms
 from mmpeft.functional.rows import Rows, cut_rows, put_rows, take_rows
 from mmpeft.parts.base import Call, Hook, HookKind, Part, cast, trainable_dtype
 from mmpeft.parts.factors import Factor, Hadamard, LowRank
-from mmpeft.parts.product import Inner, Reading, fusible, through
+from mmpeft.parts.product import Inner, Reading, fusible
 from mmpeft.sites import Kind
 from mmpeft.unchanged import Kept
 
@@ -318,4 +318,4 @@ def _overlap(updates: Sequence[Update]) -> bool:
     if len(updates) == 1 or all(update.gain is None for update in updates):
         return False
     ranges = sorted(update[:2] for update in updates)
-    return any(before[1] > after[0] for before, after in zip(ranges, ranges[1:]))
+    return any(before[1] > after[0] for before, after in pairwise(ranges))

@@ -31,7 +31,7 @@ def answered(host: nn.Module, name: str, base: Any, parts: Sequence[Part]) -> An
     weighs = isinstance(base, Tensor) and base.dim() > 1 and base.is_floating_point()
     if weighs and outer and all(part.answers for part in outer):
         dynamo, transformed = torch.compiler.is_compiling(), torch._C._are_functorch_transforms_active()
-        if not (dynamo or transformed or torch.jit.is_tracing()):
+        if not (dynamo or transformed or torch._C._get_tracing_state() is not None):
             return Tuned.read(host, name, base, tuple(outer))
         if any(part.needs_input for part in outer):
             return Traced.read(host, name, base, tuple(outer))
@@ -94,7 +94,7 @@ class TunedWeight(Weight):
         return not formed or any(part.needs_input for part in self.parts)
 
     def _interleaved(self) -> bool:
-        return any(len(part.rows or ()) == 3 for part in self.parts)  # type: ignore[attr-defined]
+        return any(len(getattr(part, "rows", None) or ()) == 3 for part in self.parts)
 
 
 class Tuned(TunedWeight, Wrapper):
@@ -122,12 +122,15 @@ class Traced(TunedWeight):
 
     @classmethod
     def read(cls, host: nn.Module, name: str, base: Tensor, parts: tuple[Part, ...]) -> Tensor:
-        turned = parts[0].transposed  # type: ignore[attr-defined]
+        turned = bool(getattr(parts[0], "transposed", False))
         found = base.as_subclass(cls)
         full = base.shape[::-1] if turned else base.shape
         found.host, found.attribute, found.base, found.parts, found.turned = host, name, base, parts, turned
         found.full, found.seen = full, Seen(0, full[0], base.dtype, turned)
         return found
+
+    def fact(self, func: Any, *args: Any, **kwargs: Any) -> Any:
+        return func(self.seen.of(self.base.t() if self.turned else self.base), *args, **kwargs)
 
     def again(self, seen: Seen) -> Weight:
         found = seen.of(self.base.t() if self.turned else self.base).as_subclass(Traced)
@@ -144,7 +147,7 @@ class _Made:
 
     def __call__(self) -> Tuned:
         base: Tensor = self.facts["base"]  # type: ignore[assignment]
-        turned: bool = self.facts["parts"][0].transposed  # type: ignore[index]
+        turned = bool(getattr(self.facts["parts"][0], "transposed", False))  # type: ignore[index]
         shape, dtype = (base.full, base.seen.dtype) if isinstance(base, FewBits) else (base.shape, base.dtype)
         full = shape[::-1] if turned else shape
         seen = Seen(0, full[0], dtype, turned)
