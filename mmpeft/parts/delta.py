@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from itertools import pairwise
 
 import torch
@@ -15,9 +16,12 @@ from mmpeft.functional.low_rank import low_rank_row_norms, squared_row_norms
 from mmpeft.functional.rows import Rows, cut_rows, put_rows, take_rows
 from mmpeft.parts.base import Call, Hook, HookKind, Part, cast, trainable_dtype
 from mmpeft.parts.factors import Factor, Hadamard, LowRank
-from mmpeft.parts.product import Inner, Reading, fusible
+from mmpeft.parts.product import FUSED_FROM, Inner, Reading, fusible
 from mmpeft.sites import Kind
 from mmpeft.unchanged import Kept
+
+KEPT_TO = 2**20
+"""Entries up to which a gained weight is kept formed between calls without gradients: 4 MiB."""
 
 
 class Delta(Part):
@@ -49,6 +53,7 @@ class Delta(Part):
         self.magnitude: nn.Parameter | None = None
         self._squares: Kept[Tensor] = Kept()
         self._norms: Kept[Tensor] = Kept()
+        self.ready: Kept[tuple[Tensor | None, Tensor, Tensor]] = Kept()
         if magnitude:
             square = squared_row_norms(take_rows(dense(weight), rows).flatten(1))
             self.magnitude = nn.Parameter(square.sqrt().to(trainable_dtype(weight.dtype)))
@@ -74,22 +79,33 @@ class Delta(Part):
     def norms(self, weight: Tensor, stored: Sequence[Tensor]) -> Tensor:
         """`‖W + s ΔW‖` of each row as W [o, ...] is now; formed again once one of the tensors has changed."""
 
-        def squares() -> Tensor:
-            return squared_row_norms(take_rows(dense(weight), self.rows).flatten(1))
-
-        def norms(square: Tensor) -> Tensor:
-            return low_rank_row_norms(take_rows(dense(weight), self.rows).flatten(1), square, *self.pair(), self.scale)
-
         if torch.compiler.is_compiling() or type(self.factor) is not LowRank or not all(t.is_leaf for t in stored):
-            return norms(squares())
-        factor = self.factor._parameters.values()
-        return self._norms.get((*stored, *factor), lambda: norms(self._squares.get(stored, squares)))  # type: ignore
+            return self._norms_now(weight, None)
+        return self._norms.get((*stored, *self.pair()), lambda: self._norms_now(weight, stored))
+
+    @torch.no_grad()
+    def _norms_now(self, weight: Tensor, stored: Sequence[Tensor] | None) -> Tensor:
+        def squares() -> Tensor:
+            return squared_row_norms(own)
+
+        own = take_rows(dense(weight), self.rows).flatten(1)
+        if stored is None:
+            return low_rank_row_norms(own, squares(), *self.pair(), self.scale)
+        with torch.inference_mode(False):  # what is kept may be needed for a backward pass later
+            return low_rank_row_norms(own, self._squares.get(stored, squares), *self.pair(), self.scale)
 
     def gain(self, weight: Tensor, stored: Sequence[Tensor]) -> Tensor | None:
         """DoRA's `m / ‖W + s ΔW‖` for a [o, ...] weight kept in `stored`; None without a magnitude."""
         if self.magnitude is None:
             return None
         return self.magnitude / self.norms(weight, stored).to(self.magnitude.dtype)
+
+    def steady(self, weight: Tensor) -> tuple[Tensor | None, Tensor, Tensor]:
+        """What few inputs need while nothing changes: all of a small weight or None, the gain, and `Bᵀ`."""
+        gain = self.gain(weight, (weight,))
+        assert gain is not None
+        small = weight.numel() <= KEPT_TO and weight.dtype in (torch.float32, torch.float64)  # 16 bits would round ΔW
+        return self.read(self, "weight", weight) if small else None, gain, self.pair()[1].t()
 
     def pair(self) -> tuple[Tensor, Tensor]:
         """`A` and `B` of a low-rank factor."""
@@ -197,10 +213,9 @@ class Delta(Part):
         if not all(isinstance(part.factor, LowRank) for part in parts):
             return _FormedCall(tuple(parts))
         only = parts[0]
-        plain = only.rows is None and only.magnitude is None and not (only.dropout or only.transposed)
-        plain = plain and type(only.factor) is LowRank
+        plain = only.rows is None and not (only.dropout or only.transposed) and type(only.factor) is LowRank
         if len(parts) == 1 and plain and not read and not type(host).packed:  # type: ignore[attr-defined]
-            return _WholeCall(only)
+            return _WholeCall(only) if only.magnitude is None else _GainedCall(only)
         return _RowsCall(tuple(parts))
 
 
@@ -259,6 +274,44 @@ class _WholeCall:
             return low_rank_linear(x, weight, bias, (Update(0, self.rows, self.scale, down, up),))
         down_x, up_x = cast(down, x.dtype), cast(up, x.dtype)
         return torch.add(F.linear(x, weight, bias), F.linear(F.linear(x, down_x), up_x), alpha=self.scale)
+
+
+class _GainedCall:
+    """The same with a gain. Few inputs take the short way; without gradients, all that they do not change is kept."""
+
+    def __init__(self, delta: Delta) -> None:
+        self.delta, self.factor = delta, delta.factor._parameters
+
+    def __call__(self, host: nn.Module, x: Tensor) -> Tensor:
+        delta, own, factor = self.delta, host._parameters, self.factor
+        weight, down, up = own["weight"], factor["A"], factor["B"]
+        assert weight is not None
+        assert down is not None
+        if (
+            torch.compiler.is_compiling()
+            or not (x.dtype is weight.dtype is down.dtype)
+            or x.numel() >= FUSED_FROM
+            or torch.is_autocast_enabled(x.device.type)
+            or torch._C._are_functorch_transforms_active()
+        ):
+            return multiply((delta,), delta.reading(host), x)
+        if torch.is_grad_enabled():
+            gain = delta.gain(weight, (weight,))
+            assert gain is not None
+            update = F.linear(F.linear(x, down), up)  # type: ignore[arg-type]
+            y = torch.add(F.linear(x, weight), update, alpha=delta.scale) * gain
+            return y if own["bias"] is None else y + own["bias"]
+        tensors = (weight, down, up, delta._parameters["magnitude"])
+        whole, gain, up_t = delta.ready.get(tensors, partial(delta.steady, weight))  # type: ignore[arg-type]
+        bias = own["bias"]
+        if whole is not None:
+            return F.linear(x, whole, bias)
+        y, z = F.linear(x, weight), F.linear(x, down)
+        if x.dim() != 2:
+            y.view(-1, len(gain)).addmm_(z.view(-1, len(down)), up_t, alpha=delta.scale)
+        else:
+            y.addmm_(z, up_t, alpha=delta.scale)
+        return y.mul_(gain) if bias is None else torch.addcmul(bias, y, gain, out=y)
 
 
 class _FormedCall:

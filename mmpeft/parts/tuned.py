@@ -17,6 +17,9 @@ from mmpeft.parts.factors import LowRank
 from mmpeft.parts.product import Reading, through
 from mmpeft.weights import Seen, Weight, Wrapper
 
+NATIVE = (nn.MultiheadAttention, nn.modules.linear.NonDynamicallyQuantizableLinear)
+"""Modules whose weights, if plain, enter a kernel of their own without gradients: a tuned one keeps to it."""
+
 
 def answered(host: nn.Module, name: str, base: Any, parts: Sequence[Part]) -> Any:
     """What code finds that reads an attribute of `host` for which `parts` answer, the innermost first.
@@ -31,10 +34,11 @@ def answered(host: nn.Module, name: str, base: Any, parts: Sequence[Part]) -> An
     weighs = isinstance(base, Tensor) and base.dim() > 1 and base.is_floating_point()
     if weighs and outer and all(part.answers for part in outer):
         dynamo, transformed = torch.compiler.is_compiling(), torch._C._are_functorch_transforms_active()
-        if not (dynamo or transformed or torch._C._get_tracing_state() is not None):
-            return Tuned.read(host, name, base, tuple(outer))
+        traced = dynamo or transformed or torch._C._get_tracing_state() is not None
         if any(part.needs_input for part in outer):
-            return Traced.read(host, name, base, tuple(outer))
+            return (Traced if traced else Tuned).read(host, name, base, tuple(outer))
+        if not (traced or (isinstance(host, NATIVE) and not torch.is_grad_enabled() and not host.training)):
+            return Tuned.read(host, name, base, tuple(outer))
     for part in outer:
         base = part.read(host, name, base)
     return base
