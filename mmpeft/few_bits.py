@@ -10,7 +10,8 @@ from weakref import WeakKeyDictionary, ref
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
+
+from mmpeft.weights import Seen, Wrapper
 
 LAYERS = ("Linear4bit", "Linear8bitLt")
 
@@ -32,8 +33,8 @@ def viewed(module: nn.Module, value: Any) -> Any:
     if kind is None:
         return value
     view = _VIEWS.get(module)
-    if view is None or view.device != value.device or (view.shape, view.dtype) != kind.facts(value):
-        view = _VIEWS[module] = kind(module, value)
+    if view is None or view.place != value.device or (view.full, view.seen.dtype) != kind.facts(value):
+        view = _VIEWS[module] = kind.held(module, value)
     return view
 
 
@@ -45,7 +46,34 @@ def dense(tensor: Tensor) -> Tensor:
     return tensor
 
 
-class FewBits(Tensor):
+def guard(module: nn.Module) -> None:
+    """Keep a `Linear4bit` of bitsandbytes from rearranging its bits, and undo it where that has happened.
+
+    On a CPU with AVX512-BF16 its first forward pass without gradients rearranges them for a kernel for inference: the
+    values that are read from then on are others, and no gradient passes. What the rearranged bits stand for stays, the
+    scales rounded to bfloat16 included.
+    """
+    if not getattr(module, "support_avx512bf16_for_cpu", False) and not _rearranged(module):
+        return
+    module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
+    if _rearranged(module):
+        packed: Any = module._parameters["weight"]
+        state = packed.quant_state
+        scales = state.absmax.t().reshape(-1).float()  # kept [blocks, rows] beside the rearranged bits
+        state.original_nested = False  # to quantise the scales again would round them once more
+        packed.data, state = import_module("bitsandbytes.functional")._convert_weight_packed_for_cpu_inverse(
+            packed.data, state
+        )
+        state.absmax = scales
+        packed.quant_state = module.quant_state = state  # type: ignore[assignment]
+
+
+def _rearranged(module: nn.Module) -> bool:
+    state = getattr(module._parameters.get("weight"), "quant_state", None)
+    return bool(getattr(state, "packing_format_for_cpu", False))
+
+
+class FewBits(Wrapper):
     """The weight of a module that holds it in few bits; the module keeps its own parameter.
 
     `F.linear(x, W, b)` is the product of the library that packed it, which keeps no dense weight for the backward
@@ -54,11 +82,10 @@ class FewBits(Tensor):
 
     layer: ref[nn.Module]
 
-    @staticmethod
-    def __new__(cls, layer: nn.Module, packed: Tensor) -> FewBits:
+    @classmethod
+    def held(cls, layer: nn.Module, packed: Tensor) -> FewBits:
         shape, dtype = cls.facts(packed)
-        found: FewBits = Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=packed.device)  # type: ignore
-        found.layer = ref(layer)
+        found: FewBits = cls.of(shape, Seen(0, shape[0], dtype), packed.device, layer=ref(layer))
         return found
 
     @staticmethod
@@ -72,12 +99,19 @@ class FewBits(Tensor):
         """True shape, and type of the values."""
 
     @abstractmethod
-    def dequantize(self) -> Tensor:
-        """The values that the bits stand for."""
-
-    @abstractmethod
-    def product(self, x: Tensor) -> Tensor:
+    def multiplied(self, x: Tensor) -> Tensor:
         """`x Wᵀ` as the library's own layer computes it."""
+
+    def dequantize(self) -> Tensor:  # type: ignore[override]
+        """The values that the bits stand for, as they are seen."""
+        return self.formed()
+
+    def times(self, x: Any, bias: Tensor | None) -> Any:
+        """The libraries take inputs of any type."""
+        if self.seen.stop - self.seen.start != self.full[0] or not isinstance(x, Tensor):
+            return NotImplemented
+        y = self.multiplied(x)
+        return y if bias is None else y + bias.to(y.dtype)
 
     def parts(self) -> tuple[Any, Any]:
         """The module, and the parameter as the library keeps it."""
@@ -85,22 +119,9 @@ class FewBits(Tensor):
         assert layer is not None
         return layer, layer._parameters["weight"]
 
-    def __repr__(self, **_: Any) -> str:  # type: ignore[override]
-        return f"{type(self).__name__}({tuple(self.shape)})"
-
-    @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is F.linear and isinstance(args[1], FewBits):
-            return _linear(*args, **(kwargs or {}))
-        with torch._C.DisableTorchFunctionSubclass():
-            return func(*args, **(kwargs or {}))
-
-    @classmethod
-    def __torch_dispatch__(  # type: ignore[override]
-        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
-        args, kwargs = tree_map(_values, (args, kwargs or {}))
-        return func(*args, **kwargs)
+    def stored(self) -> tuple[Tensor, ...]:
+        """The tensors that hold the bits and their scales."""
+        return (self.parts()[1],)
 
 
 class FourBits(FewBits):
@@ -114,12 +135,12 @@ class FourBits(FewBits):
     def facts(packed: Any) -> tuple[torch.Size, torch.dtype]:
         return torch.Size(packed.quant_state.shape), packed.quant_state.dtype
 
-    def dequantize(self) -> Tensor:
+    def values(self) -> Tensor:
         _, packed = self.parts()
         found: Tensor = import_module("bitsandbytes.functional").dequantize_4bit(packed.data, packed.quant_state)
         return found
 
-    def product(self, x: Tensor) -> Tensor:
+    def multiplied(self, x: Tensor) -> Tensor:
         layer, packed = self.parts()
         wide = x if layer.compute_dtype is None else x.to(layer.compute_dtype)
         found: Tensor = import_module("bitsandbytes").matmul_4bit(wide, packed.t(), quant_state=packed.quant_state)
@@ -137,13 +158,13 @@ class EightBits(FewBits):
     def facts(packed: Any) -> tuple[torch.Size, torch.dtype]:
         return packed.shape, torch.float32
 
-    def dequantize(self) -> Tensor:
+    def values(self) -> Tensor:
         layer, packed = self.parts()
         scale = layer.state.SCB if packed.SCB is None else packed.SCB
         found: Tensor = import_module("bitsandbytes.functional").int8_vectorwise_dequant(packed.data, scale)
         return found
 
-    def product(self, x: Tensor) -> Tensor:
+    def multiplied(self, x: Tensor) -> Tensor:
         layer, packed = self.parts()
         state = layer.state
         state.is_training = layer.training
@@ -164,11 +185,11 @@ class Torchao(FewBits):
     def facts(packed: Any) -> tuple[torch.Size, torch.dtype]:
         return packed.shape, packed.dtype
 
-    def dequantize(self) -> Tensor:
+    def values(self) -> Tensor:
         found: Tensor = self.parts()[1].dequantize()
         return found
 
-    def product(self, x: Tensor) -> Tensor:
+    def multiplied(self, x: Tensor) -> Tensor:
         return F.linear(x, self.parts()[1])
 
 
@@ -181,12 +202,3 @@ class Product:
 
 
 _VIEWS: WeakKeyDictionary[nn.Module, FewBits] = WeakKeyDictionary()
-
-
-def _linear(x: Tensor, weight: FewBits, bias: Tensor | None = None) -> Tensor:
-    y = weight.product(x)
-    return y if bias is None else y + bias.to(y.dtype)
-
-
-def _values(value: Any) -> Any:
-    return value.dequantize() if isinstance(value, FewBits) else value

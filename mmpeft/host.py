@@ -240,11 +240,12 @@ def _present(module: nn.Module, name: str, value: Any) -> Any:
 
 
 def _reader(name: str) -> property:
+    from mmpeft.parts.tuned import answered  # parts import this module
+
     def read(self: Any) -> Any:
         value = base_value(self, name)
-        for part in plan_of(self).reads.get(name, ()):
-            value = part.read(self, name, value)
-        return value
+        parts = plan_of(self).reads.get(name)
+        return answered(self, name, value, parts) if parts else value
 
     def write(self: Any, value: Any) -> None:
         self.__dict__[name] = value

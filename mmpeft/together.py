@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -123,6 +124,10 @@ class _WeightedDelta(Delta):
         self.__dict__["_modules"] = {"factor": kind(delta.factor, weight, unit)}
         self.__dict__["_source"] = (delta,)
         del self.__dict__["training"]
+
+    def tensors(self) -> Iterable[Tensor]:
+        weight: object = self.factor._weight[0]  # type: ignore[union-attr, index]
+        return [*self.__dict__["_source"][0].tensors(), *([weight] if isinstance(weight, Tensor) else [])]
 
     @property
     def training(self) -> bool:  # type: ignore[override]

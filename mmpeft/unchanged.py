@@ -2,52 +2,105 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import ctypes
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Generic, NamedTuple, TypeVar
+from weakref import ReferenceType, ref
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _get_current_dispatch_mode
+
+T = TypeVar("T")
 
 ENTRIES = 16
-"""Of each tensor, looked at for writes through `.data`, which no count of changes sees."""
+"""Looked at in each tensor of a whole model."""
+
+
+class _Noted(NamedTuple):
+    """What was seen of a tensor."""
+
+    tensor: ReferenceType[Tensor]
+    place: int
+    shape: torch.Size
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+    version: int
+    entries: memoryview | None
+    values: memoryview | None
 
 
 class Unchanged:
     """Tells whether given tensors are those that were last noted, with the same values.
 
-    They must be the same objects at the same place in memory, of the same type and with the same count of changes in
-    place; `ENTRIES` values spread over each must be what they were. A write through `.data` that spares all of
-    these is not seen.
+    They must be the same objects at the same place in memory, in the same shape, strides and type, with the same
+    count of changes in place. Writes through `.data`, which no count sees, are found by looking at entries spread over
+    each tensor: one in each row, or at most `entries` of them.
+
+    It does not see a write through `.data` (or through NumPy, or by another process into shared memory) that spares
+    every entry looked at, nor one that leaves their values as they were. On an accelerator, for which a look at values
+    would have to wait, it sees none of these. Tensors without plain memory (fake, functorch's, distributed) count as
+    changed.
     """
 
-    def __init__(self) -> None:
-        self._tensors: tuple[Tensor, ...] = ()
-        self._marks: list[tuple[int, int, torch.dtype]] = []
-        self._views: list[list[Tensor]] = []
-        self._values: list[Tensor] = []
+    def __init__(self, entries: int | None = None) -> None:
+        self.entries = entries
+        self._noted: tuple[_Noted, ...] | None = None
 
     def note(self, tensors: Sequence[Tensor]) -> bool:
         """Remember tensors as they are now; False where that is not possible."""
-        self.__init__()  # type: ignore[misc]
-        groups: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
-        for tensor in tensors:
-            plain = list(_plain(tensor))
-            if not plain:
-                return False
-            for own in plain:
-                groups.setdefault((own.device, own.dtype), []).append(_spread(own))
-        self._tensors, self._marks = tuple(tensors), [_mark(t) for t in tensors]
-        self._views = list(groups.values())
-        self._values = [torch.cat(views) for views in self._views]
-        return True
+        found = [_note(tensor, self.entries) for tensor in tensors] if _plain_run() else [None]
+        self._noted = tuple(noted for noted in found if noted is not None) if None not in found else None
+        return self._noted is not None
 
     def holds(self, tensors: Sequence[Tensor]) -> bool:
         """Whether these tensors are those noted, unchanged."""
-        if len(tensors) != len(self._tensors) or not tensors:
+        noted = self._noted
+        if noted is None or len(noted) != len(tensors):
             return False
-        for tensor, known, mark in zip(tensors, self._tensors, self._marks):
-            if tensor is not known or _mark(tensor) != mark:
+        for tensor, (known, place, shape, stride, dtype, version, entries, values) in zip(tensors, noted):
+            if (
+                known() is not tensor
+                or tensor.data_ptr() != place
+                or (version >= 0 and tensor._version != version)
+                or tensor.shape != shape
+                or tensor.dtype is not dtype
+                or tensor.stride() != stride
+                or entries != values  # the memory is there: it is at its place
+            ):
                 return False
-        return all(torch.equal(torch.cat(views), values) for views, values in zip(self._views, self._values))
+        return True
+
+    def __deepcopy__(self, memo: Any) -> Unchanged:
+        return type(self)(self.entries)
+
+    def __reduce__(self) -> Any:
+        return type(self), (self.entries,)
+
+
+class Kept(Generic[T]):
+    """A value computed from tensors, computed again once one of them has changed; copies and pickles hold none."""
+
+    def __init__(self, entries: int | None = None) -> None:
+        self.entries = entries
+        self._last: tuple[Unchanged, T] | None = None  # replaced as a whole: threads may share it
+
+    def get(self, tensors: Sequence[Tensor], compute: Callable[[], T]) -> T:
+        """The value for these tensors."""
+        last = self._last
+        if last is not None and last[0].holds(tensors):
+            return last[1]
+        unchanged = Unchanged(self.entries)
+        noted = unchanged.note(tensors)  # before computing: a change meanwhile is seen
+        value = compute()
+        self._last = (unchanged, value) if noted else None
+        return value
+
+    def __deepcopy__(self, memo: Any) -> Kept[T]:
+        return type(self)(self.entries)
+
+    def __reduce__(self) -> Any:
+        return type(self), (self.entries,)
 
 
 class Watched:
@@ -62,50 +115,78 @@ class Watched:
             for table in (own._parameters, own._buffers, own._modules)
             for name, value in table.items()
         ]
-        self.tensors = [value for _, _, value in self._places if isinstance(value, Tensor)]
-        self._unchanged = Unchanged()
+        tensors = [value for _, _, value in self._places if isinstance(value, Tensor)]
+        self.tensors = [plain for tensor in tensors for plain in _plain(tensor)]
+        self._unchanged = Unchanged(ENTRIES)
 
     def note(self) -> bool:
         """Remember the tensors as they are now; False where that is not possible."""
-        with torch.inference_mode(False), torch.no_grad():
-            return self._unchanged.note(self.tensors)
+        return bool(self.tensors) and self._unchanged.note(self.tensors)
 
     def same(self) -> bool:
         """Whether the module holds the same tensors and modules as when it was first seen, unchanged since noted."""
         if any(table.get(name) is not value for table, name, value in self._places):
             return False
-        with torch.no_grad():
-            return self._unchanged.holds(self.tensors)
+        return self._unchanged.holds(self.tensors)
 
     def training(self) -> bool:
         """Whether any of its modules that compute something is in training mode."""
         return any(module.training for module in self._computing)
 
 
-def _mark(tensor: Tensor) -> tuple[int, int, torch.dtype]:
-    version = -1 if tensor.is_inference() else tensor._version
-    return (tensor.data_ptr() if _strided(tensor) else 0), version, tensor.dtype
-
-
-def _strided(tensor: Tensor) -> bool:
-    return type(tensor).__torch_dispatch__ is Tensor.__torch_dispatch__ and tensor.layout is torch.strided
-
-
 def _plain(tensor: Tensor) -> Iterator[Tensor]:
-    """The tensors with memory of their own behind one; none where that cannot be known."""
-    if _strided(tensor):
-        if tensor.device.type != "meta":
-            yield tensor.detach()
-    elif hasattr(tensor, "__tensor_flatten__"):
+    """The tensors that a subclass is made of; the tensor itself where it is none, or none that says so."""
+    if hasattr(tensor, "__tensor_flatten__"):
         for name in tensor.__tensor_flatten__()[0]:
             yield from _plain(getattr(tensor, name))
+    else:
+        yield tensor
 
 
-def _spread(tensor: Tensor) -> Tensor:
-    """A view of some entries of a tensor, from its first to about its last."""
-    if not tensor.numel():
-        return tensor.reshape(-1)
+def _plain_run() -> bool:
+    """Whether tensors are what they seem: no tracing, no transform, no mode that stands in for them."""
+    return not (torch._C._are_functorch_transforms_active() or torch._C._get_tracing_state() is not None) and (
+        _get_current_dispatch_mode() is None
+    )
+
+
+def _note(tensor: Tensor, most: int | None) -> _Noted | None:
+    known = ref(tensor)
+    bare = tensor if type(tensor) in (Tensor, nn.Parameter) else _bare(tensor)
+    if bare is None or bare.is_meta or bare.layout is not torch.strided:
+        return None
+    version = -1 if bare.is_inference() else bare._version
+    entries = _entries(bare, most) if bare.device.type == "cpu" else None
+    values = None if entries is None else _as(memoryview(entries.tobytes()), entries.format)
+    return _Noted(known, bare.data_ptr(), bare.shape, bare.stride(), bare.dtype, version, entries, values)
+
+
+_UNITS = {1: "B", 2: "H", 4: "I", 8: "Q"}
+
+
+def _entries(tensor: Tensor, most: int | None) -> memoryview | None:
+    """Entries spread over a tensor's memory: a window, read only while the tensor is known to be there."""
+    size, unit = tensor.numel(), tensor.element_size()
+    if not size:
+        return None
     extent = 1 + sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride()))
-    step = max(1, (extent - 1) // (ENTRIES - 1))
-    with torch._C.DisableTorchFunctionSubclass():
-        return tensor.as_strided((1 + (extent - 1) // step,), (step,))
+    row = max(1, size // tensor.shape[0]) if tensor.dim() else 1
+    step = row if most is None else max(1, extent // most)
+    if step > 1 and step % row == 0:
+        step -= 1  # an entry in each row, and another column from row to row
+    window = (ctypes.c_char * (extent * unit)).from_address(tensor.data_ptr())
+    return _as(memoryview(window).cast("B"), _UNITS.get(unit, "B"))[::step]
+
+
+def _as(memory: memoryview[int], unit: str) -> memoryview[int]:
+    """Bytes as integers: comparing these is several times as fast as comparing numbers or bytes."""
+    found: memoryview[int] = memory.cast(unit)  # type: ignore[call-overload]
+    return found
+
+
+def _bare(tensor: Tensor) -> Tensor | None:
+    """The plain tensor behind a subclass that only adds attributes; None for one that computes."""
+    if type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__:
+        return None
+    with torch._C.DisableTorchFunctionSubclass(), torch.no_grad():
+        return tensor.as_subclass(Tensor)

@@ -39,3 +39,9 @@ def put_rows(tensor: Tensor, value: Tensor, rows: Rows | None, dim: int = 0) -> 
     periods: Tensor = tensor.unflatten(dim, (-1, rows[2]))  # type: ignore[no-untyped-call]
     own = value.unflatten(dim, (-1, stop - start))  # type: ignore[no-untyped-call]
     return periods.slice_scatter(own, dim + 1, start, stop).flatten(dim, dim + 1)
+
+
+def cut_rows(rows: tuple[int, int], start: int, stop: int) -> tuple[tuple[int, int], slice] | None:
+    """Of contiguous rows those in `start:stop`: where they lie in that piece, and which they are; None for none."""
+    first, last = max(rows[0], start), min(rows[1], stop)
+    return ((first - start, last - start), slice(first - rows[0], last - rows[0])) if first < last else None

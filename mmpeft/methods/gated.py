@@ -68,9 +68,14 @@ class Gated(Method):
         padding = _padding(model, block, masks) if kind == "pooled" else None
         part, hooks, reads = p.part, p.hooks, p.hooks[0].kind == "read"
         name = type(self.method).__name__
-        if isinstance(part, Delta) and (reads or part.lookup):
-            why = "the backbone reads this weight itself" if reads else "an embedding sees words, no vectors"
-            raise Refused(f"{name} at {site}: {why}, so a gate has no input; choose other sites, such as at='mlp.*'")
+        if isinstance(part, Delta) and part.lookup:
+            why = "an embedding sees words, no vectors, so a gate has no input"
+            raise Refused(f"{name} at {site}: {why}; choose other sites, such as at='mlp.*'")
+        if isinstance(part, Delta) and reads and kind == "pooled":
+            raise Refused(
+                f"{name} at {site}: the backbone multiplies by this weight itself, perhaps what it has flattened, so a "
+                "gate cannot tell the rows of a batch to pool over; choose kind='token', or other sites"
+            )
         if not isinstance(part, Delta | Branch | Prefix):
             raise Refused(f"{name} at {site}: gates act on updates of weights, adapters and prefixes alone")
         gate = Gate(kind, _width(model, available, site), self.start, **like_options(any_tensor(model, site)))
@@ -80,7 +85,7 @@ class Gated(Method):
             )
         if isinstance(part, Delta):
             channel_dim = 1 if site.kind == "conv" else -1
-            hooks = tuple(replace(hook, kind="exit") for hook in hooks)
+            hooks = hooks if reads else tuple(replace(hook, kind="exit") for hook in hooks)
         else:
             channel_dim = part.channel_dim
         return replace(p, part=GatedOutput(part, gate, padding, channel_dim), hooks=hooks)

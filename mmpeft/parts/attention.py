@@ -7,7 +7,6 @@ No backbone is named here, and none is changed: an attention is known by what it
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from types import FunctionType
 from typing import Any
 
 import torch
@@ -19,6 +18,7 @@ from mmpeft.errors import Refused
 from mmpeft.functional.attention import prefix_mask
 from mmpeft.host import original_class
 from mmpeft.parts.prefix import GatedPrefix, Prefix
+from mmpeft.weights import opened
 
 FUSED = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
 PRODUCTS = {torch.matmul, Tensor.matmul, Tensor.__matmul__}
@@ -39,15 +39,7 @@ CARRIED = SUMS | MASKS | SHAPE | DTYPE
 KeyValuePart = Prefix | GatedPrefix
 
 
-def _opened(function: Any) -> Any:
-    """A torch function that calls others, without its first question whether a mode handles it as a whole."""
-    names = {**function.__globals__, "has_torch_function": lambda _: False}
-    opened = FunctionType(function.__code__, names, function.__name__, function.__defaults__, function.__closure__)
-    opened.__kwdefaults__ = function.__kwdefaults__
-    return opened
-
-
-_multi_head = _opened(F.multi_head_attention_forward)
+_multi_head = opened(F.multi_head_attention_forward)
 
 
 def attend(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from mmpeft.errors import Refused
+from mmpeft.parts.product import Inner, Reading
 
 HookKind = Literal["enter", "exit", "call", "read", "around"]
 Call = Callable[[nn.Module, Tensor], Tensor]
@@ -37,6 +38,24 @@ class Part(nn.Module):
     """Whether the part changes what the base has, so that `base + α (tuned − base)` is a weaker or stronger part."""
     resting: bool = False
     """Whether the part is left out of the forward pass; hosts see it when they plan anew (`Tuning.leave_out`)."""
+
+    @property
+    def answers(self) -> bool:
+        """Whether `through` tells what the part does to the product by a weight that it reads."""
+        return False
+
+    @property
+    def needs_input(self) -> bool:
+        """Whether what it makes of a weight depends on what the weight is multiplied by, now."""
+        return False
+
+    def tensors(self) -> Iterable[Tensor]:
+        """What its effect depends on and gradients may reach."""
+        return self.parameters()
+
+    def through(self, reading: Reading, inner: Inner, x: Tensor) -> Tensor:
+        """`inner(x)`, the product by a weight, with the effect of the part."""
+        raise NotImplementedError
 
     def enter(self, host: nn.Module, x: Tensor) -> Tensor:
         return x

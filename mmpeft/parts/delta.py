@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -11,13 +13,15 @@ from torch import Tensor, nn
 from mmpeft.few_bits import FewBits, dense, viewed
 from mmpeft.functional.fused import Update, low_rank_composed, low_rank_linear
 from mmpeft.functional.low_rank import low_rank_row_norms, squared_row_norms
-from mmpeft.functional.rows import Rows, put_rows, take_rows
+from mmpeft.functional.rows import Rows, cut_rows, put_rows, take_rows
 from mmpeft.parts.base import Call, Hook, HookKind, Part, cast, trainable_dtype
 from mmpeft.parts.factors import Factor, Hadamard, LowRank
+from mmpeft.parts.product import FUSED_FROM, Inner, Reading, fusible
 from mmpeft.sites import Kind
+from mmpeft.unchanged import Kept
 
-FUSED_FROM = 32_768
-"""Input elements from which the fused autograd function pays for its own call overhead."""
+KEPT_TO = 2**20
+"""Entries up to which a gained weight is kept formed between calls without gradients: 4 MiB."""
 
 
 class Delta(Part):
@@ -47,35 +51,91 @@ class Delta(Part):
         self.rows, self.scale, self.dropout, self.transposed, self.lookup = rows, scale, dropout, transposed, lookup
         self.factor = factor
         self.magnitude: nn.Parameter | None = None
+        self._squares: Kept[Tensor] = Kept()
+        self._norms: Kept[Tensor] = Kept()
+        self.ready: Kept[tuple[Tensor | None, Tensor, Tensor]] = Kept()
         if magnitude:
             square = squared_row_norms(take_rows(dense(weight), rows).flatten(1))
-            self.register_buffer("weight_sq", square, persistent=False)
             self.magnitude = nn.Parameter(square.sqrt().to(trainable_dtype(weight.dtype)))
 
-    def gain(self, weight: Tensor) -> Tensor | None:
-        """DoRA's `m / ‖W + s ΔW‖` for a [o, ...] weight; None without a magnitude."""
+    @property
+    def answers(self) -> bool:
+        return True
+
+    @property
+    def needs_input(self) -> bool:
+        return self.dropping
+
+    @property
+    def formed(self) -> bool:
+        """Whether the update must be formed to be applied."""
+        return isinstance(self.factor, Hadamard) and not isinstance(self.factor, LowRank)
+
+    @property
+    def dropping(self) -> bool:
+        """Whether the input of the update is dropped now."""
+        return bool(self.dropout) and self.training
+
+    def norms(self, weight: Tensor, stored: Sequence[Tensor]) -> Tensor:
+        """`‖W + s ΔW‖` of each row as W [o, ...] is now; formed again once one of the tensors has changed."""
+
+        if torch.compiler.is_compiling() or type(self.factor) is not LowRank or not all(t.is_leaf for t in stored):
+            return self._norms_now(weight, None)
+        return self._norms.get((*stored, *self.pair()), lambda: self._norms_now(weight, stored))
+
+    @torch.no_grad()
+    def _norms_now(self, weight: Tensor, stored: Sequence[Tensor] | None) -> Tensor:
+        def squares() -> Tensor:
+            return squared_row_norms(own)
+
+        own = take_rows(dense(weight), self.rows).flatten(1)
+        if stored is None:
+            return low_rank_row_norms(own, squares(), *self.pair(), self.scale)
+        with torch.inference_mode(False):  # what is kept may be needed for a backward pass later
+            return low_rank_row_norms(own, self._squares.get(stored, squares), *self.pair(), self.scale)
+
+    def gain(self, weight: Tensor, stored: Sequence[Tensor]) -> Tensor | None:
+        """DoRA's `m / ‖W + s ΔW‖` for a [o, ...] weight kept in `stored`; None without a magnitude."""
         if self.magnitude is None:
             return None
-        own = take_rows(dense(weight), self.rows).flatten(1)
-        square: Tensor = self.weight_sq  # type: ignore[assignment]
-        norm = low_rank_row_norms(own, square, *self.pair(), self.scale)
-        return self.magnitude / norm.to(self.magnitude.dtype)
+        return self.magnitude / self.norms(weight, stored).to(self.magnitude.dtype)
+
+    def steady(self, weight: Tensor) -> tuple[Tensor | None, Tensor, Tensor]:
+        """What few inputs need while nothing changes: all of a small weight or None, the gain, and `Bᵀ`."""
+        gain = self.gain(weight, (weight,))
+        assert gain is not None
+        small = weight.numel() <= KEPT_TO and weight.dtype in (torch.float32, torch.float64)  # 16 bits would round ΔW
+        return self.read(self, "weight", weight) if small else None, gain, self.pair()[1].t()
 
     def pair(self) -> tuple[Tensor, Tensor]:
         """`A` and `B` of a low-rank factor."""
         assert isinstance(self.factor, LowRank)
         return self.factor.pair()
 
-    def update(self, weight: Tensor) -> Update:
+    def owned(self, reading: Reading) -> tuple[Rows | None, slice | None] | None:
+        """Where its rows lie in what comes out, and which of them; None for none of them."""
+        if not reading.partial:
+            return self.rows, None
+        rows = self.rows or (0, len(reading.weight))
+        assert len(rows) == 2
+        return cut_rows(rows, reading.start, reading.stop)
+
+    def update(self, reading: Reading) -> Update | None:
         """The update of one range of rows; interleaved rows become the whole range, zero where not owned."""
+        owned = self.owned(reading)
+        if owned is None:
+            return None
+        (rows, piece), total = owned, len(reading.weight)
         down, up = self.pair()
-        gain = self.gain(weight)
-        if self.rows is not None and len(self.rows) == 2:
-            return Update(*self.rows, self.scale, down, up, gain)
-        up = put_rows(up.new_zeros(len(weight), up.shape[1]), up, self.rows)
+        gain = self.gain(reading.weight, reading.stored)
+        if piece is not None:
+            up, gain = up[piece], gain if gain is None else gain[piece]
+        if rows is not None and len(rows) == 2:
+            return Update(*rows, self.scale, down, up, gain)
+        up = put_rows(up.new_zeros(total, up.shape[1]), up, rows)
         if gain is not None:
-            gain = put_rows(gain.new_ones(len(weight)), gain, self.rows)
-        return Update(0, len(weight), self.scale, down, up, gain)
+            gain = put_rows(gain.new_ones(total), gain, rows)
+        return Update(0, total, self.scale, down, up, gain)
 
     def read(self, host: nn.Module, name: str, base: Tensor) -> Tensor:
         """The effective weight, in the base's type and layout."""
@@ -83,7 +143,7 @@ class Delta(Part):
         own = take_rows(weight, self.rows)
         delta = (self.factor.materialise() * self.scale).view(own.shape)
         tuned = cast(own, delta.dtype) + delta
-        gain = self.gain(weight)
+        gain = self.gain(weight, stored_in(base))
         if gain is not None:
             tuned = tuned * gain.view(-1, *[1] * (own.dim() - 1))
         whole = put_rows(weight, cast(tuned, base.dtype), self.rows)
@@ -91,41 +151,56 @@ class Delta(Part):
 
     def exit(self, host: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         """Add the update to an output already computed: convolutions, and rows routed one by one."""
-        weight = self.weight_of(host)
-        bias: Tensor | None = None if self.lookup else host.bias  # type: ignore[assignment]
-        conv = weight.dim() > 2
+        return self.through(self.reading(host), lambda _: y, x)
+
+    def through(self, reading: Reading, inner: Inner, x: Tensor) -> Tensor:
+        """Add the update to what comes out of the product by the weight inside."""
+        y, owned = inner(x), self.owned(reading)
+        if owned is None:
+            return y
+        rows, piece = owned
+        conv = reading.weight.dim() > 2
         channel = 1 if conv else -1
-        if self.dropout and self.training:
-            x = F.dropout(x, self.dropout)
-        delta = self.applied(host, x, y.dtype, weight)
-        own = take_rows(y, self.rows, channel)
-        gain = self.gain(weight)
+        delta = self.applied(reading, F.dropout(x, self.dropout) if self.dropping else x, y.dtype)
+        gain = self.gain(reading.weight, reading.stored)
+        if piece is not None:
+            delta, gain = delta[..., piece], gain if gain is None else gain[piece]
+        own = take_rows(y, rows, channel)
         if gain is None:
             tuned = torch.add(own, delta, alpha=self.scale)
         else:
             shape = [-1] + [1] * (y.dim() - 2) if conv else [-1]
-            offset = 0.0 if bias is None else take_rows(bias, self.rows).view(shape)
+            offset = 0.0 if reading.bias is None else take_rows(reading.bias, rows).view(shape)
             tuned = torch.add(own - offset, delta, alpha=self.scale) * cast(gain, y.dtype).view(shape) + offset
-        return put_rows(y, tuned, self.rows, channel)
+        return put_rows(y, tuned, rows, channel)
 
-    def applied(self, host: nn.Module, x: Tensor, dtype: torch.dtype, weight: Tensor) -> Tensor:
-        """`ΔW x` as the host applies its own weight: a product, a convolution, a lookup."""
+    def applied(self, reading: Reading, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """`ΔW x` as the weight itself is applied: a product, a convolution, a lookup."""
+        weight, apply = reading.weight, reading.apply
         if not self.lookup and weight.dim() == 2:
             found: Tensor = self.factor(cast(x, dtype))
             return found
-        if not isinstance(self.factor, LowRank):
-            kernel = cast(self.factor.materialise(), dtype).view(-1, *weight.shape[1:])
-            return host._conv_forward(x, kernel, None)  # type: ignore[operator, no-any-return]
+        assert apply is not None
+        if not isinstance(self.factor, LowRank) or reading.groups > 1:
+            return apply(x, cast(self.factor.materialise(), dtype).view(-1, *weight.shape[1:]))
         down, up = (cast(tensor, dtype) for tensor in self.pair())
         if self.lookup:
-            return F.linear(_lookup(host, x, down.t()), up)
-        inner = host._conv_forward(x, down.view(-1, *weight.shape[1:]), None)  # type: ignore[operator]
+            return F.linear(apply(x, down.t()), up)
+        inner = apply(x, down.view(-1, *weight.shape[1:]))
         return F.linear(inner.movedim(1, -1), up).movedim(-1, 1)
 
-    def weight_of(self, host: nn.Module) -> Tensor:
-        """The host's weight as [o, i, ...]."""
-        weight = _read(host)
-        return weight.t() if self.transposed else weight
+    def reading(self, host: nn.Module) -> Reading:
+        """The product that a host's own forward makes."""
+        base = _read(host)
+        weight = base.t() if self.transposed else base
+        bias: Tensor | None = None if self.lookup else host.bias  # type: ignore[assignment]
+        groups = int(getattr(host, "groups", 1))
+
+        def apply(x: Tensor, kernel: Tensor) -> Tensor:
+            found: Tensor = _lookup(host, x, kernel) if self.lookup else host._conv_forward(x, kernel, None)  # type: ignore
+            return found
+
+        return Reading(weight, bias, stored_in(base), 0, len(weight), apply, groups)
 
     def fold(self, host: nn.Module, hook: Hook, params: dict[str, Tensor | None]) -> None:
         name = hook.name or "weight"
@@ -138,10 +213,9 @@ class Delta(Part):
         if not all(isinstance(part.factor, LowRank) for part in parts):
             return _FormedCall(tuple(parts))
         only = parts[0]
-        plain = only.rows is None and only.magnitude is None and not (only.dropout or only.transposed)
-        plain = plain and type(only.factor) is LowRank
+        plain = only.rows is None and not (only.dropout or only.transposed) and type(only.factor) is LowRank
         if len(parts) == 1 and plain and not read and not type(host).packed:  # type: ignore[attr-defined]
-            return _WholeCall(only)
+            return _WholeCall(only) if only.magnitude is None else _GainedCall(only)
         return _RowsCall(tuple(parts))
 
 
@@ -161,6 +235,11 @@ def _read(host: nn.Module) -> Tensor:
     weight: Tensor = host.weight  # type: ignore[assignment]
     found: Tensor = viewed(host, weight) if getattr(type(host), "packed", False) else weight
     return found
+
+
+def stored_in(weight: Tensor) -> tuple[Tensor, ...]:
+    """The tensors that tell whether a weight has changed."""
+    return weight.stored() if isinstance(weight, FewBits) else (weight,)
 
 
 def _lookup(host: nn.Module, x: Tensor, table: Tensor) -> Tensor:
@@ -197,6 +276,44 @@ class _WholeCall:
         return torch.add(F.linear(x, weight, bias), F.linear(F.linear(x, down_x), up_x), alpha=self.scale)
 
 
+class _GainedCall:
+    """The same with a gain. Few inputs take the short way; without gradients, all that they do not change is kept."""
+
+    def __init__(self, delta: Delta) -> None:
+        self.delta, self.factor = delta, delta.factor._parameters
+
+    def __call__(self, host: nn.Module, x: Tensor) -> Tensor:
+        delta, own, factor = self.delta, host._parameters, self.factor
+        weight, down, up = own["weight"], factor["A"], factor["B"]
+        assert weight is not None
+        assert down is not None
+        if (
+            torch.compiler.is_compiling()
+            or not (x.dtype is weight.dtype is down.dtype)
+            or x.numel() >= FUSED_FROM
+            or torch.is_autocast_enabled(x.device.type)
+            or torch._C._are_functorch_transforms_active()
+        ):
+            return multiply((delta,), delta.reading(host), x)
+        if torch.is_grad_enabled():
+            gain = delta.gain(weight, (weight,))
+            assert gain is not None
+            update = F.linear(F.linear(x, down), up)  # type: ignore[arg-type]
+            y = torch.add(F.linear(x, weight), update, alpha=delta.scale) * gain
+            return y if own["bias"] is None else y + own["bias"]
+        tensors = (weight, down, up, delta._parameters["magnitude"])
+        whole, gain, up_t = delta.ready.get(tensors, partial(delta.steady, weight))  # type: ignore[arg-type]
+        bias = own["bias"]
+        if whole is not None:
+            return F.linear(x, whole, bias)
+        y, z = F.linear(x, weight), F.linear(x, down)
+        if x.dim() != 2:
+            y.view(-1, len(gain)).addmm_(z.view(-1, len(down)), up_t, alpha=delta.scale)
+        else:
+            y.addmm_(z, up_t, alpha=delta.scale)
+        return y.mul_(gain) if bias is None else torch.addcmul(bias, y, gain, out=y)
+
+
 class _FormedCall:
     """The forward with updates that are formed: added to the weight, for one pass of the input and not two.
 
@@ -209,7 +326,7 @@ class _FormedCall:
     def __call__(self, host: nn.Module, x: Tensor) -> Tensor:
         weight = _read(host)
         bias: Tensor | None = host.bias  # type: ignore[assignment]
-        if type(weight) not in (Tensor, nn.Parameter) or any(d.dropout and d.training for d in self.deltas):
+        if type(weight) not in (Tensor, nn.Parameter) or any(delta.dropping for delta in self.deltas):
             packed = isinstance(weight, FewBits)
             y: Tensor = F.linear(x, weight, bias) if packed else type(host).base.forward(host, x)  # type: ignore
             for delta in self.deltas:
@@ -223,33 +340,35 @@ class _FormedCall:
 
 
 class _RowsCall:
-    """The forward of a linear with updates of its rows: fused where it pays and applies, composed elsewhere."""
+    """The forward of a linear with updates of its rows."""
 
     def __init__(self, deltas: tuple[Delta, ...]) -> None:
         self.deltas = deltas
-        self.dropout = any(delta.dropout for delta in deltas)
-        interleaved = any(delta.rows is not None and len(delta.rows) == 3 for delta in deltas)
-        self.overlap = interleaved and any(delta.magnitude is not None for delta in deltas)
-        """Whether gains of several updates meet in one row, which the fused function takes to be disjoint."""
 
     def __call__(self, host: nn.Module, x: Tensor) -> Tensor:
-        weight: Tensor = self.deltas[0].weight_of(host)
-        bias: Tensor | None = host.bias  # type: ignore[assignment]
-        updates = [delta.update(weight) for delta in self.deltas]
-        drop = self.dropout and self.deltas[0].training
-        if not (drop or self.overlap) and fusible(x, weight):
-            return low_rank_linear(x, weight, bias, updates)
-        rates = [delta.dropout for delta in self.deltas] if drop else ()
-        return low_rank_composed(x, weight, bias, updates, rates)
+        return multiply(self.deltas, self.deltas[0].reading(host), x)
 
 
-def fusible(x: Tensor, weight: Tensor) -> bool:
-    """Whether the fused function is exact here and pays: eager, and a plain frozen floating-point weight."""
-    return (
-        x.numel() >= FUSED_FROM
-        and not torch.compiler.is_compiling()
-        and not weight.requires_grad
-        and type(weight) in (Tensor, nn.Parameter)
-        and weight.is_floating_point()
-        and not torch._C._are_functorch_transforms_active()
-    )
+def multiply(deltas: Sequence[Delta], reading: Reading, x: Tensor) -> Tensor:
+    """`x` by a weight with low-rank updates of its rows: fused where it pays and applies, composed elsewhere."""
+    drop = any(delta.dropping for delta in deltas)
+    updates, rates = [], []
+    for delta in deltas:
+        update = delta.update(reading)
+        if update is not None:
+            updates.append(update)
+            rates.append(delta.dropout if drop else 0.0)
+    weight = reading.weight[reading.start : reading.stop] if reading.partial else reading.weight
+    if not updates:
+        return F.linear(x, cast(weight, x.dtype) if type(weight) in (Tensor, nn.Parameter) else weight, reading.bias)
+    if not drop and fusible(x, weight) and not _overlap(updates):
+        return low_rank_linear(x, weight, reading.bias, updates)
+    return low_rank_composed(x, weight, reading.bias, updates, rates if drop else ())
+
+
+def _overlap(updates: Sequence[Update]) -> bool:
+    """Whether gains meet other updates in one row, which the fused function takes to be disjoint."""
+    if len(updates) == 1 or all(update.gain is None for update in updates):
+        return False
+    ranges = sorted(update[:2] for update in updates)
+    return any(before[1] > after[0] for before, after in pairwise(ranges))

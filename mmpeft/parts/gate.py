@@ -10,10 +10,12 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from mmpeft.controllers.gate import Gate
+from mmpeft.errors import Refused
 from mmpeft.parts.base import Part
 from mmpeft.parts.branch import Branch
 from mmpeft.parts.passing import Passed
 from mmpeft.parts.prefix import Prefix
+from mmpeft.parts.product import Inner, Reading
 from mmpeft.parts.shared import View
 
 UNMERGEABLE = "how much of it acts depends on a gate, and a weight has none"
@@ -87,11 +89,39 @@ class GatedOutput(GatedPart):
         if isinstance(self.inner, Branch) and self.inner.source != "input":
             tapped = self._tapped.set(None)
             source = y if self.inner.source == "output" else tapped  # type: ignore[assignment]
-        tuned = self.inner.exit(host, x, y)
+        return self._mixed(source, y, self.inner.exit(host, x, y))
+
+    def _mixed(self, source: Tensor, y: Tensor, tuned: Tensor) -> Tensor:
         if self.channel_dim == -1:
             return mixed(y, tuned, self.level(source))
         g = self.level(source.movedim(self.channel_dim, -1))
         return mixed(y, tuned, g.movedim(-1, self.channel_dim) if g.dim() > 1 else g)
+
+    @property
+    def answers(self) -> bool:
+        return self.inner.answers
+
+    @property
+    def needs_input(self) -> bool:
+        return True
+
+    @property
+    def transposed(self) -> bool:
+        return bool(getattr(self.inner, "transposed", False))
+
+    @property
+    def rows(self) -> Any:
+        return getattr(self.inner, "rows", None)
+
+    def through(self, reading: Reading, inner: Inner, x: Tensor) -> Tensor:
+        y = inner(x)
+        return self._mixed(x, y, self.inner.through(reading, lambda _: y, x))
+
+    def read(self, host: nn.Module, name: str, base: Any) -> Any:
+        raise Refused(
+            f"{type(host).__name__} uses {name} for more than products by it; a gate on its update sees what it is "
+            "multiplied by, so the tuned weight has no values of its own: choose other sites, or no gate there"
+        )
 
 
 class GatedKeys(GatedPart):

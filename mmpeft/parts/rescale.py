@@ -9,8 +9,9 @@ from torch import Tensor, nn
 
 from mmpeft.errors import Refused
 from mmpeft.functional.pointwise import along
-from mmpeft.functional.rows import Rows, count_rows, put_rows, take_rows
+from mmpeft.functional.rows import Rows, count_rows, cut_rows, put_rows, take_rows
 from mmpeft.parts.base import Hook, Part, cast, trainable_dtype
+from mmpeft.parts.product import Inner, Reading
 
 
 class Rescale(Part):
@@ -49,6 +50,27 @@ class Rescale(Part):
     def exit(self, host: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         own = take_rows(y, self.rows, self.channel_dim)
         return put_rows(y, self.rescaled(own, self.channel_dim), self.rows, self.channel_dim)
+
+    @property
+    def answers(self) -> bool:
+        return True
+
+    def through(self, reading: Reading, inner: Inner, x: Tensor) -> Tensor:
+        """Where the backbone reads a weight directly: what goes in, or the rows of it in what comes out."""
+        conv = reading.weight.dim() > 2
+        channel = 1 if conv else -1
+        if self.side == "input":
+            assert self.rows is None
+            return inner(x * along(cast(self.gamma, x.dtype), x.dim(), channel))
+        y, rows, piece = inner(x), self.rows, slice(None)
+        if reading.partial:
+            assert rows is None or len(rows) == 2
+            found = cut_rows(rows or (0, len(reading.weight)), reading.start, reading.stop)
+            if found is None:
+                return y
+            rows, piece = found
+        own = take_rows(y, rows, channel)
+        return put_rows(y, own * along(cast(self.gamma, y.dtype)[piece], y.dim(), channel), rows, channel)
 
     def rescaled(self, own: Tensor, channel_dim: int) -> Tensor:
         """`γ ⊙ own + β`."""

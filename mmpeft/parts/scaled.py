@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 
 from mmpeft.errors import Refused
 from mmpeft.parts.base import Hook, Part
+from mmpeft.parts.product import Inner, Reading
 
 
 class Scaled(Part):
@@ -26,6 +28,28 @@ class Scaled(Part):
         super().__init__()
         self._of, self.strength = (part,), strength
         self.order, self.rowwise = part.order, part.rowwise  # type: ignore[misc]
+
+    @property
+    def answers(self) -> bool:
+        return self._of[0].answers
+
+    @property
+    def needs_input(self) -> bool:
+        return self._of[0].needs_input
+
+    @property
+    def transposed(self) -> bool:
+        return bool(getattr(self._of[0], "transposed", False))
+
+    @property
+    def rows(self) -> Any:
+        return getattr(self._of[0], "rows", None)
+
+    def tensors(self) -> Iterable[Tensor]:
+        return self._of[0].tensors()
+
+    def through(self, reading: Reading, inner: Inner, x: Tensor) -> Tensor:
+        return self._between(inner(x), self._of[0].through(reading, inner, x))
 
     def enter(self, host: nn.Module, x: Tensor) -> Tensor:
         return self._between(x, self._of[0].enter(host, x))

@@ -14,8 +14,6 @@ TEXT = ("llama", "gemma2", "phi", "phi3", "gpt2", "gpt_neox", "bert", "t5", *FEW
 DIFFUSERS = tuple(diffusers.FAMILIES)
 NO_MLP = ("AdaptFormer", "ParallelAdapter", "Pfeiffer", "DoRA[where]", "LoRA[at=mlp.*,embed]")
 NO_MLP += ("AdapterDrop", "AdapterFusion")
-# A gate sees what a projection is called with; these read the weight itself.
-READ_DIRECTLY = ("beit", "eva", "eva02", "rope_vit", "swinv2", "open_clip", "coca")
 PROMPTS = ("PromptTuning", "PTuning")
 VISION = tuple(timm.FAMILIES)
 WHOLE = ("Full", "LastBlocks", "DiffPruning", "ChildTuningF")
@@ -55,7 +53,6 @@ REFUSED = {
     **{(method, "unet2d"): "'mlp' .*matches no site" for method in ("KronAB", "CompacterPlus", "UniPELT", "MAM")},
     ("UniPELT", "convnext"): "'attn.q' .*matches no site",
     ("MAM", "convnext"): "'kv' .*matches no site",
-    **{("UniPELT", family): "reads this weight itself" for family in READ_DIRECTLY},
     ("AdapterPlus", "sd3"): "two streams",
     ("AdapterPlus", "flux"): "two streams",
     ("VPT*", "sd3"): "two streams",

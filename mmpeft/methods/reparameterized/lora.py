@@ -9,7 +9,7 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
-from mmpeft.errors import ConfigError, Refused
+from mmpeft.errors import ConfigError
 from mmpeft.host import module_at
 from mmpeft.methods.base import Sited, fan, own_weight, positive, rate, register
 from mmpeft.parts import Delta, Factor, LowRank
@@ -66,9 +66,6 @@ class LoRA(Sited):
         module = module_at(model, site.path)
         grouped = getattr(module, "groups", 1) > 1
         lookup = site.kind == "embedding"
-        if self.dropout and (grouped or site.via == "weight"):
-            why = "the convolution is grouped" if grouped else "the backbone reads this weight directly"
-            raise Refused(f"{name} at {site}: {why}, so the update has no input of its own to drop; use dropout=0")
         weight = own_weight(model, site)
         dropout = 0.0 if lookup else self.dropout
         factor = self.factor(*fan(model, site), rank, weight, lookup)

@@ -56,9 +56,6 @@ def place_kron(
 ) -> Placement:
     """An update by a factor that is applied beside the host's own output, or read with the weight."""
     whole = site.via == "weight" or getattr(module_at(model, site.path), "groups", 1) > 1
-    if dropout and whole:
-        name = type(method).__name__
-        raise Refused(f"{name} at {site}: the weight itself is changed, so no input can be dropped; use dropout=0")
     hook = Hook(site.path, "read", site.tensor) if whole else Hook(site.path, hook_kind(site.kind, factor))
     part = Delta(own_weight(model, site), factor, scale, site.rows, dropout, transposed=site.transposed)
     return Placement(part, site.path, f"{key}_{site.label}", (hook,), site.role)

@@ -1,0 +1,63 @@
+"""What a part is told of a product by a weight, and the products of tuned weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+Apply = Callable[[Tensor, Tensor], Tensor]
+Inner = Callable[[Tensor], Tensor]
+
+FUSED_FROM = 32_768
+"""Input elements from which the fused autograd function pays for its own call overhead."""
+
+
+class Reading(NamedTuple):
+    """One product by a frozen weight W [o, i, ...]; what comes out are its rows `start:stop`.
+
+    `stored` are the tensors that W is kept in, `apply(x, kernel)` is the same convolution or look-up by another kernel
+    or table, and `groups` those of a convolution.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    stored: tuple[Tensor, ...]
+    start: int
+    stop: int
+    apply: Apply | None = None
+    groups: int = 1
+
+    @property
+    def partial(self) -> bool:
+        return self.stop - self.start != len(self.weight)
+
+
+def through(parts: Sequence[nn.Module], reading: Reading, inner: Inner, x: Tensor) -> Tensor:
+    """`x` through a product and the parts around it, the innermost part first."""
+    for part in parts:
+        inner = _Through(part, reading, inner)
+    return inner(x)
+
+
+class _Through:
+    def __init__(self, part: nn.Module, reading: Reading, inner: Inner) -> None:
+        self.part, self.reading, self.inner = part, reading, inner
+
+    def __call__(self, x: Tensor) -> Tensor:
+        y: Tensor = self.part.through(self.reading, self.inner, x)  # type: ignore[operator]
+        return y
+
+
+def fusible(x: Tensor, weight: Tensor) -> bool:
+    """Whether the fused function is exact here and pays: eager, and a plain frozen floating-point weight."""
+    return (
+        x.numel() >= FUSED_FROM
+        and not torch.compiler.is_compiling()
+        and not weight.requires_grad
+        and type(weight) in (Tensor, nn.Parameter)
+        and weight.is_floating_point()
+        and not torch._C._are_functorch_transforms_active()
+    )

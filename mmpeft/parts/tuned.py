@@ -1,0 +1,188 @@
+"""A tuned weight as code reads it: the fused product to whatever multiplies by it, the values to anything else."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd import Function
+
+from mmpeft.few_bits import FewBits
+from mmpeft.parts.base import Part, cast
+from mmpeft.parts.delta import Delta, multiply, stored_in
+from mmpeft.parts.factors import LowRank
+from mmpeft.parts.product import Reading, through
+from mmpeft.weights import Seen, Weight, Wrapper
+
+NATIVE = (nn.MultiheadAttention, nn.modules.linear.NonDynamicallyQuantizableLinear)
+"""Modules whose weights, if plain, enter a kernel of their own without gradients: a tuned one keeps to it."""
+
+
+def answered(host: nn.Module, name: str, base: Any, parts: Sequence[Part]) -> Any:
+    """What code finds that reads an attribute of `host` for which `parts` answer, the innermost first.
+
+    A weight that parts change by what they do to its product answers as such. Where a graph is traced it is a formed
+    one, which any compiler understands, unless it depends on what it is multiplied by.
+    """
+    first = next((i for i, part in enumerate(parts) if part.answers), len(parts))
+    outer = parts[first:]
+    for part in parts[:first]:
+        base = part.read(host, name, base)
+    weighs = isinstance(base, Tensor) and base.dim() > 1 and base.is_floating_point()
+    if weighs and outer and all(part.answers for part in outer):
+        dynamo, transformed = torch.compiler.is_compiling(), torch._C._are_functorch_transforms_active()
+        traced = dynamo or transformed or torch._C._get_tracing_state() is not None
+        if any(part.needs_input for part in outer):
+            return (Traced if traced else Tuned).read(host, name, base, tuple(outer))
+        if not (traced or (isinstance(host, NATIVE) and not torch.is_grad_enabled() and not host.training)):
+            return Tuned.read(host, name, base, tuple(outer))
+    for part in outer:
+        base = part.read(host, name, base)
+    return base
+
+
+class TunedWeight(Weight):
+    """`base` [o, i, ...] (stored [i, o] if `turned`) under `parts`, which answer for this attribute of `host`."""
+
+    host: nn.Module
+    attribute: str
+    base: Tensor
+    parts: tuple[Part, ...]
+    turned: bool
+
+    def values(self) -> Tensor:
+        found = self.base
+        for part in self.parts:
+            found = part.read(self.host, self.attribute, found)
+        return found.t() if self.turned else found
+
+    def product(self, x: Tensor, bias: Tensor | None, start: int, stop: int) -> Any:
+        reading = self._reading(bias, start, stop)
+        low_rank = [part for part in self.parts if isinstance(part, Delta) and isinstance(part.factor, LowRank)]
+        if len(low_rank) == len(self.parts) and not (reading.partial and self._interleaved()):
+            return multiply(low_rank, reading, x)
+        if not self._composes() or (reading.partial and self._interleaved()):
+            return NotImplemented
+        weight = reading.weight[start:stop] if reading.partial else reading.weight
+        y = through(self.parts, reading._replace(bias=None), lambda x: F.linear(x, _like(weight, x)), x)
+        return y if bias is None else y + cast(bias, y.dtype)
+
+    def convolution(self, run: Callable[..., Tensor], x: Tensor, bias: Tensor | None, options: tuple[Any, ...]) -> Any:
+        if not self._composes() or (options[3] > 1 and not any(part.needs_input for part in self.parts)):
+            return NotImplemented  # the kernels of a grouped convolution are small beside what they are applied to
+        kernel = _like(self.base, x)
+        reading = self._reading(None, 0, self.full[0])
+        reading = reading._replace(apply=lambda x, kernel: run(x, kernel, None, *options), groups=options[3])
+        y = through(self.parts, reading, lambda x: run(x, kernel, None, *options), x)
+        return y if bias is None else y + cast(bias, y.dtype).view(-1, *[1] * (len(self.full) - 2))
+
+    def look_up(self, words: Tensor, padding_idx: int | None) -> Any:
+        if not all(isinstance(part, Delta) and part.lookup for part in self.parts):
+            return NotImplemented
+
+        def apply(words: Tensor, table: Tensor) -> Tensor:
+            return F.embedding(words, table, padding_idx)
+
+        reading = self._reading(None, 0, self.full[0])._replace(apply=apply)
+        return through(self.parts, reading, lambda words: apply(words, cast(self.base, self.seen.dtype)), words)
+
+    def _reading(self, bias: Tensor | None, start: int, stop: int) -> Reading:
+        return Reading(self.base.t() if self.turned else self.base, bias, stored_in(self.base), start, stop)
+
+    def _composes(self) -> bool:
+        """Whether products beside that of the base cost less than a formed weight, or there is none."""
+        formed = [p for p in self.parts if isinstance(p, Delta) and p.formed]
+        return not formed or any(part.needs_input for part in self.parts)
+
+    def _interleaved(self) -> bool:
+        return any(len(getattr(part, "rows", None) or ()) == 3 for part in self.parts)
+
+
+class Tuned(TunedWeight, Wrapper):
+    """The same without storage of its own, as any eager code reads it."""
+
+    @classmethod
+    def read(cls, host: nn.Module, name: str, base: Tensor, parts: tuple[Part, ...]) -> Tensor:
+        made = _Made(cls, host, name, base, parts)
+        if torch.is_grad_enabled():
+            inputs = [t for part in parts for t in part.tensors() if t.requires_grad]
+            if base.requires_grad:
+                inputs.append(base)
+            if inputs:
+                found: Tensor = _Differentiable.apply(made, *inputs)
+                return found
+        return made()
+
+    def again(self, seen: Seen) -> Weight:
+        found: Weight = Wrapper.again(self, seen)
+        return found
+
+
+class Traced(TunedWeight):
+    """The same over the base itself, for compilers: they follow no tensor without storage."""
+
+    @classmethod
+    def read(cls, host: nn.Module, name: str, base: Tensor, parts: tuple[Part, ...]) -> Tensor:
+        turned = bool(getattr(parts[0], "transposed", False))
+        found = base.as_subclass(cls)
+        full = base.shape[::-1] if turned else base.shape
+        found.host, found.attribute, found.base, found.parts, found.turned = host, name, base, parts, turned
+        found.full, found.seen = full, Seen(0, full[0], base.dtype, turned)
+        return found
+
+    def fact(self, func: Any, *args: Any, **kwargs: Any) -> Any:
+        return func(self.seen.of(self.base.t() if self.turned else self.base), *args, **kwargs)
+
+    def again(self, seen: Seen) -> Weight:
+        found = seen.of(self.base.t() if self.turned else self.base).as_subclass(Traced)
+        found.host, found.attribute, found.base, found.parts = self.host, self.attribute, self.base, self.parts
+        found.turned, found.full, found.seen = self.turned, self.full, seen
+        return found
+
+
+class _Made:
+    """A tuned weight to be made, and its values to be formed again."""
+
+    def __init__(self, cls: type[Tuned], host: nn.Module, name: str, base: Tensor, parts: tuple[Part, ...]) -> None:
+        self.cls, self.facts = cls, {"host": host, "attribute": name, "base": base, "parts": parts}
+
+    def __call__(self) -> Tuned:
+        base: Tensor = self.facts["base"]  # type: ignore[assignment]
+        turned = bool(getattr(self.facts["parts"][0], "transposed", False))  # type: ignore[index]
+        shape, dtype = (base.full, base.seen.dtype) if isinstance(base, FewBits) else (base.shape, base.dtype)
+        full = shape[::-1] if turned else shape
+        seen = Seen(0, full[0], dtype, turned)
+        found: Tuned = self.cls.of(full, seen, base.device, turned=turned, **self.facts)
+        return found
+
+
+class _Differentiable(Function):
+    """Gives a tuned weight a place in the graph, for what gets past the functions of `torch`.
+
+    A function of another library that returns the gradient of the whole weight reaches the tuning's tensors here.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, made: _Made, *inputs: Tensor) -> Tensor:
+        ctx.made = made
+        ctx.save_for_backward(*inputs)
+        return made()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        twice = torch.is_grad_enabled()
+        inputs = ctx.saved_tensors
+        with torch.enable_grad():
+            values = ctx.made().formed()
+            found = torch.autograd.grad(values, inputs, grads[0], create_graph=twice, allow_unused=True)
+        return None, *found
+
+
+def _like(weight: Tensor, x: Tensor) -> Tensor:
+    """A weight in the type of what it multiplies; autocast and few bits see to it themselves."""
+    if isinstance(weight, Weight) or torch.is_autocast_enabled(x.device.type):
+        return weight
+    return cast(weight, x.dtype)
