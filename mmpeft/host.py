@@ -9,17 +9,18 @@ from __future__ import annotations
 
 import copyreg
 import inspect
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache, partial, wraps
-from types import FunctionType, MethodType
+from types import FunctionType
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from mmpeft.errors import ConfigError, Refused
-from mmpeft.few_bits import Product, packs, viewed
+from mmpeft.few_bits import Product, guard, packs, viewed
 from mmpeft.modules import CHILD as CHILD
 from mmpeft.modules import module_at as module_at
 from mmpeft.running import RUNNING, Pinned, Planned, current, remember
@@ -30,8 +31,6 @@ if TYPE_CHECKING:
     from mmpeft.state import State
 
 SEAT = "_mmpeft_seat"
-PATCHED = "_mmpeft_patched"
-"""Where a host keeps a forward that somebody had put on the module itself before it became one."""
 
 
 @dataclass
@@ -94,18 +93,74 @@ def _reduced(cls: TunedMeta) -> Any:
 copyreg.pickle(TunedMeta, _reduced)  # type: ignore[arg-type]
 
 
+class Patched:
+    """`forward` of a host on which somebody has put one of their own, which runs inside the parts.
+
+    Each sees the one before it as the module had it; what calls the class's own forward gets the base's.
+    """
+
+    def __init__(self, host: nn.Module, patch: Callable[..., Any]) -> None:
+        self.host, self.patch = host, patch
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        host: Any = self.host
+        if not is_host(host) or any(inside is host for inside in getattr(_inside, "patches", ())):
+            return self.run(*args, **kwargs)
+        return type(host).forward(host, *args, **kwargs)
+
+    def run(self, *args: Any, **kwargs: Any) -> Any:
+        """The patch itself."""
+        patches = _inside.__dict__.setdefault("patches", [])
+        patches.append(self.host)
+        try:
+            return self.patch(*args, **kwargs)
+        finally:
+            patches.pop()
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        return inspect.signature(self.patch)
+
+
+_inside = threading.local()
+"""The hosts whose patched forward this thread is in."""
+
+
+def _setattr(self: Any, name: str, value: Any) -> None:
+    if name == "forward" and SEAT in self.__dict__:
+        with self.__dict__[SEAT].state.changing():
+            _patch(self, value)
+    else:
+        nn.Module.__setattr__(self, name, value)
+
+
+def _patch(host: nn.Module, patch: Any) -> None:
+    """Put a forward on a host, or take it off again."""
+    own: Any = original_class(host)
+    if getattr(patch, "__self__", None) is host and patch.__func__ in (type(host).forward, own.forward):
+        host.__dict__.pop("forward", None)
+    elif isinstance(patch, Patched) and patch.host is host:
+        host.__dict__["forward"] = patch
+    else:
+        host.__dict__["forward"] = Patched(host, patch)
+        make_host(host, host.__dict__[SEAT], frozenset({"weight"} & host._parameters.keys()))
+
+
 def _forward(base: Any, still: bool) -> Callable[..., Any]:
     """The forward of a host of class `base`, under the signature, name and doc of its own."""
     own: Any = Still.forward if still else Product.forward if packs(base) else base.forward
+    function = isinstance(base.forward, FunctionType)
 
     def inner(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if self._mmpeft_patched is not None:
-            return self._mmpeft_patched(*args, **kwargs)
-        return own(self, *args, **kwargs)
+        if "forward" in self.__dict__:
+            return self.__dict__["forward"].run(*args, **kwargs)
+        return own(self, *args, **kwargs) if function else base.forward(*args, **kwargs)
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         seat = getattr(self, SEAT, None)
         if seat is None:  # a bound method that outlived the tuning
+            return own(self, *args, **kwargs)
+        if "forward" in self.__dict__ and any(inside is self for inside in getattr(_inside, "patches", ())):
             return own(self, *args, **kwargs)
         running = RUNNING.get()
         if running is None or running.state is not seat.state:
@@ -116,11 +171,11 @@ def _forward(base: Any, still: bool) -> Callable[..., Any]:
             plan = running.plans.get(seat.index)
         if plan is None:
             return inner(self, *args, **kwargs)
-        if plan.alone and not kwargs:
-            return plan.call(self, *args)
+        if plan.alone and not kwargs and len(args) == 1:
+            return plan.call(self, args[0])
         return run(self, plan, inner, args, kwargs)
 
-    if not isinstance(base.forward, FunctionType):
+    if not function:
         return forward
     found = wraps(base.forward)(forward)
     found.__signature__ = inspect.signature(base.forward)  # type: ignore[attr-defined]
@@ -174,8 +229,8 @@ def _under(host: Any, seat: Seat, inner: Callable[..., Any], planned: Planned, a
 def run(host: Any, plan: Plan, inner: Callable[..., Any], args: Any, kwargs: Any) -> Any:
     """A host's forward pass with the parts of a plan."""
     if not plan.wraps and plan.around is None:
-        return _inside(host, plan, inner, *args, **kwargs)
-    call = _wrapped(host, plan, partial(_inside, host, plan, inner), repeated=True)
+        return _with_parts(host, plan, inner, *args, **kwargs)
+    call = _wrapped(host, plan, partial(_with_parts, host, plan, inner), repeated=True)
     if plan.around is not None:
         call = partial(plan.around, call if torch.compiler.is_compiling() else Pinned(call))
     return _wrapped(host, plan, call, repeated=False)(*args, **kwargs)
@@ -188,22 +243,35 @@ def _wrapped(host: Any, plan: Plan, call: Callable[..., Any], repeated: bool) ->
     return call
 
 
-def _inside(host: Any, plan: Plan, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+def _with_parts(host: Any, plan: Plan, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     if not (plan.enter or plan.exit or plan.call):
         return inner(host, *args, **kwargs)
-    if args:
-        x, args = args[0], args[1:]
-    else:
-        name = next(iter(kwargs))
-        x = kwargs.pop(name)
+    if not (args or kwargs):
+        return inner(host)
+    name = "" if args else _input_name(type(host), kwargs)
+    x, args = (kwargs.pop(name), args) if name else (args[0], args[1:])
     for part in plan.enter:
         x = part.enter(host, x)
-    y = plan.call(host, x) if plan.call else inner(host, x, *args, **kwargs)
+    if plan.call and not (args or kwargs) and name in ("", "input", "x"):
+        y = plan.call(host, x)
+    else:  # by its own name, as the module was called: one that it does not know is its own error
+        y = inner(host, *args, **{name: x}, **kwargs) if name else inner(host, x, *args, **kwargs)
     for part in plan.exit:
         first, *rest = y if isinstance(y, tuple) else (y,)
         first = part.exit(host, x, first)
         y = (first, *rest) if isinstance(y, tuple) else first
     return y
+
+
+def _input_name(cls: Any, kwargs: dict[str, Any]) -> str:
+    """The name of what a module reads, where all arguments are named: its first parameter, or the first given."""
+    own = _first_parameter(cls)
+    return own if own in kwargs else next(iter(kwargs))
+
+
+@cache
+def _first_parameter(cls: Any) -> str:
+    return next(iter(list(inspect.signature(cls.forward).parameters)[1:]), "")
 
 
 def plan_of(host: nn.Module) -> Plan:
@@ -260,8 +328,15 @@ def tuned_class(base: type, reads: frozenset[str]) -> TunedMeta:
     namespace: dict[str, Any] = {name: _reader(name) for name in reads - {MODE}}
     namespace |= {"base": base, "reads": reads, "packed": packs(base), "forward": _forward(base, still)}
     namespace |= {"__module__": base.__module__, "__doc__": base.__doc__, "__qualname__": base.__qualname__}
-    namespace |= {PATCHED: None, "__prepare_scriptable__": _scriptable}
-    return _meta(type(base))(base.__name__, (Still, base) if still else (base,), namespace)
+    namespace |= {"__setattr__": _setattr, "__prepare_scriptable__": _scriptable}
+    return _meta(type(base))(base.__name__, (Hosting, *((Still,) if still else ()), base), namespace)
+
+
+class Hosting:
+    """Mixin in front of a host's class: what the class asks of those who derive from it is not asked of the suite."""
+
+    def __init_subclass__(cls, **_: Any) -> None:
+        pass
 
 
 @cache
@@ -295,8 +370,8 @@ def plain_copy(module: nn.Module) -> nn.Module:
             cls: Any = type(module) if tuned is None else rebased(type(module), tuned, tuned.base)
             made[id(module)] = new = cls.__new__(cls)
             own = {k: v for k, v in module.__dict__.items() if not k.startswith("_mmpeft")}
-            if PATCHED in module.__dict__:
-                own["forward"] = module.__dict__[PATCHED]
+            if isinstance(own.get("forward"), Patched):
+                own["forward"] = own["forward"].patch
             new.__dict__.update(own)
             for table in ("_parameters", "_buffers"):
                 new.__dict__[table] = dict(module.__dict__[table])
@@ -339,39 +414,38 @@ def make_host(module: nn.Module, seat: Seat, reads: frozenset[str]) -> None:
         return
     if isinstance(module, torch.jit.ScriptModule):
         raise Refused(f"{cls.__name__} is a TorchScript module; attach before scripting")
-    module.__dict__[SEAT] = seat
+    if packs(cls):
+        guard(module)
     made = tuned_class(cls, reads)
-    if "forward" in module.__dict__ and not _inside_hook(module, made):
-        module.__dict__[PATCHED] = module.__dict__.pop("forward")
+    module.__dict__[SEAT] = seat
+    patch = module.__dict__.get("forward")
     module.__class__ = made  # type: ignore[assignment]
-
-
-def _inside_hook(module: nn.Module, cls: type) -> bool:
-    """Have accelerate's hook, which moves tensors around a module's own forward, run that of `cls`; False without."""
-    inside = module.__dict__.get("_old_forward")
-    if "_hf_hook" not in module.__dict__ or not isinstance(inside, MethodType) or inside.__self__ is not module:
-        return False
-    module.__dict__["_old_forward"] = MethodType(cls.forward, module)  # type: ignore[attr-defined]
-    return True
+    if patch is not None:
+        _patch(module, patch)
 
 
 def unmake_host(module: nn.Module) -> None:
     """Give a module its original class back."""
     tuned = tuned_part(type(module))
     assert tuned is not None
-    base = rebased(type(module), tuned, tuned.base)
-    _inside_hook(module, base)
-    module.__class__ = base
-    if PATCHED in module.__dict__:
-        module.__dict__["forward"] = module.__dict__.pop(PATCHED)
+    module.__class__ = rebased(type(module), tuned, tuned.base)
+    patched = module.__dict__.get("forward")
+    if isinstance(patched, Patched):
+        module.__dict__["forward"] = patched.patch
     del module.__dict__[SEAT]
     module._modules.pop(CHILD, None)
 
 
-def is_patched(module: nn.Module) -> bool:
-    """Whether somebody has put a forward of their own on a module, which parts must run and not replace.
+PRODUCTS = {module.forward for module in (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding)}
+"""Forwards that do nothing but multiply by the module's weight."""
 
-    One that accelerate has put there runs the module's own inside.
+
+def multiplies(module: nn.Module) -> bool:
+    """Whether a module's forward is the plain product by its weight, so that parts may make it, or add to it.
+
+    Where it is anything else (a patch, a standardised weight, a scale of its own), parts answer for the weight.
     """
-    own = module.__dict__
-    return PATCHED in own or ("forward" in own and "_hf_hook" not in own)
+    base: Any = original_class(module)
+    if "forward" in module.__dict__:
+        return False
+    return packs(base) or (base.forward in PRODUCTS and "weight" in module._parameters)

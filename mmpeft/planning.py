@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from torch import nn
 
-from mmpeft.host import SEAT, Plan, Seat, is_patched
+from mmpeft.host import SEAT, Plan, Seat, multiplies
 from mmpeft.mixture import Mixture
 from mmpeft.parts.base import Hook, Part, Placement
 from mmpeft.parts.scaled import Scaled
@@ -102,18 +102,26 @@ def rowwise(state: State, entry: Entry) -> bool:
     return all(part.rowwise and hook.kind != "read" for hook, part in hooks_of(state, entry))
 
 
+def by_weight(hook: Hook, part: Part, host: nn.Module) -> bool:
+    """Whether a part answers for a host's weight where it would replace or follow the plain product.
+
+    A forward that is no plain product, or that somebody wrote, may do anything with the weight.
+    """
+    return hook.kind in ("call", "exit") and part.answers and not multiplies(host)
+
+
 def plan_host(host: nn.Module, hooks: Iterable[tuple[Hook, Part]]) -> Plan:
     """What one host does with the parts that enter there."""
     ordered = sorted(hooks, key=lambda pair: pair[1].order)
-    patched = is_patched(host)
-    calls = [part for hook, part in ordered if hook.kind == "call" and not patched]
+    weighing = {id(part) for hook, part in ordered if by_weight(hook, part, host)}
+    calls = [part for hook, part in ordered if hook.kind == "call" and id(part) not in weighing]
     reads: dict[str, tuple[Part, ...]] = {}
     for hook, part in reversed(ordered):
-        if hook.kind == "read" or (hook.kind == "call" and patched):
-            name = hook.name or "weight"  # a forward that somebody wrote may do anything with it
+        if hook.kind == "read" or id(part) in weighing:
+            name = hook.name or "weight"
             reads[name] = (*reads.get(name, ()), part)
     enter = tuple(part for hook, part in ordered if hook.kind == "enter")
-    leave = tuple(part for hook, part in reversed(ordered) if hook.kind == "exit")
+    leave = tuple(part for hook, part in reversed(ordered) if hook.kind == "exit" and id(part) not in weighing)
     call = type(calls[0]).combine(calls, host, tuple(reads)) if calls else None
     wraps = tuple(part for hook, part in ordered if hook.kind == "around")
     return Plan(enter, leave, call, reads, wraps, alone=call is not None and not (enter or leave or wraps))

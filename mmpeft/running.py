@@ -12,13 +12,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from inspect import CO_ASYNC_GENERATOR, CO_GENERATOR
-from types import FrameType
+from types import CodeType, FrameType
 from typing import TYPE_CHECKING, Any
 from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
+from torch.utils.checkpoint import CheckpointFunction
 
 from mmpeft.errors import Refused
 
@@ -101,7 +102,10 @@ def current(state: State) -> Planned:
     if torch.compiler.is_compiling():
         choice = chosen(state)
         return choice.planned if choice.planned is not None else choice.plan()
-    return recalled(state) or chosen(state).plan()
+    found = recalled(state) or chosen(state).plan()
+    if not torch.is_grad_enabled():
+        _keep_with_region(found)
+    return found
 
 
 # -- generators -----------------------------------------------------------------------------------------------
@@ -189,8 +193,30 @@ def remember(output: Any, planned: Planned) -> None:
 
 def recalled(state: State) -> Planned | None:
     """What the backward pass that runs in this thread remembers; None outside of one."""
-    found = _RECALL.passes.get(_backward_pass()) if _RECALL.passes else None
-    return None if found is None else found.get(state.key)
+    own = _backward_pass()
+    if own == -1:
+        return None
+    region = _region(CheckpointFunction.backward.__code__)
+    kept: dict[int, Planned] = getattr(region, REGION, {})
+    return kept.get(state.key) or _RECALL.passes.get(own, kept).get(state.key)
+
+
+REGION = "_mmpeft_planned"
+"""Where a reentrant checkpoint keeps what ran in it: nothing that leaves it has a gradient to remember by."""
+
+
+def _keep_with_region(planned: Planned) -> None:
+    region = _region(CheckpointFunction.forward.__code__)
+    if region is not None:
+        region.__dict__.setdefault(REGION, {})[planned.state.key] = planned
+
+
+def _region(code: CodeType) -> Any:
+    """The context of the reentrant checkpoint that this thread is in, by the code that runs it; None outside."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and frame.f_code is not code:
+        frame = frame.f_back
+    return None if frame is None else frame.f_locals["ctx"]
 
 
 @contextmanager

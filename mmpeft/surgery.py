@@ -13,10 +13,11 @@ from mmpeft.controllers import Controllers
 from mmpeft.controllers.scores import Loss, default_loss
 from mmpeft.errors import ConfigError, DataError, FreshHeadWarning, MovedBuffersWarning, Refused
 from mmpeft.fresh_head import fresh_head
-from mmpeft.host import CHILD, Seat, base_value, is_patched, make_host, module_at, unmake_host
+from mmpeft.host import CHILD, Seat, base_value, make_host, module_at, unmake_host
 from mmpeft.liveness import buffer_prints, moved_buffers
 from mmpeft.methods.base import Method
 from mmpeft.parts.base import Placement
+from mmpeft.planning import by_weight
 from mmpeft.running import CHOICES, Choice, choose
 from mmpeft.sites import Site, sites
 from mmpeft.state import STATE, State, state_of, state_with
@@ -159,8 +160,8 @@ def _install(model: nn.Module, state: State, name: str, placements: list[Placeme
             names = reads.setdefault(hook.path, set())
             if hook.kind == "read":
                 names.add(hook.name)
-            elif hook.kind == "call" and is_patched(state.hosts.get(hook.path) or module_at(model, hook.path)):
-                names.add("weight")  # whatever the patch does with it
+            elif by_weight(hook, placement.part, state.hosts.get(hook.path) or module_at(model, hook.path)):
+                names.add("weight")
     for path in frozen_statistics(model):
         reads.setdefault(path, set()).add(MODE)
     for path, names in reads.items():
@@ -241,7 +242,7 @@ def _detach(model: nn.Module, state: State, name: str) -> list[str]:
     for module in state.hosts.values():
         unmake_host(module)
     for parameter_name, parameter in base_parameters(model):
-        parameter.requires_grad_(state.trained[parameter_name])
+        parameter.requires_grad_(state.trained.get(parameter_name, True))  # those of later parametrisations
     del model.__dict__[STATE]
     return moved
 

@@ -262,12 +262,13 @@ class _WholeCall:
     def __init__(self, delta: Delta) -> None:
         factor = delta.factor._parameters
         assert factor["B"] is not None
-        self.scale, self.factor, self.rows = delta.scale, factor, len(factor["B"])
+        self.delta, self.scale, self.factor, self.rows = delta, delta.scale, factor, len(factor["B"])
 
     def __call__(self, host: nn.Module, x: Tensor) -> Tensor:
         own, factor = host._parameters, self.factor
-        weight, bias, down, up = own["weight"], own["bias"], factor["A"], factor["B"]
-        assert weight is not None
+        weight, bias, down, up = own.get("weight"), own.get("bias"), factor["A"], factor["B"]
+        if weight is None:  # computed by somebody who came later: parametrisations, weight norm, pruning
+            return multiply((self.delta,), self.delta.reading(host), x)
         assert down is not None
         assert up is not None
         if fusible(x, weight):

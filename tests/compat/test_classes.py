@@ -113,22 +113,6 @@ class OwnCall(Base):
         return super().__call__(x, **options) + 1
 
 
-class Slotted(Base):
-    __slots__ = ("kept",)
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.kept = 3.0
-
-    def __setstate__(self, state: Any) -> None:
-        own, slots = state
-        super().__setstate__(own)
-        self.kept = slots["kept"]
-
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x) * self.kept
-
-
 class _Doubled:
     def __get__(self, module: Any, owner: Any = None) -> Any:
         return self if module is None else module._factor * 2
@@ -213,7 +197,7 @@ def _local() -> Base:
 
 
 ROOTS = [WithABCMeta, WithOwnMeta, WithSubclassHook, Borrowed, Partial, Decorated, Grandchild, Great, OwnCall]
-ROOTS += [Slotted, Described, Attributes, Static, ByClass, ByParent, Typed]
+ROOTS += [Described, Attributes, Static, ByClass, ByParent, Typed]
 
 
 @anatomy(qualified_name(Base))
@@ -227,7 +211,7 @@ X = torch.randn(3, 8, generator=torch.Generator().manual_seed(1))
 @row(
     "torch",
     "ABCMeta, own metaclass, `__init_subclass__`, `forward = function`, partialmethod, grandparent's forward,"
-    " own `__call__`, slots, descriptors, `__getattr__`, class checks in forward",
+    " own `__call__`, descriptors, `__getattr__`, class checks in forward",
 )
 @pytest.mark.parametrize("cls", ROOTS, ids=lambda c: c.__name__)
 def test_roots_of_unusual_classes(cls: Any) -> None:
@@ -313,11 +297,14 @@ def test_tuned_layers_of_unusual_classes(inner: Any) -> None:
     close(model(X), before(X))  # at a zero update
     with torch.no_grad():
         for p in tuning.parameters():
-            p.normal_(std=0.3)
+            p.normal_(std=0.2)
     expected = copy.deepcopy(before)
     part = tuning.placements[0].part
     with torch.no_grad():
-        expected.q.weight.copy_(part.read(expected.q, "weight", expected.q.weight))
+        effective = part.read(expected.q, "weight", expected.q.weight)
+        if inner is PropertyLinear:
+            effective = torch.atanh(effective.clamp(-0.999, 0.999))
+        (expected.q.raw if inner is PropertyLinear else expected.q.weight).copy_(effective)
     differ(model(X), before(X))
     close(model(X), expected(X))
     tuning.detach()
