@@ -274,15 +274,19 @@ def _first_parameter(cls: Any) -> str:
     return next(iter(list(inspect.signature(cls.forward).parameters)[1:]), "")
 
 
-def plan_of(host: nn.Module) -> Plan:
-    """What a host does at present: in the pass that runs, or under this context's choice."""
+def planned_of(host: nn.Module) -> Planned:
+    """What runs in a host's model at present: in the pass that runs, or under this context's choice."""
     seat: Seat = getattr(host, SEAT)
     running = RUNNING.get()
-    if running is None or running.state is not seat.state:
-        running = current(seat.state)
-    elif torch.compiler.is_compiling() and running.number is not None:
-        return seat.plans.get(running.number, PLAIN)
-    return running.plans.get(seat.index, PLAIN)
+    return current(seat.state) if running is None or running.state is not seat.state else running
+
+
+def plan_of(host: nn.Module) -> Plan:
+    """What a host does at present."""
+    planned, seat = planned_of(host), getattr(host, SEAT)
+    if torch.compiler.is_compiling() and RUNNING.get() is planned and planned.number is not None:
+        return seat.plans.get(planned.number, PLAIN)  # type: ignore[no-any-return]
+    return planned.plans.get(seat.index, PLAIN)
 
 
 def base_value(module: nn.Module, name: str) -> Any:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+import torch
 from torch import nn
 
 from mmpeft.host import SEAT, Plan, Seat, multiplies
 from mmpeft.mixture import Mixture
 from mmpeft.parts.base import Hook, Part, Placement
+from mmpeft.parts.delta import Delta
 from mmpeft.parts.scaled import Scaled
+from mmpeft.parts.slots import Slots, slotted
 from mmpeft.recompute import recompute_around
 from mmpeft.routing import RowPart, Rows, row_groups
 from mmpeft.running import Planned
@@ -62,8 +65,12 @@ def _plan_rows(state: State, route: tuple[Entry, ...]) -> Planned:
     """In place where every part can act on some rows alone; the whole model once for each entry elsewhere."""
     in_place = all(rowwise(state, entry) for entry in set(route))
     hooks: Hooks = {}
+    slots = _slots(state, route) if in_place else {}
     for entry, rows in row_groups(route).items():
         for hook, part in hooks_of(state, entry):
+            if hook.path in slots:
+                hooks.setdefault(hook.path, [])
+                continue
             kind = "exit" if hook.kind == "call" else hook.kind
             routed = RowPart(part, rows, len(route))
             routed.order = part.order  # type: ignore[misc]
@@ -72,10 +79,36 @@ def _plan_rows(state: State, route: tuple[Entry, ...]) -> Planned:
     rows_at_root = Rows(state, route, tuple(sorted(seats.values())), in_place)
     if not in_place:
         return Planned(state, route, dict.fromkeys(seats.values(), Plan()), rows=rows_at_root, whole=True)
-    plans = {path: plan_host(state.hosts[path], own) for path, own in hooks.items()}
+    plans = {path: slots.get(path) or plan_host(state.hosts[path], own) for path, own in hooks.items()}
     _recompute(state, plans)
     seated = {state.hosts[path].__dict__[SEAT].index: plan for path, plan in plans.items()}
-    return Planned(state, route, seated, rows=rows_at_root)
+    found = Planned(state, route, seated, rows=rows_at_root)
+    if slots:
+        number = {name: i for i, name in enumerate(state.placements, 1)}
+        found.slots = torch.tensor([number.get(name, 0) if isinstance(name, str) else 0 for name in route])
+    return found
+
+
+def _slots(state: State, route: tuple[Entry, ...]) -> dict[str, Plan]:
+    """Plans of hosts where all that the route runs are low-rank updates of one product; they serve every pattern."""
+    if not all(entry is None or isinstance(entry, str) for entry in route):
+        return {}
+    if state.slots is None:
+        found: dict[str, dict[str, list[Delta]]] = {}
+        others: set[str] = set()
+        for name in state.placements:
+            for hook, part in hooks_of(state, name):
+                shared = hook.kind == "call" and slotted(part) and not by_weight(hook, part, state.hosts[hook.path])
+                if shared and isinstance(part, Delta):
+                    found.setdefault(hook.path, {}).setdefault(name, []).append(part)
+                else:
+                    others.add(hook.path)
+        state.slots = {
+            path: Plan(call=Slots(own), alone=True)  # type: ignore[arg-type]
+            for path, own in found.items()
+            if path not in others
+        }
+    return state.slots
 
 
 def hooks_of(state: State, entry: Entry) -> Iterable[tuple[Hook, Part]]:

@@ -49,7 +49,7 @@ class Planned:
         self.state, self.route, self.plans, self.number = state, route, plans, number
         self.rows, self.whole = rows, whole
         self.slots: Tensor | None = None
-        """Under a route for each row: the number of each row's tuning."""
+        """Under a route for each row: the number of each row's tuning, from 1 in the order of attaching; 0 for none."""
 
 
 class Choice:

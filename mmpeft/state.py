@@ -22,6 +22,7 @@ from mmpeft.running import Choice, Gate, Planned, chosen
 from mmpeft.together import Route
 
 if TYPE_CHECKING:
+    from mmpeft.host import Plan
     from mmpeft.row_proof import Proof
 
 STATE = "_mmpeft_state"
@@ -62,6 +63,8 @@ class State:
         """Choices of generators inside `with use(...)`, by frame, the innermost last."""
         self.kept: dict[Route, Planned] = {}
         self.numbers: dict[Route, int] = {}
+        self.slots: dict[str, Plan] | None = None
+        """Plans that serve every route of names for each row; None until one asks for them."""
         self.proofs: dict[Any, Proof] = {}
         """Whether rows stay apart, by kind of batch."""
         self.default = Choice(self, route)
@@ -110,6 +113,7 @@ class State:
         """Plan every choice anew; one that names what is gone says so when it next runs."""
         self.kept.clear()
         self.proofs.clear()
+        self.slots = None
         for choice in list(self.live):
             choice.planned = None
             try:

@@ -226,3 +226,84 @@ def test_a_batch_of_another_size_is_refused() -> None:
     with pytest.raises(ConfigError, match="for 3 rows, but the batch has 4"), mmpeft.use(model, ["a", None, "a"]):
         model(torch.randn(4, 5, WIDTH))
     assert not state_of(model).proofs
+
+
+KINDS = {
+    "ranks": [mmpeft.LoRA(rank=r, at="attn.q|mlp.*") for r in (1, 3, 2)],
+    "places": [mmpeft.LoRA(rank=2, at=at) for at in ("attn.q", "mlp.*", "attn.q|mlp.up")],
+    "gains": [
+        mmpeft.DoRA(rank=2, at="attn.q|mlp.*"),
+        mmpeft.LoRA(rank=2, at="attn.q"),
+        mmpeft.DoRA(rank=1, at="mlp.up"),
+    ],
+    "factors": [
+        mmpeft.AdaLoRA(rank=2, target=1, at="attn.q"),
+        mmpeft.LoHa(rank=2, at="attn.q"),
+        mmpeft.DyLoRA(rank=2, at="attn.q"),
+    ],
+    "parts": [mmpeft.LoRA(rank=2, at="attn.q|mlp.*"), mmpeft.ParallelAdapter(at="block", bottleneck=2)],
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("grad", [False, True])
+def test_many_tunings_in_one_batch(kind: str, grad: bool) -> None:
+    """Whatever their ranks and sites, each row has its own, and every pattern is served."""
+    torch.manual_seed(0)
+    model, generator = Toy().eval(), torch.Generator().manual_seed(0)
+    x = torch.randn(6, 5, WIDTH, generator=generator)
+    tunings = [moved(model, method, f"n{i}")[f"n{i}"] for i, method in enumerate(KINDS[kind])]
+    names: list[str | None] = [None, *(tuning.name for tuning in tunings)]
+    alone: dict[str | None, Tensor] = {}
+    with torch.set_grad_enabled(grad):
+        for change in range(3):
+            for name in names:
+                with mmpeft.use(model, name):
+                    alone[name] = model(x).detach()
+            for step in range(3):
+                route = [names[(i * (step + 1) + step) % len(names)] for i in range(6)]
+                with mmpeft.use(model, route):
+                    mixed = model(x)
+                for row, name in enumerate(route):
+                    torch.testing.assert_close(mixed[row], alone[name][row], atol=1e-5, rtol=1e-5)
+            with torch.no_grad():  # kept factors are those of the present weights, however they were written
+                for tuning in tunings:
+                    for parameter in tuning.parameters():
+                        parameter.data.mul_(0.5) if change else parameter.mul_(0.5)
+
+
+def test_another_pattern_costs_no_new_graph() -> None:
+    from torch._dynamo.testing import CompileCounter
+
+    torch.manual_seed(0)
+    model = Toy().eval()
+    x = torch.randn(4, 5, WIDTH)
+    moved(model, mmpeft.LoRA(rank=2, at="attn.q|mlp.*"), "a", "b", "c")
+    torch._dynamo.reset()
+    counter = CompileCounter()
+    compiled = torch.compile(model, backend=counter)
+    routes = [["a", "b", "c", None], ["c", "c", "a", "b"], [None, "b", "b", "b"]]
+    graphs = []
+    with torch.no_grad():
+        with mmpeft.use(model, routes[0]):
+            model(x)  # rows are proven to stay apart before they are compiled
+        for route in routes:
+            with mmpeft.use(model, route):
+                mixed, eager = compiled(x), model(x)
+            graphs.append(counter.frame_count)
+            torch.testing.assert_close(mixed, eager, atol=1e-5, rtol=1e-5)
+    assert graphs == [1, 1, 1]
+
+
+def test_dropout_of_some_rows() -> None:
+    torch.manual_seed(0)
+    model = Toy().train()
+    x = torch.randn(4, 5, WIDTH)
+    moved(model, mmpeft.LoRA(rank=2, at="attn.q", dropout=0.5), "a")
+    moved(model, mmpeft.LoRA(rank=2, at="attn.q"), "b")
+    answers = []
+    for _ in range(2):
+        with mmpeft.use(model, ["a", "b", None, "b"]):
+            answers.append(model(x))
+    assert not torch.equal(answers[0][0], answers[1][0])
+    torch.testing.assert_close(answers[0][1:], answers[1][1:])

@@ -1,0 +1,147 @@
+"""Rows of a batch under many low-rank updates: one product of the base, and one of each row's own factors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mmpeft.functional.fused import Update
+from mmpeft.host import original_class, planned_of
+from mmpeft.parts.base import Part, cast
+from mmpeft.parts.delta import Delta
+from mmpeft.parts.factors import LowRank
+from mmpeft.parts.product import Reading
+from mmpeft.unchanged import Kept
+
+Span = tuple[int, int]
+Factors = tuple[Span, Tensor, Tensor, Tensor | None]
+
+
+def slotted(part: Part) -> bool:
+    """Whether a part can share a product with those of other tunings: a low-rank update of a linear's own call."""
+    return isinstance(part, Delta) and isinstance(part.factor, LowRank) and not part.lookup
+
+
+class Slots:
+    """`y[b] = g_b ⊙ (W x[b] + s_b B_b A_b x[b]) + b` for rows b under different tunings of one linear.
+
+    Factors of all tunings stand in slots, and a row takes those of its own: a plan serves every pattern of names, and
+    rows of no name have zeros. Ranks that differ are filled up with zeros. Without gradients the factors of the last
+    pattern are kept while nothing changes (S-LoRA's batching, arXiv:2311.03285, without its kernels).
+    """
+
+    def __init__(self, deltas: Mapping[str, Sequence[Delta]]) -> None:
+        self.deltas = {name: tuple(own) for name, own in deltas.items()}
+        self._last: tuple[object, Kept[list[Factors]]] | None = None  # replaced as a whole: threads share it
+
+    def __call__(self, host: nn.Module, x: Tensor) -> Tensor:
+        planned = planned_of(host)
+        names: Sequence[str | None] = planned.route  # type: ignore[assignment]
+        rows = len(names)
+        if rows == 0 or x.shape[0] % rows:
+            from mmpeft.row_proof import row_count_error
+
+            raise row_count_error(rows, x.shape[0])
+        one_graph = torch.compiler.is_compiling() and not torch.is_grad_enabled()  # it must not ask for names
+        present = list(self.deltas) if one_graph else [n for n in dict.fromkeys(names) if n in self.deltas]
+        first = next(iter(self.deltas.values()))[0]
+        reading = first.reading(host)
+        if any(delta.dropping for name in present for delta in self.deltas[name]):
+            return self._one_by_one(host, reading, x, names)
+        found = self._factors(host, names, present, x.dtype)
+        gained = any(gain is not None for *_, gain in found)
+        y = _base(host, x)
+        if reading.bias is not None and gained:
+            y = y - cast(reading.bias, y.dtype)
+        source = x.reshape(rows, -1, x.shape[-1])
+        out = y.reshape(rows, -1, y.shape[-1])
+        for (start, stop), down, up, gain in found:
+            inner = torch.bmm(source, down.mT)
+            whole = stop - start == out.shape[-1]
+            own = torch.baddbmm(out if whole else out[..., start:stop], inner, up.mT)
+            if gain is not None:
+                own = own * cast(gain, own.dtype)[:, None]
+            out = own if whole else out.slice_scatter(own, -1, start, stop)
+        y = out.reshape(y.shape)
+        return y + cast(reading.bias, y.dtype) if reading.bias is not None and gained else y
+
+    def _factors(
+        self, host: nn.Module, names: Sequence[str | None], present: Sequence[str], dtype: torch.dtype
+    ) -> list[Factors]:
+        """For each range of output rows: `A` [B, r, i], `s B` [B, n, r] and gains [B, n] of every row of the batch."""
+        if torch.is_grad_enabled():
+            return self._stacked(host, present, _numbers(names, present), dtype)
+        if torch.compiler.is_compiling():  # all slots, so that one graph serves every pattern
+            planned = planned_of(host)
+            assert planned.slots is not None
+            return self._stacked(host, list(planned.state.placements), planned.slots, dtype)
+        pattern, last = (names, dtype), self._last
+        if last is None or last[0] != pattern:
+            last = self._last = (pattern, Kept(1))
+        tensors: list[Tensor] = [t for name in present for delta in self.deltas[name] for t in delta.parameters()]
+        if any(delta.magnitude is not None for name in present for delta in self.deltas[name]):
+            tensors += list(self.deltas[present[0]][0].reading(host).stored)
+        return last[1].get(tensors, lambda: self._stacked(host, present, _numbers(names, present), dtype))
+
+    def _stacked(self, host: nn.Module, slots: Sequence[str], rows: Tensor, dtype: torch.dtype) -> list[Factors]:
+        updates: dict[Span, dict[str, Update]] = {}
+        for name in slots:
+            for delta in self.deltas.get(name, ()):
+                update = delta.update(delta.reading(host))
+                assert update is not None
+                updates.setdefault((update.start, update.stop), {})[name] = update
+        return [(span, *_gathered(own, slots, rows, dtype)) for span, own in updates.items()]
+
+    def _one_by_one(self, host: nn.Module, reading: Reading, x: Tensor, names: Sequence[str | None]) -> Tensor:
+        """Where the input of an update is dropped, each tuning for itself."""
+        y, fold = _base(host, x), x.shape[0] // len(names)
+        for name, deltas in self.deltas.items():
+            rows = [i for i, own in enumerate(names) if own == name]
+            if not rows:
+                continue
+            folded = torch.tensor(rows, device=x.device)[:, None] * fold
+            index = (folded + torch.arange(fold, device=x.device)).flatten()
+            own = y[index]
+            for delta in deltas:
+                own = delta.exit(host, x[index], own)
+            y = y.index_copy(0, index, own)
+        return y
+
+
+def _numbers(names: Sequence[str | None], slots: Sequence[str]) -> Tensor:
+    number = {name: i for i, name in enumerate(slots, 1)}
+    return torch.tensor([number.get(name, 0) if name is not None else 0 for name in names])
+
+
+def _gathered(
+    own: Mapping[str, Update], slots: Sequence[str], rows: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The factors of one range of output rows in slots, slot 0 empty, gathered by each row's slot."""
+    some = next(iter(own.values()))
+    rank = max(len(update.down) for update in own.values())
+    none = Update(
+        some.start, some.stop, 1.0, some.down.new_zeros(rank, some.down.shape[1]), some.up.new_zeros(len(some.up), rank)
+    )
+    held = [none, *(own.get(name, none) for name in slots)]
+    down = torch.stack([cast(_filled(u.down, rank, 0), dtype) for u in held])
+    up = torch.stack([cast(_filled(u.up, rank, 1) * u.scale, dtype) for u in held])
+    gain = None
+    if any(update.gain is not None for update in own.values()):
+        ones = some.up.new_ones(len(some.up))
+        gain = torch.stack([ones if u.gain is None else u.gain.to(ones.dtype) for u in held])
+    rows = rows.to(down.device)
+    return down[rows], up[rows], None if gain is None else gain[rows]
+
+
+def _filled(tensor: Tensor, rank: int, dim: int) -> Tensor:
+    missing = rank - tensor.shape[dim]
+    return F.pad(tensor, (0, 0, 0, missing) if dim == 0 else (0, missing)) if missing else tensor
+
+
+def _base(host: nn.Module, x: Tensor) -> Tensor:
+    own = original_class(host)
+    y: Tensor = own.forward(host, x)  # type: ignore[attr-defined]
+    return y
