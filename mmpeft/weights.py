@@ -7,6 +7,7 @@ Anything else gets the values, formed for the occasion and differentiable.
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable, Sequence
 from itertools import pairwise
@@ -138,13 +139,14 @@ class Wrapper(Weight):
         return func(*tree_map(_formed, args), **tree_map(_formed, kwargs or {}))
 
 
-def opened(function: Any) -> Any:
+def opened(function: Any, **names: Any) -> Any:
     """A torch function that calls others, without its first question whether something handles it as a whole.
 
-    Its names live in a module of their own: compilers look names up in the module of a function.
+    Its names live in a module of their own, where compilers look them up; `names` stand in for some of them.
     """
     module = ModuleType(f"{__name__}.{function.__name__}")
-    module.__dict__.update({**function.__globals__, "__name__": module.__name__, "has_torch_function": lambda _: False})
+    module.__dict__.update(function.__globals__)
+    module.__dict__.update({"__name__": module.__name__, "has_torch_function": lambda _: False, **names})
     sys.modules[module.__name__] = module
     found = FunctionType(
         function.__code__, module.__dict__, function.__name__, function.__defaults__, function.__closure__
@@ -171,7 +173,7 @@ _IN_PLACE = {f"__i{name}__" for name in ("add", "sub", "mul", "truediv", "floord
 # -- products ---------------------------------------------------------------------------------------------------
 
 
-def _linear(_: Any, x: Any, weight: Any = None, bias: Any = None, **named: Any) -> Any:
+def _linear(_: Any, x: Any = None, weight: Any = None, bias: Any = None, **named: Any) -> Any:
     x = named.get("input", x)
     if not isinstance(weight, Weight) or weight.seen.flipped or len(weight.full) != 2 or weight.seen.k:
         return NotImplemented
@@ -205,7 +207,7 @@ def _addmm(_: Any, bias: Any, left: Any, right: Any, *, beta: float = 1, alpha: 
 
 def _conv(
     func: Any,
-    x: Any,
+    x: Any = None,
     weight: Any = None,
     bias: Any = None,
     stride: Any = 1,
@@ -236,11 +238,34 @@ def _embedding(
     return weight.look_up(words, padding_idx)
 
 
-_multi_head = opened(F.multi_head_attention_forward)
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
+    """`F.linear` for code that is itself an answer: there compilers ask a weight no more."""
+    if not isinstance(weight, Weight):
+        return F.linear(x, weight, bias)
+    found = _linear(None, x, weight, bias)
+    return F.linear(x, weight.formed(), bias) if found is NotImplemented else found
+
+
+def _packed(q: Tensor, k: Tensor, v: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
+    """Queries, keys and values by one weight."""
+    if (k is v and q is k) or not isinstance(weight, Weight):
+        return _one_product(q, k, v, weight, bias)
+    biases = (None, None, None) if bias is None else bias.chunk(3)
+    pieces = _chunk(None, weight, 3)
+    return [_product(x, piece, b) for x, piece, b in zip((q, k, v), pieces, biases)]
+
+
+_one_product = opened(F._in_projection_packed, linear=_product)  # type: ignore[attr-defined]
+multi_head = opened(
+    F.multi_head_attention_forward,
+    linear=_product,
+    _in_projection_packed=_packed,
+    _in_projection=opened(F._in_projection, linear=_product),  # type: ignore[attr-defined]
+)
 
 
 def _attention(_: Any, *args: Any, **kwargs: Any) -> Any:
-    return _multi_head(*args, **kwargs)
+    return multi_head(*args, **kwargs)
 
 
 # -- looks ------------------------------------------------------------------------------------------------------
@@ -360,10 +385,11 @@ def _view(_: Any, weight: Any, *shape: Any, **named: Any) -> Any:
     rows, columns = weight.seen.stop - weight.seen.start, weight.full[1]
     if len(shape) not in (2, 3) or sum(n < 0 for n in shape) > 1:
         return NotImplemented
-    known = torch.empty(rows, columns, device="meta").view(shape).shape
-    if known[-1] != columns:
+    known = math.prod(n for n in shape if n >= 0)
+    shape = tuple(n if n >= 0 else rows * columns // max(known, 1) for n in shape)
+    if math.prod(shape) != rows * columns or shape[-1] != columns:
         return NotImplemented
-    return weight.again(weight.seen._replace(k=known[0] if len(known) == 3 else 0))
+    return weight.again(weight.seen._replace(k=shape[0] if len(shape) == 3 else 0))
 
 
 def _unflatten(_: Any, weight: Any, dim: int, sizes: Any) -> Any:

@@ -18,16 +18,13 @@ from mmpeft.errors import Refused
 from mmpeft.functional.attention import prefix_mask
 from mmpeft.host import original_class
 from mmpeft.parts.prefix import GatedPrefix, Prefix
-from mmpeft.weights import opened
+from mmpeft.weights import multi_head
 
 FUSED = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
 PRODUCTS = {torch.matmul, Tensor.matmul, Tensor.__matmul__}
 SOFTMAX = {torch.softmax, Tensor.softmax, F.softmax}
 
 KeyValuePart = Prefix | GatedPrefix
-
-
-_multi_head = opened(F.multi_head_attention_forward)
 
 
 def attend(
@@ -85,7 +82,7 @@ class _Attending(TorchFunctionMode):
             return self.softmax(func, *args, **kwargs)
         if func is F.multi_head_attention_forward:
             with self:
-                return _multi_head(*args, **kwargs)
+                return multi_head(*args, **kwargs)
         return func(*args, **kwargs)
 
     def fused(

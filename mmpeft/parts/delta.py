@@ -16,7 +16,7 @@ from mmpeft.functional.low_rank import low_rank_row_norms, squared_row_norms
 from mmpeft.functional.rows import Rows, cut_rows, put_rows, take_rows
 from mmpeft.parts.base import Call, Hook, HookKind, Part, cast, trainable_dtype
 from mmpeft.parts.factors import Factor, Hadamard, LowRank
-from mmpeft.parts.product import FUSED_FROM, Inner, Reading, fusible
+from mmpeft.parts.product import FUSED_FROM, Inner, Reading, fusible, like
 from mmpeft.sites import Kind
 from mmpeft.unchanged import Kept
 
@@ -105,7 +105,7 @@ class Delta(Part):
         gain = self.gain(weight, (weight,))
         assert gain is not None
         small = weight.numel() <= KEPT_TO and weight.dtype in (torch.float32, torch.float64)  # 16 bits would round ΔW
-        return self.read(self, "weight", weight) if small else None, gain, self.pair()[1].t()
+        return self.on(weight) if small else None, gain, self.pair()[1].t()
 
     def pair(self) -> tuple[Tensor, Tensor]:
         """`A` and `B` of a low-rank factor."""
@@ -139,15 +139,17 @@ class Delta(Part):
 
     def read(self, host: nn.Module, name: str, base: Tensor) -> Tensor:
         """The effective weight, in the base's type and layout."""
-        weight = base.t() if self.transposed else base
+        return self.on(base.t(), base).t() if self.transposed else self.on(base)
+
+    def on(self, weight: Tensor, stored: Tensor | None = None) -> Tensor:
+        """The effective weight of a weight [o, i, ...], kept as `stored`."""
         own = take_rows(weight, self.rows)
         delta = (self.factor.materialise() * self.scale).view(own.shape)
         tuned = cast(own, delta.dtype) + delta
-        gain = self.gain(weight, stored_in(base))
+        gain = self.gain(weight, stored_in(weight if stored is None else stored))
         if gain is not None:
             tuned = tuned * gain.view(-1, *[1] * (own.dim() - 1))
-        whole = put_rows(weight, cast(tuned, base.dtype), self.rows)
-        return whole.t() if self.transposed else whole
+        return put_rows(weight, cast(tuned, weight.dtype), self.rows)
 
     def exit(self, host: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         """Add the update to an output already computed: convolutions, and rows routed one by one."""
@@ -295,7 +297,7 @@ class _GainedCall:
             or torch._C._are_functorch_transforms_active()
         ):
             return multiply((delta,), delta.reading(host), x)
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() or not weight.is_cpu:  # nothing is kept of what is on an accelerator
             gain = delta.gain(weight, (weight,))
             assert gain is not None
             update = F.linear(F.linear(x, down), up)  # type: ignore[arg-type]
@@ -360,10 +362,16 @@ def multiply(deltas: Sequence[Delta], reading: Reading, x: Tensor) -> Tensor:
             rates.append(delta.dropout if drop else 0.0)
     weight = reading.weight[reading.start : reading.stop] if reading.partial else reading.weight
     if not updates:
-        return F.linear(x, cast(weight, x.dtype) if type(weight) in (Tensor, nn.Parameter) else weight, reading.bias)
-    if not drop and fusible(x, weight) and not _overlap(updates):
+        return F.linear(x, like(weight, x), reading.bias)
+    if _overlap(updates):
+        if not any(len(delta.rows or ()) == 3 for delta in deltas):
+            whole = dense(reading.weight)
+            for delta in deltas:  # a gain is that of what lies within it
+                whole = delta.on(whole)
+            return F.linear(x, like(whole[reading.start : reading.stop], x), reading.bias)
+    elif not drop and fusible(x, weight):
         return low_rank_linear(x, weight, reading.bias, updates)
-    return low_rank_composed(x, weight, reading.bias, updates, rates if drop else ())
+    return low_rank_composed(x, like(weight, x), reading.bias, updates, rates if drop else ())
 
 
 def _overlap(updates: Sequence[Update]) -> bool:
