@@ -14,11 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from mmpeft.answers import multi_head
 from mmpeft.errors import Refused
 from mmpeft.functional.attention import prefix_mask
 from mmpeft.host import original_class
 from mmpeft.parts.prefix import GatedPrefix, Prefix
-from mmpeft.weights import multi_head
 
 FUSED = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
 PRODUCTS = {torch.matmul, Tensor.matmul, Tensor.__matmul__}

@@ -12,8 +12,9 @@ from torch.autograd import Function
 
 from mmpeft.few_bits import FewBits
 from mmpeft.parts.base import Part, cast
-from mmpeft.parts.delta import Delta, multiply, stored_in
+from mmpeft.parts.delta import Delta, stored_in
 from mmpeft.parts.factors import LowRank
+from mmpeft.parts.linear import multiply
 from mmpeft.parts.product import Reading, like, through
 from mmpeft.weights import Seen, Weight, Wrapper
 
