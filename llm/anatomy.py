@@ -16,11 +16,12 @@ from torch import nn
 from mmpeft.anatomy import Builder, is_a, weight_shape
 from mmpeft.errors import SiteError
 from mmpeft.functional.rows import count_rows
-from mmpeft.host import CHILD, original_class
+from mmpeft.host import original_class
 from mmpeft.llm.attention import consults, view
 from mmpeft.llm.prompt import bidirectional, cross_attended, prompted, stripped, unlengthened
 from mmpeft.llm.rotary import shifted
 from mmpeft.llm.written_out import cosine, refusal
+from mmpeft.modules import own_modules, own_parameters
 from mmpeft.parts.attention import attend
 from mmpeft.sites import Connect, Site, anatomy
 
@@ -209,7 +210,7 @@ def _told_positions(model: nn.Module) -> bool:
     config = getattr(model, "config", None)
     if getattr(config, "alibi", False) or getattr(config, "attention_chunk_size", None):
         return False  # by distance out of the mask; windows of which a moved text would have others
-    counted = any(isinstance(m, nn.Embedding) and "attention_mask" in _arguments(m) for m in model.modules())
+    counted = any(isinstance(m, nn.Embedding) and "attention_mask" in _arguments(m) for _, m in own_modules(model))
     return not counted and "position_ids" in _arguments(model)
 
 
@@ -305,4 +306,4 @@ class _Builder(Builder):
     def prefix(self) -> int:
         """Tokens before the patches."""
         one = ("cls_token", "class_embedding", "distillation_token")
-        return sum(name.endswith(one) for name, _ in self.model.named_parameters() if CHILD not in name)
+        return sum(name.endswith(one) for name, _ in own_parameters(self.model))

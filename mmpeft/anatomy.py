@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from mmpeft.functional.rows import Rows
-from mmpeft.host import CHILD, base_value, module_at
+from mmpeft.host import base_value, module_at
+from mmpeft.modules import own_modules
 from mmpeft.sites import Kind, Site, find_anatomy
 
 
@@ -114,9 +115,7 @@ class Builder:
 
     def modules(self) -> Iterator[tuple[str, nn.Module]]:
         """Modules of the backbone, parts of tunings left out."""
-        for path, module in self.model.named_modules():
-            if CHILD not in path.split("."):
-                yield path, module
+        yield from own_modules(self.model)
 
 
 def weight_shape(module: Any) -> torch.Size:

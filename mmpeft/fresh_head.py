@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from mmpeft.few_bits import FewBits
 from mmpeft.host import CHILD, base_value, module_at, original_class
 from mmpeft.methods.base import Method
+from mmpeft.modules import own_modules
 from mmpeft.parts.base import Placement
 from mmpeft.sites import Site
 
@@ -88,5 +89,5 @@ def _as_made(weight: Tensor, bound: float) -> bool:
 def _shared(model: nn.Module, head: nn.Module) -> bool:
     """Whether the weight is also that of another module: a table of words, trained with the base."""
     own = head._parameters["weight"]
-    owners = (m for m in model.modules() if any(p is own for p in m._parameters.values()))
+    owners = (m for _, m in own_modules(model) if any(p is own for p in m._parameters.values()))
     return sum(1 for _ in owners) > 1

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from mmpeft.errors import ConfigError, Refused
-from mmpeft.few_bits import Product, guard, packs, viewed
+from mmpeft.few_bits import Product, packs, viewed
 from mmpeft.modules import CHILD as CHILD
 from mmpeft.modules import module_at as module_at
 from mmpeft.running import RUNNING, Pinned, Planned, current, remember
@@ -418,8 +418,6 @@ def make_host(module: nn.Module, seat: Seat, reads: frozenset[str]) -> None:
         return
     if isinstance(module, torch.jit.ScriptModule):
         raise Refused(f"{cls.__name__} is a TorchScript module; attach before scripting")
-    if packs(cls):
-        guard(module)
     made = tuned_class(cls, reads)
     module.__dict__[SEAT] = seat
     patch = module.__dict__.get("forward")

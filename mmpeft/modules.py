@@ -24,6 +24,16 @@ def own_modules(
             yield from own_modules(child, f"{path}.{name}" if path else name, seen)
 
 
+def own_parameters(model: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Parameter]]:
+    """Every name of every parameter of the backbone: one that two modules share has two."""
+    for name, parameter in model._parameters.items():
+        if parameter is not None:
+            yield f"{path}.{name}" if path else name, parameter
+    for name, child in model._modules.items():
+        if child is not None and name != CHILD:
+            yield from own_parameters(child, f"{path}.{name}" if path else name)
+
+
 def module_at(model: nn.Module, path: str) -> nn.Module:
     """`model.get_submodule(path)` through the modules' own tables: attaching asks for hundreds."""
     for name in path.split(".") if path else ():

@@ -15,6 +15,7 @@ from torch import nn
 
 from mmpeft.errors import SiteError, nearest
 from mmpeft.functional.rows import Rows
+from mmpeft.modules import own_parameters
 
 Kind = Literal["linear", "conv", "embedding", "norm", "module", "param"]
 Via = Literal["call", "weight"]
@@ -210,8 +211,8 @@ def param_sites(model: nn.Module, structural: Iterable[Site]) -> list[Site]:
         return blocks.get(path, outside)
 
     found = []
-    for name, _ in model.named_parameters(remove_duplicate=False):
-        if ".mmpeft." not in f".{name}" and name.rpartition(".")[0] not in dead:
+    for name, _ in own_parameters(model):
+        if name.rpartition(".")[0] not in dead:
             block = around(name)
             found.append(Site(name, "param", block.depth, block.tower, "param"))
     return found

@@ -12,10 +12,12 @@ from mmpeft.choice import use
 from mmpeft.controllers import Controllers
 from mmpeft.controllers.scores import Loss, default_loss
 from mmpeft.errors import ConfigError, DataError, FreshHeadWarning, MovedBuffersWarning, Refused
+from mmpeft.few_bits import guard, packs
 from mmpeft.fresh_head import fresh_head
 from mmpeft.host import CHILD, Seat, base_value, make_host, module_at, unmake_host
 from mmpeft.liveness import buffer_prints, moved_buffers
 from mmpeft.methods.base import Method
+from mmpeft.modules import own_modules, own_parameters
 from mmpeft.parts.base import Placement
 from mmpeft.planning import by_weight
 from mmpeft.running import CHOICES, Choice, choose
@@ -132,7 +134,11 @@ def _check_home(model: nn.Module, placement: Placement) -> None:
 
 def base_parameters(model: nn.Module) -> Iterable[tuple[str, nn.Parameter]]:
     """Named parameters of the backbone alone."""
-    return ((n, p) for n, p in model.named_parameters() if f".{CHILD}." not in f".{n}")
+    seen: set[int] = set()
+    for name, parameter in own_parameters(model):
+        if id(parameter) not in seen:
+            seen.add(id(parameter))
+            yield name, parameter
 
 
 def base_tensors(model: nn.Module) -> Iterable[tuple[str, Tensor]]:
@@ -146,6 +152,9 @@ def _freeze(model: nn.Module, state: State, available: Iterable[Site]) -> None:
     for name, parameter in base_parameters(model):
         state.trained[name] = parameter.requires_grad
         parameter.requires_grad_(False)
+    for _, module in own_modules(model):
+        if packs(type(module)):
+            guard(module)
     state.buffers = buffer_prints(model)
     state.blocks = [site.path for site in available if site.role == "block"]
 

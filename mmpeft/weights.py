@@ -7,14 +7,10 @@ Anything else gets the values, formed for the occasion and differentiable.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Sequence
-from itertools import pairwise
-from types import FunctionType, ModuleType
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
@@ -138,21 +134,6 @@ class Wrapper(Weight):
         return func(*tree_map(_formed, args), **tree_map(_formed, kwargs or {}))
 
 
-def opened(function: Any) -> Any:
-    """A torch function that calls others, without its first question whether something handles it as a whole.
-
-    Its names live in a module of their own: compilers look names up in the module of a function.
-    """
-    module = ModuleType(f"{__name__}.{function.__name__}")
-    module.__dict__.update({**function.__globals__, "__name__": module.__name__, "has_torch_function": lambda _: False})
-    sys.modules[module.__name__] = module
-    found = FunctionType(
-        function.__code__, module.__dict__, function.__name__, function.__defaults__, function.__closure__
-    )
-    found.__kwdefaults__ = function.__kwdefaults__
-    return found
-
-
 def _formed(value: Any) -> Any:
     return value.formed() if isinstance(value, Weight) else value
 
@@ -164,249 +145,11 @@ def _changes(func: Any) -> bool:
     return plain or name in ("__set__", "__setitem__") or (name.startswith("__i") and name in _IN_PLACE)
 
 
-FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _IN_PLACE = {f"__i{name}__" for name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor")}
 
 
-# -- products ---------------------------------------------------------------------------------------------------
-
-
-def _linear(_: Any, x: Any, weight: Any = None, bias: Any = None, **named: Any) -> Any:
-    x = named.get("input", x)
-    if not isinstance(weight, Weight) or weight.seen.flipped or len(weight.full) != 2 or weight.seen.k:
-        return NotImplemented
-    return weight.times(x, bias)
-
-
-def _matmul(_: Any, left: Any, right: Any = None, **named: Any) -> Any:
-    right = next(iter(named.values()), right)
-    if isinstance(right, Weight):
-        return right.times(left, None) if right.seen.flipped else NotImplemented
-    if left.seen.flipped or left.seen.k or len(left.full) != 2 or not isinstance(right, Tensor) or not right.dim():
-        return NotImplemented
-    if right.dim() == 1:
-        return left.times(right, None)
-    y = left.times(right.transpose(-2, -1), None)
-    return y if y is NotImplemented else y.transpose(-2, -1)
-
-
-def _reflected(_: Any, weight: Any, x: Any) -> Any:
-    return _matmul(_, x, weight)
-
-
-def _addmm(_: Any, bias: Any, left: Any, right: Any, *, beta: float = 1, alpha: float = 1) -> Any:
-    if not isinstance(right, Weight) or not right.seen.flipped or isinstance(bias, Weight):
-        return NotImplemented
-    if beta == alpha == 1 and bias.dim() == 1:
-        return right.times(left, bias)
-    y = right.times(left, None)
-    return y if y is NotImplemented else y * alpha + bias * beta
-
-
-def _conv(
-    func: Any,
-    x: Any,
-    weight: Any = None,
-    bias: Any = None,
-    stride: Any = 1,
-    padding: Any = 0,
-    dilation: Any = 1,
-    groups: int = 1,
-    **named: Any,
-) -> Any:
-    x = named.get("input", x)
-    if not isinstance(weight, Weight) or isinstance(x, Weight) or weight.seen.k or not isinstance(x, Tensor):
-        return NotImplemented
-    seen = weight.seen
-    if seen.stop - seen.start != weight.full[0] or seen.flipped:
-        return NotImplemented
-    if x.dtype != seen.dtype and not torch.is_autocast_enabled(x.device.type):
-        return NotImplemented
-    return weight.convolution(func, x, bias, (stride, padding, dilation, groups))
-
-
-def _embedding(
-    _: Any, words: Any, weight: Any, padding_idx: Any = None, max_norm: Any = None, *rest: Any, **named: Any
-) -> Any:
-    """A table [words, d]: of a weight [d, words] that is seen flipped."""
-    plain = max_norm is None and not any(rest[1:]) and not any(named.get(n) for n in ("scale_grad_by_freq", "sparse"))
-    seen = weight.seen
-    if not plain or not seen.flipped or seen.stop - seen.start != weight.full[0]:
-        return NotImplemented
-    return weight.look_up(words, padding_idx)
-
-
-_multi_head = opened(F.multi_head_attention_forward)
-
-
-def _attention(_: Any, *args: Any, **kwargs: Any) -> Any:
-    return _multi_head(*args, **kwargs)
-
-
-# -- looks ------------------------------------------------------------------------------------------------------
-
-
-def _flip(_: Any, weight: Any, *dims: Any, **named: Any) -> Any:
-    seen, dims = weight.seen, dims or tuple(named.values())
-    if len(weight.full) != 2 or seen.k or (dims and sorted(d % 2 for d in dims) != [0, 1]):
-        return NotImplemented
-    return weight.again(seen._replace(flipped=not seen.flipped))
-
-
-def _permute(_: Any, weight: Any, *dims: Any) -> Any:
-    dims = tuple(dims[0]) if len(dims) == 1 and not isinstance(dims[0], int) else dims
-    if len(weight.full) != 2 or weight.seen.k or len(dims) != 2:
-        return NotImplemented
-    return _flip(_, weight) if [d % 2 for d in dims] == [1, 0] else weight
-
-
-def _to(_: Any, weight: Any, *args: Any, **named: Any) -> Any:
-    if not isinstance(weight, Weight):  # another tensor goes where a weight is
-        like = next(value for value in (*args, *named.values()) if isinstance(value, Weight))
-        return weight.to(like.device, like.dtype)
-    if set(named) - {"dtype", "device", "other", "non_blocking"}:
-        return NotImplemented
-    dtype = weight.seen.dtype
-    for value in (*args, named.get("device"), named.get("dtype"), named.get("other")):
-        if isinstance(value, Tensor):
-            dtype, value = value.dtype, value.device
-        if isinstance(value, torch.dtype):
-            dtype = value
-        elif isinstance(value, str | torch.device):
-            if torch.device(value) != weight.device:
-                return NotImplemented
-        elif value is not None and not isinstance(value, bool):
-            return NotImplemented
-    if dtype not in FLOATS or True in args[1:]:  # a copy was asked for
-        return NotImplemented
-    return weight if dtype == weight.seen.dtype else weight.again(weight.seen._replace(dtype=dtype))
-
-
-def _cast(dtype: torch.dtype) -> Callable[..., Any]:
-    def answer(_: Any, weight: Any, **named: Any) -> Any:
-        return NotImplemented if named else _to(_, weight, dtype)
-
-    return answer
-
-
-def _itself(_: Any, weight: Any, **named: Any) -> Any:
-    return NotImplemented if named else weight
-
-
-def _cut(weight: Weight, dim: int, sizes: Sequence[int]) -> Any:
-    """The pieces of a weight along its rows."""
-    seen = weight.seen
-    if seen.k or dim % len(weight.full) != (len(weight.full) - 1 if seen.flipped else 0):
-        return NotImplemented
-    edges = [seen.start]
-    for size in sizes:
-        edges.append(edges[-1] + size)
-    if edges[-1] > seen.stop:
-        return NotImplemented
-    return tuple(weight.again(seen._replace(start=a, stop=b)) for a, b in pairwise(edges))
-
-
-def _split(_: Any, weight: Any, split_size_or_sections: Any = 1, dim: int = 0, **named: Any) -> Any:
-    sizes, rows = named.get("split_size", split_size_or_sections), weight.seen.stop - weight.seen.start
-    if isinstance(sizes, int):
-        sizes = [min(sizes, rows - at) for at in range(0, rows, sizes)]
-    return _cut(weight, dim, sizes) if sum(sizes) == rows else NotImplemented
-
-
-def _chunk(_: Any, weight: Any, chunks: int, dim: int = 0) -> Any:
-    rows = weight.seen.stop - weight.seen.start
-    return _split(_, weight, -(-rows // chunks), dim)
-
-
-def _narrow(_: Any, weight: Any, dim: int, start: Any, length: int) -> Any:
-    if not isinstance(start, int) or start < 0:
-        return NotImplemented
-    pieces = _cut(weight, dim, [start, length])
-    return pieces if pieces is NotImplemented else pieces[1]
-
-
-def _item(_: Any, weight: Any, index: Any) -> Any:
-    seen = weight.seen
-    index = index if isinstance(index, tuple) else (index,)
-    if seen.k:
-        return _unbind(_, weight)[index[0]] if len(index) == 1 and isinstance(index[0], int) else NotImplemented
-    if seen.flipped and len(index) == 2:
-        index = index[::-1]
-    elif seen.flipped:
-        return NotImplemented
-    whole = all(part is Ellipsis or part == slice(None) for part in index[1:])
-    if not whole or not isinstance(index[0], slice) or len(index) > len(weight.full):
-        return NotImplemented
-    start, stop, step = index[0].indices(seen.stop - seen.start)
-    if step != 1:
-        return NotImplemented
-    return weight.again(seen._replace(start=seen.start + start, stop=seen.start + max(start, stop)))
-
-
-def _unbind(_: Any, weight: Any, dim: int = 0) -> Any:
-    seen = weight.seen
-    if not seen.k or dim:
-        return NotImplemented
-    size = (seen.stop - seen.start) // seen.k
-    return _cut(weight.again(seen._replace(k=0)), 0, [size] * seen.k)
-
-
-def _view(_: Any, weight: Any, *shape: Any, **named: Any) -> Any:
-    """A stack of equal blocks of rows, or the matrix that it was."""
-    shape = shape or tuple(named.values())
-    if not shape or isinstance(shape[0], torch.dtype) or weight.seen.flipped or len(weight.full) != 2:
-        return NotImplemented
-    shape = tuple(shape) if isinstance(shape[0], int) else tuple(shape[0])
-    rows, columns = weight.seen.stop - weight.seen.start, weight.full[1]
-    if len(shape) not in (2, 3) or sum(n < 0 for n in shape) > 1:
-        return NotImplemented
-    known = torch.empty(rows, columns, device="meta").view(shape).shape
-    if known[-1] != columns:
-        return NotImplemented
-    return weight.again(weight.seen._replace(k=known[0] if len(known) == 3 else 0))
-
-
-def _unflatten(_: Any, weight: Any, dim: int, sizes: Any) -> Any:
-    return _view(_, weight, *sizes, weight.full[1]) if dim == 0 and len(sizes) == 2 else NotImplemented
-
-
-def _both(name: str) -> list[Any]:
-    """A function of `torch` and the method of the same name, where there are both."""
-    return [getattr(owner, name) for owner in (torch, Tensor) if hasattr(owner, name)]
-
-
-ANSWERS: dict[Any, Callable[..., Any]] = {
-    F.linear: _linear,
-    F.conv1d: _conv,
-    F.conv2d: _conv,
-    F.conv3d: _conv,
-    F.embedding: _embedding,
-    torch.embedding: lambda *_: NotImplemented,
-    F.multi_head_attention_forward: _attention,
-    Tensor.__rmatmul__: _reflected,
-    Tensor.__getitem__: _item,
-    Tensor.T.__get__: _flip,  # type: ignore[attr-defined]
-    Tensor.mT.__get__: _flip,  # type: ignore[attr-defined]
-    Tensor.type_as: _to,
-    Tensor.to: _to,
-    Tensor.float: _cast(torch.float32),
-    Tensor.double: _cast(torch.float64),
-    Tensor.half: _cast(torch.float16),
-    Tensor.bfloat16: _cast(torch.bfloat16),
-    Tensor.contiguous: _itself,
-    Tensor.view: _view,
-    **dict.fromkeys((*_both("matmul"), *_both("mm"), *_both("mv"), Tensor.__matmul__), _matmul),
-    **dict.fromkeys(_both("addmm"), _addmm),
-    **dict.fromkeys((*_both("t"), *_both("transpose"), *_both("swapaxes"), *_both("swapdims")), _flip),
-    **dict.fromkeys(_both("permute"), _permute),
-    **dict.fromkeys(_both("split"), _split),
-    **dict.fromkeys(_both("chunk"), _chunk),
-    **dict.fromkeys(_both("narrow"), _narrow),
-    **dict.fromkeys(_both("unbind"), _unbind),
-    **dict.fromkeys(_both("reshape"), _view),
-    **dict.fromkeys(_both("unflatten"), _unflatten),
-}
-"""`answer(function, *args, **kwargs)` for each function that a weight may know how to answer."""
+ANSWERS: dict[Any, Callable[..., Any]] = {}
+"""`answer(function, *args, **kwargs)` for each function that a weight may know how to answer: `mmpeft.answers`."""
 
 _VALUED = ("T", "mT", "H", "mH", "data", "real", "imag")
 _METHODS = (

@@ -10,6 +10,7 @@ from torch.nn.modules.module import register_module_module_registration_hook
 
 from mmpeft.errors import ConfigError, Refused
 from mmpeft.host import CHILD, SEAT
+from mmpeft.modules import own_modules
 
 INSIDE = {"OptimizedModule": "_orig_mod", "DistributedDataParallel": "module", "DataParallel": "module"}
 INSIDE |= {"FullyShardedDataParallel": "module", "DeepSpeedEngine": "module", "_FabricModule": "_forward_module"}
@@ -31,7 +32,7 @@ def check_order(model: nn.Module) -> None:
             f"the model is wrapped in a {name}; attach to the model itself ({INSIDE[name]}), and before it is wrapped: "
             "tensors that come later are not known to it"
         )
-    for path, module in model.named_modules():
+    for path, module in own_modules(model):
         if SHARDED & {cls.__name__ for cls in type(module).__mro__}:
             raise Refused(
                 f"{path or 'the model'} is sharded already, and tensors attached now would be neither sharded nor "

@@ -21,8 +21,10 @@ def low_rank_delta(down: Float[Tensor, "r i"], up: Float[Tensor, "o r"], scale: 
 
 
 def squared_row_norms(weight: Float[Tensor, "o i"]) -> Float[Tensor, " o"]:
-    """`‖W_j‖²` for each output row j, in fp32."""
-    return weight.detach().float().square().sum(dim=1)
+    """`‖W_j‖²` for each output row j, in fp32 at least."""
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    norms: Tensor = torch.linalg.vector_norm(weight.detach(), dim=1, dtype=wide)
+    return norms.square()
 
 
 def low_rank_row_norms(
@@ -39,7 +41,8 @@ def low_rank_row_norms(
     gradient at the norm (Liu et al. 2024, arXiv:2402.09353, section 4.3).
     """
     with torch.no_grad():
-        down, up = down.float(), up.float()
-        cross = (up * (weight.float() @ down.T)).sum(dim=1)
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        down, up = down.to(wide), up.to(wide)
+        cross = (up * (weight.to(wide) @ down.T)).sum(dim=1)
         square = ((up @ (down @ down.T)) * up).sum(dim=1)
-        return (weight_sq.float() + 2 * scale * cross + scale**2 * square).clamp_min(1e-24).sqrt()
+        return (weight_sq.to(wide) + 2 * scale * cross + scale**2 * square).clamp_min(1e-24).sqrt()

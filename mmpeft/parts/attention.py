@@ -14,11 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from mmpeft.answers import multi_head
 from mmpeft.errors import Refused
 from mmpeft.functional.attention import prefix_mask
 from mmpeft.host import original_class
 from mmpeft.parts.prefix import GatedPrefix, Prefix
-from mmpeft.weights import opened
 
 FUSED = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
 PRODUCTS = {torch.matmul, Tensor.matmul, Tensor.__matmul__}
@@ -37,9 +37,6 @@ CARRIED = SUMS | MASKS | SHAPE | DTYPE
 """What passes over learned keys: they have no mask and no bias by position, and their shape is kept."""
 
 KeyValuePart = Prefix | GatedPrefix
-
-
-_multi_head = opened(F.multi_head_attention_forward)
 
 
 def attend(
@@ -108,7 +105,7 @@ class _Attending(TorchFunctionMode):
             self.other = True
         if func is F.multi_head_attention_forward:
             with self:
-                return _multi_head(*args, **kwargs)
+                return multi_head(*args, **kwargs)
         y = func(*args, **kwargs)
         if self.scores is not None and isinstance(y, Tensor) and any(a is self.scores for a in args):
             self.follow(func, y, args, kwargs)

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
-from itertools import pairwise
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mmpeft.errors import ConfigError
 from mmpeft.few_bits import FewBits, dense, viewed
-from mmpeft.functional.fused import Update, low_rank_composed, low_rank_linear
+from mmpeft.functional.fused import Update
 from mmpeft.functional.low_rank import low_rank_row_norms, squared_row_norms
 from mmpeft.functional.rows import Rows, cut_rows, put_rows, take_rows
+from mmpeft.host import original_class
 from mmpeft.parts.base import Call, Hook, HookKind, Part, cast, trainable_dtype
 from mmpeft.parts.factors import Factor, Hadamard, LowRank
-from mmpeft.parts.product import FUSED_FROM, Inner, Reading, fusible
+from mmpeft.parts.product import Inner, Reading
 from mmpeft.sites import Kind
 from mmpeft.unchanged import Kept
 
@@ -105,7 +106,7 @@ class Delta(Part):
         gain = self.gain(weight, (weight,))
         assert gain is not None
         small = weight.numel() <= KEPT_TO and weight.dtype in (torch.float32, torch.float64)  # 16 bits would round ΔW
-        return self.read(self, "weight", weight) if small else None, gain, self.pair()[1].t()
+        return self.on(weight) if small else None, gain, self.pair()[1].t()
 
     def pair(self) -> tuple[Tensor, Tensor]:
         """`A` and `B` of a low-rank factor."""
@@ -139,15 +140,17 @@ class Delta(Part):
 
     def read(self, host: nn.Module, name: str, base: Tensor) -> Tensor:
         """The effective weight, in the base's type and layout."""
-        weight = base.t() if self.transposed else base
+        return self.on(base.t(), base).t() if self.transposed else self.on(base)
+
+    def on(self, weight: Tensor, stored: Tensor | None = None) -> Tensor:
+        """The effective weight of a weight [o, i, ...], kept as `stored`."""
         own = take_rows(weight, self.rows)
         delta = (self.factor.materialise() * self.scale).view(own.shape)
         tuned = cast(own, delta.dtype) + delta
-        gain = self.gain(weight, stored_in(base))
+        gain = self.gain(weight, stored_in(weight if stored is None else stored))
         if gain is not None:
             tuned = tuned * gain.view(-1, *[1] * (own.dim() - 1))
-        whole = put_rows(weight, cast(tuned, base.dtype), self.rows)
-        return whole.t() if self.transposed else whole
+        return put_rows(weight, cast(tuned, weight.dtype), self.rows)
 
     def exit(self, host: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         """Add the update to an output already computed: convolutions, and rows routed one by one."""
@@ -191,7 +194,7 @@ class Delta(Part):
 
     def reading(self, host: nn.Module) -> Reading:
         """The product that a host's own forward makes."""
-        base = _read(host)
+        base = own_weight(host)
         weight = base.t() if self.transposed else base
         bias: Tensor | None = None if self.lookup else host.bias  # type: ignore[assignment]
         groups = int(getattr(host, "groups", 1))
@@ -210,13 +213,9 @@ class Delta(Part):
 
     @classmethod
     def combine(cls, parts: Sequence[Delta], host: nn.Module, read: Sequence[str]) -> Call:
-        if not all(isinstance(part.factor, LowRank) for part in parts):
-            return _FormedCall(tuple(parts))
-        only = parts[0]
-        plain = only.rows is None and not (only.dropout or only.transposed) and type(only.factor) is LowRank
-        if len(parts) == 1 and plain and not read and not type(host).packed:  # type: ignore[attr-defined]
-            return _WholeCall(only) if only.magnitude is None else _GainedCall(only)
-        return _RowsCall(tuple(parts))
+        from mmpeft.parts.linear import call_of
+
+        return call_of(parts, host, read)
 
 
 def hook_kind(kind: Kind, factor: Factor) -> HookKind:
@@ -230,7 +229,7 @@ def hook_kind(kind: Kind, factor: Factor) -> HookKind:
     return "call" if kind == "conv" or isinstance(factor, Hadamard) else "exit"
 
 
-def _read(host: nn.Module) -> Tensor:
+def own_weight(host: nn.Module) -> Tensor:
     """The weight that a host multiplies by, whatever parts read it."""
     weight: Tensor = host.weight  # type: ignore[assignment]
     found: Tensor = viewed(host, weight) if getattr(type(host), "packed", False) else weight
@@ -244,132 +243,18 @@ def stored_in(weight: Tensor) -> tuple[Tensor, ...]:
 
 def _lookup(host: nn.Module, x: Tensor, table: Tensor) -> Tensor:
     """What an embedding makes of another table [words, r], its own scaling (Gemma) included."""
-    own = host._parameters["weight"]
-    host._parameters["weight"] = table  # type: ignore[assignment]
-    try:
-        found: Tensor = type(host).base.forward(host, x)  # type: ignore[attr-defined]
-    finally:
-        host._parameters["weight"] = own
-    return found
-
-
-class _WholeCall:
-    """The forward of a linear with one plain update of all its rows: the common case, kept short.
-
-    Looks parameters up in the modules' own tables: `nn.Module.__getattr__` costs more than a small product.
-    """
-
-    def __init__(self, delta: Delta) -> None:
-        factor = delta.factor._parameters
-        assert factor["B"] is not None
-        self.delta, self.scale, self.factor, self.rows = delta, delta.scale, factor, len(factor["B"])
-
-    def __call__(self, host: nn.Module, x: Tensor) -> Tensor:
-        own, factor = host._parameters, self.factor
-        weight, bias, down, up = own.get("weight"), own.get("bias"), factor["A"], factor["B"]
-        if weight is None:  # computed by somebody who came later: parametrisations, weight norm, pruning
-            return multiply((self.delta,), self.delta.reading(host), x)
-        assert down is not None
-        assert up is not None
-        if fusible(x, weight):
-            return low_rank_linear(x, weight, bias, (Update(0, self.rows, self.scale, down, up),))
-        down_x, up_x = cast(down, x.dtype), cast(up, x.dtype)
-        return torch.add(F.linear(x, weight, bias), F.linear(F.linear(x, down_x), up_x), alpha=self.scale)
-
-
-class _GainedCall:
-    """The same with a gain. Few inputs take the short way; without gradients, all that they do not change is kept."""
-
-    def __init__(self, delta: Delta) -> None:
-        self.delta, self.factor = delta, delta.factor._parameters
-
-    def __call__(self, host: nn.Module, x: Tensor) -> Tensor:
-        delta, own, factor = self.delta, host._parameters, self.factor
-        weight, down, up = own["weight"], factor["A"], factor["B"]
-        assert weight is not None
-        assert down is not None
-        if (
-            torch.compiler.is_compiling()
-            or not (x.dtype is weight.dtype is down.dtype)
-            or x.numel() >= FUSED_FROM
-            or torch.is_autocast_enabled(x.device.type)
-            or torch._C._are_functorch_transforms_active()
-        ):
-            return multiply((delta,), delta.reading(host), x)
-        if torch.is_grad_enabled():
-            gain = delta.gain(weight, (weight,))
-            assert gain is not None
-            update = F.linear(F.linear(x, down), up)  # type: ignore[arg-type]
-            y = torch.add(F.linear(x, weight), update, alpha=delta.scale) * gain
-            return y if own["bias"] is None else y + own["bias"]
-        tensors = (weight, down, up, delta._parameters["magnitude"])
-        whole, gain, up_t = delta.ready.get(tensors, partial(delta.steady, weight))  # type: ignore[arg-type]
-        bias = own["bias"]
-        if whole is not None:
-            return F.linear(x, whole, bias)
-        y, z = F.linear(x, weight), F.linear(x, down)
-        if x.dim() != 2:
-            y.view(-1, len(gain)).addmm_(z.view(-1, len(down)), up_t, alpha=delta.scale)
-        else:
-            y.addmm_(z, up_t, alpha=delta.scale)
-        return y.mul_(gain) if bias is None else torch.addcmul(bias, y, gain, out=y)
-
-
-class _FormedCall:
-    """The forward with updates that are formed: added to the weight, for one pass of the input and not two.
-
-    A weight held in few bits has no sum: there the updates are added to the output.
-    """
-
-    def __init__(self, deltas: tuple[Delta, ...]) -> None:
-        self.deltas = deltas
-
-    def __call__(self, host: nn.Module, x: Tensor) -> Tensor:
-        weight = _read(host)
-        bias: Tensor | None = host.bias  # type: ignore[assignment]
-        if type(weight) not in (Tensor, nn.Parameter) or any(delta.dropping for delta in self.deltas):
-            packed = isinstance(weight, FewBits)
-            y: Tensor = F.linear(x, weight, bias) if packed else type(host).base.forward(host, x)  # type: ignore
-            for delta in self.deltas:
-                y = delta.exit(host, x, y)
-            return y
-        for delta in self.deltas:
-            weight = delta.read(host, "weight", weight)
-        if weight.dim() > 2:
-            return host._conv_forward(x, weight, bias)  # type: ignore[operator, no-any-return]
-        return F.linear(x, weight.t() if self.deltas[0].transposed else weight, bias)
-
-
-class _RowsCall:
-    """The forward of a linear with updates of its rows."""
-
-    def __init__(self, deltas: tuple[Delta, ...]) -> None:
-        self.deltas = deltas
-
-    def __call__(self, host: nn.Module, x: Tensor) -> Tensor:
-        return multiply(self.deltas, self.deltas[0].reading(host), x)
-
-
-def multiply(deltas: Sequence[Delta], reading: Reading, x: Tensor) -> Tensor:
-    """`x` by a weight with low-rank updates of its rows: fused where it pays and applies, composed elsewhere."""
-    drop = any(delta.dropping for delta in deltas)
-    updates, rates = [], []
-    for delta in deltas:
-        update = delta.update(reading)
-        if update is not None:
-            updates.append(update)
-            rates.append(delta.dropout if drop else 0.0)
-    weight = reading.weight[reading.start : reading.stop] if reading.partial else reading.weight
-    if not updates:
-        return F.linear(x, cast(weight, x.dtype) if type(weight) in (Tensor, nn.Parameter) else weight, reading.bias)
-    if not drop and fusible(x, weight) and not _overlap(updates):
-        return low_rank_linear(x, weight, reading.bias, updates)
-    return low_rank_composed(x, weight, reading.bias, updates, rates if drop else ())
-
-
-def _overlap(updates: Sequence[Update]) -> bool:
-    """Whether gains meet other updates in one row, which the fused function takes to be disjoint."""
-    if len(updates) == 1 or all(update.gain is None for update in updates):
-        return False
-    ranges = sorted(update[:2] for update in updates)
-    return any(before[1] > after[0] for before, after in pairwise(ranges))
+    cls: Any = original_class(host)
+    if len(table) != len(host._parameters["weight"]):  # type: ignore[arg-type]
+        raise ConfigError(
+            f"this {cls.__name__} has {len(host._parameters['weight'])} rows, and the tuning was made for "  # type: ignore[arg-type]
+            f"{len(table)}: resize embeddings before attach, or detach() first and attach again"
+        )
+    if torch.compiler.is_compiling():  # which takes no module that is made while it traces
+        own, host._parameters["weight"] = host._parameters["weight"], table  # type: ignore[assignment]
+        try:
+            return cls.forward(host, x)  # type: ignore[no-any-return]
+        finally:
+            host._parameters["weight"] = own
+    twin = cls.__new__(cls)  # another module over the same attributes: threads may run the host meanwhile
+    twin.__dict__.update(host.__dict__, _parameters={**host._parameters, "weight": table})
+    return cls.forward(twin, x)  # type: ignore[no-any-return]

@@ -61,3 +61,10 @@ def fusible(x: Tensor, weight: Tensor) -> bool:
         and weight.is_floating_point()
         and not torch._C._are_functorch_transforms_active()
     )
+
+
+def like(weight: Tensor, x: Tensor) -> Tensor:
+    """A plain weight in the type of what it multiplies; autocast and few bits see to that themselves."""
+    if type(weight) not in (Tensor, nn.Parameter) or torch.is_autocast_enabled(x.device.type):
+        return weight
+    return weight if weight.dtype == x.dtype else weight.to(x.dtype)

@@ -35,6 +35,9 @@ class Slots:
 
     def __init__(self, deltas: Mapping[str, Sequence[Delta]]) -> None:
         self.deltas = {name: tuple(own) for name, own in deltas.items()}
+        self._places = {name: [place for delta in own for place in _places(delta)] for name, own in self.deltas.items()}
+        self._gained = {name for name, own in self.deltas.items() if any(d.magnitude is not None for d in own)}
+        self._dropped = {name for name, own in self.deltas.items() if any(d.dropout for d in own)}
         self._last: tuple[object, Kept[list[Factors]]] | None = None  # replaced as a whole: threads share it
 
     def __call__(self, host: nn.Module, x: Tensor) -> Tensor:
@@ -49,7 +52,7 @@ class Slots:
         present = list(self.deltas) if one_graph else [n for n in dict.fromkeys(names) if n in self.deltas]
         first = next(iter(self.deltas.values()))[0]
         reading = first.reading(host)
-        if any(delta.dropping for name in present for delta in self.deltas[name]):
+        if self._dropped and any(d.dropping for n in self._dropped.intersection(present) for d in self.deltas[n]):
             return self._one_by_one(host, reading, x, names)
         found = self._factors(host, names, present, x.dtype)
         gained = any(gain is not None for *_, gain in found)
@@ -61,7 +64,11 @@ class Slots:
         for (start, stop), down, up, gain in found:
             inner = torch.bmm(source, down.mT)
             whole = stop - start == out.shape[-1]
-            own = torch.baddbmm(out if whole else out[..., start:stop], inner, up.mT)
+            own = out if whole else out[..., start:stop]
+            if not torch.is_grad_enabled() and gain is None and not torch.compiler.is_compiling():
+                own.baddbmm_(inner, up)  # the output of the base is nobody else's
+                continue
+            own = torch.baddbmm(own, inner, up)
             if gain is not None:
                 own = own * cast(gain, own.dtype)[:, None]
             out = own if whole else out.slice_scatter(own, -1, start, stop)
@@ -71,7 +78,7 @@ class Slots:
     def _factors(
         self, host: nn.Module, names: Sequence[str | None], present: Sequence[str], dtype: torch.dtype
     ) -> list[Factors]:
-        """For each range of output rows: `A` [B, r, i], `s B` [B, n, r] and gains [B, n] of every row of the batch."""
+        """For each range of output rows: `A` [B, r, i], `s Bᵀ` [B, r, n] and gains [B, n] of every row of the batch."""
         if torch.is_grad_enabled():
             return self._stacked(host, present, _numbers(names, present), dtype)
         if torch.compiler.is_compiling():  # all slots, so that one graph serves every pattern
@@ -81,9 +88,9 @@ class Slots:
         pattern, last = (names, dtype), self._last
         if last is None or last[0] != pattern:
             last = self._last = (pattern, Kept(1))
-        tensors: list[Tensor] = [t for name in present for delta in self.deltas[name] for t in delta.parameters()]
-        if any(delta.magnitude is not None for name in present for delta in self.deltas[name]):
-            tensors += list(self.deltas[present[0]][0].reading(host).stored)
+        tensors: list[Tensor] = [table[key] for name in present for table, key in self._places[name]]  # type: ignore[misc]
+        if any(name in self._gained for name in present):
+            tensors += self.deltas[present[0]][0].reading(host).stored
         return last[1].get(tensors, lambda: self._stacked(host, present, _numbers(names, present), dtype))
 
     def _stacked(self, host: nn.Module, slots: Sequence[str], rows: Tensor, dtype: torch.dtype) -> list[Factors]:
@@ -127,7 +134,7 @@ def _gathered(
     )
     held = [none, *(own.get(name, none) for name in slots)]
     down = torch.stack([cast(_filled(u.down, rank, 0), dtype) for u in held])
-    up = torch.stack([cast(_filled(u.up, rank, 1) * u.scale, dtype) for u in held])
+    up = torch.stack([cast(_filled(u.up.t(), rank, 0) * u.scale, dtype) for u in held])
     gain = None
     if any(update.gain is not None for update in own.values()):
         ones = some.up.new_ones(len(some.up))
@@ -139,6 +146,11 @@ def _gathered(
 def _filled(tensor: Tensor, rank: int, dim: int) -> Tensor:
     missing = rank - tensor.shape[dim]
     return F.pad(tensor, (0, 0, 0, missing) if dim == 0 else (0, missing)) if missing else tensor
+
+
+def _places(module: nn.Module) -> list[tuple[dict[str, nn.Parameter | None], str]]:
+    """Where a module and those in it keep their parameters: asking for them goes over all modules each time."""
+    return [(own._parameters, name) for own in module.modules() for name, p in own._parameters.items() if p is not None]
 
 
 def _base(host: nn.Module, x: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -12,9 +12,10 @@ from torch.autograd import Function
 
 from mmpeft.few_bits import FewBits
 from mmpeft.parts.base import Part, cast
-from mmpeft.parts.delta import Delta, multiply, stored_in
+from mmpeft.parts.delta import Delta, stored_in
 from mmpeft.parts.factors import LowRank
-from mmpeft.parts.product import Reading, through
+from mmpeft.parts.linear import multiply
+from mmpeft.parts.product import Reading, like, through
 from mmpeft.weights import Seen, Weight, Wrapper
 
 NATIVE = (nn.MultiheadAttention, nn.modules.linear.NonDynamicallyQuantizableLinear)
@@ -36,7 +37,8 @@ def answered(host: nn.Module, name: str, base: Any, parts: Sequence[Part]) -> An
         dynamo, transformed = torch.compiler.is_compiling(), torch._C._are_functorch_transforms_active()
         traced = dynamo or transformed or torch._C._get_tracing_state() is not None
         if any(part.needs_input for part in outer):
-            return (Traced if traced else Tuned).read(host, name, base, tuple(outer))
+            kind = Traced if torch.compiler.is_dynamo_compiling() else Tuned
+            return kind.read(host, name, base, tuple(outer))
         if not (traced or (isinstance(host, NATIVE) and not torch.is_grad_enabled() and not host.training)):
             return Tuned.read(host, name, base, tuple(outer))
     for part in outer:
@@ -67,13 +69,13 @@ class TunedWeight(Weight):
         if not self._composes() or (reading.partial and self._interleaved()):
             return NotImplemented
         weight = reading.weight[start:stop] if reading.partial else reading.weight
-        y = through(self.parts, reading._replace(bias=None), lambda x: F.linear(x, _like(weight, x)), x)
+        y = through(self.parts, reading._replace(bias=None), lambda x: F.linear(x, like(weight, x)), x)
         return y if bias is None else y + cast(bias, y.dtype)
 
     def convolution(self, run: Callable[..., Tensor], x: Tensor, bias: Tensor | None, options: tuple[Any, ...]) -> Any:
         if not self._composes() or (options[3] > 1 and not any(part.needs_input for part in self.parts)):
             return NotImplemented  # the kernels of a grouped convolution are small beside what they are applied to
-        kernel = _like(self.base, x)
+        kernel = like(self.base, x)
         reading = self._reading(None, 0, self.full[0])
         reading = reading._replace(apply=lambda x, kernel: run(x, kernel, None, *options), groups=options[3])
         y = through(self.parts, reading, lambda x: run(x, kernel, None, *options), x)
@@ -105,31 +107,27 @@ class Tuned(TunedWeight, Wrapper):
     """The same without storage of its own, as any eager code reads it."""
 
     @classmethod
-    def read(cls, host: nn.Module, name: str, base: Tensor, parts: tuple[Part, ...]) -> Tensor:
-        made = _Made(cls, host, name, base, parts)
-        if torch.is_grad_enabled():
-            inputs = [t for part in parts for t in part.tensors() if t.requires_grad]
-            if base.requires_grad:
-                inputs.append(base)
-            if inputs:
-                found: Tensor = _Differentiable.apply(made, *inputs)
-                return found
-        return made()
+    def read(cls, host: nn.Module, attribute: str, base: Tensor, parts: tuple[Part, ...]) -> Tensor:
+        turned = bool(getattr(parts[0], "transposed", False))
+        shape, dtype = (base.full, base.seen.dtype) if isinstance(base, FewBits) else (base.shape, base.dtype)
+        full = shape[::-1] if turned else shape
+        facts = {"host": host, "attribute": attribute, "base": base, "parts": parts, "turned": turned}
+        return _in_graph(_Made(cls, full, Seen(0, full[0], dtype, turned), base.device, facts))
 
-    def again(self, seen: Seen) -> Weight:
-        found: Weight = Wrapper.again(self, seen)
-        return found
+    def again(self, seen: Seen) -> Any:
+        facts = {name: self.__dict__[name] for name in ("host", "attribute", "base", "parts", "turned")}
+        return _in_graph(_Made(type(self), self.full, seen, self.place, facts))
 
 
 class Traced(TunedWeight):
     """The same over the base itself, for compilers: they follow no tensor without storage."""
 
     @classmethod
-    def read(cls, host: nn.Module, name: str, base: Tensor, parts: tuple[Part, ...]) -> Tensor:
+    def read(cls, host: nn.Module, attribute: str, base: Tensor, parts: tuple[Part, ...]) -> Tensor:
         turned = bool(getattr(parts[0], "transposed", False))
         found = base.as_subclass(cls)
         full = base.shape[::-1] if turned else base.shape
-        found.host, found.attribute, found.base, found.parts, found.turned = host, name, base, parts, turned
+        found.host, found.attribute, found.base, found.parts, found.turned = host, attribute, base, parts, turned
         found.full, found.seen = full, Seen(0, full[0], base.dtype, turned)
         return found
 
@@ -143,20 +141,29 @@ class Traced(TunedWeight):
         return found
 
 
-class _Made:
-    """A tuned weight to be made, and its values to be formed again."""
+class _Made(NamedTuple):
+    """A tuned weight to be made, and to be made again for its values."""
 
-    def __init__(self, cls: type[Tuned], host: nn.Module, name: str, base: Tensor, parts: tuple[Part, ...]) -> None:
-        self.cls, self.facts = cls, {"host": host, "attribute": name, "base": base, "parts": parts}
+    cls: type[Tuned]
+    full: torch.Size
+    seen: Seen
+    place: torch.device
+    facts: dict[str, Any]
 
     def __call__(self) -> Tuned:
-        base: Tensor = self.facts["base"]  # type: ignore[assignment]
-        turned = bool(getattr(self.facts["parts"][0], "transposed", False))  # type: ignore[index]
-        shape, dtype = (base.full, base.seen.dtype) if isinstance(base, FewBits) else (base.shape, base.dtype)
-        full = shape[::-1] if turned else shape
-        seen = Seen(0, full[0], dtype, turned)
-        found: Tuned = self.cls.of(full, seen, base.device, turned=turned, **self.facts)
+        found: Tuned = self.cls.of(self.full, self.seen, self.place, **self.facts)
         return found
+
+
+def _in_graph(made: _Made) -> Tensor:
+    if torch.is_grad_enabled() and not (torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()):
+        inputs = [t for part in made.facts["parts"] for t in part.tensors() if t.requires_grad]
+        if made.facts["base"].requires_grad:
+            inputs.append(made.facts["base"])
+        if inputs:
+            found: Tensor = _Differentiable.apply(made, *inputs)
+            return found
+    return made()
 
 
 class _Differentiable(Function):
@@ -179,10 +186,3 @@ class _Differentiable(Function):
             values = ctx.made().formed()
             found = torch.autograd.grad(values, inputs, grads[0], create_graph=twice, allow_unused=True)
         return None, *found
-
-
-def _like(weight: Tensor, x: Tensor) -> Tensor:
-    """A weight in the type of what it multiplies; autocast and few bits see to it themselves."""
-    if isinstance(weight, Weight) or torch.is_autocast_enabled(x.device.type):
-        return weight
-    return cast(weight, x.dtype)

@@ -12,7 +12,7 @@ from torch import nn
 
 import mmpeft
 from mmpeft.errors import AdapterFileError, Refused
-from mmpeft.few_bits import FewBits, dense
+from mmpeft.few_bits import FewBits, dense, guard
 from mmpeft.formats.fingerprint import Fingerprint
 from mmpeft.host import base_value
 from tests.matrix.families.few_bits import pack, torchao
@@ -137,3 +137,29 @@ def test_a_manifest_without_a_sketch_is_compared_by_its_digest() -> None:
     assert own.fits(Fingerprint.read(own.digest))
     assert not Fingerprint.of(_model().half()).fits(Fingerprint.read(own.digest))
     assert Fingerprint.read(own.facts()) == own
+
+
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_bits_that_were_rearranged_for_inference_are_put_back(nested: bool, dtype: torch.dtype) -> None:
+    """As a CPU with AVX512-BF16 rearranges them in the first forward pass without gradients; any CPU can try it."""
+    bnb, functional = pytest.importorskip("bitsandbytes"), pytest.importorskip("bitsandbytes.functional")
+    layer = bnb.nn.Linear4bit(128, 64, compute_dtype=torch.float32, quant_type="nf4", compress_statistics=nested)
+    values = (torch.randn(64, 128) * 0.1).to(dtype)
+    layer.weight = bnb.nn.Params4bit(values, False, quant_type="nf4", compress_statistics=nested, module=layer)
+    layer.to("cpu").eval()
+    before = dense(base_value(layer, "weight")).float()
+    guard(layer)
+    assert torch.equal(dense(base_value(layer, "weight")).float(), before)
+    layer.weight.data, _ = functional._convert_weight_packed_for_cpu(layer.weight.data, layer.weight.quant_state)
+    assert (dense(base_value(layer, "weight")).float() - before).abs().max() > 0.1
+    guard(layer)
+    after = dense(base_value(layer, "weight"))
+    assert after.dtype == dtype
+    torch.testing.assert_close(after.float(), before, atol=1e-3, rtol=2**-7)  # the scales were rounded to bfloat16
+    with torch.no_grad():
+        layer(torch.randn(2, 128))
+    assert torch.equal(dense(base_value(layer, "weight")), after)
+    x = torch.randn(2, 128, requires_grad=True)
+    layer(x).sum().backward()
+    torch.testing.assert_close(x.grad, after.float().sum(0).expand(2, -1), atol=0.02, rtol=0.02)
