@@ -14,10 +14,33 @@ from mmpeft.parts.base import Part, cast
 from mmpeft.parts.delta import Delta
 from mmpeft.parts.factors import LowRank
 from mmpeft.parts.product import Reading
-from mmpeft.unchanged import Kept
 
 Span = tuple[int, int]
 Factors = tuple[Span, Tensor, Tensor, Tensor | None]
+
+
+ENTRIES = 8
+"""Of each tensor, looked at for writes through `.data`, which no count of changes sees."""
+
+
+class _Pattern:
+    """The factors of the rows of one batch, and what they were made of: all of it is asked for in every call."""
+
+    def __init__(self, key: object, tensors: Sequence[Tensor]) -> None:
+        self.key, self.marks = key, _marks(tensors)
+        flat = [tensor.detach().reshape(-1) for tensor in tensors]
+        self.entries = [own[:: max(1, len(own) // ENTRIES)] for own in flat]
+        self.values = torch.cat(self.entries)
+        self.factors: list[Factors] = []
+
+    def serves(self, key: object, tensors: Sequence[Tensor]) -> bool:
+        """Whether the same rows ask, and the tensors are where and what they were."""
+        same = self.key == key and self.marks == _marks(tensors)
+        return same and torch.equal(torch.cat(self.entries), self.values)
+
+
+def _marks(tensors: Sequence[Tensor]) -> list[tuple[int, int]]:
+    return [(t.data_ptr(), -1 if t.is_inference() else t._version) for t in tensors]
 
 
 def slotted(part: Part) -> bool:
@@ -38,7 +61,7 @@ class Slots:
         self._places = {name: [place for delta in own for place in _places(delta)] for name, own in self.deltas.items()}
         self._gained = {name for name, own in self.deltas.items() if any(d.magnitude is not None for d in own)}
         self._dropped = {name for name, own in self.deltas.items() if any(d.dropout for d in own)}
-        self._last: tuple[object, Kept[list[Factors]]] | None = None  # replaced as a whole: threads share it
+        self._last: _Pattern | None = None  # replaced as a whole: threads share it
 
     def __call__(self, host: nn.Module, x: Tensor) -> Tensor:
         planned = planned_of(host)
@@ -85,13 +108,15 @@ class Slots:
             planned = planned_of(host)
             assert planned.slots is not None
             return self._stacked(host, list(planned.state.placements), planned.slots, dtype)
-        pattern, last = (names, dtype), self._last
-        if last is None or last[0] != pattern:
-            last = self._last = (pattern, Kept(1))
         tensors: list[Tensor] = [table[key] for name in present for table, key in self._places[name]]  # type: ignore[misc]
         if any(name in self._gained for name in present):
             tensors += self.deltas[present[0]][0].reading(host).stored
-        return last[1].get(tensors, lambda: self._stacked(host, present, _numbers(names, present), dtype))
+        last = self._last
+        if last is None or not last.serves((names, dtype), tensors):
+            made = _Pattern((names, dtype), tensors)  # before stacking: a change meanwhile is seen
+            made.factors = self._stacked(host, present, _numbers(names, present), dtype)
+            last = self._last = made
+        return last.factors
 
     def _stacked(self, host: nn.Module, slots: Sequence[str], rows: Tensor, dtype: torch.dtype) -> list[Factors]:
         updates: dict[Span, dict[str, Update]] = {}
