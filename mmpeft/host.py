@@ -311,11 +311,18 @@ def _present(module: nn.Module, name: str, value: Any) -> Any:
     return held[name].to(hook.execution_device)  # type: ignore[union-attr]
 
 
+def is_sharded(value: Any) -> bool:
+    """Whether a tensor is one process's share of a distributed one."""
+    return type(value) not in (Tensor, nn.Parameter) and type(value).__name__ == "DTensor"
+
+
 def _reader(name: str) -> property:
     from mmpeft.parts.tuned import answered  # parts import this module
 
     def read(self: Any) -> Any:
         value = base_value(self, name)
+        if is_sharded(value):  # asked for by who shards it: forward passes find it whole
+            return value
         parts = plan_of(self).reads.get(name)
         return answered(self, name, value, parts) if parts else value
 

@@ -14,9 +14,10 @@ from mmpeft.controllers import Controllers
 from mmpeft.controllers.layers import rest_below
 from mmpeft.errors import AdapterFileError, ConfigError, Refused, nearest
 from mmpeft.few_bits import FewBits
-from mmpeft.host import base_value
+from mmpeft.host import base_value, is_sharded
 from mmpeft.liveness import Liveness, liveness
 from mmpeft.methods.base import Method, with_depth
+from mmpeft.modules import own_modules
 from mmpeft.parts.base import Placement
 from mmpeft.recompute import Recompute
 from mmpeft.report import Report, report
@@ -171,7 +172,7 @@ class Tuning:
 
     def _merge(self) -> None:
         state = self._state
-        self._check_hosts()
+        self._check_whole()
         if self.name in state.merged:
             raise ConfigError(f"tuning {self.name!r} is merged already")
         folded: list[tuple[nn.Module, str, Tensor | None]] = []
@@ -238,8 +239,8 @@ class Tuning:
             with unchanged_on_error(self.model):
                 self._replace(method, tensors)
 
-    def _check_hosts(self) -> None:
-        """Raise ConfigError for a host that is no longer part of the model: a block that was taken out."""
+    def _check_whole(self) -> None:
+        """Raise ConfigError for a host that is no longer part of the model, Refused for tensors that are sharded."""
         present = {id(module) for module in self.model.modules()}
         for placement in self.placements:
             if id(self._state.hosts[placement.home]) not in present:
@@ -247,6 +248,13 @@ class Tuning:
                     f"{placement.home} hosts parts of {self.name!r} and is no longer part of the model, so that "
                     "neither its file nor its merged weights would be whole: change the model before attach"
                 )
+        tensors = (p for _, module in own_modules(self.model) for p in module._parameters.values())
+        if any(map(is_sharded, tensors)) or any(map(is_sharded, self.parameters())):
+            raise Refused(
+                "the tensors are sharded over processes, so that none of these has the whole of one: gather them first "
+                "(torch.distributed.checkpoint.state_dict.get_model_state_dict with full_state_dict=True), load that "
+                "into a model that is not sharded, and save or merge there"
+            )
 
     def _replace(self, method: Method, values: list[dict[str, Tensor]]) -> None:
         """Another method in the place of this one, its parts with these values."""
@@ -276,7 +284,7 @@ class Tuning:
         """Write `adapter.safetensors` and `adapter.json`, atomically; with `bake`, what `bake()` would leave."""
         from mmpeft.formats.native import save
 
-        self._check_hosts()
+        self._check_whole()
         return save(self, folder, bake=bake)
 
     def compact(self) -> tuple[Method, dict[str, Tensor], list[Placement]]:
@@ -301,7 +309,7 @@ class Tuning:
         """
         from mmpeft.formats.exchange import export
 
-        self._check_hosts()
+        self._check_whole()
         return export(self, path, format, verify=verify)
 
     def save_merged(self, path: str | Path) -> Merged:

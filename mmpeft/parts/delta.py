@@ -128,6 +128,11 @@ class Delta(Part):
             return None
         (rows, piece), total = owned, len(reading.weight)
         down, up = self.pair()
+        if self.rows is None and len(up) != total:
+            raise ConfigError(
+                f"the weight has {total} rows now, and the tuning was made for {len(up)}: resize before attach, or "
+                "detach() first and attach again"
+            )
         gain = self.gain(reading.weight, reading.stored)
         if piece is not None:
             up, gain = up[piece], gain if gain is None else gain[piece]

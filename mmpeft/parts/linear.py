@@ -43,7 +43,8 @@ class _WholeCall:
     def __call__(self, host: nn.Module, x: Tensor) -> Tensor:
         own, factor = host._parameters, self.factor
         weight, bias, down, up = own.get("weight"), own.get("bias"), factor["A"], factor["B"]
-        if weight is None:  # computed by somebody who came later: parametrisations, weight norm, pruning
+        if weight is None or weight.shape[0] != self.rows:
+            # computed by somebody who came later (parametrisations, weight norm, pruning), or of another size
             return multiply((self.delta,), self.delta.reading(host), x)
         assert down is not None
         assert up is not None
