@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from mmpeft.choice import use
 from mmpeft.controllers import Controllers
 from mmpeft.controllers.scores import Loss, default_loss
-from mmpeft.errors import ConfigError, DataError, FreshHeadWarning, MovedBuffersWarning, Refused
+from mmpeft.errors import ConfigError, DataError, FreshHeadWarning, MovedBuffersWarning, Refused, SiteError
 from mmpeft.few_bits import guard, packs
 from mmpeft.fresh_head import fresh_head
 from mmpeft.host import CHILD, Seat, base_value, make_host, module_at, unmake_host
@@ -20,6 +20,7 @@ from mmpeft.methods.base import Method
 from mmpeft.modules import own_modules, own_parameters
 from mmpeft.parts.base import Placement
 from mmpeft.planning import by_weight
+from mmpeft.reach import reached
 from mmpeft.running import CHOICES, Choice, choose
 from mmpeft.sites import Site, sites
 from mmpeft.state import STATE, State, state_of, state_with
@@ -41,6 +42,7 @@ def attach(
     loss: Loss = default_loss,
     run: bool = True,
     train_head: bool = False,
+    example: Any = None,
 ) -> Tuning:
     """Tune `model` by `method`: freeze the base and hang trainable parts under it; nothing else changes.
 
@@ -54,10 +56,13 @@ def attach(
     tunings may live on one model under different names; the newest one is in use, unless `run` is False. While other
     threads run the model, `attach` waits for their passes.
 
+    `example` (a tensor, a tuple of arguments or a mapping of keyword arguments) proves that a forward pass comes by
+    the parts: one pass without gradients. `tuning.liveness(batch)` proves that each of them learns.
+
     After any exception, an interrupt included, the model is bit for bit what it was.
 
     Raises:
-        SiteError: the model's class is unknown, or a selector matches nothing.
+        SiteError: the model's class is unknown, a selector matches nothing, or the example's pass goes past parts.
         Refused: the method cannot work on a selected site, or the model is sharded already; the message has the reason.
         ConfigError: the name is taken or no identifier, or the argument is no method.
     """
@@ -95,7 +100,27 @@ def attach(
                 if state.key in CHOICES.get():  # inside a `with use(...)`, until its end
                     choose(state, Choice(state, name))
             state.replan()
+        if example is not None:
+            _check_reached(model, name, placements, example)
         return Tuning(model, name)
+
+
+def _check_reached(model: nn.Module, name: str, placements: list[Placement], example: Any) -> None:
+    """Raise SiteError where a pass goes past learned keys and values, or past all parts of one role.
+
+    Of other parts some may rest for want of data: experts that no word is routed to.
+    """
+    with use(model, name):
+        missed = reached(model, placements, example)
+    entered = {placement.role for placement in placements if placement not in missed}
+    dead = [placement for placement in missed if placement.role == "kv" or placement.role not in entered]
+    if dead:
+        where = dead[0].hooks[0].path if dead[0].hooks else dead[0].home
+        raise SiteError(
+            f"a pass of the example goes past {len(dead)} of {len(placements)} parts, which would train nothing (first: "
+            f"{dead[0].role} at {where}): choose other sites, another attention implementation, or an example that "
+            "uses them"
+        )
 
 
 def _check_name(state: State, name: str) -> None:
