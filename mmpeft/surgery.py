@@ -117,9 +117,9 @@ def _check_reached(model: nn.Module, name: str, placements: list[Placement], exa
     if dead:
         where = dead[0].hooks[0].path if dead[0].hooks else dead[0].home
         raise SiteError(
-            f"a pass of the example goes past {len(dead)} of {len(placements)} parts, which would train nothing (first: "
-            f"{dead[0].role} at {where}): choose other sites, another attention implementation, or an example that "
-            "uses them"
+            f"a pass of the example goes past {len(dead)} of {len(placements)} parts, which would train nothing "
+            f"(first: {dead[0].role} at {where}): choose other sites, another attention implementation, or an example "
+            "that uses them"
         )
 
 

@@ -33,7 +33,8 @@ def aside(model: nn.Module) -> list[Site]:
 
 
 def test_what_the_example_comes_by_is_attached() -> None:
-    tuning = mmpeft.attach(Toy(), mmpeft.LoRA(at="attn.q") + mmpeft.ParallelAdapter(at="block", bottleneck=2), example=X)
+    method = mmpeft.LoRA(at="attn.q") + mmpeft.ParallelAdapter(at="block", bottleneck=2)
+    tuning = mmpeft.attach(Toy(), method, example=X)
     assert tuning.liveness(X).ok
     mmpeft.attach(Aside(), mmpeft.LoRA(at="attn.q|proj"), example=X)
 
