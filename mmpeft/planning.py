@@ -136,11 +136,11 @@ def rowwise(state: State, entry: Entry) -> bool:
 
 
 def by_weight(hook: Hook, part: Part, host: nn.Module) -> bool:
-    """Whether a part answers for a host's weight where it would replace or follow the plain product.
+    """Whether an update answers for a host's weight where it would replace or follow the plain product.
 
     A forward that is no plain product, or that somebody wrote, may do anything with the weight.
     """
-    return hook.kind in ("call", "exit") and part.answers and not multiplies(host)
+    return hook.kind in ("call", "exit") and isinstance(part, Delta) and not multiplies(host)
 
 
 def plan_host(host: nn.Module, hooks: Iterable[tuple[Hook, Part]]) -> Plan:

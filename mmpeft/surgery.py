@@ -66,8 +66,6 @@ def attach(
         Refused: the method cannot work on a selected site, or the model is sharded already; the message has the reason.
         ConfigError: the name is taken or no identifier, or the argument is no method.
     """
-    from mmpeft.tuning import Tuning
-
     if not isinstance(method, Method):
         raise ConfigError(
             f"attach expects a method such as mmpeft.LoRA(rank=8), got {type(method).__name__}: {method!r}"
@@ -77,6 +75,27 @@ def attach(
         from mmpeft.methods.selective.linear_probe import LinearProbe
 
         method = method + LinearProbe()
+    return _attach(model, method, name, data, loss, run, example, warn=True)
+
+
+def attach_saved(model: nn.Module, method: Method, name: str, run: bool = True) -> Tuning:
+    """As `attach`, for a tuning whose tensors come from elsewhere: its head is what it was when they were trained."""
+    check_order(model)
+    return _attach(model, method, name, None, default_loss, run, None, warn=False)
+
+
+def _attach(
+    model: nn.Module,
+    method: Method,
+    name: str,
+    data: Iterable[Any] | None,
+    loss: Loss,
+    run: bool,
+    example: Any,
+    warn: bool,
+) -> Tuning:
+    from mmpeft.tuning import Tuning
+
     with unchanged_on_error(model):
         state = state_of(model) or State()
         _check_name(state, name)
@@ -85,9 +104,9 @@ def attach(
         placements = method.place(model, available)  # all checks happen here, before anything is changed
         for placement in placements:
             _check_home(model, placement)
-        why = fresh_head(model, available, method, placements)
+        why = fresh_head(model, available, method, placements) if warn else None
         if why:
-            warnings.warn(why, FreshHeadWarning, stacklevel=2)
+            warnings.warn(why, FreshHeadWarning, stacklevel=3)
         controllers = Controllers(method.controllers(placements), _Replan(model))
         with state.gate.alone(state):
             if not state.placements:

@@ -23,7 +23,7 @@ from mmpeft.recompute import Recompute
 from mmpeft.report import Report, report
 from mmpeft.sites import sites
 from mmpeft.state import State, state_of, state_with
-from mmpeft.surgery import attach, detach, host
+from mmpeft.surgery import attach_saved, detach, host
 from mmpeft.transaction import unchanged_on_error
 from mmpeft.values import unfit
 
@@ -260,7 +260,7 @@ class Tuning:
         """Another method in the place of this one, its parts with these values."""
         route = self._state.route
         self.detach()
-        attach(self.model, method, self.name)
+        attach_saved(self.model, method, self.name)
         for placement, own in zip(self.placements, values, strict=True):
             for name, tensor in {**dict(placement.part.named_parameters()), **placement.part.frozen()}.items():
                 tensor.copy_(own[name])

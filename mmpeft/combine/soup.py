@@ -21,7 +21,7 @@ from mmpeft.liveness import call
 from mmpeft.parts.base import Placement
 from mmpeft.sites import sites
 from mmpeft.state import state_of
-from mmpeft.surgery import attach
+from mmpeft.surgery import attach_saved
 from mmpeft.transaction import unchanged_on_error
 from mmpeft.tuning import Tuning
 
@@ -66,7 +66,7 @@ def soup(
             stacklevel=2,
         )
     with unchanged_on_error(model):
-        tuning = attach(model, first.method, name)
+        tuning = attach_saved(model, first.method, name)
         tuning.load_state_dict(average([adapter.tensors for adapter in found], shares))
     return tuning
 

@@ -21,7 +21,7 @@ from mmpeft.methods.selective.full import Full
 from mmpeft.parts import Delta, Mask, Rescale
 from mmpeft.parts.base import Placement
 from mmpeft.sites import Site, sites
-from mmpeft.surgery import attach
+from mmpeft.surgery import attach_saved
 from mmpeft.transaction import unchanged_on_error
 from mmpeft.tuning import Tuning
 
@@ -153,7 +153,7 @@ def attach_content(model: nn.Module, content: Content, name: str, where: object)
         if not methods:
             raise AdapterFileError(f"{where} holds no layer")
         try:
-            tuning = attach(model, methods[0] if len(methods) == 1 else Union(methods), name)
+            tuning = attach_saved(model, methods[0] if len(methods) == 1 else Union(methods), name)
         except (SiteError, Refused) as error:
             raise AdapterFileError(f"{where} does not attach to {type(model).__name__}: {error}") from error
         set_pieces(tuning.placements, pieces)

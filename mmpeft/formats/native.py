@@ -27,7 +27,7 @@ from mmpeft.formats.fingerprint import Fingerprint
 from mmpeft.host import original_class
 from mmpeft.methods.base import Method
 from mmpeft.methods.spec import from_spec, to_spec
-from mmpeft.surgery import attach
+from mmpeft.surgery import attach_saved
 from mmpeft.transaction import unchanged_on_error
 from mmpeft.tuning import Tuning
 
@@ -109,7 +109,7 @@ def load(
 def _attach(model: nn.Module, method: Method, name: str, what: str, made_for: str, run: bool) -> Tuning:
     """`attach`, whose refusals are the file's fault; so is what a field of another type leads to."""
     try:
-        return attach(model, method, name, run=run)
+        return attach_saved(model, method, name, run)
     except AdapterFileError:
         raise
     except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError) as error:

@@ -67,6 +67,7 @@ class _GainedCall:
         if (
             weight is None  # computed by somebody who came later
             or torch.compiler.is_compiling()
+            or type(weight) not in (Tensor, nn.Parameter)
             or not (x.dtype is weight.dtype is down.dtype)
             or x.numel() >= FUSED_FROM
             or torch.is_autocast_enabled(x.device.type)

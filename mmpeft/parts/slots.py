@@ -119,13 +119,16 @@ class Slots:
         return last.factors
 
     def _stacked(self, host: nn.Module, slots: Sequence[str], rows: Tensor, dtype: torch.dtype) -> list[Factors]:
-        updates: dict[Span, dict[str, Update]] = {}
+        updates: dict[tuple[Span, int], dict[str, Update]] = {}
         for name in slots:
+            seen: dict[Span, int] = {}  # rows of interleaved heads are given as all rows, once for each of q, k and v
             for delta in self.deltas.get(name, ()):
                 update = delta.update(delta.reading(host))
                 assert update is not None
-                updates.setdefault((update.start, update.stop), {})[name] = update
-        return [(span, *_gathered(own, slots, rows, dtype)) for span, own in updates.items()]
+                span = (update.start, update.stop)
+                seen[span] = seen.get(span, 0) + 1
+                updates.setdefault((span, seen[span]), {})[name] = update
+        return [(span, *_gathered(own, slots, rows, dtype)) for (span, _), own in updates.items()]
 
     def _one_by_one(self, host: nn.Module, reading: Reading, x: Tensor, names: Sequence[str | None]) -> Tensor:
         """Where the input of an update is dropped, each tuning for itself."""
