@@ -16,6 +16,7 @@ from mmpeft.fresh_head import fresh_head
 from mmpeft.host import CHILD, Seat, base_value, is_patched, make_host, module_at, unmake_host
 from mmpeft.liveness import buffer_prints, moved_buffers
 from mmpeft.methods.base import Method
+from mmpeft.offload import check_stored, check_values, know
 from mmpeft.parts.base import Placement
 from mmpeft.running import CHOICES, Choice, choose
 from mmpeft.sites import Site, sites
@@ -65,6 +66,7 @@ def attach(
             f"attach expects a method such as mmpeft.LoRA(rank=8), got {type(method).__name__}: {method!r}"
         )
     check_order(model)
+    check_stored(model)
     if train_head and not method.trains_head:
         from mmpeft.methods.selective.linear_probe import LinearProbe
 
@@ -77,6 +79,7 @@ def attach(
         placements = method.place(model, available)  # all checks happen here, before anything is changed
         for placement in placements:
             _check_home(model, placement)
+        check_values(placements)
         why = fresh_head(model, available, method, placements)
         if why:
             warnings.warn(why, FreshHeadWarning, stacklevel=2)
@@ -86,6 +89,7 @@ def attach(
                 _freeze(model, state, available)
             state.methods[name], state.placements[name] = method, placements
             state.controllers[name] = controllers
+            know(state, placements)
             _install(model, state, name, placements)
             if run:
                 state.default = Choice(state, name)

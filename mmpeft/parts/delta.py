@@ -246,8 +246,8 @@ class _RowsCall:
 def fusible(x: Tensor, weight: Tensor) -> bool:
     """Whether the fused function is exact here and pays: eager, and a plain frozen floating-point weight."""
     return (
-        x.numel() >= FUSED_FROM
-        and not torch.compiler.is_compiling()
+        not torch.compiler.is_compiling()  # asked first: a size that is compared is a size that is fixed
+        and x.numel() >= FUSED_FROM
         and not weight.requires_grad
         and type(weight) in (Tensor, nn.Parameter)
         and weight.is_floating_point()
