@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from mmpeft.state import State
 
 SEAT = "_mmpeft_seat"
+HOSTED = "_mmpeft_hosted"
+"""Marks the forward of a swapped class."""
 PATCHED = "_mmpeft_patched"
 """Where a host keeps a forward that somebody had put on the module itself before it became one."""
 
@@ -122,8 +124,10 @@ def _forward(base: Any, still: bool) -> Callable[..., Any]:
         return run(self, plan, inner, args, kwargs)
 
     if not isinstance(base.forward, FunctionType):
+        forward.__dict__[HOSTED] = True
         return forward
     found = wraps(base.forward)(forward)
+    found.__dict__[HOSTED] = True
     found.__signature__ = inspect.signature(base.forward)  # type: ignore[attr-defined]
     return found
 
@@ -368,4 +372,7 @@ def is_patched(module: nn.Module) -> bool:
     One that accelerate has put there runs the module's own inside.
     """
     own = module.__dict__
-    return PATCHED in own or ("forward" in own and HOOK not in own)
+    if PATCHED in own or "forward" not in own:
+        return PATCHED in own
+    left = isinstance(own["forward"], MethodType) and hasattr(own["forward"].__func__, HOSTED)
+    return HOOK not in own and not left  # what a hook that was taken off has left behind is the host's own forward
