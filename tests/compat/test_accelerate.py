@@ -88,7 +88,7 @@ def _pair() -> tuple[Any, Any, Any]:
 @row(
     "accelerate",
     "`cpu_offload`, `disk_offload`, `dispatch_model`, `AlignDevicesHook` before `attach`",
-    "the answers of the merged plain model, or refused at attach",
+    "the answers of the merged plain model",
 )
 @pytest.mark.parametrize("hook", HOOKS)
 @torch.no_grad()
@@ -96,11 +96,7 @@ def test_hooks_before_attach(hook: str, tmp_path: Path) -> None:
     model, before, method = _pair()
     HOOKS[hook](model, tmp_path)
     close(_answer(model), _answer(before))
-    try:
-        tuning = mmpeft.attach(model, method)
-    except MMPEFTError:
-        close(_answer(model), _answer(before))
-        return
+    tuning = mmpeft.attach(model, method)
     close(_answer(model), _answer(before))
     bend(tuning)
     expected = plain(tuning, before)
@@ -139,10 +135,7 @@ def test_hooks_removed_after_attach(hook: str, tmp_path: Path) -> None:
 
     model, before, method = _pair()
     HOOKS[hook](model, tmp_path)
-    try:
-        tuning = bend(mmpeft.attach(model, method))
-    except MMPEFTError:
-        return
+    tuning = bend(mmpeft.attach(model, method))
     expected = plain(tuning, before)
     remove_hook_from_module(model, recurse=True)
     differ(_answer(model), _answer(before))
@@ -160,10 +153,7 @@ def test_detached_before_the_hooks_go(hook: str, tmp_path: Path) -> None:
 
     model, before, method = _pair()
     HOOKS[hook](model, tmp_path)
-    try:
-        tuning = bend(mmpeft.attach(model, method))
-    except MMPEFTError:
-        return
+    tuning = bend(mmpeft.attach(model, method))
     tuning.detach()
     close(_answer(model), _answer(before))
     remove_hook_from_module(model, recurse=True)
@@ -194,7 +184,7 @@ def test_hooks_come_and_go(tmp_path: Path) -> None:
 @row(
     "accelerate",
     "merge, save, a second `attach`, DoRA and `generate` on an offloaded model",
-    "right, or refused; never a weight of another value",
+    "exact; `merge` is refused, with the hooks to remove first",
 )
 @pytest.mark.parametrize("hook", ["cpu", "disk", "map"])
 @torch.no_grad()
@@ -202,30 +192,18 @@ def test_work_on_an_offloaded_model(hook: str, tmp_path: Path) -> None:
     model, before, method = _pair()
     (tmp_path / "off").mkdir()
     HOOKS[hook](model, tmp_path / "off")
-    try:
-        tuning = bend(mmpeft.attach(model, method))
-    except MMPEFTError:
-        return
+    tuning = bend(mmpeft.attach(model, method))
     expected = plain(tuning, before)
     tuning.save(tmp_path / "saved")
     fresh = untouched(before)
     mmpeft.load(fresh, tmp_path / "saved")
     close(_answer(fresh), _answer(expected))
-    try:
+    with pytest.raises(Refused, match="remove the hooks"):
         tuning.merge()
-    except MMPEFTError:
-        pass
-    else:
-        close(_answer(model), _answer(expected), 1e-4)
-        tuning.unmerge()
     close(_answer(model), _answer(expected))
     text = model.generate(words(2), max_new_tokens=4, do_sample=False)
     assert torch.equal(text, expected.generate(words(2), max_new_tokens=4, do_sample=False))
-    try:
-        other = mmpeft.attach(model, mmpeft.DoRA(rank=2, at="attn.q"), name="dora")
-    except MMPEFTError:
-        close(_answer(model), _answer(expected))
-        return
+    other = mmpeft.attach(model, mmpeft.DoRA(rank=2, at="attn.q"), name="dora")
     close(_answer(model), _answer(before))
     twin = untouched(before)
     same = mmpeft.attach(twin, mmpeft.DoRA(rank=2, at="attn.q"))
@@ -237,7 +215,7 @@ def test_work_on_an_offloaded_model(hook: str, tmp_path: Path) -> None:
 @row(
     "accelerate",
     "`init_empty_weights`, then `load_checkpoint_and_dispatch`; attach before and after the load",
-    "the answers of the merged plain model, or refused while there are no weights",
+    "the answers of the merged plain model after the load; refused before it, as there are no weights",
 )
 @pytest.mark.parametrize("order", ["after", "before"])
 @torch.no_grad()
@@ -251,20 +229,15 @@ def test_big_models_are_loaded(order: str, tmp_path: Path) -> None:
     with init_empty_weights():
         model = hf.LlamaForCausalLM(before.config).eval()
     method = mmpeft.LoRA(rank=2, at=ALL)
-    tuning = None
     if order == "before":
-        try:
-            tuning = mmpeft.attach(model, method)
-        except MMPEFTError:
-            return
-        assert not any(p.is_meta for p in tuning.parameters()), "an adapter without values cannot be trained"
-        assert not any(p.isnan().any() or p.abs().max() > 1e3 for p in tuning.parameters())
+        with pytest.raises(Refused, match="load the weights, then attach"):
+            mmpeft.attach(model, method)
     device_map = {"model.embed_tokens": "cpu", "model.layers": "cpu", "model.norm": "cpu", "lm_head": "cpu"}
     device_map["model.rotary_emb"] = "cpu"
     load_checkpoint_and_dispatch(model, str(tmp_path / "model.safetensors"), device_map, force_hooks=True, strict=False)
     for ours, theirs in zip(model.model.buffers(), before.model.buffers(), strict=False):
         ours.copy_(theirs)
-    tuning = tuning or mmpeft.attach(model, method)
+    tuning = mmpeft.attach(model, method)
     close(_answer(model), _answer(before))
     bend(tuning)
     close(_answer(model), _answer(plain(tuning, before)))
@@ -325,10 +298,7 @@ def test_attached_to_a_prepared_model(precision: str) -> None:
     before = untouched(model)
     prepared = accelerator.prepare_model(model)
     target = accelerator.unwrap_model(prepared)
-    try:
-        tuning = bend(mmpeft.attach(target, mmpeft.LoRA(rank=2, at=ALL)))
-    except MMPEFTError:
-        return
+    tuning = bend(mmpeft.attach(target, mmpeft.LoRA(rank=2, at=ALL)))
     reference = accelerator.prepare_model(plain(tuning, before))
     near(prepared(images()), reference(images()), 1e-4 if precision == "no" else 0.05)
     prepared(images()).square().sum().backward()
@@ -465,7 +435,11 @@ def test_merging_into_weights_that_are_elsewhere(hook: str, tmp_path: Path) -> N
     HOOKS[hook](model, tmp_path)
     tuning = bend(mmpeft.attach(model, method))
     expected = plain(tuning, before)
-    for work in (tuning.merge, lambda: tuning.save_merged(tmp_path / "m"), lambda: interpolate(tuning, 0.5).__enter__()):
+    for work in (
+        tuning.merge,
+        lambda: tuning.save_merged(tmp_path / "m"),
+        lambda: interpolate(tuning, 0.5).__enter__(),
+    ):
         with pytest.raises(Refused, match="remove"):
             work()
         close(_answer(model), _answer(expected))

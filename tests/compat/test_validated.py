@@ -53,7 +53,9 @@ def test_a_classifier_is_evaluated_first(options: dict[str, Any], tmp_path: Path
 def test_a_dense_task_is_evaluated_first(task: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     if task == "segmentation":
         data: Any = SceneSegmentationData(scenes=8, eval_scenes=8, batch_size=4, eval_batch_size=4, image_size=64)
-        module: Any = Segmenter("embedded:clip_emoji", None, CLIPSegDecoder(width=16, heads=2), template="a drawing of a {}", image_size=64)
+        module: Any = Segmenter(
+            "embedded:clip_emoji", None, CLIPSegDecoder(width=16, heads=2), template="a drawing of a {}", image_size=64
+        )
     else:
         test_vqa.pair.__wrapped__(monkeypatch)
         data, module = test_vqa.scenes(), test_vqa.task()
