@@ -247,6 +247,7 @@ def fusible(x: Tensor, weight: Tensor) -> bool:
     """Whether the fused function is exact here and pays: eager, and a plain frozen floating-point weight."""
     return (
         not torch.compiler.is_compiling()  # asked first: a size that is compared is a size that is fixed
+        and not torch._C._is_tracing()
         and x.numel() >= FUSED_FROM
         and not weight.requires_grad
         and type(weight) in (Tensor, nn.Parameter)

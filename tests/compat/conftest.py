@@ -5,6 +5,8 @@ What a function is tried with changes from day to day; `--share-seed all` (`make
 
 from __future__ import annotations
 
+import gc
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -26,3 +28,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     left = [item for item in items if item.nodeid in today or HERE not in item.path.parents]
     config.hook.pytest_deselected(items=[item for item in items if item not in set(left)])
     items[:] = left
+
+
+@pytest.fixture(autouse=True)
+def _settled() -> Iterator[None]:
+    """What is imported by now is left out of garbage collections: a Trainer asks for one at every turn, and with half
+    a dozen libraries loaded they take longer than its steps.
+    """
+    gc.freeze()
+    yield
+    gc.unfreeze()

@@ -219,7 +219,7 @@ def test_script_before_merge() -> None:
 
 @row("torch", "`torch.jit.trace` of a tuned and of a merged model")
 @pytest.mark.parametrize("merged", [False, True])
-def test_trace(merged: bool) -> None:
+def test_trace(merged: bool, tmp_path: Path) -> None:
     model = vit()
     tuning, _, expected = tuned(model)
     if merged:
@@ -227,6 +227,10 @@ def test_trace(merged: bool) -> None:
     with torch.no_grad():
         traced = torch.jit.trace(model, images())
         close(traced(images(seed=2)), expected(images(seed=2)), 1e-4)
+        many = images(64)  # from which on the fused product pays
+        torch.jit.save(torch.jit.trace(model, many), str(tmp_path / "model.pt"))
+        for x in (many, images(3)):
+            close(torch.jit.load(str(tmp_path / "model.pt"))(x), expected(x), 1e-4)
 
 
 @row("onnxruntime", "`torch.onnx.export` of a merged and of a tuned model, run by onnxruntime, dynamic batch")

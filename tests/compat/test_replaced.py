@@ -212,8 +212,8 @@ def _touches(change: str, at: str) -> bool:
     "timm",
     "after `attach`: `model.head = ...`, `reset_classifier`; a block replaced, deleted, added, swapped;"
     " a layer replaced or taken out; a weight replaced",
-    "exact for what is not tuned, for blocks deleted, added and swapped and for weights; a tuned module's own replacement "
-    "is refused: before `attach`, or after `detach`",
+    "exact for what is not tuned, for blocks deleted, added and swapped and for weights; a tuned module's own "
+    "replacement is refused: before `attach`, or after `detach`",
 )
 @pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("at", TUNED, ids=TUNED.values())
@@ -274,7 +274,7 @@ def test_a_probe_whose_head_is_replaced(change: str) -> None:
 @row(
     "timm",
     "detach, save and merge after a tuned module was replaced",
-    "the replacement is refused; so are `save` and `merge` once a tuned block is gone, and `detach` gives the plain one",
+    "the replacement is refused; so are `save` and `merge` once a tuned block is gone; `detach` gives the plain model",
 )
 @pytest.mark.parametrize("change", ["new head", "new layer", "one block fewer", "new block"])
 @pytest.mark.parametrize("act", ["detach", "save", "merge"])
