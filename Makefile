@@ -29,6 +29,7 @@ lint: $(STAMP)
 
 docs: $(STAMP)  ## regenerate the tables in docs/
 	$(BIN)/python -m tests.matrix.table
+	$(BIN)/python -m tests.compat.table
 
 bench: $(STAMP)  ## step time, memory and call cost beside HF PEFT
 	$(BIN)/python benchmarks/beside_peft.py

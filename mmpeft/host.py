@@ -23,6 +23,7 @@ from mmpeft.errors import ConfigError, Refused
 from mmpeft.few_bits import Product, packs, viewed
 from mmpeft.modules import CHILD as CHILD
 from mmpeft.modules import module_at as module_at
+from mmpeft.offload import HOOK, Hooked, fetched, looked, take_back
 from mmpeft.running import RUNNING, Pinned, Planned, current, remember
 from mmpeft.still import MODE, Still
 
@@ -199,6 +200,8 @@ def _begun(host: Any, seat: Seat, planned: Planned, inner: Callable[..., Any], a
             f"the rows in use() need passes of their own through the whole model, but {seat.path} was run by itself "
             "(generate() runs an encoder so, encode_image() a tower): call the model, or use() one name at a time"
         )
+    if not looked(state):
+        take_back(state)
     state.gate.enter()
     token = RUNNING.set(planned)
     try:
@@ -296,19 +299,11 @@ def base_value(module: nn.Module, name: str) -> Any:
     """
     for store in (module._parameters, module._buffers, module.__dict__):
         if name in store:
-            return _present(module, name, viewed(module, store[name]))
+            return fetched(module, name, viewed(module, store[name]))
     own = getattr(original_class(module), name, None)
     if isinstance(own, property):  # of a parametrised module, which computes its weight
         return own.fget(module)  # type: ignore[misc]
     raise AttributeError(f"{type(module).__name__} has no attribute {name!r}")
-
-
-def _present(module: nn.Module, name: str, value: Any) -> Any:
-    hook = module.__dict__.get("_hf_hook")
-    held = getattr(hook, "weights_map", None)
-    if held is None or not isinstance(value, Tensor) or not value.is_meta:
-        return value
-    return held[name].to(hook.execution_device)  # type: ignore[union-attr]
 
 
 def is_sharded(value: Any) -> bool:
@@ -339,7 +334,7 @@ def tuned_class(base: type, reads: frozenset[str]) -> TunedMeta:
     namespace: dict[str, Any] = {name: _reader(name) for name in reads - {MODE}}
     namespace |= {"base": base, "reads": reads, "packed": packs(base), "forward": _forward(base, still)}
     namespace |= {"__module__": base.__module__, "__doc__": base.__doc__, "__qualname__": base.__qualname__}
-    namespace |= {"__setattr__": _setattr, "__prepare_scriptable__": _scriptable}
+    namespace |= {"__setattr__": _setattr, HOOK: Hooked(), "__prepare_scriptable__": _scriptable}
     return _meta(type(base))(base.__name__, (Hosting, *((Still,) if still else ()), base), namespace)
 
 

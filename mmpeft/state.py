@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from types import FrameType
 from typing import TYPE_CHECKING, Any
-from weakref import WeakSet
+from weakref import WeakSet, WeakValueDictionary
 
 from torch import Tensor, nn
 
@@ -16,6 +16,7 @@ from mmpeft.controllers import Controllers
 from mmpeft.errors import ConfigError, nearest
 from mmpeft.liveness import Prints
 from mmpeft.methods.base import Method
+from mmpeft.offload import looked, take_back
 from mmpeft.parts.base import Placement
 from mmpeft.recompute import Recompute
 from mmpeft.running import Choice, Gate, Planned, chosen
@@ -68,6 +69,10 @@ class State:
         self.proofs: dict[Any, Proof] = {}
         """Whether rows stay apart, by kind of batch."""
         self.default = Choice(self, route)
+        self.hooks = -1
+        """How many hooks of accelerate's there were in this process when the parts were last looked after."""
+        self.made: WeakValueDictionary[tuple[int, str], nn.Parameter] = WeakValueDictionary()
+        """The tensors that parts were made with, by module and name."""
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy runs what this context has chosen."""
@@ -138,4 +143,6 @@ def state_with(model: nn.Module, name: str | None = None) -> State:
     if state is None or (name is not None and name not in state.placements):
         what = f"no tuning named {name!r}" if name is not None else "no tuning"
         raise ConfigError(f"the model has {what}; attached: {known or 'none'}.{nearest(name or '', known)}")
+    if not looked(state):
+        take_back(state)
     return state

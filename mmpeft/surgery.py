@@ -18,6 +18,7 @@ from mmpeft.host import CHILD, Seat, base_value, make_host, module_at, unmake_ho
 from mmpeft.liveness import buffer_prints, moved_buffers
 from mmpeft.methods.base import Method
 from mmpeft.modules import own_modules, own_parameters
+from mmpeft.offload import check_stored, check_values, know
 from mmpeft.parts.base import Placement
 from mmpeft.planning import by_weight
 from mmpeft.reach import reached
@@ -71,6 +72,7 @@ def attach(
             f"attach expects a method such as mmpeft.LoRA(rank=8), got {type(method).__name__}: {method!r}"
         )
     check_order(model)
+    check_stored(model)
     if train_head and not method.trains_head:
         from mmpeft.methods.selective.linear_probe import LinearProbe
 
@@ -81,6 +83,7 @@ def attach(
 def attach_saved(model: nn.Module, method: Method, name: str, run: bool = True) -> Tuning:
     """As `attach`, for a tuning whose tensors come from elsewhere: its head is what it was when they were trained."""
     check_order(model)
+    check_stored(model)
     return _attach(model, method, name, None, default_loss, run, None, warn=False)
 
 
@@ -104,6 +107,7 @@ def _attach(
         placements = method.place(model, available)  # all checks happen here, before anything is changed
         for placement in placements:
             _check_home(model, placement)
+        check_values(placements)
         why = fresh_head(model, available, method, placements) if warn else None
         if why:
             warnings.warn(why, FreshHeadWarning, stacklevel=3)
@@ -113,6 +117,7 @@ def _attach(
                 _freeze(model, state, available)
             state.methods[name], state.placements[name] = method, placements
             state.controllers[name] = controllers
+            know(state, placements)
             _install(model, state, name, placements)
             if run:
                 state.default = Choice(state, name)

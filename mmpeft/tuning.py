@@ -18,6 +18,7 @@ from mmpeft.host import base_value, is_sharded
 from mmpeft.liveness import Liveness, liveness
 from mmpeft.methods.base import Method, with_depth
 from mmpeft.modules import own_modules
+from mmpeft.offload import check_writable
 from mmpeft.parts.base import Placement
 from mmpeft.recompute import Recompute
 from mmpeft.report import Report, report
@@ -165,7 +166,7 @@ class Tuning:
         """Fold the tuning into the base weights, in fp32; the originals are kept for `unmerge`.
 
         Raises:
-            Refused: a part is no change of base weights; nothing is changed then.
+            Refused: a part is no change of base weights, or accelerate holds those elsewhere; nothing is changed then.
         """
         with unchanged_on_error(self.model):
             self._merge()
@@ -192,6 +193,7 @@ class Tuning:
                         "it on the base in full (mmpeft.load takes it there), and merge that"
                     )
                 if tensor is not None and (before is None or not torch.equal(tensor, before)):
+                    check_writable(host, name, path)
                     if name in host._buffers and name in host._non_persistent_buffers_set:
                         raise Refused(
                             f"merging would change the buffer {path}.{name}, which no state dict of the base holds"
@@ -208,6 +210,7 @@ class Tuning:
 
         Raises:
             ConfigError: not merged, or another tuning was merged on top of it.
+            Refused: accelerate holds the base weights elsewhere.
         """
         state = self._state
         if self.name not in state.merged:
@@ -215,6 +218,8 @@ class Tuning:
         if next(reversed(state.merged)) != self.name:
             raise ConfigError(f"unmerge {next(reversed(state.merged))!r} first: it was merged on top of {self.name!r}")
         with unchanged_on_error(self.model), state.changing():
+            for path, name, _ in state.merged[self.name]:
+                check_writable(state.hosts[path], name, path)
             for path, name, original in state.merged.pop(self.name):
                 exchange(state.hosts[path], name, original)
 

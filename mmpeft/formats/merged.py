@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from mmpeft.errors import AdapterFileError, ConfigError, Refused
 from mmpeft.formats.verify import REFUSALS, plain_copy
 from mmpeft.host import base_value, module_at, original_class
+from mmpeft.offload import check_present
 
 if TYPE_CHECKING:
     from mmpeft.tuning import Tuning
@@ -69,6 +70,7 @@ def merged_copy(tuning: Tuning) -> nn.Module:
     state = tuning._state
     if state.merged:
         raise ConfigError(f"unmerge() {list(state.merged)} before save_merged(): the base holds merged weights")
+    check_present(tuning.model, "save_merged()")
     plain = plain_copy(tuning.model)
     tuning.merge()
     try:

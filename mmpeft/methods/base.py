@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 from fnmatch import fnmatch
 from functools import wraps
@@ -17,6 +17,7 @@ from mmpeft.errors import ConfigError, Refused, nearest
 from mmpeft.functional.rows import count_rows
 from mmpeft.host import base_value, module_at
 from mmpeft.methods.fields import check_fields
+from mmpeft.offload import fetched, same_tensor
 from mmpeft.parts.base import Placement
 from mmpeft.selector import select
 from mmpeft.sites import Kind, Selector, Site
@@ -239,6 +240,12 @@ def tensor_of(model: nn.Module, path: str) -> Tensor:
     return value
 
 
+def identity(model: nn.Module, path: str) -> Hashable:
+    """What the names of one tensor have in common; `tensor_of` may answer with a new object at each call."""
+    owner, _, name = path.rpartition(".")
+    return same_tensor(module_at(model, owner), name)
+
+
 def own_weight(model: nn.Module, site: Site) -> Tensor:
     """The weight [o, i, ...] of a linear, convolution or embedding site, all rows of it."""
     weight = tensor_of(model, f"{site.path}.{site.tensor}")
@@ -260,9 +267,20 @@ def home_of(model: nn.Module, path: str) -> str:
 
 def any_tensor(model: nn.Module, site: Site) -> Tensor:
     """A tensor of the site's module (or of the model) that says device and type."""
-    module = module_at(model, site.path)
-    tensor = next((p for p in module.parameters()), None)
-    return tensor if tensor is not None else next(model.parameters())
+    own = first_tensor(module_at(model, site.path))
+    found = first_tensor(model) if own is None else own
+    assert found is not None
+    return found
+
+
+def first_tensor(module: nn.Module) -> Tensor | None:
+    """The first parameter under a module, from where accelerate holds it; None without any."""
+    for owner in module.modules():
+        for name, parameter in owner._parameters.items():
+            if parameter is not None:
+                found: Tensor = fetched(owner, name, parameter)
+                return found
+    return None
 
 
 def positive(method: Method, **values: float | None) -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from mmpeft.errors import Refused
+from mmpeft.offload import Hooked
 from mmpeft.parts.product import Inner, Reading
 
 HookKind = Literal["enter", "exit", "call", "read", "around"]
@@ -38,6 +39,8 @@ class Part(nn.Module):
     """Whether the part changes what the base has, so that `base + α (tuned − base)` is a weaker or stronger part."""
     resting: bool = False
     """Whether the part is left out of the forward pass; hosts see it when they plan anew (`Tuning.leave_out`)."""
+
+    _hf_hook = Hooked()
 
     @property
     def answers(self) -> bool:

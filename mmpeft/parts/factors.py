@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from mmpeft.functional.hadamard import hadamard_product, khatri_rao
 from mmpeft.functional.kron import kron_apply, kron_sum
 from mmpeft.functional.low_rank import low_rank_delta
+from mmpeft.offload import Hooked
 from mmpeft.parts.base import cast, trainable_dtype
 
 
@@ -23,6 +24,8 @@ def like_options(like: Tensor) -> dict[str, Any]:
 
 class Factor(nn.Module):
     """`ΔW` [o, i] of a weight: `forward(x)` is `ΔW x`, `materialise()` is `ΔW` itself."""
+
+    _hf_hook = Hooked()
 
     def materialise(self) -> Tensor:
         raise NotImplementedError

@@ -54,8 +54,9 @@ class _Through:
 def fusible(x: Tensor, weight: Tensor) -> bool:
     """Whether the fused function is exact here and pays: eager, and a plain frozen floating-point weight."""
     return (
-        x.numel() >= FUSED_FROM
-        and not torch.compiler.is_compiling()
+        not torch.compiler.is_compiling()  # asked first: a size that is compared is a size that is fixed
+        and not torch._C._is_tracing()
+        and x.numel() >= FUSED_FROM
         and not weight.requires_grad
         and type(weight) in (Tensor, nn.Parameter)
         and weight.is_floating_point()

@@ -24,6 +24,7 @@ from mmpeft.sites import sites
 from mmpeft.surgery import attach
 from mmpeft.training.checkpoint import AtomicCheckpointIO
 from mmpeft.training.control import METHOD, Control
+from mmpeft.training.metrics import FreshMetrics
 from mmpeft.training.schedule import warmup_cosine
 from mmpeft.tuning import Tuning
 
@@ -99,7 +100,7 @@ class TuningModule(lightning.LightningModule):
 
     def configure_callbacks(self) -> list[Callback]:
         """Lightning's hook: what a task brings along; a task that brings more adds to it."""
-        return [Control()]
+        return [Control(), FreshMetrics()]
 
     def prepare(self) -> Tuning:
         """Create the backbone and attach the method once; configuration errors come out here, before any compute."""

@@ -212,7 +212,8 @@ def _touches(change: str, at: str) -> bool:
     "timm",
     "after `attach`: `model.head = ...`, `reset_classifier`; a block replaced, deleted, added, swapped;"
     " a layer replaced or taken out; a weight replaced",
-    "what is not tuned may change; where a tuned module goes, the update goes with it or the change is refused",
+    "exact for what is not tuned, for blocks deleted, added and swapped and for weights; a tuned module's own "
+    "replacement is refused: before `attach`, or after `detach`",
 )
 @pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("at", TUNED, ids=TUNED.values())
@@ -251,7 +252,11 @@ def _put_on_the_new(tuning: Any, changed: Any) -> Any:
         return pytest.fail("the update has no place on the new module: it was dropped without a word")
 
 
-@row("timm", "a head that trains (`LinearProbe`) and is then replaced", "the new head trains, or the change is refused")
+@row(
+    "timm",
+    "a head that trains (`LinearProbe`) and is then replaced",
+    "the new head is refused: before `attach`, or after `detach`",
+)
 @pytest.mark.parametrize("change", ["new head", "reset_classifier"])
 def test_a_probe_whose_head_is_replaced(change: str) -> None:
     model = vit()
@@ -266,7 +271,11 @@ def test_a_probe_whose_head_is_replaced(change: str) -> None:
     assert sum(p.numel() for p in tuning.parameters()) == 7 * 49
 
 
-@row("timm", "detach, save and merge after a tuned module was replaced", "the modules that are there now, or refused")
+@row(
+    "timm",
+    "detach, save and merge after a tuned module was replaced",
+    "the replacement is refused; so are `save` and `merge` once a tuned block is gone; `detach` gives the plain model",
+)
 @pytest.mark.parametrize("change", ["new head", "new layer", "one block fewer", "new block"])
 @pytest.mark.parametrize("act", ["detach", "save", "merge"])
 def test_life_after_replacement(change: str, act: str, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from mmpeft.controllers.objective import NearIdentity
 from mmpeft.controllers.scores import Loss, default_loss
 from mmpeft.errors import ConfigError, Refused
 from mmpeft.host import module_at
-from mmpeft.methods.base import Method, positive, register
+from mmpeft.methods.base import Method, first_tensor, positive, register
 from mmpeft.parts import Branch
 from mmpeft.parts.base import Placement
 from mmpeft.parts.fusion import Fusion
@@ -79,8 +79,9 @@ class AdapterFusion(Method):
         for row in zip(*columns, strict=True):
             adapters = [copy.deepcopy(p.part) for p in row]
             width = _width(adapters[0])
-            like = next(module_at(model, row[0].home).parameters(), None)
-            like = next(model.parameters()) if like is None else like
+            like = first_tensor(module_at(model, row[0].home))
+            like = first_tensor(model) if like is None else like
+            assert like is not None
             part = Fusion(adapters, width, self.temperature, like)
             placements.append(replace(row[0], part=part, key=f"fusion_{row[0].role.replace('.', '_')}"))
         return placements

@@ -15,7 +15,7 @@ from mmpeft.errors import ConfigError, DataError, nearest
 from mmpeft.functional.rows import Rows, put_rows, take_rows
 from mmpeft.functional.top_k import BITS
 from mmpeft.host import original_class
-from mmpeft.methods.base import Method, Sited, positive, register, tensor_of
+from mmpeft.methods.base import Method, Sited, identity, positive, register, tensor_of
 from mmpeft.methods.reparameterized.lora import LoRA
 from mmpeft.methods.selective.plan import Plan
 from mmpeft.methods.shared.plan_file import plan_content
@@ -93,8 +93,8 @@ class SPT(Method):
         available = sites(model)
         budget = parse_budget(self.budget, sum(p.numel() for p in model.parameters()))
         names = [site.path for site in select(available, self.at) if site.role == "param"]
-        first = {id(tensor_of(model, name)): name for name in reversed(names)}  # a tied tensor is one candidate
-        tensors = {name: tensor_of(model, name) for name in names if first[id(tensor_of(model, name))] == name}
+        first = {identity(model, name): name for name in reversed(names)}  # a tied tensor is one candidate
+        tensors = {name: tensor_of(model, name) for name in names if first[identity(model, name)] == name}
         scores = score(model, tensors, self.score, data, loss, self.batches)
         units = self._units(model, available, tensors)
         for unit in units:

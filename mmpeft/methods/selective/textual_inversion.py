@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from torch import nn
 
 from mmpeft.errors import ConfigError
-from mmpeft.methods.base import positive, register, tensor_of
+from mmpeft.methods.base import identity, positive, register, tensor_of
 from mmpeft.methods.shared.tensors import TensorMethod
 from mmpeft.sites import Site
 
@@ -29,9 +29,10 @@ class TextualInversion(TensorMethod):
 
     def tensors(self, model: nn.Module, available: list[Site]) -> Iterable[Site]:
         tables = {site.path for site in available if site.role == "embed" and site.kind == "embedding"}
-        shared = {id(tensor_of(model, f"{path}.weight")) for path in tables}
+        shared = {identity(model, f"{path}.weight") for path in tables}
         for site in available:
-            if site.role == "param" and id(tensor := tensor_of(model, site.path)) in shared:
+            if site.role == "param" and identity(model, site.path) in shared:
+                tensor = tensor_of(model, site.path)
                 if len(tensor) < self.words:
                     raise ConfigError(f"{site.path} has {len(tensor)} rows, words={self.words}")
                 yield replace(site, rows=(len(tensor) - self.words, len(tensor)))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from mmpeft.errors import ConfigError, Refused, SiteError
 from mmpeft.few_bits import FewBits
 from mmpeft.functional.rows import Rows, take_rows
-from mmpeft.methods.base import Method, tensor_of
+from mmpeft.methods.base import Method, identity, tensor_of
 from mmpeft.parts import Mask, Sparse
 from mmpeft.parts.base import Hook, Part, Placement
 from mmpeft.selector import select
@@ -62,9 +62,9 @@ class TensorMethod(Method):
 
 def tied(model: nn.Module, chosen: Iterable[Site]) -> list[list[Site]]:
     """The chosen names by tensor: names of one tensor that are chosen together stay tied."""
-    groups: dict[tuple[int, Rows | None], list[Site]] = {}
+    groups: dict[tuple[Hashable, Rows | None], list[Site]] = {}
     for site in chosen:
-        groups.setdefault((id(tensor_of(model, site.path)), site.rows), []).append(site)
+        groups.setdefault((identity(model, site.path), site.rows), []).append(site)
     return list(groups.values())
 
 
@@ -99,20 +99,20 @@ def place_entries(
     A linear that is called gets the update of its output; whatever else reads the tensor reads the sum.
     """
     called = {f"{s.path}.weight": s for s in available if s.kind == "linear" and s.via == "call"}
-    names: dict[int, list[str]] = {}
+    names: dict[Hashable, list[str]] = {}
     for site in available:
         if site.role == "param":
-            names.setdefault(id(tensor_of(model, site.path)), []).append(site.path)
+            names.setdefault(identity(model, site.path), []).append(site.path)
     placements = []
     for path, indices in chosen.items():
         tensor = tensor_of(model, path)
         if len(indices) and not 0 <= int(indices.min()) <= int(indices.max()) < tensor.numel():
             raise ConfigError(f"{path} has {tensor.numel()} entries, the indices go up to {int(indices.max())}")
         hooks = []
-        for name in names[id(tensor)]:
+        for name in names[identity(model, path)]:
             owner, _, attribute = name.rpartition(".")
             hooks.append(Hook(owner, "exit") if name in called else Hook(owner, "read", attribute))
-        transposed = any(called[name].transposed for name in names[id(tensor)] if name in called)
+        transposed = any(called[name].transposed for name in names[identity(model, path)] if name in called)
         home, _, label = path.rpartition(".")
         part = Sparse(tensor, indices, any(hook.kind == "exit" for hook in hooks), transposed)
         placements.append(Placement(part, home, f"{method}_{label}_entries", tuple(hooks), "param"))
