@@ -129,8 +129,10 @@ _inside = threading.local()
 
 def _setattr(self: Any, name: str, value: Any) -> None:
     if name == "forward" and SEAT in self.__dict__:
-        with self.__dict__[SEAT].state.changing():
+        state = self.__dict__[SEAT].state
+        with state.gate.alone(state):
             _patch(self, value)
+            state.forget()  # whoever patches one module may go on with others: plans wait for the next pass
     else:
         nn.Module.__setattr__(self, name, value)
 

@@ -114,13 +114,18 @@ class State:
             yield
             self.replan()
 
-    def replan(self) -> None:
-        """Plan every choice anew; one that names what is gone says so when it next runs."""
+    def forget(self) -> None:
+        """Drop all plans: each choice is planned when it next runs."""
         self.kept.clear()
         self.proofs.clear()
         self.slots = None
         for choice in list(self.live):
             choice.planned = None
+
+    def replan(self) -> None:
+        """Plan every choice anew; one that names what is gone says so when it next runs."""
+        self.forget()
+        for choice in list(self.live):
             try:
                 choice.plan()
             except ConfigError:
