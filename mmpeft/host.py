@@ -119,6 +119,15 @@ class Patched:
             patches.pop()
 
     @property
+    def __func__(self) -> Any:
+        """Of a patch that is a method: its function, which others wrap to make the next one."""
+        return self.patch.__func__  # type: ignore[attr-defined]
+
+    @property
+    def __self__(self) -> nn.Module:
+        return self.host
+
+    @property
     def __signature__(self) -> inspect.Signature:
         return inspect.signature(self.patch)
 
@@ -140,10 +149,10 @@ def _setattr(self: Any, name: str, value: Any) -> None:
 def _patch(host: nn.Module, patch: Any) -> None:
     """Put a forward on a host, or take it off again."""
     own: Any = original_class(host)
-    if getattr(patch, "__self__", None) is host and patch.__func__ in (type(host).forward, own.forward):
-        host.__dict__.pop("forward", None)
-    elif isinstance(patch, Patched) and patch.host is host:
+    if isinstance(patch, Patched) and patch.host is host:
         host.__dict__["forward"] = patch
+    elif getattr(patch, "__self__", None) is host and patch.__func__ in (type(host).forward, own.forward):
+        host.__dict__.pop("forward", None)
     else:
         host.__dict__["forward"] = Patched(host, patch)
         make_host(host, host.__dict__[SEAT], frozenset({"weight"} & host._parameters.keys()))
