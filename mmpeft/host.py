@@ -118,14 +118,11 @@ class Patched:
         finally:
             patches.pop()
 
-    @property
-    def __func__(self) -> Any:
-        """Of a patch that is a method: its function, which others wrap to make the next one."""
-        return self.patch.__func__  # type: ignore[attr-defined]
-
-    @property
-    def __self__(self) -> nn.Module:
-        return self.host
+    def __getattr__(self, name: str) -> Any:
+        """What the patch has: its function, which others wrap to make the next one, or what it wraps itself."""
+        if "patch" not in self.__dict__:  # being copied
+            raise AttributeError(name)
+        return getattr(self.patch, name)
 
     @property
     def __signature__(self) -> inspect.Signature:
