@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from mmpeft.errors import Refused
-from mmpeft.host import module_at, original_class
+from mmpeft.host import original_class
+from mmpeft.modules import module_at
 from mmpeft.sites import Site
 
 VARYING = ("dynamic", "longrope")

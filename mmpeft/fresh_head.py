@@ -7,9 +7,9 @@ from collections.abc import Iterable, Sequence
 from torch import Tensor, nn
 
 from mmpeft.few_bits import FewBits
-from mmpeft.host import CHILD, base_value, module_at, original_class
+from mmpeft.host import base_value, original_class
 from mmpeft.methods.base import Method
-from mmpeft.modules import own_modules
+from mmpeft.modules import CHILD, module_at, own_modules
 from mmpeft.parts.base import Placement
 from mmpeft.sites import Site
 

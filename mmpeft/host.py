@@ -8,63 +8,20 @@ one child named `mmpeft`. Only `mmpeft.surgery` performs it.
 from __future__ import annotations
 
 import copyreg
-import inspect
-import threading
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from functools import cache, partial, wraps
-from types import FunctionType
-from typing import TYPE_CHECKING, Any
+from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from mmpeft.errors import ConfigError, Refused
-from mmpeft.few_bits import Product, packs, viewed
-from mmpeft.modules import CHILD as CHILD
-from mmpeft.modules import module_at as module_at
-from mmpeft.offload import HOOK, Hooked, fetched, looked, take_back
-from mmpeft.running import RUNNING, Pinned, Planned, current, remember
+from mmpeft.errors import Refused
+from mmpeft.few_bits import packs, viewed
+from mmpeft.forward import SEAT, Seat, forward_of, plan_of
+from mmpeft.modules import CHILD
+from mmpeft.offload import HOOK, Hooked, fetched
+from mmpeft.patched import Patched
 from mmpeft.still import MODE, Still
-
-if TYPE_CHECKING:
-    from mmpeft.parts.base import Call, Part
-    from mmpeft.state import State
-
-SEAT = "_mmpeft_seat"
-
-
-@dataclass
-class Plan:
-    """What a host does in its forward pass under a route; empty lists are the plain backbone."""
-
-    enter: tuple[Part, ...] = ()
-    exit: tuple[Part, ...] = ()
-    call: Call | None = None
-    reads: dict[str, tuple[Part, ...]] = field(default_factory=dict)
-    wraps: tuple[Part, ...] = ()
-    """Parts that run the host themselves, the first one outermost."""
-    around: Callable[..., Any] | None = None
-    """Runs the host inside `wraps`: recomputation, which repeats it and those of `wraps` that are `repeated`."""
-    alone: bool = False
-    """Whether `call` is all there is: the common case of a tuned linear, kept free of further tests."""
-
-
-PLAIN = Plan()
-
-
-class Seat:
-    """A host's place in its model: the model's state, its own number there, and its plans by the number of a route."""
-
-    def __init__(self, state: State, index: int, path: str) -> None:
-        self.state, self.index, self.path = state, index, path
-        self.plans: dict[int, Plan] = {}
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {"state": self.state, "index": self.index, "path": self.path}
-
-    def __setstate__(self, values: dict[str, Any]) -> None:
-        self.__dict__.update(values, plans={})
 
 
 class TunedMeta(type):
@@ -92,212 +49,6 @@ def _reduced(cls: TunedMeta) -> Any:
 
 
 copyreg.pickle(TunedMeta, _reduced)  # type: ignore[arg-type]
-
-
-class Patched:
-    """`forward` of a host on which somebody has put one of their own, which runs inside the parts.
-
-    Each sees the one before it as the module had it; what calls the class's own forward gets the base's.
-    """
-
-    def __init__(self, host: nn.Module, patch: Callable[..., Any]) -> None:
-        self.host, self.patch = host, patch
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        host: Any = self.host
-        if not is_host(host) or any(inside is host for inside in getattr(_inside, "patches", ())):
-            return self.run(*args, **kwargs)
-        return type(host).forward(host, *args, **kwargs)
-
-    def run(self, *args: Any, **kwargs: Any) -> Any:
-        """The patch itself."""
-        patches = _inside.__dict__.setdefault("patches", [])
-        patches.append(self.host)
-        try:
-            return self.patch(*args, **kwargs)
-        finally:
-            patches.pop()
-
-    def __getattr__(self, name: str) -> Any:
-        """What the patch has: its function, which others wrap to make the next one, or what it wraps itself."""
-        if "patch" not in self.__dict__:  # being copied
-            raise AttributeError(name)
-        return getattr(self.patch, name)
-
-    @property
-    def __signature__(self) -> inspect.Signature:
-        return inspect.signature(self.patch)
-
-
-_inside = threading.local()
-"""The hosts whose patched forward this thread is in."""
-
-
-def _setattr(self: Any, name: str, value: Any) -> None:
-    if name == "forward" and SEAT in self.__dict__:
-        state = self.__dict__[SEAT].state
-        with state.gate.alone(state):
-            _patch(self, value)
-            state.forget()  # whoever patches one module may go on with others: plans wait for the next pass
-    else:
-        nn.Module.__setattr__(self, name, value)
-
-
-def _patch(host: nn.Module, patch: Any) -> None:
-    """Put a forward on a host, or take it off again."""
-    own: Any = original_class(host)
-    if isinstance(patch, Patched) and patch.host is host:
-        host.__dict__["forward"] = patch
-    elif getattr(patch, "__self__", None) is host and patch.__func__ in (type(host).forward, own.forward):
-        host.__dict__.pop("forward", None)
-    else:
-        host.__dict__["forward"] = Patched(host, patch)
-        make_host(host, host.__dict__[SEAT], frozenset({"weight"} & host._parameters.keys()))
-
-
-def _forward(base: Any, still: bool) -> Callable[..., Any]:
-    """The forward of a host of class `base`, under the signature, name and doc of its own."""
-    own: Any = Still.forward if still else Product.forward if packs(base) else base.forward
-    function = isinstance(base.forward, FunctionType)
-
-    def inner(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if "forward" in self.__dict__:
-            return self.__dict__["forward"].run(*args, **kwargs)
-        return own(self, *args, **kwargs) if function else base.forward(*args, **kwargs)
-
-    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        seat = getattr(self, SEAT, None)
-        if seat is None:  # a bound method that outlived the tuning
-            return own(self, *args, **kwargs)
-        if "forward" in self.__dict__ and any(inside is self for inside in getattr(_inside, "patches", ())):
-            return own(self, *args, **kwargs)
-        running = RUNNING.get()
-        if running is None or running.state is not seat.state:
-            return _pass(self, seat, inner, args, kwargs)
-        if torch.compiler.is_compiling() and running.number is not None:
-            plan = seat.plans.get(running.number)
-        else:
-            plan = running.plans.get(seat.index)
-        if plan is None:
-            return inner(self, *args, **kwargs)
-        if plan.alone and not kwargs and len(args) == 1:
-            return plan.call(self, args[0])
-        return run(self, plan, inner, args, kwargs)
-
-    if not function:
-        return forward
-    found = wraps(base.forward)(forward)
-    found.__signature__ = inspect.signature(base.forward)  # type: ignore[attr-defined]
-    return found
-
-
-def _pass(host: Any, seat: Seat, inner: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-    """A host that is run from outside: a pass through the model, or through a part of it, begins here."""
-    planned = current(seat.state)
-    if torch.compiler.is_compiling() and (planned.rows is None or (seat.state.proofs and not planned.whole)):
-        plan = planned.plans.get(seat.index)
-        return inner(host, *args, **kwargs) if plan is None else run(host, plan, inner, args, kwargs)
-    return _begun(host, seat, planned, inner, args, kwargs)
-
-
-def _begun(host: Any, seat: Seat, planned: Planned, inner: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-    state = seat.state
-    plan = planned.plans.get(seat.index, PLAIN)
-    if planned.whole and seat.path and seat.index in planned.plans:
-        raise ConfigError(
-            f"the rows in use() need passes of their own through the whole model, but {seat.path} was run by itself "
-            "(generate() runs an encoder so, encode_image() a tower): call the model, or use() one name at a time"
-        )
-    if not looked(state):
-        take_back(state)
-    state.gate.enter()
-    token = RUNNING.set(planned)
-    try:
-        if planned.rows is not None and not seat.path:
-            output = planned.rows(planned, partial(_under, host, seat, inner), args, kwargs)
-        else:
-            output = run(host, plan, inner, args, kwargs)
-    finally:
-        RUNNING.reset(token)
-        state.gate.leave()
-    if torch.is_grad_enabled():
-        remember(output, planned)
-    return output
-
-
-def _under(host: Any, seat: Seat, inner: Callable[..., Any], planned: Planned, args: Any, kwargs: Any) -> Any:
-    """One of several passes through the whole model."""
-    token = RUNNING.set(planned)
-    try:
-        output = run(host, planned.plans.get(seat.index, PLAIN), inner, args, kwargs)
-    finally:
-        RUNNING.reset(token)
-    if torch.is_grad_enabled():
-        remember(output, planned)
-    return output
-
-
-def run(host: Any, plan: Plan, inner: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-    """A host's forward pass with the parts of a plan."""
-    if not plan.wraps and plan.around is None:
-        return _with_parts(host, plan, inner, *args, **kwargs)
-    call = _wrapped(host, plan, partial(_with_parts, host, plan, inner), repeated=True)
-    if plan.around is not None:
-        call = partial(plan.around, call if torch.compiler.is_compiling() else Pinned(call))
-    return _wrapped(host, plan, call, repeated=False)(*args, **kwargs)
-
-
-def _wrapped(host: Any, plan: Plan, call: Callable[..., Any], repeated: bool) -> Callable[..., Any]:
-    for part in reversed(plan.wraps):
-        if part.repeated == repeated:
-            call = partial(part.around, host, call)
-    return call
-
-
-def _with_parts(host: Any, plan: Plan, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    if not (plan.enter or plan.exit or plan.call):
-        return inner(host, *args, **kwargs)
-    if not (args or kwargs):
-        return inner(host)
-    name = "" if args else _input_name(type(host), kwargs)
-    x, args = (kwargs.pop(name), args) if name else (args[0], args[1:])
-    for part in plan.enter:
-        x = part.enter(host, x)
-    if plan.call and not (args or kwargs) and name in ("", "input", "x"):
-        y = plan.call(host, x)
-    else:  # by its own name, as the module was called: one that it does not know is its own error
-        y = inner(host, *args, **{name: x}, **kwargs) if name else inner(host, x, *args, **kwargs)
-    for part in plan.exit:
-        first, *rest = y if isinstance(y, tuple) else (y,)
-        first = part.exit(host, x, first)
-        y = (first, *rest) if isinstance(y, tuple) else first
-    return y
-
-
-def _input_name(cls: Any, kwargs: dict[str, Any]) -> str:
-    """The name of what a module reads, where all arguments are named: its first parameter, or the first given."""
-    own = _first_parameter(cls)
-    return own if own in kwargs else next(iter(kwargs))
-
-
-@cache
-def _first_parameter(cls: Any) -> str:
-    return next(iter(list(inspect.signature(cls.forward).parameters)[1:]), "")
-
-
-def planned_of(host: nn.Module) -> Planned:
-    """What runs in a host's model at present: in the pass that runs, or under this context's choice."""
-    seat: Seat = getattr(host, SEAT)
-    running = RUNNING.get()
-    return current(seat.state) if running is None or running.state is not seat.state else running
-
-
-def plan_of(host: nn.Module) -> Plan:
-    """What a host does at present."""
-    planned, seat = planned_of(host), getattr(host, SEAT)
-    if torch.compiler.is_compiling() and RUNNING.get() is planned and planned.number is not None:
-        return seat.plans.get(planned.number, PLAIN)  # type: ignore[no-any-return]
-    return planned.plans.get(seat.index, PLAIN)
 
 
 def base_value(module: nn.Module, name: str) -> Any:
@@ -340,10 +91,37 @@ def tuned_class(base: type, reads: frozenset[str]) -> TunedMeta:
     """The subclass of `base` that hosts parts and lets them answer for the attributes `reads`."""
     still = MODE in reads
     namespace: dict[str, Any] = {name: _reader(name) for name in reads - {MODE}}
-    namespace |= {"base": base, "reads": reads, "packed": packs(base), "forward": _forward(base, still)}
+    namespace |= {"base": base, "reads": reads, "packed": packs(base), "forward": forward_of(base, still)}
     namespace |= {"__module__": base.__module__, "__doc__": base.__doc__, "__qualname__": base.__qualname__}
-    namespace |= {"__setattr__": _setattr, HOOK: Hooked(), "__prepare_scriptable__": _scriptable}
+    namespace |= {"__setattr__": _setter(base), HOOK: Hooked(), "__prepare_scriptable__": _scriptable}
     return _meta(type(base))(base.__name__, (Hosting, *((Still,) if still else ()), base), namespace)
+
+
+def _setter(base: Any) -> Callable[[Any, str, Any], None]:
+    """`__setattr__` of a host of class `base`, which notices a forward that is put on the module."""
+
+    def setattr_(self: Any, name: str, value: Any) -> None:
+        if name != "forward" or SEAT not in self.__dict__:
+            base.__setattr__(self, name, value)
+            return
+        state = self.__dict__[SEAT].state
+        with state.gate.alone(state):
+            _patch(self, value)
+            state.forget()  # whoever patches one module may go on with others: plans wait for the next pass
+
+    return setattr_
+
+
+def _patch(host: nn.Module, patch: Any) -> None:
+    """Put a forward on a host, or take it off again."""
+    own: Any = original_class(host)
+    if isinstance(patch, Patched) and patch.host is host:
+        host.__dict__["forward"] = patch
+    elif getattr(patch, "__self__", None) is host and patch.__func__ in (type(host).forward, own.forward):
+        host.__dict__.pop("forward", None)
+    else:
+        host.__dict__["forward"] = Patched(host, patch)
+        make_host(host, host.__dict__[SEAT], frozenset({"weight"} & host._parameters.keys()))
 
 
 class Hosting:
@@ -443,6 +221,7 @@ def unmake_host(module: nn.Module) -> None:
     module.__class__ = rebased(type(module), tuned, tuned.base)
     patched = module.__dict__.get("forward")
     if isinstance(patched, Patched):
+        patched.hosting = False  # somebody may have kept it, to call it from the next
         module.__dict__["forward"] = patched.patch
     del module.__dict__[SEAT]
     module._modules.pop(CHILD, None)

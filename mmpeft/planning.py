@@ -7,7 +7,8 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
-from mmpeft.host import SEAT, Plan, Seat, multiplies
+from mmpeft.forward import SEAT, Plan, Seat
+from mmpeft.host import multiplies
 from mmpeft.mixture import Mixture
 from mmpeft.parts.base import Hook, Part, Placement
 from mmpeft.parts.delta import Delta

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from mmpeft.errors import ConfigError, Refused
-from mmpeft.host import Plan
+from mmpeft.forward import Plan
 from mmpeft.parts.base import Part
 from mmpeft.recompute import is_cache
 from mmpeft.running import RUNNING, Planned

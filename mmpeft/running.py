@@ -24,7 +24,7 @@ from torch.utils.checkpoint import CheckpointFunction
 from mmpeft.errors import Refused
 
 if TYPE_CHECKING:
-    from mmpeft.host import Plan
+    from mmpeft.forward import Plan
     from mmpeft.state import State
     from mmpeft.together import Route
 

@@ -23,7 +23,7 @@ from mmpeft.running import Choice, Gate, Planned, chosen
 from mmpeft.together import Route
 
 if TYPE_CHECKING:
-    from mmpeft.host import Plan
+    from mmpeft.forward import Plan
     from mmpeft.row_proof import Proof
 
 STATE = "_mmpeft_state"

@@ -77,6 +77,6 @@ class Still:
 
     def _moves(self) -> bool:
         """Whether a part answers for the statistics under the present route."""
-        from mmpeft.host import plan_of
+        from mmpeft.forward import plan_of
 
         return any(name in plan_of(self).reads for name in NAMES)  # type: ignore[arg-type]

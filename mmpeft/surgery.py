@@ -13,11 +13,12 @@ from mmpeft.controllers import Controllers
 from mmpeft.controllers.scores import Loss, default_loss
 from mmpeft.errors import ConfigError, DataError, FreshHeadWarning, MovedBuffersWarning, Refused, SiteError
 from mmpeft.few_bits import guard, packs
+from mmpeft.forward import Seat
 from mmpeft.fresh_head import fresh_head
-from mmpeft.host import CHILD, Seat, base_value, make_host, module_at, unmake_host
+from mmpeft.host import base_value, make_host, unmake_host
 from mmpeft.liveness import buffer_prints, moved_buffers
 from mmpeft.methods.base import Method
-from mmpeft.modules import own_modules, own_parameters
+from mmpeft.modules import CHILD, module_at, own_modules, own_parameters
 from mmpeft.offload import check_stored, check_values, know
 from mmpeft.parts.base import Placement
 from mmpeft.planning import by_weight

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from mmpeft.choice import use
 from mmpeft.combine.library import Adapter, borrow
 from mmpeft.errors import ConfigError, DataError, SiteError
-from mmpeft.host import module_at
 from mmpeft.liveness import call
+from mmpeft.modules import module_at
 from mmpeft.parts.base import Placement
 from mmpeft.sites import sites
 from mmpeft.state import state_of

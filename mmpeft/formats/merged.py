@@ -23,7 +23,8 @@ from torch import Tensor, nn
 
 from mmpeft.errors import AdapterFileError, ConfigError, Refused
 from mmpeft.formats.verify import REFUSALS, plain_copy
-from mmpeft.host import base_value, module_at, original_class
+from mmpeft.host import base_value, original_class
+from mmpeft.modules import module_at
 from mmpeft.offload import check_present
 
 if TYPE_CHECKING:

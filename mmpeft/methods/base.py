@@ -15,8 +15,9 @@ from mmpeft.controllers.base import Controller
 from mmpeft.controllers.scores import Loss, default_loss
 from mmpeft.errors import ConfigError, Refused, nearest
 from mmpeft.functional.rows import count_rows
-from mmpeft.host import base_value, module_at
+from mmpeft.host import base_value
 from mmpeft.methods.fields import check_fields
+from mmpeft.modules import module_at
 from mmpeft.offload import fetched, same_tensor
 from mmpeft.parts.base import Placement
 from mmpeft.selector import select

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from mmpeft.errors import ConfigError
-from mmpeft.host import plan_of
+from mmpeft.forward import plan_of
 from mmpeft.parts.base import Part
 from mmpeft.parts.passing import Passed
 from mmpeft.recompute import recomputing

@@ -8,8 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mmpeft.forward import planned_of
 from mmpeft.functional.fused import Update
-from mmpeft.host import original_class, planned_of
+from mmpeft.host import original_class
 from mmpeft.parts.base import Part, cast
 from mmpeft.parts.delta import Delta
 from mmpeft.parts.factors import LowRank

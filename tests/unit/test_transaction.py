@@ -16,7 +16,7 @@ from torch import nn
 
 import mmpeft
 from mmpeft.errors import MMPEFTError
-from mmpeft.host import CHILD
+from mmpeft.modules import CHILD
 from mmpeft.state import state_of
 from mmpeft.transaction import unchanged_on_error
 from tests.unit.toy import Toy

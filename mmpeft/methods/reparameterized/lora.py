@@ -10,8 +10,8 @@ from typing import ClassVar
 from torch import Tensor, nn
 
 from mmpeft.errors import ConfigError
-from mmpeft.host import module_at
 from mmpeft.methods.base import Sited, fan, own_weight, positive, rate, register
+from mmpeft.modules import module_at
 from mmpeft.parts import Delta, Factor, LowRank
 from mmpeft.parts.base import Hook, Placement
 from mmpeft.parts.delta import hook_kind

@@ -8,9 +8,9 @@ from typing import ClassVar
 
 from torch import nn
 
-from mmpeft.host import module_at
 from mmpeft.methods.base import register, tensor_of
 from mmpeft.methods.shared.tensors import TensorMethod, elements, tied, train_tensors
+from mmpeft.modules import module_at
 from mmpeft.parts import Mask
 from mmpeft.parts.base import Hook, Placement
 from mmpeft.selector import select

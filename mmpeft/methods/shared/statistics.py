@@ -9,9 +9,9 @@ from typing import ClassVar
 from torch import nn
 
 from mmpeft.errors import SiteError
-from mmpeft.host import CHILD, module_at
 from mmpeft.methods.base import Method, MethodInfo
 from mmpeft.methods.shared.tensors import TensorMethod
+from mmpeft.modules import CHILD, module_at
 from mmpeft.parts.base import Placement
 from mmpeft.parts.statistics import place
 from mmpeft.selector import select
