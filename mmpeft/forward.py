@@ -14,6 +14,7 @@ from torch import nn
 
 from mmpeft.errors import ConfigError
 from mmpeft.few_bits import Product, packs
+from mmpeft.modules import SEAT
 from mmpeft.offload import looked, take_back
 from mmpeft.patched import is_inside
 from mmpeft.running import RUNNING, Pinned, Planned, current, remember
@@ -22,8 +23,6 @@ from mmpeft.still import Still
 if TYPE_CHECKING:
     from mmpeft.parts.base import Call, Part
     from mmpeft.state import State
-
-SEAT = "_mmpeft_seat"
 
 
 @dataclass

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from mmpeft.errors import Refused
 from mmpeft.few_bits import packs, viewed
-from mmpeft.forward import SEAT, Seat, forward_of, plan_of
-from mmpeft.modules import CHILD
+from mmpeft.forward import Seat, forward_of, plan_of
+from mmpeft.modules import CHILD, SEAT
 from mmpeft.offload import HOOK, Hooked, fetched
 from mmpeft.patched import Patched
 from mmpeft.still import MODE, Still
@@ -221,7 +221,6 @@ def unmake_host(module: nn.Module) -> None:
     module.__class__ = rebased(type(module), tuned, tuned.base)
     patched = module.__dict__.get("forward")
     if isinstance(patched, Patched):
-        patched.hosting = False  # somebody may have kept it, to call it from the next
         module.__dict__["forward"] = patched.patch
     del module.__dict__[SEAT]
     module._modules.pop(CHILD, None)

@@ -9,6 +9,9 @@ from torch import nn
 CHILD = "mmpeft"
 """The name under which a module holds the parts that it hosts."""
 
+SEAT = "_mmpeft_seat"
+"""The attribute by which a host knows its place among those of its model."""
+
 
 def own_modules(
     module: nn.Module, path: str = "", seen: set[nn.Module] | None = None

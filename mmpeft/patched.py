@@ -9,6 +9,8 @@ from typing import Any
 
 from torch import nn
 
+from mmpeft.modules import SEAT
+
 
 class Patched:
     """`forward` of a host on which somebody has put one of their own, which runs inside the parts.
@@ -17,11 +19,11 @@ class Patched:
     """
 
     def __init__(self, host: nn.Module, patch: Callable[..., Any]) -> None:
-        self.host, self.patch, self.hosting = host, patch, True
+        self.host, self.patch = host, patch
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         host: Any = self.host
-        if not self.hosting or is_inside(host):
+        if SEAT not in host.__dict__ or is_inside(host):
             return self.run(*args, **kwargs)
         return type(host).forward(host, *args, **kwargs)
 

@@ -7,9 +7,10 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
-from mmpeft.forward import SEAT, Plan, Seat
+from mmpeft.forward import Plan, Seat
 from mmpeft.host import multiplies
 from mmpeft.mixture import Mixture
+from mmpeft.modules import SEAT
 from mmpeft.parts.base import Hook, Part, Placement
 from mmpeft.parts.delta import Delta
 from mmpeft.parts.scaled import Scaled
