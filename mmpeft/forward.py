@@ -113,16 +113,18 @@ def _begun(host: Any, seat: Seat, planned: Planned, inner: Callable[..., Any], a
         )
     if not looked(state):
         take_back(state)
-    state.gate.enter()
-    token = RUNNING.set(planned)
+    this, token = object(), None
     try:
+        state.gate.enter(this)
+        token = RUNNING.set(planned)
         if planned.rows is not None and not seat.path:
             output = planned.rows(planned, partial(_under, host, seat, inner), args, kwargs)
         else:
             output = run(host, plan, inner, args, kwargs)
     finally:
-        RUNNING.reset(token)
-        state.gate.leave()
+        if token is not None:
+            RUNNING.reset(token)
+        state.gate.leave(this)
     if torch.is_grad_enabled():
         remember(output, planned)
     return output

@@ -259,21 +259,21 @@ class Gate:
 
     def __init__(self) -> None:
         self._condition = threading.Condition()
-        self._passes = 0
+        self._passes: set[object] = set()
         self._changing: int | None = None
         self._depth = 0
 
-    def enter(self) -> None:
-        """Begin a pass."""
+    def enter(self, running: object) -> None:
+        """Begin a pass; `leave` it in any case, even if an interrupt comes in here."""
         with self._condition:
             while self._changing is not None and self._changing != threading.get_ident():
                 self._condition.wait()
-            self._passes += 1
+            self._passes.add(running)
 
-    def leave(self) -> None:
-        """End a pass."""
+    def leave(self, running: object) -> None:
+        """End a pass, if it has begun."""
         with self._condition:
-            self._passes -= 1
+            self._passes.discard(running)
             if not self._passes:
                 self._condition.notify_all()
 
@@ -287,16 +287,16 @@ class Gate:
         running = RUNNING.get()
         if running is not None and running.state is state:
             raise Refused("a model cannot be changed in its own forward pass; do so before or after it")
-        own = threading.get_ident()
-        with self._condition:
-            while self._changing not in (None, own) or (self._passes and self._changing != own):
-                self._condition.wait()
-            self._changing, self._depth = own, self._depth + 1
+        own, begun = threading.get_ident(), False
         try:
+            with self._condition:
+                while self._changing not in (None, own) or (self._passes and self._changing != own):
+                    self._condition.wait()
+                self._changing, self._depth, begun = own, self._depth + 1, True
             yield
         finally:
             with self._condition:
-                self._depth -= 1
-                if not self._depth:
+                self._depth -= begun
+                if begun and not self._depth:
                     self._changing = None
                     self._condition.notify_all()
