@@ -196,7 +196,7 @@ def _untouched(model: nn.Module, trainable: list[nn.Parameter]) -> Iterator[None
             yield
     finally:
         for module, training in modes:
-            module.training = training
+            module.__dict__["training"] = training
         with torch.no_grad():
             for parameter, value, grad in values:
                 parameter.copy_(value)

@@ -162,7 +162,7 @@ def scoring(model: nn.Module, tensors: Iterable[Tensor]) -> Iterator[None]:
             yield
     finally:
         for module, training in modes:
-            module.training = training
+            module.__dict__["training"] = training  # no call of a class's own, which an interrupt could end
         for parameter, flag, grad in flags:
             parameter.requires_grad_(flag)
             parameter.grad = grad
