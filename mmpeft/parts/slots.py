@@ -17,7 +17,7 @@ from mmpeft.parts.factors import LowRank
 from mmpeft.parts.product import Reading
 
 Span = tuple[int, int]
-Factors = tuple[Span, Tensor, Tensor, Tensor | None]
+Factors = tuple[Span, Tensor, Tensor, Tensor | float, Tensor | None]
 
 
 ENTRIES = 8
@@ -85,14 +85,19 @@ class Slots:
             y = y - cast(reading.bias, y.dtype)
         source = x.reshape(rows, -1, x.shape[-1])
         out = y.reshape(rows, -1, y.shape[-1])
-        for (start, stop), down, up, gain in found:
-            inner = torch.bmm(source, down.mT)
+        for (start, stop), down, up, scale, gain in found:
+            # the skinny product with its r rows on the left is the faster one, but for a single token
+            inner = torch.bmm(source, down.mT) if source.shape[1] == 1 else torch.bmm(down, source.mT).mT
+            if isinstance(scale, Tensor):
+                inner, alpha = inner * scale[:, None, None], 1.0
+            else:
+                alpha = scale
             whole = stop - start == out.shape[-1]
             own = out if whole else out[..., start:stop]
             if not torch.is_grad_enabled() and gain is None and not torch.compiler.is_compiling():
-                own.baddbmm_(inner, up)  # the output of the base is nobody else's
+                own.baddbmm_(inner, up.mT, alpha=alpha)  # the output of the base is nobody else's
                 continue
-            own = torch.baddbmm(own, inner, up)
+            own = torch.baddbmm(own, inner, up.mT, alpha=alpha)
             if gain is not None:
                 own = own * cast(gain, own.dtype)[:, None]
             out = own if whole else out.slice_scatter(own, -1, start, stop)
@@ -102,9 +107,9 @@ class Slots:
     def _factors(
         self, host: nn.Module, names: Sequence[str | None], present: Sequence[str], dtype: torch.dtype
     ) -> list[Factors]:
-        """For each range of output rows: `A` [B, r, i], `s Bᵀ` [B, r, n] and gains [B, n] of every row of the batch."""
+        """For each range of output rows: `A` [B, r, i], `B` [B, n, r], scales [B] and gains [B, n] of the rows of a batch."""
         if torch.is_grad_enabled():
-            return self._stacked(host, present, _numbers(names, present), dtype)
+            return self._stacked(host, present, names, dtype)
         if torch.compiler.is_compiling():  # all slots, so that one graph serves every pattern
             planned = planned_of(host)
             assert planned.slots is not None
@@ -115,16 +120,22 @@ class Slots:
         last = self._last
         if last is None or not last.serves((names, dtype), tensors):
             made = _Pattern((names, dtype), tensors)  # before stacking: a change meanwhile is seen
-            made.factors = self._stacked(host, present, _numbers(names, present), dtype)
+            made.factors = self._stacked(host, present, names, dtype)
             last = self._last = made
         return last.factors
 
-    def _stacked(self, host: nn.Module, slots: Sequence[str], rows: Tensor, dtype: torch.dtype) -> list[Factors]:
+    def _stacked(
+        self, host: nn.Module, slots: Sequence[str], rows: Tensor | Sequence[str | None], dtype: torch.dtype
+    ) -> list[Factors]:
         updates: dict[tuple[Span, int], dict[str, Update]] = {}
+        reading: Reading | None = None
         for name in slots:
             seen: dict[Span, int] = {}  # rows of interleaved heads are given as all rows, once for each of q, k and v
             for delta in self.deltas.get(name, ()):
-                update = delta.update(delta.reading(host))
+                update = _plain(delta)
+                if update is None:
+                    reading = reading or delta.reading(host)
+                    update = delta.update(reading)
                 assert update is not None
                 span = (update.start, update.stop)
                 seen[span] = seen.get(span, 0) + 1
@@ -147,29 +158,41 @@ class Slots:
         return y
 
 
-def _numbers(names: Sequence[str | None], slots: Sequence[str]) -> Tensor:
-    number = {name: i for i, name in enumerate(slots, 1)}
-    return torch.tensor([number.get(name, 0) if name is not None else 0 for name in names])
+def _plain(delta: Delta) -> Update | None:
+    """The update of a delta of one range of rows with nothing to compute first; None for any other."""
+    if delta.magnitude is not None or type(delta.factor) is not LowRank or len(delta.rows or (0, 0)) != 2:
+        return None
+    down, up = delta.factor._parameters["A"], delta.factor._parameters["B"]
+    assert down is not None
+    assert up is not None
+    start, stop = (delta.rows or (0, len(up)))[:2]
+    return Update(start, stop, delta.scale, down, up)
 
 
 def _gathered(
-    own: Mapping[str, Update], slots: Sequence[str], rows: Tensor, dtype: torch.dtype
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The factors of one range of output rows in slots, slot 0 empty, gathered by each row's slot."""
+    own: Mapping[str, Update], slots: Sequence[str], rows: Tensor | Sequence[str | None], dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor | float, Tensor | None]:
+    """The factors of one range of output rows for each row of the batch, by its name or by its slot, 0 being empty."""
     some = next(iter(own.values()))
     rank = max(len(update.down) for update in own.values())
-    none = Update(
-        some.start, some.stop, 1.0, some.down.new_zeros(rank, some.down.shape[1]), some.up.new_zeros(len(some.up), rank)
-    )
-    held = [none, *(own.get(name, none) for name in slots)]
+    empty = some.down.new_zeros(rank, some.down.shape[1]), some.up.new_zeros(len(some.up), rank)
+    none = Update(some.start, some.stop, some.scale, *empty)
+    names = [None, *slots] if isinstance(rows, Tensor) else rows
+    held = [none if name is None else own.get(name, none) for name in names]
     down = torch.stack([cast(_filled(u.down, rank, 0), dtype) for u in held])
-    up = torch.stack([cast(_filled(u.up.t(), rank, 0) * u.scale, dtype) for u in held])
+    up = torch.stack([cast(_filled(u.up, rank, 1), dtype) for u in held])
+    scale: Tensor | float = some.scale
+    if any(u.scale != some.scale for u in held):
+        scale = torch.tensor([u.scale for u in held], dtype=dtype, device=down.device)
     gain = None
     if any(update.gain is not None for update in own.values()):
         ones = some.up.new_ones(len(some.up))
         gain = torch.stack([ones if u.gain is None else u.gain.to(ones.dtype) for u in held])
+    if not isinstance(rows, Tensor):
+        return down, up, scale, gain
     rows = rows.to(down.device)
-    return down[rows], up[rows], None if gain is None else gain[rows]
+    scale = scale[rows] if isinstance(scale, Tensor) else scale
+    return down[rows], up[rows], scale, None if gain is None else gain[rows]
 
 
 def _filled(tensor: Tensor, rank: int, dim: int) -> Tensor:
