@@ -107,7 +107,7 @@ class Slots:
     def _factors(
         self, host: nn.Module, names: Sequence[str | None], present: Sequence[str], dtype: torch.dtype
     ) -> list[Factors]:
-        """For each range of output rows: `A` [B, r, i], `B` [B, n, r], scales [B] and gains [B, n] of the rows of a batch."""
+        """For each range of output rows: `A` [B, r, i], `B` [B, n, r], scales [B] and gains [B, n] of its rows."""
         if torch.is_grad_enabled():
             return self._stacked(host, present, names, dtype)
         if torch.compiler.is_compiling():  # all slots, so that one graph serves every pattern
