@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from mmpeft.errors import Refused
+from mmpeft.modules import own_modules
 
 if TYPE_CHECKING:
     from mmpeft.parts.base import Placement
@@ -133,7 +134,7 @@ def check_stored(model: nn.Module) -> None:
 
     accelerate's hook is the module's attribute; diffusers keeps its hooks by name.
     """
-    for path, module in model.named_modules():
+    for path, module in own_modules(model):
         narrow = any(hasattr(hook, "storage_dtype") for hook in _each(module.__dict__.get(HOOK)))
         theirs = getattr(module.__dict__.get("_diffusers_hook"), "hooks", {})
         if narrow or any(hasattr(hook, "storage_dtype") for hook in theirs.values()):
