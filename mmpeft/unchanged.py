@@ -116,7 +116,7 @@ class Watched:
             for name, value in table.items()
         ]
         tensors = [value for _, _, value in self._places if isinstance(value, Tensor)]
-        self.tensors = [plain for tensor in tensors for plain in _plain(tensor)]
+        self.tensors = [plain for tensor in tensors for plain in made_of(tensor)]
         self._unchanged = Unchanged(ENTRIES)
 
     def note(self) -> bool:
@@ -134,11 +134,11 @@ class Watched:
         return any(module.training for module in self._computing)
 
 
-def _plain(tensor: Tensor) -> Iterator[Tensor]:
+def made_of(tensor: Tensor) -> Iterator[Tensor]:
     """The tensors that a subclass is made of; the tensor itself where it is none, or none that says so."""
     if hasattr(tensor, "__tensor_flatten__"):
         for name in tensor.__tensor_flatten__()[0]:
-            yield from _plain(getattr(tensor, name))
+            yield from made_of(getattr(tensor, name))
     else:
         yield tensor
 

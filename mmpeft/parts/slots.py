@@ -15,6 +15,7 @@ from mmpeft.parts.base import Part, cast
 from mmpeft.parts.delta import Delta
 from mmpeft.parts.factors import LowRank
 from mmpeft.parts.product import Reading
+from mmpeft.unchanged import made_of
 
 Span = tuple[int, int]
 Factors = tuple[Span, Tensor, Tensor, Tensor | float, Tensor | None]
@@ -116,7 +117,8 @@ class Slots:
             return self._stacked(host, list(planned.state.placements), planned.slots, dtype)
         tensors: list[Tensor] = [table[key] for name in present for table, key in self._places[name]]  # type: ignore[misc]
         if any(name in self._gained for name in present):
-            tensors += self.deltas[present[0]][0].reading(host).stored
+            stored = self.deltas[present[0]][0].reading(host).stored
+            tensors += [plain for tensor in stored for plain in made_of(tensor)]
         last = self._last
         if last is None or not last.serves((names, dtype), tensors):
             made = _Pattern((names, dtype), tensors)  # before stacking: a change meanwhile is seen
