@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
+from mmpeft.batch_rows import folds
 from mmpeft.errors import ConfigError
 from mmpeft.parts.base import Part
 from mmpeft.recompute import is_cache
-from mmpeft.row_proof import Proof, Run, check_apart, proof_key, prove, row_count_error
+from mmpeft.row_proof import Proof, Run, check_apart, proof_key, prove
 from mmpeft.running import Planned
 from mmpeft.together import Entry
 
@@ -26,18 +27,6 @@ def row_groups(route: Iterable[Entry]) -> dict[Entry, list[int]]:
     for row, name in enumerate(route):
         groups.setdefault(name, []).append(row)
     return groups
-
-
-def folds(x: Tensor, batch: int) -> int:
-    """How many entries of dimension 0 one row has, one behind the other: windows or frames that the backbone folds in.
-
-    Raises:
-        ConfigError: the rows do not divide them.
-    """
-    fold, rest = divmod(x.shape[0], batch)
-    if rest or not fold:
-        raise row_count_error(batch, x.shape[0])
-    return fold
 
 
 class RowPart(Part):

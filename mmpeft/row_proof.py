@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
-from mmpeft.errors import ConfigError, Refused
+from mmpeft.batch_rows import row_count_error
+from mmpeft.errors import Refused
 from mmpeft.forward import Plan
 from mmpeft.parts.base import Part
 from mmpeft.recompute import is_cache
@@ -29,13 +30,6 @@ if TYPE_CHECKING:
 Run = Callable[[Planned, Any, Any], Any]
 MOVING = {"masked_scatter", "index_put", "nonzero", "masked_select"}
 """Operations that put values where other values say."""
-
-
-def row_count_error(rows: int, batch: int) -> ConfigError:
-    """The error for a route of another length than the batch."""
-    return ConfigError(
-        f"use() named an adapter for {rows} rows, but the batch has {batch}; give one name (or None) for each row"
-    )
 
 
 @dataclass

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mmpeft.batch_rows import folds
 from mmpeft.forward import planned_of
 from mmpeft.functional.fused import Update
 from mmpeft.host import original_class
@@ -69,10 +70,7 @@ class Slots:
         planned = planned_of(host)
         names: Sequence[str | None] = planned.route  # type: ignore[assignment]
         rows = len(names)
-        if rows == 0 or x.shape[0] % rows:
-            from mmpeft.row_proof import row_count_error
-
-            raise row_count_error(rows, x.shape[0])
+        folds(x, rows)
         one_graph = torch.compiler.is_compiling() and not torch.is_grad_enabled()  # it must not ask for names
         present = list(self.deltas) if one_graph else [n for n in dict.fromkeys(names) if n in self.deltas]
         first = next(iter(self.deltas.values()))[0]
@@ -146,7 +144,7 @@ class Slots:
 
     def _one_by_one(self, host: nn.Module, reading: Reading, x: Tensor, names: Sequence[str | None]) -> Tensor:
         """Where the input of an update is dropped, each tuning for itself."""
-        y, fold = _base(host, x), x.shape[0] // len(names)
+        y, fold = _base(host, x), folds(x, len(names))
         for name, deltas in self.deltas.items():
             rows = [i for i, own in enumerate(names) if own == name]
             if not rows:
