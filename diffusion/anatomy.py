@@ -19,9 +19,9 @@ from typing import Any
 
 from torch import nn
 
-from mmpeft.anatomy import Builder, is_a, is_projection
 from mmpeft.parts.attention import attend
 from mmpeft.sites import Connect, Site, anatomy
+from mmpeft.sites.builder import Builder, is_a, is_projection
 
 PRESETS = {
     "content": "path=up_blocks.0.attentions.0.*",

@@ -16,7 +16,6 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as tf
 from torchvision.utils import make_grid
 
-from mmpeft.choice import use
 from mmpeft.combine.strength import strength
 from mmpeft.diffusion.backbone import DTYPES, create
 from mmpeft.diffusion.families import family_of
@@ -30,7 +29,8 @@ from mmpeft.formats.exchange import export_pipeline as write_pipeline
 from mmpeft.formats.inspection import read
 from mmpeft.formats.merged import merged_copy
 from mmpeft.formats.native import MANIFEST, load
-from mmpeft.together import Together
+from mmpeft.surgery.choice import use
+from mmpeft.surgery.together import Together
 from mmpeft.training.data import mix
 from mmpeft.tuning import Tuning
 

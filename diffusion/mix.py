@@ -13,7 +13,6 @@ from rich.console import Console
 from rich.progress import track
 from torch import Generator, Tensor
 
-from mmpeft.choice import use
 from mmpeft.combine.zip import penalty, zip_lora
 from mmpeft.diffusion.backbone import create
 from mmpeft.diffusion.command import PIPELINE, arguments, base_of, open_adapters, positive
@@ -22,6 +21,7 @@ from mmpeft.diffusion.family import Condition, Family
 from mmpeft.diffusion.objective import Objective, objective_of
 from mmpeft.errors import ConfigError
 from mmpeft.formats.exchange import Format, export
+from mmpeft.surgery.choice import use
 from mmpeft.training.data import mix as mixed_seed
 from mmpeft.tuning import Tuning
 

@@ -13,7 +13,6 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from rich.progress import track
 from torch import Generator, Tensor, nn
 
-from mmpeft.choice import use
 from mmpeft.combine.strength import strength
 from mmpeft.diffusion.backbone import DTYPES, create
 from mmpeft.diffusion.cache import Cache
@@ -23,9 +22,10 @@ from mmpeft.diffusion.family import FACTS, Condition, Family
 from mmpeft.diffusion.grid import Show, StrengthGrid
 from mmpeft.diffusion.objective import Levels, Objective, objective_of
 from mmpeft.errors import ConfigError
+from mmpeft.hosting.recompute import Recompute
 from mmpeft.methods.base import Method
-from mmpeft.recompute import Recompute
-from mmpeft.surgery import attach
+from mmpeft.surgery.attaching import attach
+from mmpeft.surgery.choice import use
 from mmpeft.training.callbacks import folder_of
 from mmpeft.training.data import mix
 from mmpeft.training.module import TuningModule

@@ -13,17 +13,17 @@ from typing import Any
 
 from torch import nn
 
-from mmpeft.anatomy import Builder, is_a, weight_shape
 from mmpeft.errors import SiteError
 from mmpeft.functional.rows import count_rows
-from mmpeft.host import original_class
+from mmpeft.hosting.host import original_class
+from mmpeft.hosting.modules import own_modules, own_parameters
 from mmpeft.llm.attention import consults, view
 from mmpeft.llm.prompt import bidirectional, cross_attended, prompted, stripped, unlengthened
 from mmpeft.llm.rotary import shifted
 from mmpeft.llm.written_out import cosine, refusal
-from mmpeft.modules import own_modules, own_parameters
 from mmpeft.parts.attention import attend
 from mmpeft.sites import Connect, Site, anatomy
+from mmpeft.sites.builder import Builder, is_a, weight_shape
 
 TEXT = "positions and the attention mask are made before the blocks; tokens put in between would have neither"
 EMBEDDINGS = {

@@ -17,9 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmpeft.errors import Refused
-from mmpeft.forward import plan_of
 from mmpeft.functional.attention import prefix_mask
-from mmpeft.host import base_value, original_class
+from mmpeft.hosting.forward import plan_of
+from mmpeft.hosting.host import base_value, original_class
 from mmpeft.parts.gate import GatedKeys
 from mmpeft.parts.prefix import GatedPrefix
 from mmpeft.parts.prompt import PromptLayer

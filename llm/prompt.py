@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from mmpeft.errors import ConfigError
-from mmpeft.host import original_class
+from mmpeft.hosting.host import original_class
 from mmpeft.parts.prompt import Prompt
 
 

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from mmpeft.errors import Refused
-from mmpeft.host import original_class
-from mmpeft.modules import module_at
+from mmpeft.hosting.host import original_class
+from mmpeft.hosting.modules import module_at
 from mmpeft.sites import Site
 
 VARYING = ("dynamic", "longrope")

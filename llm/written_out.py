@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mmpeft.host import original_class
-from mmpeft.modules import CHILD
+from mmpeft.hosting.host import original_class
+from mmpeft.hosting.modules import CHILD
 from mmpeft.parts.attention import attend, attentions
 
 cosine = partial(attend, keyed=partial(F.normalize, dim=-1))

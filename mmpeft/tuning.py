@@ -9,24 +9,24 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
-from mmpeft.choice import use
 from mmpeft.controllers import Controllers
 from mmpeft.controllers.layers import rest_below
 from mmpeft.errors import AdapterFileError, ConfigError, Refused, nearest
-from mmpeft.few_bits import FewBits
-from mmpeft.host import base_value, is_sharded
-from mmpeft.liveness import Liveness, liveness
+from mmpeft.hosting.few_bits import FewBits
+from mmpeft.hosting.host import base_value, is_sharded
+from mmpeft.hosting.modules import own_modules
+from mmpeft.hosting.offload import check_writable
+from mmpeft.hosting.recompute import Recompute
+from mmpeft.hosting.values import unfit
 from mmpeft.methods.base import Method, with_depth
-from mmpeft.modules import own_modules
-from mmpeft.offload import check_writable
 from mmpeft.parts.base import Placement
-from mmpeft.recompute import Recompute
-from mmpeft.report import Report, report
 from mmpeft.sites import sites
-from mmpeft.state import State, state_of, state_with
-from mmpeft.surgery import attach_saved, detach, host
-from mmpeft.transaction import unchanged_on_error
-from mmpeft.values import unfit
+from mmpeft.surgery.attaching import attach_saved, detach, host
+from mmpeft.surgery.choice import use
+from mmpeft.surgery.liveness import Liveness, liveness
+from mmpeft.surgery.report import Report, report
+from mmpeft.surgery.state import State, state_of, state_with
+from mmpeft.surgery.transaction import unchanged_on_error
 
 if TYPE_CHECKING:
     from mmpeft.formats.exchange import Exported

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from torch import nn
 
-from mmpeft.anatomy import Builder, weight_shape
 from mmpeft.parts.attention import attend
 from mmpeft.sites import Connect, Site, anatomy
+from mmpeft.sites.builder import Builder, weight_shape
 from mmpeft.vision.attention import cosine
 
 TIMM = "timm.models"

@@ -19,8 +19,8 @@ from torchmetrics.classification import (
 from torchvision.transforms import v2
 
 from mmpeft.errors import ConfigError, DataError
+from mmpeft.hosting.recompute import Recompute
 from mmpeft.methods.base import Method
-from mmpeft.recompute import Recompute
 from mmpeft.training.module import TuningModule
 from mmpeft.vision.backbone import create, normalisation
 from mmpeft.vision.board import Board

@@ -11,9 +11,9 @@ from typing import Any
 
 from torch import nn
 
-from mmpeft.anatomy import Builder, is_a, nested
 from mmpeft.parts.attention import attend
 from mmpeft.sites import Connect, Site, anatomy
+from mmpeft.sites.builder import Builder, is_a, nested
 from mmpeft.vla.attention import multihead
 
 TEXT = "the causal mask and the pooled position are fixed before the blocks; a prompt in between has no place in them"

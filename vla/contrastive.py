@@ -12,8 +12,8 @@ from torch import Tensor, distributed, nn
 from torch.utils.checkpoint import checkpoint
 
 from mmpeft.errors import ConfigError
+from mmpeft.hosting.recompute import Recompute
 from mmpeft.methods.base import Method
-from mmpeft.recompute import Recompute
 from mmpeft.training.module import TuningModule
 from mmpeft.vla.backbone import Tokenizer, create, preprocessing, tokenizer
 

@@ -9,9 +9,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from mmpeft.anatomy import is_a
 from mmpeft.errors import ConfigError, Refused
 from mmpeft.sites import sites
+from mmpeft.sites.builder import is_a
 
 
 class Taps:

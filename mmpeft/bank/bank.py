@@ -14,14 +14,14 @@ from mmpeft.bank.compose import fill, summed
 from mmpeft.bank.entry import Entry
 from mmpeft.bank.heads import Head, PrototypeHead
 from mmpeft.bank.router import Choice, nearest_keys
-from mmpeft.choice import use
 from mmpeft.errors import ConfigError, Refused, nearest
 from mmpeft.methods.base import Method
-from mmpeft.state import state_of
-from mmpeft.surgery import attach
-from mmpeft.together import Entry as RouteEntry
-from mmpeft.together import Together, names_of
-from mmpeft.transaction import unchanged_on_error
+from mmpeft.surgery.attaching import attach
+from mmpeft.surgery.choice import use
+from mmpeft.surgery.state import state_of
+from mmpeft.surgery.together import Entry as RouteEntry
+from mmpeft.surgery.together import Together, names_of
+from mmpeft.surgery.transaction import unchanged_on_error
 from mmpeft.tuning import Tuning
 
 Rows = RouteEntry | Sequence[RouteEntry]

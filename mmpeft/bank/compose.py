@@ -13,7 +13,7 @@ from mmpeft.functional.rows import Rows
 from mmpeft.methods.reparameterized.lora import LoRA
 from mmpeft.parts import Delta, LowRank
 from mmpeft.parts.base import Placement
-from mmpeft.together import not_linear
+from mmpeft.surgery.together import not_linear
 
 
 @dataclass

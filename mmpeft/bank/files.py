@@ -22,10 +22,10 @@ from mmpeft.files import write_atomic
 from mmpeft.formats.content import parse_object
 from mmpeft.formats.fingerprint import Fingerprint
 from mmpeft.formats.native import base_class, library_versions, read_tensors
+from mmpeft.hosting.values import unfit
 from mmpeft.methods.spec import from_spec, to_spec
-from mmpeft.state import state_of
-from mmpeft.transaction import unchanged_on_error
-from mmpeft.values import unfit
+from mmpeft.surgery.state import state_of
+from mmpeft.surgery.transaction import unchanged_on_error
 
 if TYPE_CHECKING:
     from mmpeft.bank.bank import Bank

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmpeft.errors import AdapterFileError, ConfigError, DataError, nearest
-from mmpeft.values import unfit
+from mmpeft.hosting.values import unfit
 
 LAMBDAS = tuple(10.0**power for power in range(-8, 9))
 

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mmpeft.errors import ConfigError
-from mmpeft.together import Entry as RouteEntry
-from mmpeft.together import Together
+from mmpeft.surgery.together import Entry as RouteEntry
+from mmpeft.surgery.together import Together
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 import torch
 
-from mmpeft.host import base_value
+from mmpeft.hosting.host import base_value
 from mmpeft.tuning import Tuning, exchange
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from mmpeft.formats.native import load
 from mmpeft.methods.base import Method
 from mmpeft.parts.base import Placement
-from mmpeft.transaction import unchanged_on_error
+from mmpeft.surgery.transaction import unchanged_on_error
 from mmpeft.tuning import Tuning
 
 

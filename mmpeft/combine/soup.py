@@ -13,16 +13,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mmpeft.choice import use
 from mmpeft.combine.library import Adapter, borrow
 from mmpeft.errors import ConfigError, DataError, SiteError
-from mmpeft.liveness import call
-from mmpeft.modules import module_at
+from mmpeft.hosting.modules import module_at
 from mmpeft.parts.base import Placement
 from mmpeft.sites import sites
-from mmpeft.state import state_of
-from mmpeft.surgery import attach_saved
-from mmpeft.transaction import unchanged_on_error
+from mmpeft.surgery.attaching import attach_saved
+from mmpeft.surgery.choice import use
+from mmpeft.surgery.liveness import call
+from mmpeft.surgery.state import state_of
+from mmpeft.surgery.transaction import unchanged_on_error
 from mmpeft.tuning import Tuning
 
 ALIKE = 0.1

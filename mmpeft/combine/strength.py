@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from mmpeft.choice import use
-from mmpeft.together import Together
+from mmpeft.surgery.choice import use
+from mmpeft.surgery.together import Together
 from mmpeft.tuning import Tuning
 
 

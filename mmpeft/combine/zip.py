@@ -16,7 +16,7 @@ from mmpeft.parts import Delta, Hadamard, LowRank
 from mmpeft.parts.base import Hook, Placement
 from mmpeft.parts.factors import like_options
 from mmpeft.sites import Site
-from mmpeft.surgery import attach_saved
+from mmpeft.surgery.attaching import attach_saved
 from mmpeft.tuning import Tuning
 
 Pair = tuple[Tensor, Tensor]

@@ -15,7 +15,7 @@ from torch import Tensor, distributed, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from mmpeft.errors import ConfigError, DataError, Refused
-from mmpeft.few_bits import FewBits
+from mmpeft.hosting.few_bits import FewBits
 
 Score = Literal["gradient2", "fisher", "expected_fisher", "taylor", "signed", "magnitude", "small", "random"]
 SCORES: dict[str, str] = {

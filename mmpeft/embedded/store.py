@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from mmpeft.errors import ConfigError
 from mmpeft.files import write_atomic
-from mmpeft.modules import CHILD
+from mmpeft.hosting.modules import CHILD
 
 WEIGHTS = Path(str(files("mmpeft"))) / "embedded" / "weights"
 HALF_MAX = torch.finfo(torch.float16).max

@@ -13,17 +13,17 @@ from mmpeft.formats.content import Content, Layer, Scaling
 from mmpeft.formats.low_rank import check_paths, fit_layers, layers_of, method_for, selector, set_pieces, tunable_sites
 from mmpeft.formats.peft import targeted
 from mmpeft.functional.rows import put_rows, take_rows
-from mmpeft.host import base_value
+from mmpeft.hosting.host import base_value
+from mmpeft.hosting.modules import CHILD, module_at
 from mmpeft.methods.additive.ia3 import IA3
 from mmpeft.methods.base import Method, own_weight
 from mmpeft.methods.compose import Union
 from mmpeft.methods.selective.full import Full
-from mmpeft.modules import CHILD, module_at
 from mmpeft.parts import Delta, Mask, Rescale
 from mmpeft.parts.base import Placement
 from mmpeft.sites import Site, sites
-from mmpeft.surgery import attach_saved
-from mmpeft.transaction import unchanged_on_error
+from mmpeft.surgery.attaching import attach_saved
+from mmpeft.surgery.transaction import unchanged_on_error
 from mmpeft.tuning import Tuning
 
 

@@ -15,7 +15,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from mmpeft.errors import AdapterFileError
-from mmpeft.values import finite, unfit
+from mmpeft.hosting.values import finite, unfit
 
 PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 

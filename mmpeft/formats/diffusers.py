@@ -24,7 +24,7 @@ from mmpeft.errors import AdapterFileError, Refused
 from mmpeft.formats import lycoris, lycoris_out, original
 from mmpeft.formats.content import Content, Layer, assemble, dump_tensors, parse_object, read_tensors
 from mmpeft.formats.peft import NOT_YET, PREFIX, exact_targets, lora_fields, lora_tensors, scaled
-from mmpeft.modules import CHILD
+from mmpeft.hosting.modules import CHILD
 
 WEIGHTS = "pytorch_lora_weights.safetensors"
 METADATA = "lora_adapter_metadata"

@@ -17,7 +17,7 @@ from mmpeft.formats.bridge import attach_content, content_of
 from mmpeft.formats.content import Content
 from mmpeft.formats.inspection import FileInfo, inspect, read, refusal
 from mmpeft.formats.verify import Check, by_diffusers, by_peft, by_peft_answers, compare, expected
-from mmpeft.modules import CHILD
+from mmpeft.hosting.modules import CHILD
 from mmpeft.tuning import Tuning
 
 __all__ = ["FORMATS", "Exported", "FileInfo", "convert", "export", "inspect", "load_foreign", "read"]

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from mmpeft.errors import AdapterFileError
-from mmpeft.few_bits import FewBits, dense
+from mmpeft.hosting.few_bits import FewBits, dense
 from mmpeft.parts.base import Placement
 from mmpeft.parts.mask import Mask
-from mmpeft.surgery import base_tensors
+from mmpeft.surgery.attaching import base_tensors
 
 SAMPLE = 256
 """Elements of each base tensor that are looked at."""

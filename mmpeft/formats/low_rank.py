@@ -13,12 +13,12 @@ from mmpeft.errors import AdapterFileError, Refused, nearest
 from mmpeft.formats.content import Layer
 from mmpeft.formats.lycoris_out import layer_from
 from mmpeft.functional.rows import put_rows, take_rows
-from mmpeft.host import base_value
+from mmpeft.hosting.host import base_value
+from mmpeft.hosting.modules import CHILD, module_at
 from mmpeft.methods.base import Method, own_weight
 from mmpeft.methods.compose import Union
 from mmpeft.methods.reparameterized.dora import DoRA
 from mmpeft.methods.reparameterized.lora import LoRA
-from mmpeft.modules import CHILD, module_at
 from mmpeft.parts import Delta, LowRank
 from mmpeft.parts.base import Placement
 from mmpeft.sites import Site, sites

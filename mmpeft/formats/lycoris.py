@@ -26,7 +26,7 @@ from mmpeft.errors import AdapterFileError
 from mmpeft.formats.content import Content, Layer, read_json, read_tensors
 from mmpeft.formats.peft import CONFIG, PREFIX, WEIGHTS
 from mmpeft.functional.hadamard import khatri_rao
-from mmpeft.host import base_value
+from mmpeft.hosting.host import base_value
 
 Pair = tuple[Tensor, Tensor]
 """`up` [o, r] and `down` [r, i, k...] of one product."""

@@ -23,9 +23,9 @@ from torch import Tensor, nn
 
 from mmpeft.errors import AdapterFileError, ConfigError, Refused
 from mmpeft.formats.verify import REFUSALS, plain_copy
-from mmpeft.host import base_value, original_class
-from mmpeft.modules import module_at
-from mmpeft.offload import check_present
+from mmpeft.hosting.host import base_value, original_class
+from mmpeft.hosting.modules import module_at
+from mmpeft.hosting.offload import check_present
 
 if TYPE_CHECKING:
     from mmpeft.tuning import Tuning

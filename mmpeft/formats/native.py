@@ -24,11 +24,11 @@ from mmpeft.errors import AdapterFileError, ConfigError
 from mmpeft.files import write_atomic
 from mmpeft.formats.content import parse_object
 from mmpeft.formats.fingerprint import Fingerprint
-from mmpeft.host import original_class
+from mmpeft.hosting.host import original_class
 from mmpeft.methods.base import Method
 from mmpeft.methods.spec import from_spec, to_spec
-from mmpeft.surgery import attach_saved
-from mmpeft.transaction import unchanged_on_error
+from mmpeft.surgery.attaching import attach_saved
+from mmpeft.surgery.transaction import unchanged_on_error
 from mmpeft.tuning import Tuning
 
 FORMAT, VERSION = "mmpeft", 1

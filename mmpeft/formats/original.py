@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from mmpeft.errors import AdapterFileError, Refused
 from mmpeft.formats.content import Layer, dump_tensors
-from mmpeft.host import base_value, original_class
-from mmpeft.modules import module_at
+from mmpeft.hosting.host import base_value, original_class
+from mmpeft.hosting.modules import module_at
 
 PREFIX = "diffusion_model."
 _QKV, _ADDED = ("attn.to_q", "attn.to_k", "attn.to_v"), ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj")

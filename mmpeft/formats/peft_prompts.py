@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mmpeft.choice import use
 from mmpeft.errors import AdapterFileError, Refused
 from mmpeft.formats.content import Learned
 from mmpeft.methods.additive.prefix_tuning import PrefixTuning
@@ -25,7 +24,8 @@ from mmpeft.parts.base import Placement
 from mmpeft.parts.prefix import Prefix
 from mmpeft.parts.prompt import Prompt, PromptBeside, PromptLayer
 from mmpeft.sites import Site, sites
-from mmpeft.state import state_of
+from mmpeft.surgery.choice import use
+from mmpeft.surgery.state import state_of
 
 PROMPT, P_TUNING, PREFIX = TYPES = ("PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING")
 KEY, WRAPPED = "prompt_embeddings", "base_model."

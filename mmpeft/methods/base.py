@@ -15,13 +15,13 @@ from mmpeft.controllers.base import Controller
 from mmpeft.controllers.scores import Loss, default_loss
 from mmpeft.errors import ConfigError, Refused, nearest
 from mmpeft.functional.rows import count_rows
-from mmpeft.host import base_value
+from mmpeft.hosting.host import base_value
+from mmpeft.hosting.modules import module_at
+from mmpeft.hosting.offload import fetched, same_tensor
 from mmpeft.methods.fields import check_fields
-from mmpeft.modules import module_at
-from mmpeft.offload import fetched, same_tensor
 from mmpeft.parts.base import Placement
-from mmpeft.selector import select
 from mmpeft.sites import Kind, Selector, Site
+from mmpeft.sites.selector import select
 
 Taxonomy = Literal["additive", "selective", "reparameterized", "hybrid", "efficient"]
 

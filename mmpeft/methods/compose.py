@@ -16,8 +16,8 @@ from mmpeft.methods.base import Method, MethodInfo
 from mmpeft.parts.base import Hook, Placement
 from mmpeft.parts.mask import Mask
 from mmpeft.parts.statistics import Statistics
-from mmpeft.selector import select
 from mmpeft.sites import Selector, Site
+from mmpeft.sites.selector import select
 
 
 def united(first: Method, second: Method) -> Union:

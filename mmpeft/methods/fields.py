@@ -9,7 +9,7 @@ from numbers import Integral, Real
 from typing import Any
 
 from mmpeft.errors import ConfigError
-from mmpeft.values import finite
+from mmpeft.hosting.values import finite
 
 TYPES: dict[str, tuple[type, ...]] = {
     "int": (Integral,),

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from mmpeft.controllers import Controller
 from mmpeft.controllers.gate import GATES, Gate, GateKind, GateLevels
 from mmpeft.errors import ConfigError, Refused, nearest
-from mmpeft.host import original_class
+from mmpeft.hosting.host import original_class
+from mmpeft.hosting.modules import module_at
 from mmpeft.methods.base import Method, MethodInfo, Sited, any_tensor, fan, own_weight
 from mmpeft.methods.compose import Union
-from mmpeft.modules import module_at
 from mmpeft.parts import Delta
 from mmpeft.parts.base import Hook, Placement
 from mmpeft.parts.branch import Branch

@@ -14,10 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from mmpeft.answers import multi_head
 from mmpeft.errors import Refused
 from mmpeft.functional.attention import prefix_mask
-from mmpeft.host import original_class
+from mmpeft.hosting.answers import multi_head
+from mmpeft.hosting.host import original_class
 from mmpeft.parts.prefix import GatedPrefix, Prefix
 
 FUSED = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")

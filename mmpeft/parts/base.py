@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from mmpeft.errors import Refused
-from mmpeft.offload import Hooked
+from mmpeft.hosting.offload import Hooked
 from mmpeft.parts.product import Inner, Reading
 
 HookKind = Literal["enter", "exit", "call", "read", "around"]

@@ -10,16 +10,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmpeft.errors import ConfigError
-from mmpeft.few_bits import FewBits, dense, viewed
 from mmpeft.functional.fused import Update
 from mmpeft.functional.low_rank import low_rank_row_norms, squared_row_norms
 from mmpeft.functional.rows import Rows, cut_rows, put_rows, take_rows
-from mmpeft.host import original_class
+from mmpeft.hosting.few_bits import FewBits, dense, viewed
+from mmpeft.hosting.host import original_class
+from mmpeft.hosting.unchanged import Kept
 from mmpeft.parts.base import Call, Hook, HookKind, Part, cast, trainable_dtype
 from mmpeft.parts.factors import Factor, Hadamard, LowRank
 from mmpeft.parts.product import Inner, Reading
 from mmpeft.sites import Kind
-from mmpeft.unchanged import Kept
 
 KEPT_TO = 2**20
 """Entries up to which a gained weight is kept formed between calls without gradients: 4 MiB."""

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from mmpeft.functional.hadamard import hadamard_product, khatri_rao
 from mmpeft.functional.kron import kron_apply, kron_sum
 from mmpeft.functional.low_rank import low_rank_delta
-from mmpeft.offload import Hooked
+from mmpeft.hosting.offload import Hooked
 from mmpeft.parts.base import cast, trainable_dtype
 
 

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mmpeft.few_bits import FewBits, dense
 from mmpeft.functional.fused import Update, low_rank_composed, low_rank_linear
+from mmpeft.hosting.few_bits import FewBits, dense
 from mmpeft.parts.base import Call, cast
 from mmpeft.parts.delta import Delta, own_weight
 from mmpeft.parts.factors import LowRank

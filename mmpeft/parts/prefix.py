@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmpeft.errors import ConfigError
-from mmpeft.forward import plan_of
+from mmpeft.hosting.forward import plan_of
 from mmpeft.parts.base import Part, cast, trainable_dtype
 
 View = Callable[..., Any]

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from mmpeft.errors import ConfigError
-from mmpeft.forward import plan_of
+from mmpeft.hosting.forward import plan_of
+from mmpeft.hosting.recompute import recomputing
+from mmpeft.hosting.unchanged import Watched
 from mmpeft.parts.base import Part
 from mmpeft.parts.passing import Passed
-from mmpeft.recompute import recomputing
-from mmpeft.unchanged import Watched
 
 Around = Callable[[nn.Module, Callable[..., Any], Any, tuple[Any, ...], dict[str, Any]], Any]
 View = Callable[[nn.Module, Any, Any], Any]

@@ -8,15 +8,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mmpeft.batch_rows import folds
-from mmpeft.forward import planned_of
 from mmpeft.functional.fused import Update
-from mmpeft.host import original_class
+from mmpeft.hosting.batch_rows import folds
+from mmpeft.hosting.forward import planned_of
+from mmpeft.hosting.host import original_class
+from mmpeft.hosting.unchanged import made_of
 from mmpeft.parts.base import Part, cast
 from mmpeft.parts.delta import Delta
 from mmpeft.parts.factors import LowRank
 from mmpeft.parts.product import Reading
-from mmpeft.unchanged import made_of
 
 Span = tuple[int, int]
 Factors = tuple[Span, Tensor, Tensor, Tensor | float, Tensor | None]

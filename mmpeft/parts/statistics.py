@@ -7,8 +7,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from mmpeft.hosting.still import running_statistics
 from mmpeft.parts.base import Hook, Part, Placement
-from mmpeft.still import running_statistics
 
 
 class Statistics(Part):

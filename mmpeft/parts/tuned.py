@@ -10,13 +10,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import Function
 
-from mmpeft.few_bits import FewBits
+from mmpeft.hosting.few_bits import FewBits
+from mmpeft.hosting.weights import Seen, Weight, Wrapper
 from mmpeft.parts.base import Part, cast
 from mmpeft.parts.delta import Delta, stored_in
 from mmpeft.parts.factors import LowRank
 from mmpeft.parts.linear import multiply
 from mmpeft.parts.product import Reading, like, through
-from mmpeft.weights import Seen, Weight, Wrapper
 
 NATIVE = (nn.MultiheadAttention, nn.modules.linear.NonDynamicallyQuantizableLinear)
 """Modules whose weights, if plain, enter a kernel of their own without gradients: a tuned one keeps to it."""

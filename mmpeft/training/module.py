@@ -16,12 +16,12 @@ from torch.nn.modules.module import _IncompatibleKeys
 
 from mmpeft.controllers.scores import default_loss
 from mmpeft.errors import AdapterFileError, ConfigError, nearest
+from mmpeft.hosting.recompute import Recompute
 from mmpeft.methods import LinearProbe
 from mmpeft.methods.base import Method
 from mmpeft.methods.spec import from_spec
-from mmpeft.recompute import Recompute
 from mmpeft.sites import sites
-from mmpeft.surgery import attach
+from mmpeft.surgery.attaching import attach
 from mmpeft.training.checkpoint import AtomicCheckpointIO
 from mmpeft.training.control import METHOD, Control
 from mmpeft.training.metrics import FreshMetrics

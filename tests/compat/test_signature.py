@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import mmpeft
-from mmpeft.host import is_host
+from mmpeft.hosting.host import is_host
 from mmpeft.sites import Site, anatomy, qualified_name
 from tests.compat.models import ALL, bend, causal, close, images, t5, tuned, untouched, vit, words
 from tests.compat.rows import row

@@ -13,12 +13,12 @@ from torch import Tensor
 
 import mmpeft
 from mmpeft.errors import Refused
-from mmpeft.few_bits import dense
+from mmpeft.hosting.few_bits import dense
 from mmpeft.methods import Method
 from mmpeft.parts import Rescale
 from mmpeft.sites import sites
-from mmpeft.state import state_of
-from mmpeft.surgery import base_parameters
+from mmpeft.surgery.attaching import base_parameters
+from mmpeft.surgery.state import state_of
 from tests.matrix.cells import decided
 from tests.matrix.example import BATCH, Example
 

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 import mmpeft
 from mmpeft.diffusion.anatomy import PRESETS, denoiser
 from mmpeft.errors import Refused
-from mmpeft.selector import select
 from mmpeft.sites import ROLES, Site
+from mmpeft.sites.selector import select
 from tests.matrix.example import Example
 from tests.matrix.families.diffusers import FAMILIES, SD3, SD_UNET, _build, _pixart_inputs
 

@@ -10,8 +10,8 @@ from open_clip.transformer import VisionTransformer
 from torch import nn
 
 import mmpeft
-from mmpeft.selector import select
 from mmpeft.sites import sites
+from mmpeft.sites.selector import select
 from tests.matrix.example import Example
 from tests.matrix.families.open_clip import FAMILIES
 

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 import mmpeft
 from mmpeft.bank import Bank, LinearHead, PrototypeHead, RidgeHead
 from mmpeft.errors import ConfigError, DataError, Refused
-from mmpeft.host import is_host
-from mmpeft.together import Together
+from mmpeft.hosting.host import is_host
+from mmpeft.surgery.together import Together
 from tests.unit.toy import Toy
 
 X = torch.randn(6, 3, 8, generator=torch.Generator().manual_seed(3))

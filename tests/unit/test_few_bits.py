@@ -12,9 +12,9 @@ from torch import nn
 
 import mmpeft
 from mmpeft.errors import AdapterFileError, Refused
-from mmpeft.few_bits import FewBits, dense, guard
 from mmpeft.formats.fingerprint import Fingerprint
-from mmpeft.host import base_value
+from mmpeft.hosting.few_bits import FewBits, dense, guard
+from mmpeft.hosting.host import base_value
 from tests.matrix.families.few_bits import pack, torchao
 from tests.unit.toy import Toy
 

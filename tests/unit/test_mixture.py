@@ -10,7 +10,7 @@ from torch import Tensor
 import mmpeft
 from mmpeft.bank.router import soft_weights
 from mmpeft.errors import ConfigError, Refused
-from mmpeft.mixture import Mixture
+from mmpeft.surgery.mixture import Mixture
 from mmpeft.vision.continual.methods.coda_prompt import dependence, orthonormal
 from tests.matrix.example import BATCH, Example
 from tests.matrix.families import FAMILIES

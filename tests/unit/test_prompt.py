@@ -10,7 +10,7 @@ from torch import Tensor, nn
 import mmpeft
 from mmpeft.errors import ConfigError, Refused
 from mmpeft.parts import Delta
-from mmpeft.state import state_of
+from mmpeft.surgery.state import state_of
 from tests.matrix.families.transformers import FAMILIES, LM, T5, TOKENS, WORDS
 
 P = 3

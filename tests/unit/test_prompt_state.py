@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import mmpeft
 from mmpeft.errors import ConfigError, Refused
-from mmpeft.unchanged import Watched
+from mmpeft.hosting.unchanged import Watched
 from tests.matrix.families.transformers import FAMILIES, GQA, LM, TOKENS, WORDS
 
 P = 3

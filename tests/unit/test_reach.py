@@ -7,7 +7,7 @@ import torch
 import transformers as hf
 
 import mmpeft
-from mmpeft.reach import reached
+from mmpeft.surgery.reach import reached
 from tests.matrix.families import FAMILIES
 from tests.matrix.families.transformers import LM, TOKENS, WORDS
 

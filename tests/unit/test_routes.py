@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 import mmpeft
 from mmpeft.errors import ConfigError, Refused
-from mmpeft.state import state_of
+from mmpeft.surgery.state import state_of
 from tests.unit.toy import Toy
 
 NAMES = ("a", "b", "c", None)

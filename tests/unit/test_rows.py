@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import mmpeft
 from mmpeft.errors import ConfigError, Refused
 from mmpeft.sites import Site, anatomy, qualified_name
-from mmpeft.state import state_of
+from mmpeft.surgery.state import state_of
 from tests.unit.toy import Layer, Toy
 
 WIDTH, WORDS = 8, 30

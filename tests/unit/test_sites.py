@@ -6,8 +6,8 @@ import pytest
 from torch import nn
 
 from mmpeft.errors import ConfigError, SiteError
-from mmpeft.selector import select
 from mmpeft.sites import ROLES, Site, find_anatomy
+from mmpeft.sites.selector import select
 
 SITES = [
     Site(f"blocks.{i}.{path}", role, i, tower, kind)

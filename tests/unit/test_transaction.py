@@ -16,9 +16,9 @@ from torch import nn
 
 import mmpeft
 from mmpeft.errors import MMPEFTError
-from mmpeft.modules import CHILD
-from mmpeft.state import state_of
-from mmpeft.transaction import unchanged_on_error
+from mmpeft.hosting.modules import CHILD
+from mmpeft.surgery.state import state_of
+from mmpeft.surgery.transaction import unchanged_on_error
 from tests.unit.toy import Toy
 
 ROOT = str(Path(mmpeft.__file__).parent)

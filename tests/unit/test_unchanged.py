@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import mmpeft
-from mmpeft.unchanged import Kept, Unchanged
+from mmpeft.hosting.unchanged import Kept, Unchanged
 from tests.unit.toy import Toy
 
 CHANGES: dict[str, Callable[[nn.Parameter], object]] = {

@@ -18,8 +18,8 @@ import mmpeft
 from mmpeft.errors import AdapterFileError, ConfigError
 from mmpeft.formats.content import Layer
 from mmpeft.formats.exchange import convert, read
-from mmpeft.state import state_of
-from mmpeft.values import unfit
+from mmpeft.hosting.values import unfit
+from mmpeft.surgery.state import state_of
 from tests.unit.toy import Toy
 
 LORA = mmpeft.LoRA(rank=2, at="attn.q|mlp.up")

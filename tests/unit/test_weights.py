@@ -13,11 +13,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import mmpeft
 from mmpeft.errors import Refused
+from mmpeft.hosting.weights import Weight
 from mmpeft.parts import Delta, Hadamard, Kron, LowRank, Rescale
 from mmpeft.parts.product import FUSED_FROM
 from mmpeft.parts.tuned import answered
 from mmpeft.sites import Site, anatomy, qualified_name
-from mmpeft.weights import Weight
 
 O, I = 12, 8  # noqa: E741
 

@@ -11,7 +11,7 @@ from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
-from mmpeft.choice import use
+from mmpeft.surgery.choice import use
 
 if TYPE_CHECKING:
     from mmpeft.vla.fewshot.task import FewShot

@@ -12,12 +12,12 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
-from mmpeft.choice import use
 from mmpeft.errors import ConfigError
+from mmpeft.hosting.recompute import Recompute
 from mmpeft.methods.base import Method
 from mmpeft.methods.compose import Frozen
 from mmpeft.parts.in_place import InPlace
-from mmpeft.recompute import Recompute
+from mmpeft.surgery.choice import use
 from mmpeft.training.module import TuningModule
 from mmpeft.tuning import Tuning
 from mmpeft.vla.backbone import create, preprocessing, tokenizer

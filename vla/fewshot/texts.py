@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mmpeft.choice import use
 from mmpeft.errors import ConfigError, DataError
 from mmpeft.parts.in_place import InPlace
+from mmpeft.surgery.choice import use
 from mmpeft.tuning import Tuning
 from mmpeft.vla.backbone import Tokenizer, check_length
 

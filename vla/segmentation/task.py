@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torchmetrics.classification import MulticlassJaccardIndex
 
 from mmpeft.errors import ConfigError
+from mmpeft.hosting.recompute import Recompute
 from mmpeft.methods.base import Method
 from mmpeft.methods.compose import Frozen
-from mmpeft.recompute import Recompute
 from mmpeft.training.module import TuningModule
 from mmpeft.tuning import Tuning
 from mmpeft.vla.backbone import create, preprocessing, tokenizer

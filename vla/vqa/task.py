@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
 from mmpeft.errors import ConfigError, DataError, Refused
+from mmpeft.hosting.recompute import Recompute
 from mmpeft.methods.base import Method
 from mmpeft.methods.compose import Frozen
 from mmpeft.parts.in_place import InPlace
-from mmpeft.recompute import Recompute
 from mmpeft.training.module import TuningModule
 from mmpeft.tuning import Tuning
 from mmpeft.vla.backbone import Tokenizer, create, preprocessing, tokenizer

@@ -14,8 +14,8 @@ from mmpeft.controllers import Controller
 from mmpeft.controllers.objective import NearIdentity
 from mmpeft.controllers.scores import Loss, default_loss
 from mmpeft.errors import ConfigError, Refused
+from mmpeft.hosting.modules import module_at
 from mmpeft.methods.base import Method, first_tensor, positive, register
-from mmpeft.modules import module_at
 from mmpeft.parts import Branch
 from mmpeft.parts.base import Placement
 from mmpeft.parts.fusion import Fusion

@@ -9,10 +9,10 @@ from torch import Tensor, nn
 
 from mmpeft.errors import Refused
 from mmpeft.functional.rows import take_rows
-from mmpeft.host import base_value
+from mmpeft.hosting.host import base_value
+from mmpeft.hosting.modules import module_at
 from mmpeft.methods.additive.prefix_tuning import entry
 from mmpeft.methods.base import Sited, any_tensor, fan, positive, register
-from mmpeft.modules import module_at
 from mmpeft.parts import GatedPrefix
 from mmpeft.parts.base import Placement, cast
 from mmpeft.sites import Selector, Site

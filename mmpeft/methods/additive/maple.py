@@ -11,8 +11,8 @@ from mmpeft.methods.base import register
 from mmpeft.methods.shared.in_place import InPlacePrompt
 from mmpeft.parts.base import Hook, Placement
 from mmpeft.parts.in_place import Coupled, InPlace
-from mmpeft.selector import select
 from mmpeft.sites import Site
+from mmpeft.sites.selector import select
 
 
 @register("https://arxiv.org/abs/2210.03117", "additive", mergeable=False, identity=False)

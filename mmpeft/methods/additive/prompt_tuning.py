@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from mmpeft.errors import ConfigError, Refused
+from mmpeft.hosting.modules import module_at
 from mmpeft.methods.base import Method, Sited, any_tensor, own_weight, positive, register
-from mmpeft.modules import module_at
 from mmpeft.parts.base import Hook, Placement, trainable_dtype
 from mmpeft.parts.prompt import Prompt, PromptBeside, PromptLayer, PromptLSTM, PromptMLP
 from mmpeft.sites import Selector, Site

@@ -10,13 +10,13 @@ from typing import ClassVar
 from torch import Tensor, nn
 
 from mmpeft.errors import ConfigError
+from mmpeft.hosting.modules import module_at
 from mmpeft.methods.base import Sited, fan, own_weight, positive, rate, register
-from mmpeft.modules import module_at
 from mmpeft.parts import Delta, Factor, LowRank
 from mmpeft.parts.base import Hook, Placement
 from mmpeft.parts.delta import hook_kind
-from mmpeft.selector import select
 from mmpeft.sites import Kind, Selector, Site
+from mmpeft.sites.selector import select
 
 
 @register("https://arxiv.org/abs/2106.09685", "reparameterized", mergeable=True)

@@ -8,13 +8,13 @@ from typing import ClassVar
 
 from torch import nn
 
+from mmpeft.hosting.modules import module_at
 from mmpeft.methods.base import register, tensor_of
 from mmpeft.methods.shared.tensors import TensorMethod, elements, tied, train_tensors
-from mmpeft.modules import module_at
 from mmpeft.parts import Mask
 from mmpeft.parts.base import Hook, Placement
-from mmpeft.selector import select
 from mmpeft.sites import Site
+from mmpeft.sites.selector import select
 
 
 @register("https://arxiv.org/abs/2106.10199", "selective", mergeable=True)

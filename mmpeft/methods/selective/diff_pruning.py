@@ -12,7 +12,7 @@ from mmpeft.controllers import Controller
 from mmpeft.controllers.diff import DiffSelection
 from mmpeft.errors import ConfigError
 from mmpeft.functional.rows import put_rows
-from mmpeft.host import original_class
+from mmpeft.hosting.host import original_class
 from mmpeft.methods.base import Method, positive, rate, register
 from mmpeft.methods.selective.plan import Plan
 from mmpeft.methods.shared.plan_file import plan_content

@@ -13,8 +13,8 @@ from mmpeft.methods.selective.norm_tuning import NormTuning
 from mmpeft.methods.shared.rescaling import place_rescale
 from mmpeft.methods.shared.tensors import TensorMethod
 from mmpeft.parts.base import Placement
-from mmpeft.selector import select
 from mmpeft.sites import Site
+from mmpeft.sites.selector import select
 
 GAINS = ("attn.out", "cross.out", "mlp.down")
 

@@ -14,7 +14,7 @@ from mmpeft.controllers.scores import SCORES, Loss, Score, Tensors, default_loss
 from mmpeft.errors import ConfigError, DataError, nearest
 from mmpeft.functional.rows import Rows, put_rows, take_rows
 from mmpeft.functional.top_k import BITS
-from mmpeft.host import original_class
+from mmpeft.hosting.host import original_class
 from mmpeft.methods.base import Method, Sited, identity, positive, register, tensor_of
 from mmpeft.methods.reparameterized.lora import LoRA
 from mmpeft.methods.selective.plan import Plan
@@ -22,8 +22,8 @@ from mmpeft.methods.shared.plan_file import plan_content
 from mmpeft.methods.shared.plan_picture import label_of
 from mmpeft.methods.spec import to_spec
 from mmpeft.parts.base import Placement
-from mmpeft.selector import select
 from mmpeft.sites import Site, sites
+from mmpeft.sites.selector import select
 
 
 @register("https://arxiv.org/abs/2303.08566", "selective", mergeable=True)

@@ -9,8 +9,8 @@ from torch import nn
 
 from mmpeft.errors import ConfigError, Refused
 from mmpeft.functional.kron import balanced_factor
+from mmpeft.hosting.modules import module_at
 from mmpeft.methods.base import Method, SiteMethod, fan, own_weight
-from mmpeft.modules import module_at
 from mmpeft.parts import Delta, Factor
 from mmpeft.parts.base import Hook, Placement
 from mmpeft.parts.delta import hook_kind

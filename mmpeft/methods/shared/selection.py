@@ -13,7 +13,7 @@ from mmpeft.controllers.scores import DATA_FREE, Loss, Score, Tensors, default_l
 from mmpeft.errors import ConfigError, DataError
 from mmpeft.functional.rows import put_rows, take_rows
 from mmpeft.functional.top_k import top_k_masks
-from mmpeft.host import original_class
+from mmpeft.hosting.host import original_class
 from mmpeft.methods.base import tensor_of
 from mmpeft.methods.selective.plan import Plan
 from mmpeft.methods.shared.plan_file import plan_content

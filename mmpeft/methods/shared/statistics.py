@@ -9,14 +9,14 @@ from typing import ClassVar
 from torch import nn
 
 from mmpeft.errors import SiteError
+from mmpeft.hosting.modules import CHILD, module_at
+from mmpeft.hosting.still import frozen_statistics
 from mmpeft.methods.base import Method, MethodInfo
 from mmpeft.methods.shared.tensors import TensorMethod
-from mmpeft.modules import CHILD, module_at
 from mmpeft.parts.base import Placement
 from mmpeft.parts.statistics import place
-from mmpeft.selector import select
 from mmpeft.sites import Selector, Site
-from mmpeft.still import frozen_statistics
+from mmpeft.sites.selector import select
 
 
 @dataclass(frozen=True)

@@ -9,13 +9,13 @@ from dataclasses import dataclass, replace
 from torch import Tensor, nn
 
 from mmpeft.errors import ConfigError, Refused, SiteError
-from mmpeft.few_bits import FewBits
 from mmpeft.functional.rows import Rows, take_rows
+from mmpeft.hosting.few_bits import FewBits
 from mmpeft.methods.base import Method, identity, tensor_of
 from mmpeft.parts import Mask, Sparse
 from mmpeft.parts.base import Hook, Part, Placement
-from mmpeft.selector import select
 from mmpeft.sites import Selector, Site
+from mmpeft.sites.selector import select
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,8 @@ import mmpeft
 from mmpeft.bank.router import soft_weights
 from mmpeft.errors import ConfigError
 from mmpeft.methods.base import Method
-from mmpeft.mixture import Mixture
 from mmpeft.parts import Prefix
+from mmpeft.surgery.mixture import Mixture
 from mmpeft.vision.continual.data import Task
 from mmpeft.vision.continual.learner import Batches, TaskHeads
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 import mmpeft
 from mmpeft.methods.base import Method
-from mmpeft.together import Together
+from mmpeft.surgery.together import Together
 from mmpeft.vision.continual.data import Task
 from mmpeft.vision.continual.learner import Batches, TaskHeads
 

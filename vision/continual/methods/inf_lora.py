@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 import mmpeft
 from mmpeft.errors import ConfigError
+from mmpeft.hosting.modules import module_at
 from mmpeft.methods.base import Method
-from mmpeft.modules import module_at
 from mmpeft.parts import LowRank
 from mmpeft.vision.continual.data import Task
 from mmpeft.vision.continual.learner import Batches

@@ -11,7 +11,7 @@ import mmpeft
 from mmpeft.bank.bank import Rows
 from mmpeft.methods.base import Method
 from mmpeft.parts import Delta
-from mmpeft.together import Together
+from mmpeft.surgery.together import Together
 from mmpeft.vision.continual.data import Task
 from mmpeft.vision.continual.learner import Batches, TaskHeads
 

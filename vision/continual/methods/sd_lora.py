@@ -7,7 +7,7 @@ from torch import nn
 
 from mmpeft.bank.bank import Rows
 from mmpeft.methods.base import Method
-from mmpeft.together import Together
+from mmpeft.surgery.together import Together
 from mmpeft.vision.continual.data import Task
 from mmpeft.vision.continual.learner import Batches
 from mmpeft.vision.continual.methods.o_lora import SummedLoRA

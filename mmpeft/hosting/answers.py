@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mmpeft.weights import ANSWERS, Weight
+from mmpeft.hosting.weights import ANSWERS, Weight
 
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 

@@ -6,10 +6,10 @@ from collections.abc import Iterable, Sequence
 
 from torch import Tensor, nn
 
-from mmpeft.few_bits import FewBits
-from mmpeft.host import base_value, original_class
+from mmpeft.hosting.few_bits import FewBits
+from mmpeft.hosting.host import base_value, original_class
+from mmpeft.hosting.modules import CHILD, module_at, own_modules
 from mmpeft.methods.base import Method
-from mmpeft.modules import CHILD, module_at, own_modules
 from mmpeft.parts.base import Placement
 from mmpeft.sites import Site
 

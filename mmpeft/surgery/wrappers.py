@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
 from mmpeft.errors import ConfigError, Refused
-from mmpeft.modules import CHILD, SEAT, own_modules
+from mmpeft.hosting.modules import CHILD, SEAT, own_modules
 
 INSIDE = {"OptimizedModule": "_orig_mod", "DistributedDataParallel": "module", "DataParallel": "module"}
 INSIDE |= {"FullyShardedDataParallel": "module", "DeepSpeedEngine": "module", "_FabricModule": "_forward_module"}

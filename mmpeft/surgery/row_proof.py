@@ -17,15 +17,15 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
-from mmpeft.batch_rows import row_count_error
 from mmpeft.errors import Refused
-from mmpeft.forward import Plan
+from mmpeft.hosting.batch_rows import row_count_error
+from mmpeft.hosting.forward import Plan
+from mmpeft.hosting.recompute import is_cache
+from mmpeft.hosting.running import RUNNING, Planned
 from mmpeft.parts.base import Part
-from mmpeft.recompute import is_cache
-from mmpeft.running import RUNNING, Planned
 
 if TYPE_CHECKING:
-    from mmpeft.state import State
+    from mmpeft.surgery.state import State
 
 Run = Callable[[Planned, Any, Any], Any]
 MOVING = {"masked_scatter", "index_put", "nonzero", "masked_select"}

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from mmpeft.functional.rows import Rows
-from mmpeft.host import base_value
-from mmpeft.modules import module_at, own_modules
+from mmpeft.hosting.host import base_value
+from mmpeft.hosting.modules import module_at, own_modules
 from mmpeft.sites import Kind, Site, find_anatomy
 
 

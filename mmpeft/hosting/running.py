@@ -24,9 +24,9 @@ from torch.utils.checkpoint import CheckpointFunction
 from mmpeft.errors import Refused
 
 if TYPE_CHECKING:
-    from mmpeft.forward import Plan
-    from mmpeft.state import State
-    from mmpeft.together import Route
+    from mmpeft.hosting.forward import Plan
+    from mmpeft.surgery.state import State
+    from mmpeft.surgery.together import Route
 
 
 class Planned:

@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import mmpeft.answers  # noqa: F401  (fills in what weights answer)
-from mmpeft.weights import Seen, Wrapper
+import mmpeft.hosting.answers  # noqa: F401  (fills in what weights answer)
+from mmpeft.hosting.weights import Seen, Wrapper
 
 LAYERS = ("Linear4bit", "Linear8bitLt")
 

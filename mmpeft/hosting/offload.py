@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from mmpeft.errors import Refused
-from mmpeft.modules import own_modules
+from mmpeft.hosting.modules import own_modules
 
 if TYPE_CHECKING:
     from mmpeft.parts.base import Placement
-    from mmpeft.state import State
+    from mmpeft.surgery.state import State
 
 HOOK = "_hf_hook"
 _LOCK = threading.RLock()

@@ -13,16 +13,16 @@ import torch
 from torch import nn
 
 from mmpeft.errors import ConfigError
-from mmpeft.few_bits import Product, packs
-from mmpeft.modules import SEAT
-from mmpeft.offload import looked, take_back
-from mmpeft.patched import is_inside
-from mmpeft.running import RUNNING, Pinned, Planned, current, remember
-from mmpeft.still import Still
+from mmpeft.hosting.few_bits import Product, packs
+from mmpeft.hosting.modules import SEAT
+from mmpeft.hosting.offload import looked, take_back
+from mmpeft.hosting.patched import is_inside
+from mmpeft.hosting.running import RUNNING, Pinned, Planned, current, remember
+from mmpeft.hosting.still import Still
 
 if TYPE_CHECKING:
     from mmpeft.parts.base import Call, Part
-    from mmpeft.state import State
+    from mmpeft.surgery.state import State
 
 
 @dataclass

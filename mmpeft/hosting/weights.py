@@ -149,7 +149,7 @@ _IN_PLACE = {f"__i{name}__" for name in ("add", "sub", "mul", "truediv", "floord
 
 
 ANSWERS: dict[Any, Callable[..., Any]] = {}
-"""`answer(function, *args, **kwargs)` for each function that a weight may know how to answer: `mmpeft.answers`."""
+"""`answer(function, *args, **kwargs)` for each function that a weight knows how to answer; `answers` fills it in."""
 
 _VALUED = ("T", "mT", "H", "mH", "data", "real", "imag")
 _METHODS = (

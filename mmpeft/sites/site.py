@@ -15,7 +15,7 @@ from torch import nn
 
 from mmpeft.errors import SiteError, nearest
 from mmpeft.functional.rows import Rows
-from mmpeft.modules import own_parameters
+from mmpeft.hosting.modules import own_parameters
 
 Kind = Literal["linear", "conv", "embedding", "norm", "module", "param"]
 Via = Literal["call", "weight"]

@@ -10,7 +10,7 @@ from torch import Tensor
 from mmpeft.errors import ConfigError, Refused
 from mmpeft.parts.base import Hook, Part, Placement
 from mmpeft.parts.prefix import MixedPrefix, Prefix
-from mmpeft.together import Together
+from mmpeft.surgery.together import Together
 
 
 @dataclass(frozen=True, eq=False)

@@ -10,10 +10,10 @@ from types import FrameType
 from torch import nn
 
 from mmpeft.errors import ConfigError
-from mmpeft.planning import check_route
-from mmpeft.running import Choice, choose, forgetting, generator_around
-from mmpeft.state import state_with
-from mmpeft.together import Entry, Route, Together
+from mmpeft.hosting.running import Choice, choose, forgetting, generator_around
+from mmpeft.surgery.planning import check_route
+from mmpeft.surgery.state import state_with
+from mmpeft.surgery.together import Entry, Route, Together
 
 
 class use:

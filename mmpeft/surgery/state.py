@@ -14,17 +14,17 @@ from torch import Tensor, nn
 
 from mmpeft.controllers import Controllers
 from mmpeft.errors import ConfigError, nearest
-from mmpeft.liveness import Prints
+from mmpeft.hosting.offload import looked, take_back
+from mmpeft.hosting.recompute import Recompute
+from mmpeft.hosting.running import Choice, Gate, Planned, chosen
 from mmpeft.methods.base import Method
-from mmpeft.offload import looked, take_back
 from mmpeft.parts.base import Placement
-from mmpeft.recompute import Recompute
-from mmpeft.running import Choice, Gate, Planned, chosen
-from mmpeft.together import Route
+from mmpeft.surgery.liveness import Prints
+from mmpeft.surgery.together import Route
 
 if TYPE_CHECKING:
-    from mmpeft.forward import Plan
-    from mmpeft.row_proof import Proof
+    from mmpeft.hosting.forward import Plan
+    from mmpeft.surgery.row_proof import Proof
 
 STATE = "_mmpeft_state"
 PLANS_KEPT = 128
@@ -91,7 +91,7 @@ class State:
 
     def plan(self, route: Route) -> Planned:
         """What every host does under a route; kept until the model changes."""
-        from mmpeft.planning import plan_route
+        from mmpeft.surgery.planning import plan_route
 
         found = self.kept.get(route)
         if found is None:

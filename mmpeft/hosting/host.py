@@ -2,7 +2,7 @@
 
 Follows PyTorch's own `fully_shard` and `parametrize`: the module keeps its object, its type (a cached subclass of the
 same name, so `isinstance` still holds), its forward's signature and every state-dict key; the parts hang under it as
-one child named `mmpeft`. Only `mmpeft.surgery` performs it.
+one child named `mmpeft`. Only `mmpeft.surgery.attaching` performs it.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from mmpeft.errors import Refused
-from mmpeft.few_bits import packs, viewed
-from mmpeft.forward import Seat, forward_of, plan_of
-from mmpeft.modules import CHILD, SEAT
-from mmpeft.offload import HOOK, Hooked, fetched
-from mmpeft.patched import Patched
-from mmpeft.still import MODE, Still
+from mmpeft.hosting.few_bits import packs, viewed
+from mmpeft.hosting.forward import Seat, forward_of, plan_of
+from mmpeft.hosting.modules import CHILD, SEAT
+from mmpeft.hosting.offload import HOOK, Hooked, fetched
+from mmpeft.hosting.patched import Patched
+from mmpeft.hosting.still import MODE, Still
 
 
 class TunedMeta(type):

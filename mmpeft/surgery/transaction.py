@@ -10,9 +10,9 @@ from typing import Any
 
 from torch import nn
 
-from mmpeft.modules import CHILD, own_modules
-from mmpeft.running import CHOICES
-from mmpeft.state import STATE, State
+from mmpeft.hosting.modules import CHILD, own_modules
+from mmpeft.hosting.running import CHOICES
+from mmpeft.surgery.state import STATE, State
 
 TABLES = ("_parameters", "_buffers", "_modules")
 

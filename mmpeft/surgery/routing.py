@@ -9,16 +9,16 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
-from mmpeft.batch_rows import folds
 from mmpeft.errors import ConfigError
+from mmpeft.hosting.batch_rows import folds
+from mmpeft.hosting.recompute import is_cache
+from mmpeft.hosting.running import Planned
 from mmpeft.parts.base import Part
-from mmpeft.recompute import is_cache
-from mmpeft.row_proof import Proof, Run, check_apart, proof_key, prove
-from mmpeft.running import Planned
-from mmpeft.together import Entry
+from mmpeft.surgery.row_proof import Proof, Run, check_apart, proof_key, prove
+from mmpeft.surgery.together import Entry
 
 if TYPE_CHECKING:
-    from mmpeft.state import State
+    from mmpeft.surgery.state import State
 
 
 def row_groups(route: Iterable[Entry]) -> dict[Entry, list[int]]:

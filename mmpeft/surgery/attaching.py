@@ -8,28 +8,28 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from mmpeft.choice import use
 from mmpeft.controllers import Controllers
 from mmpeft.controllers.scores import Loss, default_loss
 from mmpeft.errors import ConfigError, DataError, FreshHeadWarning, MovedBuffersWarning, Refused, SiteError
-from mmpeft.few_bits import guard, packs
-from mmpeft.forward import Seat
-from mmpeft.fresh_head import fresh_head
-from mmpeft.host import base_value, make_host, unmake_host
-from mmpeft.liveness import buffer_prints, moved_buffers
+from mmpeft.hosting.few_bits import guard, packs
+from mmpeft.hosting.forward import Seat
+from mmpeft.hosting.host import base_value, make_host, unmake_host
+from mmpeft.hosting.modules import CHILD, module_at, own_modules, own_parameters
+from mmpeft.hosting.offload import check_stored, check_values, know
+from mmpeft.hosting.running import CHOICES, Choice, choose
+from mmpeft.hosting.still import MODE, frozen_statistics
 from mmpeft.methods.base import Method
-from mmpeft.modules import CHILD, module_at, own_modules, own_parameters
-from mmpeft.offload import check_stored, check_values, know
 from mmpeft.parts.base import Placement
-from mmpeft.planning import by_weight
-from mmpeft.reach import reached
-from mmpeft.running import CHOICES, Choice, choose
 from mmpeft.sites import Site, sites
-from mmpeft.state import STATE, State, state_of, state_with
-from mmpeft.still import MODE, frozen_statistics
-from mmpeft.together import names_of
-from mmpeft.transaction import unchanged_on_error
-from mmpeft.wrappers import check_order, watch_replacements
+from mmpeft.surgery.choice import use
+from mmpeft.surgery.fresh_head import fresh_head
+from mmpeft.surgery.liveness import buffer_prints, moved_buffers
+from mmpeft.surgery.planning import by_weight
+from mmpeft.surgery.reach import reached
+from mmpeft.surgery.state import STATE, State, state_of, state_with
+from mmpeft.surgery.together import names_of
+from mmpeft.surgery.transaction import unchanged_on_error
+from mmpeft.surgery.wrappers import check_order, watch_replacements
 
 if TYPE_CHECKING:
     from mmpeft.tuning import Tuning

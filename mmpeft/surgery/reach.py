@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mmpeft.liveness import call
 from mmpeft.parts.base import Part, Placement
+from mmpeft.surgery.liveness import call
 
 ENTRIES = ("enter", "exit", "read", "around", "extend")
 """Methods by which a forward pass enters a part that owns no tensor."""

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from mmpeft.errors import SiteError
-from mmpeft.few_bits import dense
-from mmpeft.modules import own_modules
+from mmpeft.hosting.few_bits import dense
+from mmpeft.hosting.modules import own_modules
 
 if TYPE_CHECKING:
     from mmpeft.tuning import Tuning

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from mmpeft.modules import SEAT
+from mmpeft.hosting.modules import SEAT
 
 
 class Patched:

@@ -7,19 +7,19 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
-from mmpeft.forward import Plan, Seat
-from mmpeft.host import multiplies
-from mmpeft.mixture import Mixture
-from mmpeft.modules import SEAT
+from mmpeft.hosting.forward import Plan, Seat
+from mmpeft.hosting.host import multiplies
+from mmpeft.hosting.modules import SEAT
+from mmpeft.hosting.recompute import recompute_around
+from mmpeft.hosting.running import Planned
 from mmpeft.parts.base import Hook, Part, Placement
 from mmpeft.parts.delta import Delta
 from mmpeft.parts.scaled import Scaled
 from mmpeft.parts.slots import Slots, slotted
-from mmpeft.recompute import recompute_around
-from mmpeft.routing import RowPart, Rows, row_groups
-from mmpeft.running import Planned
-from mmpeft.state import State, state_with
-from mmpeft.together import Entry, Route, Together, check_together, entries_of, names_of, weighted
+from mmpeft.surgery.mixture import Mixture
+from mmpeft.surgery.routing import RowPart, Rows, row_groups
+from mmpeft.surgery.state import State, state_with
+from mmpeft.surgery.together import Entry, Route, Together, check_together, entries_of, names_of, weighted
 
 Hooks = dict[str, list[tuple[Hook, Part]]]
 

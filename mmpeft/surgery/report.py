@@ -57,7 +57,7 @@ class Report:
 
 def report(tuning: Tuning) -> Report:
     """Tabulate a tuning by role."""
-    from mmpeft.surgery import base_tensors
+    from mmpeft.surgery.attaching import base_tensors
 
     by_role: dict[str, list[tuple[int, int]]] = {}
     for placement in tuning.placements:
