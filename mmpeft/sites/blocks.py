@@ -1,0 +1,121 @@
+"""Blocks in a recorded pass: the modules that hold whole sums of a residual stream and have siblings of their kind."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from torch import nn
+
+from mmpeft.sites.graph import Graph
+from mmpeft.sites.streams import Sublayer
+
+
+@dataclass
+class Block:
+    """One block: its place in the order in which blocks ran, and the group it stands in."""
+
+    path: str
+    depth: int = -1
+    tower: str = ""
+    first: int = -1
+    """The first call of it; -1 where it did not run."""
+
+
+def pattern(path: str) -> str:
+    """A path without its numbers: what the members of a list have in common."""
+    return re.sub(r"\d+", "#", path)
+
+
+def parent(path: str) -> str:
+    return path.rpartition(".")[0]
+
+
+class Lists:
+    """Which modules stand in a list of their kind."""
+
+    def __init__(self, modules: dict[str, nn.Module]) -> None:
+        self.modules = modules
+        self.members: dict[str, list[str]] = {}
+        for path in modules:
+            if path and re.search(r"\d+$", path):
+                self.members.setdefault(pattern(path), []).append(path)
+
+    def siblings(self, path: str) -> list[str]:
+        """The members of the same list, itself included; none for what stands in no list."""
+        name = path.rpartition(".")[2]
+        if not re.search(r"\d+$", name):
+            return []
+        own = [p for p in self.members[pattern(path)] if parent(p) == parent(path)]
+        alike = [p for p in own if type(self.modules[p]) is type(self.modules[path])]
+        return own if name.isdigit() else alike if len(alike) > 1 else []
+
+    def is_alike(self, path: str) -> bool:
+        """Whether all members of a list are of one class."""
+        return len({type(self.modules[p]) for p in self.siblings(path)}) == 1
+
+    def around(self, path: str) -> list[str]:
+        """The module and those around it that stand in a list, innermost first."""
+        found = []
+        while path:
+            if self.siblings(path):
+                found.append(path)
+            path = parent(path)
+        return found
+
+
+def blocks(graph: Graph, modules: dict[str, nn.Module], subs: Iterable[Sublayer]) -> list[Block]:
+    """Every block, in the order in which they ran; those that rested take the place of their list."""
+    lists = Lists(modules)
+    held = []
+    for sub in subs:
+        inside = [op.index for op in sub.products] or [op.index for op in sub.ops]
+        holder = next(graph.holding([*inside, sub.sum]), None)
+        around = lists.around(holder.path) if holder is not None else []
+        if around:
+            held.append(_choose(around, lists))
+    paths = {path for path in held if not any(path.startswith(f"{other}.") for other in set(held))}
+    kinds = {(type(modules[path]), pattern(path)) for path in paths}
+    classes = {kind for kind, _ in kinds}
+    for path, module in modules.items():
+        listed = pattern(path) in {form for _, form in kinds} and type(module) in classes
+        if listed or (type(module) in classes and lists.siblings(path)):
+            if not any(path.startswith(f"{other}.") or other.startswith(f"{path}.") for other in paths - {path}):
+                paths.add(path)
+    return _ordered(graph, paths, list(modules))
+
+
+def _choose(around: list[str], lists: Lists) -> str:
+    """The innermost member of a list, or of the list around it where the inner one holds the block's sub-layers."""
+    inner = around[0]
+    if len(around) > 1 and not lists.is_alike(inner) and lists.is_alike(around[1]):
+        if len(lists.siblings(around[1])) > 1 and len(lists.siblings(inner)) <= 3:
+            return around[1]
+    return inner
+
+
+def _ordered(graph: Graph, paths: set[str], order: list[str]) -> list[Block]:
+    first: dict[str, int] = {}
+    for call in graph.calls:
+        if call.path in paths:
+            first.setdefault(call.path, call.index)
+    place = {path: i for i, path in enumerate(order)}
+    found = []
+    for path in sorted(paths, key=place.__getitem__):
+        found.append(Block(path, first=first.get(path, -1)))
+    ran = {block.path: float(block.first) for block in found if block.first >= 0}
+    for block in found:
+        if block.first < 0:  # behind the sibling before it
+            before = [p for p in ran if parent(p) == parent(block.path) and place[p] < place[block.path]]
+            ran[block.path] = ran[before[-1]] + 1e-3 if before else -1.0
+    return sorted(found, key=lambda block: (ran[block.path], place[block.path]))
+
+
+def around(path: str, found: dict[str, Block]) -> Block | None:
+    """The block that a module stands in."""
+    while path:
+        if path in found:
+            return found[path]
+        path = parent(path)
+    return None

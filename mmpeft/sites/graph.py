@@ -1,0 +1,138 @@
+"""What can be asked of a recorded pass: what lies behind a result, what reads it, which module it belongs to."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
+from functools import cached_property
+from typing import Any
+
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+from mmpeft.sites.watch import PRODUCTS, SLICES, SOFTMAX, VIEWS, Call, Op, Record
+
+SUMS = frozenset({"add", "sub", "index_add"})
+JOINTS = frozenset({"bmm", "mm", "baddbmm"})
+"""Products that may be of two activations."""
+
+
+class Graph:
+    """A recorded pass; operations are named by their index."""
+
+    def __init__(self, record: Record) -> None:
+        self.record = record
+        self.ops: list[Op] = record.ops
+        self.calls: list[Call] = record.calls
+        self.replayed: dict[Any, list[int]] = {}
+        """Channels that were found by replay, by what lies between."""
+        self.inputs = [op for op in self.ops if op.name == "input"]
+        self._above: list[int] = []
+        for op in self.ops:
+            above = 0
+            for i in self.activations(op):
+                above |= self._above[i] | 1 << i
+            self._above.append(above)
+
+    def activations(self, op: Op) -> list[int]:
+        """What an operation reads, a product's own weight and bias left out."""
+        if op.weight is None:
+            return op.inputs
+        return [i for i in op.inputs if not self.ops[i].static] or self._static_operand(op)
+
+    def _static_operand(self, op: Op) -> list[int]:
+        """Of a product of constants by a weight: the constants."""
+        wide = [i for i in op.inputs if len(self.ops[i].shape) > 1]
+        return wide[:1] if len(wide) > 1 and op.name != "embedding" else []
+
+    @cached_property
+    def users(self) -> dict[int, list[int]]:
+        found: dict[int, list[int]] = defaultdict(list)
+        for op in self.ops:
+            for i in self.activations(op):
+                found[i].append(op.index)
+        return found
+
+    @cached_property
+    def products(self) -> list[Op]:
+        """Every product by a weight."""
+        return [op for op in self.ops if op.weight is not None]
+
+    def is_above(self, ancestor: int, op: int) -> bool:
+        """Whether a result goes into another."""
+        return ancestor == op or bool(self._above[op] >> ancestor & 1)
+
+    def above(self, op: int) -> int:
+        """Everything that goes into a result, as bits; the result too."""
+        return self._above[op] | 1 << op
+
+    def between(self, start: int, end: int) -> list[Op]:
+        """Operations on a way from one result to another, the end included."""
+        above = self.above(end)
+        return [self.ops[i] for i in range(start + 1, end + 1) if above >> i & 1 and self._above[i] >> start & 1]
+
+    def read(self, op: Op) -> list[tuple[int, int]]:
+        """(operation, identity) of each tensor that an operation reads: one operation may make several."""
+        tensors = [a for a in tree_leaves((op.args, op.kwargs)) if isinstance(a, Tensor)]
+        return [(i, id(t)) for i, t in zip(op.inputs, tensors)]
+
+    def root(self, op: int) -> int:
+        """The result of which this one is another view."""
+        while self.ops[op].name in VIEWS and self.ops[op].inputs:
+            op = self.ops[op].inputs[0]
+        return op
+
+    def behind(self, start: int, stop: Callable[[Op], bool] | None = None) -> list[Op]:
+        """The nearest weight products that a result comes from, not past other products or a softmax."""
+        todo, seen, found = [start], set(), []
+        while todo:
+            i = todo.pop()
+            if i in seen:
+                continue
+            seen.add(i)
+            op = self.ops[i]
+            if op.weight is not None:
+                found.append(op)
+            elif op.name not in PRODUCTS | SOFTMAX and not (stop and stop(op)):
+                todo += op.inputs
+        return sorted(found, key=lambda op: op.index)
+
+    def ahead(self, start: int) -> list[Op]:
+        """The nearest weight products that a result goes into, not past other products."""
+        todo, seen, found = list(self.users[start]), set(), []
+        while todo:
+            i = todo.pop()
+            if i in seen:
+                continue
+            seen.add(i)
+            op = self.ops[i]
+            if op.weight is not None:
+                found.append(op)
+            elif op.name not in PRODUCTS | SOFTMAX:
+                todo += self.users[i]
+        return sorted(found, key=lambda op: op.index)
+
+    # -- modules --------------------------------------------------------------------------------------------
+
+    def around(self, op: int) -> Iterator[Call]:
+        """The module calls around an operation, innermost first."""
+        index = self.ops[op].call
+        while index >= 0:
+            call = self.calls[index]
+            yield call
+            index = call.parent
+
+    def holding(self, ops: Iterable[int]) -> Iterator[Call]:
+        """The module calls around all of some operations, innermost first."""
+        wanted = list(ops)
+        first, last = min(wanted), max(wanted)
+        return (call for call in self.around(wanted[0]) if call.first <= first and last < call.last)
+
+    def path(self, op: Op) -> str:
+        """The innermost module that was running."""
+        return self.calls[op.call].path
+
+
+def is_shape(op: Op) -> bool:
+    """Whether an operation moves values and computes none."""
+    return op.name in VIEWS | SLICES | {"cat", "roll", "_to_copy", "constant_pad_nd", "pad", "index", "stack"}

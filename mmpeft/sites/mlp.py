@@ -1,0 +1,114 @@
+"""Feed-forward networks in a sub-layer: which products are its first, its gate and its last."""
+
+from __future__ import annotations
+
+from math import prod
+
+from mmpeft.sites.graph import Graph
+from mmpeft.sites.replay import channels
+from mmpeft.sites.streams import Sublayer
+from mmpeft.sites.watch import Op
+
+POINTWISE = frozenset(
+    "silu gelu relu sigmoid hardswish hardsigmoid leaky_relu elu celu selu mish softplus tanh hardtanh pow square "
+    "threshold erf exp softsign log_sigmoid _prelu_kernel prelu clamp clamp_min abs".split()
+)
+"""What makes a gate of one of two factors."""
+
+Assignment = dict[str, list[tuple[Op, list[int] | None]]]
+"""Of each role, its products and their channels (None: all)."""
+
+
+def is_pointwise(op: Op) -> bool:
+    """Whether a product acts on every position alone: a linear, or a convolution of size one."""
+    if op.weight is None or op.name == "embedding" or op.weight.derived:
+        return False
+    return op.name != "convolution" or (prod(op.weight.shape[2:]) == 1 and _groups(op) == 1)
+
+
+def _groups(op: Op) -> int:
+    return int(op.args[8]) if len(op.args) > 8 else 1
+
+
+def width(op: Op) -> int:
+    """Output channels of a product."""
+    return op.shape[1] if op.name == "convolution" else op.shape[-1]
+
+
+def which(op: Op) -> int:
+    """Which of the tensors that a product reads is what it multiplies."""
+    return 1 if op.name in ("addmm", "baddbmm") else 0
+
+
+def positions(op: Op) -> int:
+    return prod(op.shape) // max(1, width(op))
+
+
+def feed_forward(graph: Graph, sub: Sublayer, given: set[int]) -> Assignment | None:
+    """The network at the end of a sub-layer: `down`, and `up` or `up` and `gate` before it; None where there is none.
+
+    `given` are products that serve another purpose.
+    """
+    inside = sub.indices
+    ends = [op for op in graph.behind(sub.branch) if op.index in inside and op.index not in given]
+    if len(ends) != 1 or not is_pointwise(ends[0]):
+        return None
+    end = ends[0]
+    through = graph.activations(end)[0]
+    first = [op for op in graph.behind(through) if op.index in inside and op is not end]
+    middle: list[Op] = []
+    if len(first) == 1 and first[0].name == "convolution" and _groups(first[0]) > 1 and end.name != "convolution":
+        middle = first  # a depthwise convolution between two linears
+        first = [op for op in graph.behind(graph.activations(middle[0])[0]) if op.index in inside]
+    if not first or not all(is_pointwise(op) for op in first):
+        return None
+    if len({positions(op) for op in (*first, end)}) != 1 or any(width(op) == 1 for op in first):
+        return None
+    if all(op.index in given for op in first) and len(first) == 1:  # attention's own rows are in the same product
+        return {"mlp.down": [(end, None)], "mlp.up": [(first[0], channels(graph, first[0], graph.read(end)[which(end)]))]}
+    if any(op.index in given for op in first):
+        return None
+    found: Assignment = {"mlp.down": [(end, None)], "mlp.up": [(op, None) for op in first]}
+    if middle:
+        found["conv"] = [(op, None) for op in middle]
+    if len(first) == 1:
+        halves = _halves(graph, first[0], through)
+        if halves is not None:
+            found["mlp.up"], found["mlp.gate"] = [(first[0], halves[0])], [(first[0], halves[1])]
+    elif len(first) == 2:
+        gate = _gate(graph, first, through)
+        if gate is not None:
+            found["mlp.up"] = [(op, None) for op in first if op is not gate]
+            found["mlp.gate"] = [(gate, None)]
+    return found
+
+
+def _halves(graph: Graph, source: Op, end: int) -> tuple[list[int], list[int]] | None:
+    """Channels of the two factors, ungated and gated, of a product that is both; None where it is one."""
+    between = graph.between(source.index, end)
+    for op in between:
+        factors = [pair for pair in graph.read(op) if graph.is_above(source.index, pair[0])]
+        if op.name != "mul" or len(factors) != 2:
+            continue
+        used = [channels(graph, source, pair) for pair in factors]
+        if used[0] and used[1] and not set(used[0]) & set(used[1]):
+            gated = [_activated(graph, source.index, i) for i, _ in factors]
+            return (used[1], used[0]) if gated[0] and not gated[1] else (used[0], used[1])
+    return None
+
+
+def _gate(graph: Graph, pair: list[Op], end: int) -> Op | None:
+    """Of two products that meet in a multiplication, the one through the activation."""
+    for i in range(end, pair[-1].index, -1):
+        op = graph.ops[i]
+        if op.name == "mul" and len(op.inputs) == 2 and graph.is_above(i, end):
+            for gate, other in (pair, pair[::-1]):
+                for factor, rest in (op.inputs, op.inputs[::-1]):
+                    alone = graph.is_above(gate.index, factor) and not graph.is_above(other.index, factor)
+                    if alone and graph.is_above(other.index, rest) and _activated(graph, gate.index, factor):
+                        return gate
+    return None
+
+
+def _activated(graph: Graph, start: int, end: int) -> bool:
+    return any(op.name in POINTWISE for op in graph.between(start, end))

@@ -1,0 +1,162 @@
+"""Residual streams in a recorded pass: the sums that make them, and the sub-layers between."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+from mmpeft.sites.graph import Graph
+from mmpeft.sites.watch import SOFTMAX, Call, Op
+
+
+@dataclass
+class Sublayer:
+    """What is added to a residual stream: the operations between the stream and the sum."""
+
+    sum: int
+    stream: int
+    """The result that it branches from."""
+    branch: int
+    """The result that is added."""
+    ops: list[Op] = field(default_factory=list)
+    shared: bool = False
+    """Whether another sub-layer beside it reads the result of one of its products."""
+
+    @property
+    def products(self) -> list[Op]:
+        return [op for op in self.ops if op.weight is not None and op.name != "embedding"]
+
+    @property
+    def indices(self) -> frozenset[int]:
+        return frozenset(op.index for op in self.ops)
+
+
+def sublayers(graph: Graph) -> list[Sublayer]:
+    """Every sub-layer of every residual stream, in order; a sum of two parallel ones gives both."""
+    found: dict[int, Sublayer] = {}
+    for op in graph.ops:
+        if op.name in ("add", "addcmul") and not op.static:
+            own = _residual(graph, op, found)
+            if own is not None:
+                found[op.index] = own
+    proper = _outer(graph, list(found.values()))
+    return [piece for sub in proper for piece in _pieces(graph, sub)]
+
+
+def _residual(graph: Graph, op: Op, known: dict[int, Sublayer]) -> Sublayer | None:
+    """A sum one of whose terms is an ancestor of the other, or is such a sum and has the other's ancestor as stream."""
+    terms = [i for i in op.inputs if len(graph.ops[i].shape) >= 2]
+    if op.name == "addcmul":
+        terms = terms[:1] + terms[-1:]
+    if len(terms) != 2 or terms[0] == terms[1]:
+        return None
+    for stream, branch in (terms, terms[::-1]):
+        root = graph.root(stream)
+        above = known.get(root)
+        if not graph.is_above(root, branch) and above is not None:  # x + attention(x) + mlp(x)
+            root = graph.root(above.stream)
+        if root == branch or not graph.is_above(root, branch) or graph.root(branch) == root:
+            continue
+        between = graph.between(root, branch)
+        if any((o.weight is not None and not o.static) or o.name in SOFTMAX for o in between):
+            return Sublayer(op.index, root, branch, between)
+    return None
+
+
+def _outer(graph: Graph, found: list[Sublayer]) -> list[Sublayer]:
+    """Without sums inside a sub-layer, and without those around a whole stack of sub-layers."""
+    roots = {graph.root(sub.sum): sub for sub in found} | {sub.sum: sub for sub in found}
+    inside = {
+        sub.sum: [o for o in found if o.sum != sub.sum and o.sum in sub.indices and o.stream != sub.stream]
+        for sub in found
+    }
+    around = {
+        sub.sum
+        for sub in found
+        if any(graph.root(o.stream) in roots and roots[graph.root(o.stream)].sum in sub.indices for o in inside[sub.sum])
+    }
+    kept = [sub for sub in found if sub.sum not in around]
+    nested = {o.sum for sub in kept for o in inside[sub.sum]}
+    return [sub for sub in kept if sub.sum not in nested]
+
+
+def _pieces(graph: Graph, sub: Sublayer) -> list[Sublayer]:
+    """A branch that is a sum of parallel sub-layers, which no module of its own makes, is several."""
+    op = graph.ops[graph.root(sub.branch)]
+    while op.name == "mul" and len(moving := [i for i in op.inputs if graph.is_above(sub.stream, i)]) == 1:
+        op = graph.ops[graph.root(moving[0])]  # a scale of the whole
+    terms = [i for i in op.inputs if len(graph.ops[i].shape) >= 2]
+    if op.name == "sum" and graph.ops[terms[0]].name in ("stack", "cat"):
+        terms = [graph.root(i) for i in graph.ops[terms[0]].inputs]
+    elif op.name != "add":
+        return [sub]
+    if len(terms) < 2 or op.index not in sub.indices:
+        return [sub]
+    if any(call.first <= op.index < call.last <= sub.sum for call in graph.around(op.index)):
+        return [sub]
+    parts = [replace(sub, branch=i, ops=graph.between(sub.stream, i)) for i in terms]
+    if not all(part.products for part in parts):
+        return [sub]
+    common = frozenset.intersection(*(part.indices for part in parts))
+    shared = any(graph.ops[i].weight is not None for i in common)
+    return [piece for part in parts for piece in _pieces(graph, replace(part, shared=shared))]
+
+
+@dataclass
+class Shell:
+    """The modules of a sub-layer, as `Site` names them."""
+
+    path: str
+    entry: str = ""
+    stream: str = ""
+    out: str = ""
+    shape: tuple[int, ...] = ()
+    call: Call | None = None
+
+
+def shell(graph: Graph, sub: Sublayer) -> Shell | None:
+    """Which module is a sub-layer, reads the stream first, and gives what is added; None if no module gives it."""
+    products = [op.index for op in sub.products] or [op.index for op in sub.ops]
+    inner = [call for call in graph.holding(products) if not call.first <= sub.sum < call.last]
+    whole = next((call for call in inner if sub.indices.issuperset(call.gives[:1]) and call.gives), None)
+    found = Shell("")
+    if whole is not None:
+        found.path, found.call = whole.path, whole
+    else:
+        last = [call for call in graph.around(products[-1]) if not call.first <= sub.sum < call.last]
+        giving = [call for call in last if call.gives and call.gives[0] in sub.indices]
+        if not giving:
+            return None
+        found.path, found.call = giving[-1].path, giving[-1]
+        first = [call for call in graph.around(products[0]) if not call.first <= sub.sum < call.last]
+        entry = next((call for call in reversed(first) if call.first <= products[0]), None)
+        if entry is None:
+            return None
+        found.entry = entry.path
+    assert found.call is not None
+    found.shape = found.call.shapes[0]
+    found.stream = _reader(graph, sub)
+    found.out = _giver(graph, sub, found.call)
+    return found
+
+
+def _reader(graph: Graph, sub: Sublayer) -> str:
+    """The first module that is given the stream itself, works on it, and does not hold the sum."""
+    holder = next(graph.holding([*(op.index for op in sub.products), sub.sum]), None)
+    for call in graph.calls[holder.index if holder else 0 :]:
+        if call.first >= sub.sum:
+            break
+        if call.last <= sub.sum and call.reads and graph.root(call.reads[0]) == sub.stream:
+            if sub.indices & set(call.gives[:1]):
+                return call.path
+    return ""
+
+
+def _giver(graph: Graph, sub: Sublayer, own: Call) -> str:
+    """The last module that gives what is added, where it is another than the sub-layer."""
+    branch = graph.root(sub.branch)
+    found = ""
+    for call in graph.calls:
+        if own.last <= call.last <= sub.sum and call.index > own.index and call.gives[:1]:
+            if graph.root(call.gives[0]) == branch:
+                found = call.path
+    return found

@@ -1,0 +1,389 @@
+"""The watch: every tensor operation of one forward pass, and the modules that were running.
+
+The pass runs on fake tensors, which cost neither memory nor compute, and on a real batch where the model's control
+flow depends on the data. It runs on a copy of the modules that shares their tensors: the model itself notices nothing.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
+
+from mmpeft.errors import SiteError
+from mmpeft.hosting.few_bits import packs
+from mmpeft.hosting.host import base_value, is_host, unmake_host
+from mmpeft.hosting.modules import own_modules, own_parameters
+
+PRODUCTS = frozenset({"mm", "addmm", "bmm", "baddbmm", "linear", "convolution", "_grouped_mm", "embedding", "addmv", "mv"})
+SOFTMAX = frozenset({"_softmax", "softmax", "_safe_softmax"})
+VIEWS = frozenset(
+    "view _unsafe_view reshape _reshape_alias t transpose permute expand squeeze unsqueeze clone contiguous _to_copy "
+    "alias detach lift_fresh flatten unflatten view_as to copy".split()
+)
+"""What changes the shape, the layout or the type of a tensor and none of its values."""
+SLICES = frozenset({"slice", "select", "split", "split_with_sizes", "chunk", "unbind", "narrow", "as_strided"})
+SWAPS = frozenset({"t", "transpose", "permute"})
+
+
+@dataclass(frozen=True)
+class Use:
+    """How a product reads a parameter: its name, whether stored [in, out], and from which entry of its storage on."""
+
+    name: str
+    transposed: bool = False
+    derived: bool = False
+    """Computed from the parameter by more than views: standardised, normalised, looked up."""
+    offset: int = 0
+    shape: tuple[int, ...] = ()
+    """Of what the product reads."""
+
+
+@dataclass
+class Op:
+    """One operation: what it read (as operations), where it ran, and what it made."""
+
+    index: int
+    name: str
+    func: Any
+    args: Any
+    kwargs: dict[str, Any]
+    inputs: list[int]
+    call: int
+    """The innermost module call that was running."""
+    shape: tuple[int, ...]
+    static: bool
+    """Whether it depends on parameters and constants alone."""
+    weight: Use | None = None
+    """Of a product: the parameter in it."""
+    outs: list[int] = field(default_factory=list)
+    """Identities of the tensors it made."""
+    label: str = ""
+    """Of an input, the name of its argument; of a parameter, its own."""
+
+
+@dataclass
+class Call:
+    """One run of one module, and the operations in it: `first <= index < last`."""
+
+    index: int
+    path: str
+    parent: int
+    first: int
+    last: int = -1
+    reads: list[int] = field(default_factory=list)
+    """Operations whose results it was given."""
+    gives: list[int] = field(default_factory=list)
+    """Operations whose results it returned, in order."""
+    shapes: list[tuple[int, ...]] = field(default_factory=list)
+    """Of what it returned."""
+
+
+@dataclass(frozen=True)
+class Function:
+    """A call of a torch function that an attention may be made of: `first <= index < last`."""
+
+    name: str
+    first: int
+    last: int
+    shapes: list[tuple[int, ...]]
+    """Of the tensors that it was given."""
+    heads: int = 0
+    """Where it says how many."""
+
+
+@dataclass
+class Record:
+    """What was seen of one pass."""
+
+    ops: list[Op]
+    calls: list[Call]
+    functions: list[Function]
+    outputs: list[int]
+    """Operations whose results the model returned."""
+    alive: list[Any]
+    """Tensors are known by identity, which is unique while they live."""
+    real: bool = False
+    """Whether it ran on a real batch, of which some parts of the model may rest."""
+
+
+ATTENTION_FUNCTIONS = {
+    F.scaled_dot_product_attention: "scaled_dot_product_attention",
+    F.multi_head_attention_forward: "multi_head_attention_forward",
+    **dict.fromkeys((torch.matmul, Tensor.matmul, Tensor.__matmul__), "matmul"),
+    **dict.fromkeys((torch.softmax, Tensor.softmax, F.softmax), "softmax"),
+}
+
+
+class _Functions(TorchFunctionMode):
+    """Notes which of torch's functions made the operations."""
+
+    def __init__(self, seen: _Watching) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.seen = seen
+        self.found: list[Function] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        first = len(self.seen.ops)
+        out = func(*args, **(kwargs or {}))
+        name = ATTENTION_FUNCTIONS.get(func)
+        if name is not None:
+            given = [*args, *(kwargs or {}).values()]
+            shapes = [tuple(a.shape) for a in given if isinstance(a, Tensor)]
+            heads = int(args[4]) if name == "multi_head_attention_forward" else 0
+            self.found.append(Function(name, first, len(self.seen.ops), shapes, heads))
+        return out
+
+
+class _Watching(TorchDispatchMode):
+    """Records operations and knows which tensors are views of parameters."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.ops: list[Op] = []
+        self.calls: list[Call] = []
+        self.running: list[int] = []
+        self.made: dict[int, int] = {}
+        self.uses: dict[int, Use] = {}
+        self.alive: list[Any] = []
+        self.names: dict[int, list[str]] = {}
+        """Every name of every parameter: one that two modules share has two."""
+        for name, tensor in [*own_parameters(model), *model.named_buffers()]:
+            self.names.setdefault(id(tensor), []).append(name)
+            self.uses.setdefault(id(tensor), Use(name))
+        self.aliases = {names[0]: names for names in self.names.values() if len(names) > 1}
+
+    def add(self, name: str, tensors: list[Tensor], static: bool, label: str = "") -> Op:
+        """An operation without inputs: an argument of the model, or a tensor that it holds."""
+        call = self.running[-1] if self.running else 0
+        shape = tuple(tensors[0].shape) if tensors else ()
+        op = Op(len(self.ops), name, None, (), {}, [], call, shape, static, label=label)
+        self.ops.append(op)
+        for tensor in tensors:
+            self.made[id(tensor)] = op.index
+            op.outs.append(id(tensor))
+            self.alive.append(tensor)
+        return op
+
+    def source(self, tensor: Tensor) -> int:
+        """The operation that made a tensor, or one that stands for a tensor of the model or a constant."""
+        found = self.made.get(id(tensor))
+        if found is None:
+            use = self.uses.get(id(tensor))
+            found = self.add("held", [tensor], True, use.name if use else "").index
+        return found
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        read = [a for a in tree_leaves((args, kwargs)) if isinstance(a, Tensor)]
+        inputs = [self.source(a) for a in read]
+        out = func(*args, **kwargs)
+        name = func.overloadpacket.__name__
+        name = name[:-1] if name.endswith("_") and not name.startswith("_") else name
+        made = [o for o in tree_leaves(out) if isinstance(o, Tensor)]
+        static = all(self.ops[i].static for i in inputs)
+        shape = tuple(made[0].shape) if made else ()
+        op = Op(len(self.ops), name, func, args, kwargs, inputs, self.running[-1], shape, static)
+        uses = [self.uses.get(id(a)) for a in read]
+        if name in PRODUCTS:
+            op.weight = self.product(name, read, uses)
+            static = op.static = static and name != "embedding"
+        elif static and (known := self.only(read, uses)):
+            self.derive(name, known, made)
+        self.ops.append(op)
+        for o in made:
+            self.made[id(o)] = op.index
+            op.outs.append(id(o))
+            base = o._base
+            if base is not None and func._schema.is_mutable:  # what it is a view of has changed as well
+                self.made[id(base)] = op.index
+        self.alive += made
+        self.alive += read
+        return out
+
+    def only(self, read: list[Tensor], uses: list[Use | None]) -> Use | None:
+        """The first of the model's own tensors, where an operation reads nothing else but single numbers."""
+        known = [use for use in uses if use]
+        alone = all(use or tensor.numel() == 1 for use, tensor in zip(uses, read))
+        return known[0] if known and alone else None
+
+    def derive(self, name: str, use: Use, made: list[Tensor]) -> None:
+        """Tensors made of a parameter are uses of it too."""
+        swapped = use.transposed ^ (name in SWAPS)
+        derived = use.derived or name not in VIEWS | SLICES
+        for o in made:
+            self.uses[id(o)] = Use(use.name, swapped, derived, 0 if derived else o.storage_offset())
+
+    def product(self, name: str, read: list[Tensor], uses: list[Use | None]) -> Use | None:
+        """The parameter that a product multiplies by: of several the last."""
+        held = [(u, a) for a, u in zip(read, uses) if u and a.dim() > 1]
+        if name == "embedding":
+            held = held[:1]
+        if not held:
+            return None
+        use, tensor = held[-1]
+        plain = name in ("convolution", "linear", "embedding")
+        stored = use.transposed if plain else not use.transposed
+        path = self.calls[self.running[-1]].path
+        own = next((n for n in self.aliases.get(use.name, ()) if n.rpartition(".")[0] == path), use.name)
+        return Use(own, stored, use.derived, use.offset, tuple(tensor.shape))
+
+
+def watch(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Record:
+    """The operations of one pass of a model on an example.
+
+    Raises:
+        SiteError: the model does not run on the example; the message has the model's own error.
+    """
+    try:
+        return _watch(model, args, kwargs, FakeTensorMode(allow_non_fake_inputs=True))
+    except Exception as error:  # it looks at its data, or cannot run on this example at all
+        failed = error
+    if not any(p.is_meta for p in model.parameters()):
+        try:
+            return _watch(model, args, kwargs, None)
+        except Exception as error:
+            failed = error
+    raise SiteError(
+        f"{type(model).__name__} does not run on the example inputs, so that nothing is known of where it can be "
+        f"tuned ({type(failed).__name__}: {str(failed).strip().partition(chr(10))[0]}). Give a batch that it takes: "
+        "attach(model, method, example=batch)"
+    ) from failed
+
+
+def _watch(model: nn.Module, args: Any, kwargs: Any, fake: FakeTensorMode | None) -> Record:
+    shadow = shadow_of(model, fake)
+    seen = _Watching(shadow)
+    device = next((p.device for p in shadow.parameters()), torch.device("cpu"))
+
+    def given(value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        return _faked(value, fake) if fake else value.detach().to(device)
+
+    args, kwargs = tree_map(given, (tuple(args), dict(kwargs)))
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), _slow_attention(), _calls(shadow, seen), fake or nullcontext():
+        return _pass(shadow, seen, args, kwargs, real=fake is None)
+
+
+def _pass(model: nn.Module, seen: _Watching, args: Any, kwargs: Any, real: bool) -> Record:
+    for label, value in {**dict(zip(_arguments(model), args)), **kwargs}.items():
+        for tensor in tree_leaves(value):
+            if isinstance(tensor, Tensor):
+                seen.add("input", [tensor], False, label)
+    functions = _Functions(seen)
+    with functions, seen:
+        output = model(*args, **kwargs)
+    outputs = [seen.made[id(t)] for t in tree_leaves(_opened(output)) if isinstance(t, Tensor) and id(t) in seen.made]
+    return Record(seen.ops, seen.calls, functions.found, outputs, [seen.alive, args, kwargs, output], real)
+
+
+def _opened(output: Any) -> Any:
+    """What a library's own kind of output holds."""
+    if isinstance(output, Mapping):
+        return dict(output)
+    return vars(output) if hasattr(output, "__dict__") and not isinstance(output, Tensor) else output
+
+
+def _arguments(model: nn.Module) -> list[str]:
+    return list(inspect.signature(type(model).forward).parameters)[1:] + [f"input_{i}" for i in range(64)]
+
+
+@contextmanager
+def _calls(model: nn.Module, seen: _Watching) -> Iterator[None]:
+    """Every module says when it begins and when it ends."""
+    hooks = []
+
+    def before(path: str) -> Any:
+        def begin(module: nn.Module, args: Any, kwargs: Any) -> None:
+            parent = seen.running[-1] if seen.running else -1
+            call = Call(len(seen.calls), path, parent, len(seen.ops))
+            call.reads = [seen.source(t) for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+            call.first = len(seen.ops)
+            seen.calls.append(call)
+            seen.running.append(call.index)
+
+        return begin
+
+    def end(module: nn.Module, args: Any, output: Any) -> None:
+        call = seen.calls[seen.running.pop()]
+        call.last = len(seen.ops)
+        tensors = [t for t in tree_leaves(_opened(output)) if isinstance(t, Tensor)]
+        call.gives = [seen.source(t) for t in tensors]
+        call.shapes = [tuple(t.shape) for t in tensors]
+
+    try:
+        for path, module in own_modules(model):
+            hooks.append(module.register_forward_pre_hook(before(path), prepend=True, with_kwargs=True))
+            hooks.append(module.register_forward_hook(end))
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@contextmanager
+def _slow_attention() -> Iterator[None]:
+    """`nn.MultiheadAttention` without its fused path, which hides its products."""
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+
+
+def shadow_of(model: nn.Module, fake: FakeTensorMode | None) -> nn.Module:
+    """The modules of a model as their library wrote them, in evaluation mode, on tensors without data or on its own.
+
+    The pass may leave anything behind in them: masks, caches, buffers that grow.
+    """
+    memo: dict[int, Any] = {}
+    for module in model.modules():
+        if packs(type(module)):
+            memo[id(module)] = _unpacked(module, fake)
+        for tensor in (*module._parameters.values(), *module._buffers.values()):
+            if tensor is not None and (fake or isinstance(tensor, nn.Parameter)):
+                memo[id(tensor)] = _faked(tensor, fake) if fake else tensor
+        for value in module.__dict__.values():
+            if type(value).__module__.startswith("mmpeft.") and not isinstance(value, nn.Module):
+                memo[id(value)] = value  # what is known of a tuned model is not the copy's
+            elif isinstance(value, Tensor) and fake:
+                memo[id(value)] = _faked(value, fake)
+    shadow: nn.Module = copy.deepcopy(model, memo)
+    for _, module in own_modules(shadow):
+        for hooks in (module._forward_hooks, module._forward_pre_hooks):
+            for key, hook in list(hooks.items()):
+                if not type(hook).__module__.startswith("torch.nn.utils"):  # which compute weights
+                    del hooks[key]
+        if is_host(module):
+            unmake_host(module)
+        module.__dict__.pop("forward", None)
+    return shadow.eval()
+
+
+def _faked(tensor: Tensor, fake: FakeTensorMode) -> Tensor:
+    """A tensor of the same shape and type without data, on the CPU: a model's tensors may be anywhere."""
+    with fake:
+        made = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cpu")
+        return nn.Parameter(made, requires_grad=False) if isinstance(tensor, nn.Parameter) else made
+
+
+def _unpacked(module: nn.Module, fake: FakeTensorMode | None) -> nn.Module:
+    """A linear in place of one whose weight is held in few bits."""
+    rows, columns = base_value(module, "weight").shape
+    bias = module._parameters.get("bias")
+    with fake or nullcontext():
+        return nn.Linear(columns, rows, bias is not None, dtype=torch.float32 if bias is None else bias.dtype)
