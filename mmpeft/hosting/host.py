@@ -71,14 +71,13 @@ def is_sharded(value: Any) -> bool:
 
 
 def _reader(name: str) -> property:
-    from mmpeft.parts.tuned import answered  # parts import this module
-
     def read(self: Any) -> Any:
         value = base_value(self, name)
         if is_sharded(value):  # asked for by who shards it: forward passes find it whole
             return value
-        parts = plan_of(self).reads.get(name)
-        return answered(self, name, value, parts) if parts else value
+        plan = plan_of(self)
+        parts = plan.reads.get(name)
+        return plan.answer(self, name, value, parts) if parts and plan.answer else value
 
     def write(self: Any, value: Any) -> None:
         self.__dict__[name] = value
