@@ -24,15 +24,15 @@ from mmpeft.diffusion.grid import labelled_grid
 from mmpeft.diffusion.words import FOLDER, load_words
 from mmpeft.errors import ConfigError
 from mmpeft.files import write_atomic
-from mmpeft.formats.exchange import Format, export, load_foreign
+from mmpeft.formats.exchange import Format, export
 from mmpeft.formats.exchange import export_pipeline as write_pipeline
 from mmpeft.formats.inspection import read
 from mmpeft.formats.merged import merged_copy
-from mmpeft.formats.native import MANIFEST, load
+from mmpeft.formats.native import MANIFEST
 from mmpeft.surgery.choice import use
 from mmpeft.surgery.together import Together
 from mmpeft.training.data import mix
-from mmpeft.tuning import Tuning
+from mmpeft.tuning import Tuning, load, load_foreign
 
 PIPELINE = "a hub repository, a folder, or embedded:<name> (default: what the adapter's run was tuned on)"
 

@@ -24,12 +24,11 @@ from mmpeft.diffusion.objective import Levels, Objective, objective_of
 from mmpeft.errors import ConfigError
 from mmpeft.hosting.recompute import Recompute
 from mmpeft.methods.base import Method
-from mmpeft.surgery.attaching import attach
 from mmpeft.surgery.choice import use
 from mmpeft.training.callbacks import folder_of
 from mmpeft.training.data import mix
 from mmpeft.training.module import TuningModule
-from mmpeft.tuning import Tuning
+from mmpeft.tuning import Tuning, attach
 
 
 class StyleTuner(TuningModule):

@@ -3,4 +3,4 @@
 Importing this package registers the anatomies and does not load transformers.
 """
 
-from mmpeft.llm import anatomy  # noqa: F401 - registers the anatomies
+from mmpeft.llm import anatomy, resizing  # noqa: F401 - registers the anatomies, and what is refused

@@ -11,7 +11,7 @@ from typing import Any
 __version__ = "0.1.0"
 
 _HOME = {
-    "attach": "surgery.attaching",
+    "attach": "tuning",
     "use": "surgery.choice",
     "Together": "surgery.together",
     "Mixture": "surgery.mixture",
@@ -19,8 +19,8 @@ _HOME = {
     "detach": "surgery.attaching",
     "Tuning": "tuning",
     "tunings": "tuning",
-    "load": "formats.native",
-    "load_foreign": "formats.exchange",
+    "load": "tuning",
+    "load_foreign": "tuning",
     "Site": "sites",
     "select": "sites.selector",
     "list_methods": "methods",
@@ -45,6 +45,7 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module 'mmpeft' has no attribute {name!r}")
     methods = import_module("mmpeft.methods")
     if hasattr(methods, name):
+        import_module("mmpeft.tuning")  # with the reader of adapter folders, for methods made of saved adapters
         return getattr(methods, name)
     from mmpeft.errors import nearest
 

@@ -86,7 +86,7 @@ class TextToImageData(DataModule):
 
     def setup(self, stage: str | None = None) -> None:
         """Lightning's hook: open and check the images; they are cut once the task has said for what."""
-        self.datasets(stage)
+        super().setup(stage)
         if self.resolution is not None and self.multiple is not None:
             self.cut(self.resolution, self.multiple)
 

@@ -16,13 +16,12 @@ from mmpeft.bank.heads import Head, PrototypeHead
 from mmpeft.bank.router import Choice, nearest_keys
 from mmpeft.errors import ConfigError, Refused, nearest
 from mmpeft.methods.base import Method
-from mmpeft.surgery.attaching import attach
 from mmpeft.surgery.choice import use
 from mmpeft.surgery.state import state_of
 from mmpeft.surgery.together import Entry as RouteEntry
 from mmpeft.surgery.together import Together, names_of
 from mmpeft.surgery.transaction import unchanged_on_error
-from mmpeft.tuning import Tuning
+from mmpeft.tuning import Tuning, attach
 
 Rows = RouteEntry | Sequence[RouteEntry]
 Extract = Callable[[nn.Module, Any], Tensor]

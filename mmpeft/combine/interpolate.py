@@ -8,7 +8,8 @@ from contextlib import contextmanager
 import torch
 
 from mmpeft.hosting.host import base_value
-from mmpeft.tuning import Tuning, exchange
+from mmpeft.surgery.merging import exchange
+from mmpeft.tuning import Tuning
 
 
 @contextmanager

@@ -13,12 +13,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mmpeft.combine.library import Adapter, borrow
 from mmpeft.errors import ConfigError, DataError, SiteError
+from mmpeft.formats.native import borrow
 from mmpeft.hosting.modules import module_at
+from mmpeft.methods.saved import Adapter
 from mmpeft.parts.base import Placement
 from mmpeft.sites import sites
-from mmpeft.surgery.attaching import attach_saved
+from mmpeft.surgery.attaching import attach
 from mmpeft.surgery.choice import use
 from mmpeft.surgery.liveness import call
 from mmpeft.surgery.state import state_of
@@ -66,7 +67,8 @@ def soup(
             stacklevel=2,
         )
     with unchanged_on_error(model):
-        tuning = attach_saved(model, first.method, name)
+        attach(model, first.method, name)
+        tuning = Tuning(model, name)
         tuning.load_state_dict(average([adapter.tensors for adapter in found], shares))
     return tuning
 

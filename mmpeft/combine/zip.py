@@ -16,7 +16,7 @@ from mmpeft.parts import Delta, Hadamard, LowRank
 from mmpeft.parts.base import Hook, Placement
 from mmpeft.parts.factors import like_options
 from mmpeft.sites import Site
-from mmpeft.surgery.attaching import attach_saved
+from mmpeft.surgery.attaching import attach
 from mmpeft.tuning import Tuning
 
 Pair = tuple[Tensor, Tensor]
@@ -107,7 +107,9 @@ def zip_lora(tunings: Sequence[Tuning], starts: Sequence[float] | None = None, n
         raise ConfigError(
             f"zip_lora takes two tunings or more of one model, got {len(tunings)} of {len(models)} models"
         )
-    return attach_saved(tunings[0].model, ZipLoRA(tunings, starts or [1.0] * len(tunings)), name)
+    model = tunings[0].model
+    attach(model, ZipLoRA(tunings, starts or [1.0] * len(tunings)), name)
+    return Tuning(model, name)
 
 
 def penalty(tuning: Tuning) -> Tensor:

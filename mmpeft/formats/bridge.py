@@ -22,12 +22,12 @@ from mmpeft.methods.selective.full import Full
 from mmpeft.parts import Delta, Mask, Rescale
 from mmpeft.parts.base import Placement
 from mmpeft.sites import Site, sites
-from mmpeft.surgery.attaching import attach_saved
+from mmpeft.surgery.attached import Attached
+from mmpeft.surgery.attaching import attach
 from mmpeft.surgery.transaction import unchanged_on_error
-from mmpeft.tuning import Tuning
 
 
-def content_of(tuning: Tuning, format: str) -> Content:
+def content_of(tuning: Attached, format: str) -> Content:
     """Everything that a tuning trains, as a file of the format can hold it.
 
     Raises:
@@ -119,7 +119,7 @@ def _own_parameters(module: nn.Module) -> dict[str, Tensor]:
 # -- into a model -------------------------------------------------------------------------------------------
 
 
-def attach_layers(model: nn.Module, layers: Sequence[Layer], name: str = "default") -> Tuning:
+def attach_layers(model: nn.Module, layers: Sequence[Layer], name: str = "default") -> Attached:
     """Attach low-rank updates by module path as a LoRA or DoRA (or both) on exactly those modules.
 
     Raises:
@@ -129,7 +129,7 @@ def attach_layers(model: nn.Module, layers: Sequence[Layer], name: str = "defaul
 
 
 @torch.no_grad()
-def attach_content(model: nn.Module, content: Content, name: str, where: object) -> Tuning:
+def attach_content(model: nn.Module, content: Content, name: str, where: object) -> Attached:
     """Attach a method that places exactly the content's tensors, and set them; all checks come first.
 
     Raises:
@@ -154,9 +154,10 @@ def attach_content(model: nn.Module, content: Content, name: str, where: object)
         if not methods:
             raise AdapterFileError(f"{where} holds no layer")
         try:
-            tuning = attach_saved(model, methods[0] if len(methods) == 1 else Union(methods), name)
+            attach(model, methods[0] if len(methods) == 1 else Union(methods), name)
         except (SiteError, Refused) as error:
             raise AdapterFileError(f"{where} does not attach to {type(model).__name__}: {error}") from error
+        tuning = Attached(model, name)
         set_pieces(tuning.placements, pieces)
         peft_prompts.fill(tuning.placements, tokens)
         by_rows = {(site.path, site.rows): gamma for site, gamma in vectors}

@@ -18,7 +18,7 @@ from mmpeft.formats.content import Content
 from mmpeft.formats.inspection import FileInfo, inspect, read, refusal
 from mmpeft.formats.verify import Check, by_diffusers, by_peft, by_peft_answers, compare, expected
 from mmpeft.hosting.modules import CHILD
-from mmpeft.tuning import Tuning
+from mmpeft.surgery.attached import Attached
 
 __all__ = ["FORMATS", "Exported", "FileInfo", "convert", "export", "inspect", "load_foreign", "read"]
 
@@ -47,15 +47,8 @@ class Exported:
         return max((check.difference for check in self.checks), default=float("nan"))
 
 
-def load_foreign(model: nn.Module, path: str | Path, name: str = "default", component: str = "") -> Tuning:
-    """Attach an adapter of any known format to a model; the suite's own folders too.
-
-    `component` chooses the layers of one model where a file holds those of a whole pipeline (`unet`,
-    `text_encoder`).
-
-    Raises:
-        AdapterFileError: unreadable, or not for this model. The model is left as it was.
-    """
+def load_foreign(model: nn.Module, path: str | Path, name: str = "default", component: str = "") -> Attached:
+    """Attach an adapter of any known format; `mmpeft.load_foreign` says more, and gives the whole handle."""
     path = Path(path)
     if (path / native.MANIFEST).exists():
         return native.load(model, path, name)
@@ -77,7 +70,7 @@ def load_foreign(model: nn.Module, path: str | Path, name: str = "default", comp
 
 
 def export(
-    tuning: Tuning, path: str | Path, format: Format = "peft", *, verify: bool = True, prefix: str = ""
+    tuning: Attached, path: str | Path, format: Format = "peft", *, verify: bool = True, prefix: str = ""
 ) -> Exported:
     """Write a tuning as a PEFT folder, or as one file of the diffusers, kohya or comfy style; then prove it.
 
@@ -121,7 +114,7 @@ def export(
 
 
 def export_pipeline(
-    tunings: Mapping[str, Tuning],
+    tunings: Mapping[str, Attached],
     path: str | Path,
     format: Literal["diffusers", "kohya"] = "diffusers",
     *,

@@ -22,9 +22,10 @@ from mmpeft.methods.reparameterized.lora import LoRA
 from mmpeft.parts import Delta, LowRank
 from mmpeft.parts.base import Placement
 from mmpeft.sites import Site, sites
+from mmpeft.surgery.attached import Attached
 
 
-def layers_of(tuning: object) -> list[Layer]:
+def layers_of(tuning: Attached) -> list[Layer]:
     """The low-rank updates of a tuning, one for each module, scale baked in.
 
     Row slices of a fused projection become one update of the whole module: `down` stacks the `A_i`, `up` places
@@ -33,13 +34,11 @@ def layers_of(tuning: object) -> list[Layer]:
     Raises:
         Refused: another factor than the low-rank one, or a grouped convolution.
     """
-    model: nn.Module = tuning.model  # type: ignore[attr-defined]
-    placements: list[Placement] = tuning.placements  # type: ignore[attr-defined]
     grouped: dict[str, list[Placement]] = {}
-    for placement in placements:
+    for placement in tuning.placements:
         if isinstance(placement.part, Delta):
             grouped.setdefault(placement.home, []).append(placement)
-    return [_stack(model, path, found) for path, found in grouped.items()]
+    return [_stack(tuning.model, path, found) for path, found in grouped.items()]
 
 
 @torch.no_grad()

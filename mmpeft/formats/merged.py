@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -26,9 +26,7 @@ from mmpeft.formats.verify import REFUSALS, plain_copy
 from mmpeft.hosting.host import base_value, original_class
 from mmpeft.hosting.modules import module_at
 from mmpeft.hosting.offload import check_present
-
-if TYPE_CHECKING:
-    from mmpeft.tuning import Tuning
+from mmpeft.surgery.attached import Attached
 
 FOLDERS = ("transformers", "diffusers")
 FILE = "model.safetensors"
@@ -46,7 +44,7 @@ class Merged:
     """Tensors that were one in the base and are two now."""
 
 
-def save_merged(tuning: Tuning, path: str | Path) -> Merged:
+def save_merged(tuning: Attached, path: str | Path) -> Merged:
     """Merge a tuning and write the whole model; the tuned model is as before afterwards, bit for bit.
 
     Raises:
@@ -62,7 +60,7 @@ def save_merged(tuning: Tuning, path: str | Path) -> Merged:
     return _write_file(plain, path if path.suffix == ".safetensors" else path / FILE, library, untied)
 
 
-def merged_copy(tuning: Tuning) -> nn.Module:
+def merged_copy(tuning: Attached) -> nn.Module:
     """The merged model in its library's own classes; what the tuning leaves alone is the base's storage.
 
     Raises:

@@ -15,6 +15,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as dump_tensors
@@ -26,10 +27,11 @@ from mmpeft.formats.content import parse_object
 from mmpeft.formats.fingerprint import Fingerprint
 from mmpeft.hosting.host import original_class
 from mmpeft.methods.base import Method
+from mmpeft.methods.saved import READERS, Adapter
 from mmpeft.methods.spec import from_spec, to_spec
-from mmpeft.surgery.attaching import attach_saved
+from mmpeft.surgery.attached import Attached
+from mmpeft.surgery.attaching import attach
 from mmpeft.surgery.transaction import unchanged_on_error
-from mmpeft.tuning import Tuning
 
 FORMAT, VERSION = "mmpeft", 1
 MANIFEST = "adapter.json"
@@ -38,7 +40,7 @@ SECTIONS = (("base", "class"), ("base", "fingerprint"), ("tensors", "file"), ("t
 LIBRARIES = ("mmpeft", "torch", "timm", "open_clip_torch", "diffusers", "transformers")
 
 
-def save(tuning: Tuning, folder: str | Path, *, bake: bool = False) -> Path:
+def save(tuning: Attached, folder: str | Path, *, bake: bool = False) -> Path:
     """Write a tuning's trainable tensors and its manifest; return the folder.
 
     With `bake` only what the forward pass needs is written: of AdaLoRA the components that are left.
@@ -74,16 +76,8 @@ def save(tuning: Tuning, folder: str | Path, *, bake: bool = False) -> Path:
 
 def load(
     model: nn.Module, folder: str | Path, name: str = "default", *, check_base: bool = True, run: bool = True
-) -> Tuning:
-    """Attach the method of an adapter folder to a model and set its tensors.
-
-    `check_base=False` accepts a base with other weights; shapes must agree all the same. With `run=False`, what is in
-    use stays so.
-
-    Raises:
-        AdapterFileError: not an adapter folder of this suite, partial, tampered with, pickled, not finite, or
-            made for another base. The model is left as it was.
-    """
+) -> Attached:
+    """Attach what an adapter folder holds; `mmpeft.load` says more, and gives the whole handle."""
     folder = Path(folder)
     manifest = read_manifest(folder)
     tensors = read_tensors(folder, manifest["tensors"], MANIFEST)
@@ -106,16 +100,39 @@ def load(
     return tuning
 
 
-def _attach(model: nn.Module, method: Method, name: str, what: str, made_for: str, run: bool) -> Tuning:
+def borrow(model: nn.Module, source: str | Path | Attached) -> Adapter:
+    """An adapter as material: from a folder, with every check that loading makes, or from a tuning.
+
+    The model stays as it is.
+
+    Raises:
+        AdapterFileError: no adapter folder, a damaged one, or one made for another base.
+    """
+    if isinstance(source, Attached):
+        return Adapter(source.name, source.method, source.placements, source.state_dict())
+    random = torch.get_rng_state()
+    with unchanged_on_error(model):
+        tuning = load(model, source, "borrowed", run=False)
+        found = Adapter(str(source), tuning.method, tuning.placements, tuning.state_dict())
+        tuning.detach()
+        torch.set_rng_state(random)
+    return found
+
+
+READERS.append(borrow)
+
+
+def _attach(model: nn.Module, method: Method, name: str, what: str, made_for: str, run: bool) -> Attached:
     """`attach`, whose refusals are the file's fault; so is what a field of another type leads to."""
     try:
-        return attach_saved(model, method, name, run)
+        attach(model, method, name, run=run)
     except AdapterFileError:
         raise
     except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError) as error:
         raise AdapterFileError(
             f"{what} was made for {made_for} and does not attach to {base_class(model)}: {error}"
         ) from error
+    return Attached(model, name)
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:

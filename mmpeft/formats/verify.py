@@ -20,7 +20,9 @@ from torch import Tensor, nn
 from mmpeft.errors import AdapterFileError
 from mmpeft.formats.content import Content
 from mmpeft.formats.low_rank import delta_weights
-from mmpeft.tuning import Tuning, tunings
+from mmpeft.surgery.attached import Attached
+from mmpeft.surgery.attaching import detach
+from mmpeft.surgery.state import state_of
 
 TOLERANCE = 1e-5
 """Largest difference of a reloaded tensor, relative to its largest value; a reader in half precision may round."""
@@ -50,8 +52,9 @@ def plain_copy(model: nn.Module) -> nn.Module:
     for buffer in model.buffers():
         shared[id(buffer)] = buffer
     twin = copy.deepcopy(model, shared)
-    for tuning in tunings(twin).values():
-        tuning.detach()
+    state = state_of(twin)
+    for name in list(state.placements) if state else ():
+        detach(twin, name)
     return twin
 
 
@@ -116,7 +119,7 @@ def by_peft(model: nn.Module, folder: Path, content: Content) -> list[Check]:
 
 
 @torch.no_grad()
-def by_peft_answers(tuning: Tuning, folder: Path, content: Content) -> list[Check]:
+def by_peft_answers(tuning: Attached, folder: Path, content: Content) -> list[Check]:
     """Load a folder of learned tokens with PEFT and compare its tensor, and its answers with the tuned model's.
 
     Answers, because PEFT has conventions of its own for where a text stands behind such tokens.

@@ -33,6 +33,8 @@ class Plan:
     exit: tuple[Part, ...] = ()
     call: Call | None = None
     reads: dict[str, tuple[Part, ...]] = field(default_factory=dict)
+    answer: Callable[[Any, str, Any, tuple[Part, ...]], Any] | None = None
+    """What code finds that reads an attribute of the host, by its name and its value, under the parts of `reads`."""
     wraps: tuple[Part, ...] = ()
     """Parts that run the host themselves, the first one outermost."""
     around: Callable[..., Any] | None = None

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copyreg
 from collections.abc import Callable
-from functools import cache
+from functools import cache, wraps
 from typing import Any
 
 import torch
@@ -22,6 +22,9 @@ from mmpeft.hosting.modules import CHILD, SEAT
 from mmpeft.hosting.offload import HOOK, Hooked, fetched
 from mmpeft.hosting.patched import Patched
 from mmpeft.hosting.still import MODE, Still
+
+GUARDS: dict[str, Callable[..., None]] = {}
+"""Methods by which models change their own modules, and what refuses a call of one on a host; domains fill it in."""
 
 
 class TunedMeta(type):
@@ -71,14 +74,13 @@ def is_sharded(value: Any) -> bool:
 
 
 def _reader(name: str) -> property:
-    from mmpeft.parts.tuned import answered  # parts import this module
-
     def read(self: Any) -> Any:
         value = base_value(self, name)
         if is_sharded(value):  # asked for by who shards it: forward passes find it whole
             return value
-        parts = plan_of(self).reads.get(name)
-        return answered(self, name, value, parts) if parts else value
+        plan = plan_of(self)
+        parts = plan.reads.get(name)
+        return plan.answer(self, name, value, parts) if parts and plan.answer else value
 
     def write(self: Any, value: Any) -> None:
         self.__dict__[name] = value
@@ -91,16 +93,33 @@ def tuned_class(base: type, reads: frozenset[str]) -> TunedMeta:
     """The subclass of `base` that hosts parts and lets them answer for the attributes `reads`."""
     still = MODE in reads
     namespace: dict[str, Any] = {name: _reader(name) for name in reads - {MODE}}
+    namespace |= {name: _guarded(getattr(base, name), GUARDS[name]) for name in GUARDS if hasattr(base, name)}
     namespace |= {"base": base, "reads": reads, "packed": packs(base), "forward": forward_of(base, still)}
     namespace |= {"__module__": base.__module__, "__doc__": base.__doc__, "__qualname__": base.__qualname__}
     namespace |= {"__setattr__": _setter(base), HOOK: Hooked(), "__prepare_scriptable__": _scriptable}
     return _meta(type(base))(base.__name__, (Hosting, *((Still,) if still else ()), base), namespace)
 
 
+def _guarded(method: Callable[..., Any], check: Callable[..., None]) -> Callable[..., Any]:
+    @wraps(method)
+    def guarded(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if SEAT in self.__dict__:
+            check(self, *args, **kwargs)
+        return method(self, *args, **kwargs)
+
+    return guarded
+
+
 def _setter(base: Any) -> Callable[[Any, str, Any], None]:
-    """`__setattr__` of a host of class `base`, which notices a forward that is put on the module."""
+    """`__setattr__` of a host of class `base`, which notices a forward that is put on the module.
+
+    A tensor that parts answer with already, as a model that ties its weights once more gives it, stays theirs alone.
+    """
 
     def setattr_(self: Any, name: str, value: Any) -> None:
+        theirs = isinstance(value, nn.Parameter) and value is not self._parameters.get(name)
+        if theirs and value is getattr(self, name, None):
+            return
         if name != "forward" or SEAT not in self.__dict__:
             base.__setattr__(self, name, value)
             return
@@ -129,6 +148,13 @@ class Hosting:
 
     def __init_subclass__(cls, **_: Any) -> None:
         pass
+
+    def _replicate_for_data_parallel(self) -> Any:
+        """What `nn.DataParallel` makes of a module for each of several devices, in every pass."""
+        raise Refused(
+            "nn.DataParallel runs shallow copies of a model in threads, and what a tuning runs belongs to the model "
+            "itself: use DistributedDataParallel, or a single device (device_ids=[0])"
+        )
 
 
 @cache

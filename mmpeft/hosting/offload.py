@@ -7,7 +7,7 @@ and a pass reads them outside of any forward that a hook could load them for.
 from __future__ import annotations
 
 import threading
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -117,16 +117,22 @@ def fetched(module: nn.Module, name: str, value: Any) -> Any:
     return value
 
 
-def check_values(placements: list[Placement]) -> None:
-    """Raise Refused for parts without values: made while the base has none."""
+MADE = (
+    "would be on the meta device and have no values, as the base has none there yet, or accelerate loads it with a "
+    "module around it (preload_module_classes) or attach runs inside init_empty_weights: load the weights, then attach"
+)
+MOVED = (
+    "has been moved to the meta device together with a module around it (preload_module_classes of accelerate), where "
+    "it can neither run nor train: remove the hooks, and offload without that option"
+)
+
+
+def check_values(placements: list[Placement], why: str = MADE) -> None:
+    """Raise Refused for parts without values, by default because they were made while the base has none."""
     for placement in placements:
-        for name, tensor in _tensors(placement.part):
+        for name, tensor in (*placement.part.named_parameters(), *placement.part.named_buffers()):
             if tensor.is_meta:
-                raise Refused(
-                    f"{placement.home or 'the model'}: {placement.key}.{name} would be on the meta device and have no "
-                    "values, as the base has none there yet, or accelerate loads it with a module around it "
-                    "(preload_module_classes) or attach runs inside init_empty_weights: load the weights, then attach"
-                )
+                raise Refused(f"{placement.home or 'the model'}: {placement.key}.{name} {why}")
 
 
 def check_stored(model: nn.Module) -> None:
@@ -168,14 +174,7 @@ def take_back(state: State) -> None:
             for placement in placements:
                 for module in placement.part.modules():
                     _take_back(state, module)
-            for placement in placements:
-                for name, tensor in _tensors(placement.part):
-                    if tensor.is_meta:
-                        raise Refused(
-                            f"{placement.home or 'the model'}: {placement.key}.{name} has been moved to the meta "
-                            "device together with a module around it (preload_module_classes of accelerate), where it "
-                            "can neither run nor train: remove the hooks, and offload without that option"
-                        )
+            check_values(placements, MOVED)
         state.hooks = seen
 
 
@@ -192,8 +191,3 @@ def _take_back(state: State, module: nn.Module) -> None:
         module._buffers[name] = fetched(module, name, buffer)
     for hook in _offloading(module):
         hook.offload, hook.weights_map = False, None
-
-
-def _tensors(part: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    yield from part.named_parameters()
-    yield from part.named_buffers()

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from mmpeft.controllers import Controller
-from mmpeft.controllers.gate import GATES, Gate, GateKind, GateLevels
+from mmpeft.controllers.gate import GateLevels
 from mmpeft.errors import ConfigError, Refused, nearest
 from mmpeft.hosting.host import original_class
 from mmpeft.hosting.modules import module_at
@@ -20,7 +20,7 @@ from mmpeft.parts import Delta
 from mmpeft.parts.base import Hook, Placement
 from mmpeft.parts.branch import Branch
 from mmpeft.parts.factors import like_options
-from mmpeft.parts.gate import GatedKeys, GatedOutput, GatedPart, Padding
+from mmpeft.parts.gate import GATES, Gate, GatedKeys, GatedOutput, GatedPart, GateKind, Padding
 from mmpeft.parts.prefix import Prefix
 from mmpeft.parts.shared import Shared
 from mmpeft.sites import Site

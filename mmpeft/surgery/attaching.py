@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -31,9 +31,6 @@ from mmpeft.surgery.together import names_of
 from mmpeft.surgery.transaction import unchanged_on_error
 from mmpeft.surgery.wrappers import check_order, watch_replacements
 
-if TYPE_CHECKING:
-    from mmpeft.tuning import Tuning
-
 
 def attach(
     model: nn.Module,
@@ -43,63 +40,16 @@ def attach(
     data: Iterable[Any] | None = None,
     loss: Loss = default_loss,
     run: bool = True,
-    train_head: bool = False,
     example: Any = None,
-) -> Tuning:
-    """Tune `model` by `method`: freeze the base and hang trainable parts under it; nothing else changes.
+    fresh: bool = False,
+) -> None:
+    """Freeze a model's base and hang a method's parts under it; nothing else changes, and nothing after an exception.
 
-    A method that chooses by data what it trains (a Fisher mask) scores batches of `data` by `loss(model, batch)`
-    first, by default the cross entropy of `(inputs, labels)` or the model's own loss of keyword arguments.
-
-    `train_head` also trains the sites of role `head`, unless the method does: `method + LinearProbe()`. A head that
-    looks as if nobody had trained it and that stays frozen gets a FreshHeadWarning.
-
-    The model stays the same object, `isinstance` still holds and no state-dict key is renamed. Several
-    tunings may live on one model under different names; the newest one is in use, unless `run` is False. While other
-    threads run the model, `attach` waits for their passes.
-
-    `example` (a tensor, a tuple of arguments or a mapping of keyword arguments) proves that a forward pass comes by
-    the parts: one pass without gradients. `tuning.liveness(batch)` proves that each of them learns.
-
-    After any exception, an interrupt included, the model is bit for bit what it was.
-
-    Raises:
-        SiteError: the model's class is unknown, a selector matches nothing, or the example's pass goes past parts.
-        Refused: the method cannot work on a selected site, or the model is sharded already; the message has the reason.
-        ConfigError: the name is taken or no identifier, or the argument is no method.
+    `fresh` warns of a head that looks as if nobody had trained it: not where the tensors come from elsewhere, for it is
+    then what it was when they were trained. `mmpeft.attach` has the rest.
     """
-    if not isinstance(method, Method):
-        raise ConfigError(
-            f"attach expects a method such as mmpeft.LoRA(rank=8), got {type(method).__name__}: {method!r}"
-        )
     check_order(model)
     check_stored(model)
-    if train_head and not method.trains_head:
-        from mmpeft.methods.selective.linear_probe import LinearProbe
-
-        method = method + LinearProbe()
-    return _attach(model, method, name, data, loss, run, example, warn=True)
-
-
-def attach_saved(model: nn.Module, method: Method, name: str, run: bool = True) -> Tuning:
-    """As `attach`, for a tuning whose tensors come from elsewhere: its head is what it was when they were trained."""
-    check_order(model)
-    check_stored(model)
-    return _attach(model, method, name, None, default_loss, run, None, warn=False)
-
-
-def _attach(
-    model: nn.Module,
-    method: Method,
-    name: str,
-    data: Iterable[Any] | None,
-    loss: Loss,
-    run: bool,
-    example: Any,
-    warn: bool,
-) -> Tuning:
-    from mmpeft.tuning import Tuning
-
     with unchanged_on_error(model):
         state = state_of(model) or State()
         _check_name(state, name)
@@ -109,7 +59,7 @@ def _attach(
         for placement in placements:
             _check_home(model, placement)
         check_values(placements)
-        why = fresh_head(model, available, method, placements) if warn else None
+        why = fresh_head(model, available, method, placements) if fresh else None
         if why:
             warnings.warn(why, FreshHeadWarning, stacklevel=3)
         controllers = Controllers(method.controllers(placements), _Replan(model))
@@ -127,7 +77,6 @@ def _attach(
             state.replan()
         if example is not None:
             _check_reached(model, name, placements, example)
-        return Tuning(model, name)
 
 
 def _check_reached(model: nn.Module, name: str, placements: list[Placement], example: Any) -> None:

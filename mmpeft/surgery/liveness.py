@@ -18,7 +18,7 @@ from mmpeft.hosting.few_bits import dense
 from mmpeft.hosting.modules import own_modules
 
 if TYPE_CHECKING:
-    from mmpeft.tuning import Tuning
+    from mmpeft.surgery.attached import Attached
 
 STEPS = 2
 """A tensor behind a zero-initialised one has its first gradient in the second step."""
@@ -80,7 +80,7 @@ class Liveness:
         return captured.get()
 
 
-def liveness(tuning: Tuning, batch: Any) -> Liveness:
+def liveness(tuning: Attached, batch: Any) -> Liveness:
     """Two AdamW steps (with weight decay) on one batch; the model is left as it was.
 
     The loss is a fixed random projection of every floating output, in evaluation mode: stochastic depth may drop a
@@ -115,7 +115,7 @@ def liveness(tuning: Tuning, batch: Any) -> Liveness:
     return Liveness(pulses, moved)
 
 
-def _checked(tuning: Tuning) -> Iterator[nn.Parameter]:
+def _checked(tuning: Attached) -> Iterator[nn.Parameter]:
     """Trainable tensors that a loss must reach; not those that a part declares `quiet`."""
     for placement in tuning.placements:
         for name, parameter in placement.part.named_parameters():

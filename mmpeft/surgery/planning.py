@@ -16,6 +16,7 @@ from mmpeft.parts.base import Hook, Part, Placement
 from mmpeft.parts.delta import Delta
 from mmpeft.parts.scaled import Scaled
 from mmpeft.parts.slots import Slots, slotted
+from mmpeft.parts.tuned import answered
 from mmpeft.surgery.mixture import Mixture
 from mmpeft.surgery.routing import RowPart, Rows, row_groups
 from mmpeft.surgery.state import State, state_with
@@ -159,4 +160,4 @@ def plan_host(host: nn.Module, hooks: Iterable[tuple[Hook, Part]]) -> Plan:
     leave = tuple(part for hook, part in reversed(ordered) if hook.kind == "exit" and id(part) not in weighing)
     call = type(calls[0]).combine(calls, host, tuple(reads)) if calls else None
     wraps = tuple(part for hook, part in ordered if hook.kind == "around")
-    return Plan(enter, leave, call, reads, wraps, alone=call is not None and not (enter or leave or wraps))
+    return Plan(enter, leave, call, reads, answered, wraps, alone=call is not None and not (enter or leave or wraps))

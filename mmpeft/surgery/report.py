@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.table import Table
 
+from mmpeft.surgery.attaching import base_tensors
+
 if TYPE_CHECKING:
-    from mmpeft.tuning import Tuning
+    from mmpeft.surgery.attached import Attached
 
 
 @dataclass(frozen=True)
@@ -55,10 +57,8 @@ class Report:
         return captured.get()
 
 
-def report(tuning: Tuning) -> Report:
+def report(tuning: Attached) -> Report:
     """Tabulate a tuning by role."""
-    from mmpeft.surgery.attaching import base_tensors
-
     by_role: dict[str, list[tuple[int, int]]] = {}
     for placement in tuning.placements:
         tensors = list(placement.part.parameters())

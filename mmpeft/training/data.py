@@ -200,13 +200,19 @@ class DataModule(lightning.LightningDataModule):
         self.eval_transform: Callable[[Any], Any] | None = None
         self.predict_transform: Callable[[Any], Any] | None = None
         self.collate: Callable[[list[Any]], Any] | None = None
+        self._lent: SizedDataset | None = None
 
     def datasets(self, stage: str | None = None) -> None:
         """Set the data sets that `stage` ("fit", "validate", "test", "predict" or None for all) needs."""
 
     def setup(self, stage: str | None = None) -> None:
         """Lightning's hook: fill the data sets."""
+        self.lend(None)
         self.datasets(stage)
+
+    def lend(self, samples: SizedDataset | None) -> None:
+        """Train on these samples, as they are, in the place of `train_set`: until the next `setup`, or None."""
+        self._lent = samples
 
     def train_dataloader(self) -> ResumableLoader:
         """Return the shuffled, resumable training batches."""
@@ -215,6 +221,8 @@ class DataModule(lightning.LightningDataModule):
                 f"{type(self).__name__} has no training samples; check its split arguments, and call setup('fit') "
                 "first when no Trainer does."
             )
+        if self._lent is not None:
+            return self._loader(self._lent, None, self.batch_size, shuffle=True)
         return self._loader(self.train_set, self.train_transform, self.batch_size, shuffle=True)
 
     def val_dataloader(self) -> ResumableLoader | list[ResumableLoader]:

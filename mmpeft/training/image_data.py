@@ -82,7 +82,7 @@ class ImageData(DataModule):
 
     def setup(self, stage: str | None = None) -> None:
         """Lightning's hook: fill the sets, then build the transforms for what is known of the backbone."""
-        self.datasets(stage)
+        super().setup(stage)
         self._set_transforms()
 
     def _set_transforms(self) -> None:

@@ -21,12 +21,11 @@ from mmpeft.methods import LinearProbe
 from mmpeft.methods.base import Method
 from mmpeft.methods.spec import from_spec
 from mmpeft.sites import sites
-from mmpeft.surgery.attaching import attach
 from mmpeft.training.checkpoint import AtomicCheckpointIO
 from mmpeft.training.control import METHOD, Control
 from mmpeft.training.metrics import FreshMetrics
 from mmpeft.training.schedule import warmup_cosine
-from mmpeft.tuning import Tuning
+from mmpeft.tuning import Tuning, attach
 
 
 class TuningModule(lightning.LightningModule):

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import mmpeft
-from mmpeft.errors import MMPEFTError
+from mmpeft.errors import MMPEFTError, Refused
 from tests.compat.models import WORDS, bend, causal, close, images, plain, t5, untouched, vit, words
 from tests.compat.rows import row
 
@@ -74,6 +74,48 @@ def untie(model: Any) -> Any:
     copied = copy.deepcopy(model)
     copied.lm_head.weight = nn.Parameter(copied.lm_head.weight.detach().clone())
     return copied
+
+
+@row(
+    "transformers",
+    "`resize_token_embeddings` where the head or the table is tuned",
+    "refused before anything changes; works for the number of words that there are, and beside a prompt",
+)
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize(
+    "method", [mmpeft.LinearProbe(), mmpeft.LoRA(rank=2, at="head"), mmpeft.LoRA(rank=2, at="embed"), mmpeft.Full()]
+)
+def test_resizing_is_refused_before_it_begins(tied: bool, method: mmpeft.methods.Method) -> None:
+    model = causal(tie_word_embeddings=tied)
+    tuning = bend(mmpeft.attach(model, method))
+    kept = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    modules = dict(model.named_modules())
+    with torch.no_grad():
+        expected = model(words()).logits
+    for given in ({"new_num_tokens": WORDS + 7}, {"new_num_tokens": WORDS, "pad_to_multiple_of": 1000}):
+        with pytest.raises(Refused, match="resize before attach, or detach"):
+            model.resize_token_embeddings(**given)
+    model.resize_token_embeddings()
+    model.resize_token_embeddings(WORDS, mean_resizing=False)
+    assert model.config.vocab_size == model.get_input_embeddings().num_embeddings == WORDS
+    assert all(dict(model.named_modules())[path] is module for path, module in modules.items())
+    assert all(torch.equal(tensor, kept[name]) for name, tensor in model.state_dict().items())
+    with torch.no_grad():
+        assert torch.equal(model(words()).logits, expected)
+    tuning.detach()
+    assert (model.lm_head.weight is model.model.embed_tokens.weight) == tied
+    model.resize_token_embeddings(WORDS + 7, mean_resizing=False)
+    assert model(words()).logits.shape[-1] == WORDS + 7
+
+
+def test_a_prompt_does_not_mind_another_table() -> None:
+    model = causal()
+    tuning = bend(mmpeft.attach(model, mmpeft.PromptTuning(tokens=3)))
+    with torch.no_grad():
+        expected = model(words()).logits
+        model.resize_token_embeddings(WORDS + 7, mean_resizing=False)
+        close(model(words()).logits[..., :WORDS], expected, 1e-4)
+    assert all(p.shape[-2] == 3 for p in tuning.parameters())
 
 
 @row("transformers", "`resize_token_embeddings`, then training, saving, merging and detaching", RIGHT)

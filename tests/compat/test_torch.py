@@ -16,6 +16,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.checkpoint import checkpoint
 
 import mmpeft
+from mmpeft.errors import ConfigError, Refused
 from tests.compat.models import ALL, bend, causal, close, differ, images, near, plain, tuned, untouched, vit, words
 from tests.compat.rows import row
 
@@ -44,6 +45,21 @@ def test_functional_call() -> None:
     close(functional_call(model, half, (images(),)), plain(tuning, right)(images()), 1e-4)
     close(functional_call(model, _own(model), (), {"x": images()}), expected(images()))
     close(model(images()), expected(images()))
+
+
+@row("torch", "`nn.DataParallel`", "as an untouched copy on one device; refused on several, and before `attach`")
+def test_data_parallel() -> None:
+    model = vit()
+    tuning, _, expected = tuned(model)
+    devices, place = ([0], "cuda") if torch.cuda.is_available() else (None, "cpu")
+    wrapped = nn.DataParallel(model.to(place), device_ids=devices)
+    close(wrapped(images().to(place)).cpu(), expected(images()), 1e-4)
+    with pytest.raises(Refused, match="use DistributedDataParallel, or a single device"):
+        model._replicate_for_data_parallel()  # what a pass over several devices begins with
+    with pytest.raises(ConfigError, match="wrapped in a DataParallel; attach to the model itself"):
+        mmpeft.attach(wrapped, mmpeft.LoRA(), "other")
+    tuning.detach()
+    assert model._replicate_for_data_parallel() is not model
 
 
 def _loss(model: Any, x: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ import copy
 from pathlib import Path
 from typing import Any
 
+import lightning
 import open_clip
 import pytest
 import torch
@@ -225,7 +226,25 @@ def test_kept_features_are_those_of_the_images() -> None:
     plain.setup()
     samples = plain.train_dataloader().dataset
     images = torch.stack([samples[0, row][0] for row in range(len(samples))])
-    torch.testing.assert_close(source.train_set.views[0], task.image_features(images), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(task.kept.views[0], task.image_features(images), atol=1e-5, rtol=1e-4)
+
+
+def test_kept_features_stay_with_their_task(pair: Any) -> None:
+    """After any stage the same data train this task on them again, and another task on the images."""
+    task, source = FewShot("tiny", None, ClipAdapter(), templates=["a {}."], views=2), data()
+    batches: list[Tensor] = []
+
+    class Seen(Callback):
+        def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, index: int) -> None:
+            batches.append(batch[0])
+
+    trainer = lightning.Trainer(logger=False, enable_progress_bar=False, accelerator="cpu", default_root_dir="/nowhere")
+    trainer.validate(task, datamodule=source, verbose=False)
+    for _ in range(2):
+        fit(task, source, 1, [Seen()])
+    fit(FewShot("tiny", mmpeft.LoRA(rank=2, at="attn.{q,v}"), templates=["a {}."]), source, 1, [Seen()])
+    assert [batch.dim() for batch in batches] == [2, 2, 4]
+    assert next(iter(source.train_dataloader()))[0].dim() == 4
 
 
 def test_a_checkpoint_of_a_keyed_cache_comes_back(tmp_path: Path) -> None:

@@ -93,6 +93,15 @@ def test_fusion_freezes_its_adapters_and_needs_their_folders_no_more(tmp_path: P
     assert torch.equal(pickle.loads(pickle.dumps(model))(X), answer)
 
 
+def test_methods_alone_read_no_folder_and_mmpefts_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Methods know no files: whoever brings `attach` brings the reader."""
+    folders = _pair(tmp_path)
+    assert len(mmpeft.AdapterFusion(folders).resolve(_vit()).members) == 2
+    monkeypatch.setattr("mmpeft.methods.saved.READERS", [])
+    with pytest.raises(ConfigError, match=r"import mmpeft\.tuning first"):
+        mmpeft.AdapterFusion(folders).resolve(_vit())
+
+
 def test_fusion_says_what_it_cannot_fuse(tmp_path: Path) -> None:
     one, two = _pair(tmp_path)
     lora = _saved(tmp_path, mmpeft.LoRA(rank=2), 1)

@@ -8,11 +8,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import mmpeft
-from mmpeft.controllers.gate import Gate
 from mmpeft.errors import ConfigError, Refused
 from mmpeft.methods.spec import from_spec, to_spec
 from mmpeft.parts import Delta, LowRank
-from mmpeft.parts.gate import GatedKeys, GatedOutput, GatedPart
+from mmpeft.parts.gate import Gate, GatedKeys, GatedOutput, GatedPart
 from mmpeft.parts.prefix import Prefix
 from tests.matrix.families import FAMILIES
 from tests.matrix.families.transformers import TOKENS, WORDS

@@ -17,10 +17,13 @@ AT_ONCE = 64
 
 
 class CachedViews(Dataset[tuple[Tensor, int]]):
-    """Unit features of several augmented views of each image, [views, n, d]; a sample is one view, drawn anew."""
+    """Unit features of several augmented views of each image, [views, n, d]; a sample is one view, drawn anew.
 
-    def __init__(self, views: Tensor, labels: Tensor) -> None:
-        self.views, self.labels = views, labels
+    `images` are the samples that they are the features of.
+    """
+
+    def __init__(self, views: Tensor, labels: Tensor, images: Any) -> None:
+        self.views, self.labels, self.images = views, labels, images
 
     def __len__(self) -> int:
         """Return the number of images."""

@@ -76,6 +76,7 @@ class FewShot(TuningModule):
         self.head = head or Head()
         self.classes: list[str] = []
         self.base = 0
+        self.kept: CachedViews | None = None
         self.metrics = nn.ModuleDict({f"{s}_{k}": MeanMetric() for s in ("val", "test") for k in ("base", "new")})
 
     # -- towers, texts and head ------------------------------------------------------------------------------
@@ -127,7 +128,20 @@ class FewShot(TuningModule):
         self.to(device)
         views, labels = CachedViews.compute(self.image_features, data, self.views, device)
         self.head.remember(F.normalize(views.mean(0), dim=-1), labels.to(device))
-        data.train_set, data.train_transform = CachedViews(views.cpu(), labels), None
+        self.kept = CachedViews(views.cpu(), labels, data.train_set)
+
+    def configure_model(self) -> None:
+        """Lightning's hook, called before any batch: train on the features that are kept of this run's images."""
+        super().configure_model()
+        data: Any = getattr(self._trainer, "datamodule", None)
+        if data is not None and self.kept is not None and self.kept.images is data.train_set:
+            data.lend(self.kept)
+
+    def teardown(self, stage: str) -> None:
+        """Lightning's hook: others may train on the images themselves."""
+        data: Any = getattr(self._trainer, "datamodule", None)
+        if data is not None and self.kept is not None:
+            data.lend(None)
 
     def image_features(self, images: Tensor) -> Tensor:
         """Unit features [B, d]; features that were kept are passed on."""

@@ -16,6 +16,7 @@ from mmpeft.controllers.scores import Loss, default_loss
 from mmpeft.errors import ConfigError, Refused
 from mmpeft.hosting.modules import module_at
 from mmpeft.methods.base import Method, first_tensor, positive, register
+from mmpeft.methods.saved import read_adapter
 from mmpeft.parts import Branch
 from mmpeft.parts.base import Placement
 from mmpeft.parts.fusion import Fusion
@@ -52,13 +53,11 @@ class AdapterFusion(Method):
             ConfigError: fewer than two. Refused: no bottleneck adapters, or on other sites than the first.
             AdapterFileError: a folder that cannot be read, or made for another base.
         """
-        from mmpeft.combine.library import borrow
-
         if self.members:
             return self
         if len(self.adapters) < 2:
             raise ConfigError(f"AdapterFusion fuses at least two saved adapters, got adapters={list(self.adapters)!r}")
-        found = [borrow(model, folder) for folder in self.adapters]
+        found = [read_adapter(model, folder) for folder in self.adapters]
         for adapter in found:
             if not all(type(p.part) is Branch for p in adapter.placements):
                 raise Refused(f"AdapterFusion fuses bottleneck adapters; {adapter.where} holds {adapter.method}")
