@@ -20,8 +20,10 @@ JOINTS = frozenset({"bmm", "mm", "baddbmm"})
 class Graph:
     """A recorded pass; operations are named by their index."""
 
-    def __init__(self, record: Record) -> None:
+    def __init__(self, record: Record, dropouts: frozenset[str] = frozenset()) -> None:
         self.record = record
+        self.dropouts = dropouts
+        """Paths of dropout layers."""
         self.ops: list[Op] = record.ops
         self.calls: list[Call] = record.calls
         self.replayed: dict[Any, list[int]] = {}
@@ -58,6 +60,11 @@ class Graph:
         """Every product by a weight."""
         return [op for op in self.ops if op.weight is not None]
 
+    @cached_property
+    def product_bits(self) -> int:
+        """The same, as bits."""
+        return sum(1 << op.index for op in self.products)
+
     def is_above(self, ancestor: int, op: int) -> bool:
         """Whether a result goes into another."""
         return ancestor == op or bool(self._above[op] >> ancestor & 1)
@@ -75,6 +82,16 @@ class Graph:
         """(operation, identity) of each tensor that an operation reads: one operation may make several."""
         tensors = [a for a in tree_leaves((op.args, op.kwargs)) if isinstance(a, Tensor)]
         return [(i, id(t)) for i, t in zip(op.inputs, tensors)]
+
+    def shapes(self, op: Op) -> list[tuple[int, tuple[int, ...]]]:
+        """(operation, shape) of each tensor that an operation reads."""
+        tensors = [a for a in tree_leaves((op.args, op.kwargs)) if isinstance(a, Tensor)]
+        return [(i, tuple(t.shape)) for i, t in zip(op.inputs, tensors)]
+
+    def which(self, tensor: tuple[int, int]) -> int:
+        """Which of the results of an operation a tensor is; -1 for one that it changed in place through a view."""
+        outs = self.ops[tensor[0]].outs
+        return outs.index(tensor[1]) if tensor[1] in outs else -1
 
     def root(self, op: int) -> int:
         """The result of which this one is another view."""

@@ -10,8 +10,34 @@ from mmpeft.sites.streams import Sublayer
 from mmpeft.sites.watch import Op
 
 POINTWISE = frozenset(
-    "silu gelu relu sigmoid hardswish hardsigmoid leaky_relu elu celu selu mish softplus tanh hardtanh pow square "
-    "threshold erf exp softsign log_sigmoid _prelu_kernel prelu clamp clamp_min abs".split()
+    [
+        "silu",
+        "gelu",
+        "relu",
+        "sigmoid",
+        "hardswish",
+        "hardsigmoid",
+        "leaky_relu",
+        "elu",
+        "celu",
+        "selu",
+        "mish",
+        "softplus",
+        "tanh",
+        "hardtanh",
+        "pow",
+        "square",
+        "threshold",
+        "erf",
+        "exp",
+        "softsign",
+        "log_sigmoid",
+        "_prelu_kernel",
+        "prelu",
+        "clamp",
+        "clamp_min",
+        "abs",
+    ]
 )
 """What makes a gate of one of two factors."""
 
@@ -65,7 +91,10 @@ def feed_forward(graph: Graph, sub: Sublayer, given: set[int]) -> Assignment | N
     if len({positions(op) for op in (*first, end)}) != 1 or any(width(op) == 1 for op in first):
         return None
     if all(op.index in given for op in first) and len(first) == 1:  # attention's own rows are in the same product
-        return {"mlp.down": [(end, None)], "mlp.up": [(first[0], channels(graph, first[0], graph.read(end)[which(end)]))]}
+        return {
+            "mlp.down": [(end, None)],
+            "mlp.up": [(first[0], channels(graph, first[0], graph.read(end)[which(end)]))],
+        }
     if any(op.index in given for op in first):
         return None
     found: Assignment = {"mlp.down": [(end, None)], "mlp.up": [(op, None) for op in first]}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -28,61 +29,76 @@ NO_TOKENS = "no anatomy says that a prompt has a place among what its blocks see
 
 @dataclass
 class Reading:
-    """Roles found so far: of each parameter, its products with the channels that serve each role."""
+    """Roles found so far: of each parameter, a product by it and its rows that serve each role."""
 
     graph: Graph
     modules: dict[str, nn.Module]
     subs: list[Sublayer]
     attentions: list[Attention]
     blocks: dict[str, Block]
-    outside: str = ""
-    """The tower of what stands outside blocks: that of all blocks, where they are of one."""
-    roles: dict[str, dict[str, tuple[Op, set[int] | None]]] = field(default_factory=dict)
+    roles: dict[str, dict[tuple[str, int], tuple[Op, set[int]]]] = field(default_factory=dict)
+
+    def rows(self, op: Op) -> int:
+        """Output rows of the whole parameter that a product reads."""
+        assert op.weight is not None
+        path, _, tensor = op.weight.name.rpartition(".")
+        parameter = self.modules[path]._parameters.get(tensor)
+        if parameter is None or op.weight.derived or parameter.dim() != len(op.weight.shape):
+            return width(op)
+        return int(parameter.shape[1 if op.weight.transposed else 0])
 
     def assign(self, op: Op, role: str, used: list[int] | None = None) -> None:
-        """Give a product (or some of its channels) a role; the first role of a channel stays."""
+        """Give a product (or some of its channels) a role; the first role of a row stays."""
         assert op.weight is not None
         own = self.roles.setdefault(op.weight.name, {})
-        if any(taken is None for _, taken in own.values()):
-            return
-        taken = set().union(*(t for _, t in own.values() if t)) if own else set()
-        if used is None or (not taken and len(used) == width(op)):
-            left = set(range(width(op))) - taken
-            if left:
-                own.setdefault(role, (op, left if taken else None))
-            return
-        left = set(used) - taken
+        first = _first_row(op) if self.rows(op) != width(op) else 0
+        wanted = {first + i for i in (range(width(op)) if used is None else used)}
+        left = wanted - set().union(*(taken for _, taken in own.values()))
         if left:
-            held = own.get(role)
-            own[role] = (op, left | (held[1] or set()) if held else left)
+            key = (role, first if role == "proj" else 0)  # what nothing is known of stays as it is read
+            own[key] = (op, left | own[key][1] if key in own else left)
 
     def rest(self, op: Op) -> set[int]:
-        """Channels of a product that have no role yet, where others have."""
+        """Rows that a product reads and that have no role yet."""
         assert op.weight is not None
+        first = _first_row(op) if self.rows(op) != width(op) else 0
         own = self.roles.get(op.weight.name, {})
-        if not own or any(taken is None for _, taken in own.values()):
-            return set()
-        return set(range(width(op))) - set().union(*(t for _, t in own.values() if t))
+        return set(range(first, first + width(op))) - set().union(*(taken for _, taken in own.values()))
 
     def is_assigned(self, op: Op) -> bool:
         return op.weight is not None and op.weight.name in self.roles
+
+    def tower_of(self, path: str) -> str:
+        """The tower of a module outside blocks: that of all blocks in the nearest module around it that has any."""
+        while True:
+            towers = {b.tower for b in self.blocks.values() if not path or b.path.startswith(f"{path}.")}
+            if towers or not path:
+                return towers.pop() if len(towers) == 1 else ""
+            path = parent(path)
 
     def block_of(self, op: Op) -> Block | None:
         return around(self.graph.path(op), self.blocks)
 
 
+@dataclass
+class _Builder(Builder):
+    tower_of: Callable[[str], str] = str
+
+    def outside(self, path: str, around: str) -> str:
+        return self.tower_of(path)
+
+
 def read(model: nn.Module, record: Record) -> list[Site]:
     """The sites of a model, from what was seen of one pass; named tensors (role `param`) are not among them."""
-    graph = Graph(record)
     modules = dict(own_modules(model))
+    graph = Graph(record, frozenset(path for path, module in modules.items() if isinstance(module, nn.Dropout)))
     subs = sublayers(graph)
     found = {block.path: block for block in blocks(graph, modules, subs)}
     residual = frozenset(sub.sum for sub in subs)
     reading = Reading(graph, modules, subs, attentions(graph, residual), found)
     name_towers(reading.graph, reading.subs, list(found.values()))
-    towers = {block.tower for block in found.values()}
-    reading.outside = towers.pop() if len(towers) == 1 else ""
-    builder = Builder(model, reading.outside)
+    builder = _Builder(model, reading.tower_of(""))
+    builder.tower_of = reading.tower_of
     for block in found.values():
         _block(reading, builder, block)
     for sub in subs:
@@ -92,19 +108,23 @@ def read(model: nn.Module, record: Record) -> list[Site]:
     for path, tower in _stacks(list(found.values())):
         builder.tower = tower
         builder.add(path, "stack")
-    builder.tower = reading.outside
+    builder.tower = reading.tower_of("")
     return _finish(reading, builder)
 
 
 def _block(reading: Reading, builder: Builder, block: Block) -> None:
     builder.tower = block.tower
-    own = [sub for sub in reading.subs if _is_under(reading.graph.calls[reading.graph.ops[sub.sum].call].path, block.path)]
+    own = [
+        sub for sub in reading.subs if _is_under(reading.graph.calls[reading.graph.ops[sub.sum].call].path, block.path)
+    ]
     if not own or block.first < 0:
         alike = next((b for b in reading.blocks.values() if b.first >= 0 and _alike(reading, b, block)), None)
         call = reading.graph.calls[block.first if block.first >= 0 or alike is None else alike.first]
     else:
         call = reading.graph.calls[block.first]
-    last = max((p for p in reading.graph.products if call.first <= p.index < call.last), default=None, key=lambda p: p.index)
+    last = max(
+        (p for p in reading.graph.products if call.first <= p.index < call.last), default=None, key=lambda p: p.index
+    )
     known: dict[str, Any] = {}
     size = 0
     if last is not None and call.shapes:
@@ -143,7 +163,7 @@ def _sublayer(reading: Reading, builder: Builder, sub: Sublayer) -> None:
     block = reading.block_of(op) or next((b for p in sub.products if (b := reading.block_of(p))), None)
     if block is None and reading.blocks:
         return  # a pooling head's own: outside blocks roles go by place
-    depth, builder.tower = (block.depth, block.tower) if block else (-1, reading.outside)
+    depth, builder.tower = (block.depth, block.tower) if block else (-1, "")
     within = [a for a in reading.attentions if a.center in sub.indices]
     role = "mixer"
     for one in within:
@@ -184,9 +204,11 @@ def _beside(reading: Reading, one: Attention, out: Op, role: str) -> None:
     for source in {op.index: op for sources in one.sources.values() for op in sources}.values():
         rest = reading.rest(source)
         for op in graph.between(one.value, out.index) if rest else ():
-            others = [p for p in graph.read(op) if not graph.is_above(one.value, p[0]) and graph.is_above(source.index, p[0])]
+            others = [
+                p for p in graph.read(op) if not graph.is_above(one.value, p[0]) and graph.is_above(source.index, p[0])
+            ]
             for pair in others if op.name in ("mul", "cat") else ():
-                used = sorted(set(channels(graph, source, pair)) & rest)
+                used = [i for i in channels(graph, source, pair) if i in rest]
                 reading.assign(source, f"{role}.gate" if op.name == "mul" else "mlp.up", used or None)
                 rest = reading.rest(source)
 
@@ -206,7 +228,8 @@ def _mixer(reading: Reading, sub: Sublayer) -> None:
 
 def _shell(reading: Reading, builder: Builder, sub: Sublayer, role: str, depth: int, inside: bool = False) -> None:
     found = shell(reading.graph, sub)
-    if found is None or not sub.products or sub.shared:
+    roles = {role for p in sub.products if p.weight for role, _ in reading.roles.get(p.weight.name, ())}
+    if found is None or not sub.products or sub.shared or (role != "mlp" and "mlp.up" in roles):
         return
     last = sub.products[-1]
     size, dim = _channels(found.shape, width(last), last.name == "convolution")
@@ -223,6 +246,7 @@ def _rest(reading: Reading) -> None:
     outputs = 0
     for i in graph.record.outputs:
         outputs |= graph.above(i)
+    ends = _ends(reading)
     last = max((graph.calls[b.first].last for b in reading.blocks.values() if b.first >= 0), default=0)
     for op in graph.products:
         assert op.weight is not None
@@ -235,32 +259,57 @@ def _rest(reading: Reading) -> None:
         if not outputs >> op.index & 1:
             reading.assign(op, "dead")
         elif op.name == "embedding":
-            reading.assign(op, "embed" if inputs and block is None and graph.ops[graph.root(op.inputs[1])].name == "input" else "table")
+            reading.assign(
+                op,
+                "embed"
+                if inputs and block is None and graph.ops[graph.root(op.inputs[1])].name == "input"
+                else "table",
+            )
         elif inputs and all(len(o.shape) <= 1 for o in inputs):
             reading.assign(op, "time")
         elif block is not None:
             reading.assign(op, "conv" if op.name == "convolution" else "proj")
-        elif not graph.behind(graph.activations(op)[0]) and inputs and not (op.static or op.index > last):
+        elif inputs and not (
+            op.static or op.index > last or graph.above(op.index) & ~(1 << op.index) & graph.product_bits
+        ):
             reading.assign(op, "embed")
-        elif op.index >= last and not graph.ahead(op.index):
+        elif _is_head(reading, op, ends):
             reading.assign(op, "head")
         else:
             reading.assign(op, "proj")
 
 
+def _is_head(reading: Reading, op: Op, ends: list[int]) -> bool:
+    """Whether a product reads what all towers give, and none comes behind it."""
+    graph = reading.graph
+    own = reading.modules[op.weight.name.rpartition(".")[0]] if op.weight else None
+    last = not any(p.index > op.index and graph.is_above(op.index, p.index) for p in graph.products)
+    return own is not None and is_projection(own) and last and all(graph.is_above(i, op.index) for i in ends)
+
+
+def _ends(reading: Reading) -> list[int]:
+    """The last result of each tower."""
+    found: dict[str, int] = {}
+    for block in reading.blocks.values():
+        call = reading.graph.calls[block.first]
+        if block.first >= 0 and call.gives:
+            found[block.tower] = max(found.get(block.tower, -1), call.gives[0])
+    return list(found.values())
+
+
 def _projections(reading: Reading, builder: Builder) -> None:
     """A site for each product by a parameter that can be tuned as a matrix."""
     for name, own in reading.roles.items():
-        for role, (op, used) in own.items():
+        for (role, _), (op, used) in own.items():
             _site(reading, builder, name, role, op, used)
 
 
-def _site(reading: Reading, builder: Builder, name: str, role: str, op: Op, used: set[int] | None) -> None:
+def _site(reading: Reading, builder: Builder, name: str, role: str, op: Op, used: set[int]) -> None:
     assert op.weight is not None
     path, _, tensor = name.rpartition(".")
     module = reading.modules[path]
     block = around(path, reading.blocks) or reading.block_of(op)
-    depth, builder.tower = (block.depth, block.tower) if block else (-1, reading.outside)
+    depth, builder.tower = (block.depth, block.tower) if block else (-1, reading.tower_of(path))
     known: dict[str, Any] = {}
     if role == "table":
         return
@@ -271,17 +320,20 @@ def _site(reading: Reading, builder: Builder, name: str, role: str, op: Op, used
         return
     parameter = module._parameters.get(tensor)
     plain = is_projection(module) and tensor == "weight"
-    if parameter is None or parameter.dim() == 3 and not plain or (op.weight.derived and not is_conv_or_linear(module, tensor)):
+    if (
+        parameter is None
+        or (parameter.dim() == 3 and not plain)
+        or (op.weight.derived and not is_conv_or_linear(module, tensor))
+    ):
         return
-    called = plain and reading.graph.path(op) == path and not op.weight.derived and not _added_behind(reading.graph, op)
-    rows = _rows(op, used)
+    behind = _added_behind(reading.graph, op)
+    apart = behind is not None and behind[1]
+    called = plain and reading.graph.path(op) == path and not op.weight.derived and not apart
+    rows = _rows(used, reading.rows(op))
     if rows is Ellipsis:
         rows, role = None, "proj"
     if not called:
         known |= {"via": "weight", "bias": _bias(reading.graph, op, rows)}
-        offset = _first_row(op)
-        if offset or op.weight.shape[0 if not op.weight.transposed else 1] != parameter.shape[0]:
-            rows = _moved(rows, offset, width(op))
     kind = "conv" if op.name == "convolution" else "linear"
     builder.add(path, role, depth, kind=kind, rows=rows, tensor=tensor, transposed=op.weight.transposed, **known)
 
@@ -290,12 +342,10 @@ def is_conv_or_linear(module: nn.Module, tensor: str) -> bool:
     return is_projection(module) and tensor == "weight"
 
 
-def _rows(op: Op, used: set[int] | None) -> Any:
+def _rows(used: set[int], total: int) -> Any:
     """The rows of a role; Ellipsis where they follow no period."""
-    if used is None:
-        return None
     try:
-        return as_rows(sorted(used), width(op))
+        return as_rows(sorted(used), total)
     except ValueError:
         return Ellipsis
 
@@ -307,17 +357,11 @@ def _first_row(op: Op) -> int:
     return op.weight.offset // max(1, columns)
 
 
-def _moved(rows: Rows | None, offset: int, size: int) -> Rows:
-    if rows is None:
-        return (offset, offset + size)
-    return (rows[0] + offset, rows[1] + offset, *rows[2:])  # type: ignore[return-value]
-
-
 def _bias(graph: Graph, op: Op, rows: Rows | None) -> str:
     """The tensor that is added to a product's own rows."""
-    source = _added_behind(graph, op) or next(
-        (i for i in op.inputs if len(graph.ops[i].shape) == 1 and graph.ops[i].static), None
-    )
+    behind = _added_behind(graph, op)
+    own = [i for i in op.inputs if len(graph.ops[i].shape) == 1 and graph.ops[i].static]
+    source = own[0] if own else behind[0] if behind else None
     if source is None:
         return ""
     made = graph.ops[graph.root(source)]
@@ -332,13 +376,14 @@ def _bias(graph: Graph, op: Op, rows: Rows | None) -> str:
     return ""
 
 
-def _added_behind(graph: Graph, op: Op) -> int | None:
-    """A vector of the model's own that is added to a product in place, outside the module that makes it."""
+def _added_behind(graph: Graph, op: Op) -> tuple[int, bool] | None:
+    """A vector of the model's own that is added to a whole product, and whether outside the module that makes it."""
     index = op.index
-    while len(users := [i for i in graph.users[index] if not graph.ops[i].static]) >= 1:
+    while users := [i for i in graph.users[index] if not graph.ops[i].static]:
         user = graph.ops[users[0]]
-        if user.name == "add" and user.outs[:1] == graph.ops[index].outs[:1]:
-            return next((i for i in user.inputs if len(graph.ops[i].shape) == 1 and graph.ops[i].static), None)
+        if user.name == "add":
+            vector = next((i for i in user.inputs if len(graph.ops[i].shape) == 1 and graph.ops[i].static), None)
+            return None if vector is None else (vector, user.call != op.call)
         if user.name not in VIEWS:
             return None
         index = user.index
@@ -376,7 +421,7 @@ def _finish(reading: Reading, builder: Builder) -> list[Site]:
         if path in covered or path in called or f"{path}.weight" in read:
             continue
         block = around(path, reading.blocks)
-        depth, builder.tower = (block.depth, block.tower) if block else (-1, reading.outside)
+        depth, builder.tower = (block.depth, block.tower) if block else (-1, reading.tower_of(path))
         if is_projection(module):
             alike = models.get(pattern(path), []) if _rests(reading, path, called) else []
             first = alike[0].path if alike else ""

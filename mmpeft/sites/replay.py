@@ -22,7 +22,7 @@ _PLACE = ("device", "dtype", "layout", "pin_memory")
 def channels(graph: Graph, source: Op, target: tuple[int, int]) -> list[int]:
     """Output channels of a product that go into a tensor, named by the operation that made it and its identity."""
     between = graph.between(source.index, target[0])
-    which = graph.ops[target[0]].outs.index(target[1])
+    which = graph.which(target)
     key = (source.shape, source.name, which, *_form(graph, source, between))
     if key not in graph.replayed:
         graph.replayed[key] = _replay(graph, source, target, between)
@@ -34,9 +34,9 @@ def _form(graph: Graph, source: Op, between: list[Op]) -> list[Any]:
     place = {op.index: i for i, op in enumerate([source, *between])}
     found: list[Any] = []
     for op in between:
-        inputs = tuple(place.get(i, graph.ops[i].shape) for i in op.inputs)
+        inputs = [(place.get(i, graph.ops[i].shape), graph.which(pair)) for pair in graph.read(op) for i in pair[:1]]
         plain = tree_map(lambda v: v.__class__ if isinstance(v, Tensor) else v, (op.args, op.kwargs))
-        found.append((op.name, op.shape, inputs, repr(plain)))
+        found.append((op.name, op.shape, tuple(inputs), repr(plain)))
     return found
 
 

@@ -44,7 +44,7 @@ def sublayers(graph: Graph) -> list[Sublayer]:
 
 def _residual(graph: Graph, op: Op, known: dict[int, Sublayer]) -> Sublayer | None:
     """A sum one of whose terms is an ancestor of the other, or is such a sum and has the other's ancestor as stream."""
-    terms = [i for i in op.inputs if len(graph.ops[i].shape) >= 2]
+    terms = [i for i, shape in graph.shapes(op) if len(shape) >= 2 and shape == op.shape]
     if op.name == "addcmul":
         terms = terms[:1] + terms[-1:]
     if len(terms) != 2 or terms[0] == terms[1]:
@@ -72,7 +72,9 @@ def _outer(graph: Graph, found: list[Sublayer]) -> list[Sublayer]:
     around = {
         sub.sum
         for sub in found
-        if any(graph.root(o.stream) in roots and roots[graph.root(o.stream)].sum in sub.indices for o in inside[sub.sum])
+        if any(
+            graph.root(o.stream) in roots and roots[graph.root(o.stream)].sum in sub.indices for o in inside[sub.sum]
+        )
     }
     kept = [sub for sub in found if sub.sum not in around]
     nested = {o.sum for sub in kept for o in inside[sub.sum]}
@@ -134,17 +136,19 @@ def shell(graph: Graph, sub: Sublayer) -> Shell | None:
         found.entry = entry.path
     assert found.call is not None
     found.shape = found.call.shapes[0]
-    found.stream = _reader(graph, sub)
+    found.stream = _reader(graph, sub, found.call)
     found.out = _giver(graph, sub, found.call)
     return found
 
 
-def _reader(graph: Graph, sub: Sublayer) -> str:
+def _reader(graph: Graph, sub: Sublayer, own: Call) -> str:
     """The first module that is given the stream itself, works on it, and does not hold the sum."""
     holder = next(graph.holding([*(op.index for op in sub.products), sub.sum]), None)
     for call in graph.calls[holder.index if holder else 0 :]:
         if call.first >= sub.sum:
             break
+        if call.index < own.index and call.last >= own.last:
+            continue  # around the whole sub-layer
         if call.last <= sub.sum and call.reads and graph.root(call.reads[0]) == sub.stream:
             if sub.indices & set(call.gives[:1]):
                 return call.path
@@ -152,11 +156,9 @@ def _reader(graph: Graph, sub: Sublayer) -> str:
 
 
 def _giver(graph: Graph, sub: Sublayer, own: Call) -> str:
-    """The last module that gives what is added, where it is another than the sub-layer."""
+    """The last module that gives what is added, where it is another than the sub-layer; dropout gives what it is given."""
     branch = graph.root(sub.branch)
-    found = ""
-    for call in graph.calls:
-        if own.last <= call.last <= sub.sum and call.index > own.index and call.gives[:1]:
-            if graph.root(call.gives[0]) == branch:
-                found = call.path
-    return found
+    behind = [call for call in graph.calls[own.index :] if own.last <= call.first and call.last <= sub.sum]
+    giving = [call.path for call in behind if call.gives[:1] and graph.root(call.gives[0]) == branch]
+    kept = [path for path in giving if path not in graph.dropouts]
+    return kept[-1] if kept else ""

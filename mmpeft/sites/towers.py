@@ -12,44 +12,58 @@ from mmpeft.sites.streams import Sublayer
 def name_towers(graph: Graph, subs: Iterable[Sublayer], found: list[Block]) -> None:
     """Give each block its tower and its depth in it.
 
-    Blocks of one list, and lists that hand a stream from one to the next and stand under one module, are a tower. It
-    is `image`, `video`, `audio` or `text` by what it reads; one without sequence of pixels or words has no name.
+    Blocks whose stream comes from the same arguments of the model are a tower: `text`, `image`, `video` or `audio` by
+    what those are. Two of one kind are told apart by where they stand; a stream that comes from none is `queries`.
     """
-    groups: dict[str, list[Block]] = {}
+    sums = {graph.root(sub.sum): sub.stream for sub in subs} | {sub.sum: sub.stream for sub in subs}
+    origins: dict[str, frozenset[int]] = {}
+    groups: dict[frozenset[int], list[Block]] = {}
     for block in found:
-        groups.setdefault(_home(block.path), []).append(block)
-    names = {home: _reads(graph, own) for home, own in groups.items()}
-    used: dict[str, int] = {}
-    several = len(set(names.values())) > 1 or len(groups) > 1
-    for home, own in groups.items():
-        name = names[home]
-        if several and list(names.values()).count(name) > 1:
-            name = home.rpartition(".")[0].rpartition(".")[2] or home or name
-        for block in own:
-            block.tower = name
-            block.depth = used.get(name, 0)
-            used[name] = block.depth + 1
+        form = pattern(block.path)
+        if form not in origins or (block.first >= 0 and not origins[form]):
+            origins[form] = _origins(graph, sums, block)
+        groups.setdefault(origins[form], []).append(block)
+    kinds = {origin: _kind(graph, origin) for origin in groups}
+    for origin, own in groups.items():
+        name = kinds[origin]
+        alike = [other for other in groups if kinds[other] == name and other != origin]
+        if alike:
+            name = _distinct(own[0].path, groups[alike[0]][0].path) or name
+        for depth, block in enumerate(own):
+            block.tower, block.depth = name, depth
 
 
-def _home(path: str) -> str:
-    """The module above the lists that a block stands in."""
-    names = pattern(path).split(".")
-    first = next((i for i, name in enumerate(names) if name.endswith("#")), len(names))
-    return ".".join(names[: max(0, first - 1)])
+def _origins(graph: Graph, sums: dict[int, int], block: Block) -> frozenset[int]:
+    """Arguments that a block's stream comes from, by way of streams alone."""
+    if block.first < 0 or not graph.calls[block.first].reads:
+        return frozenset()
+    todo, seen, found = [graph.calls[block.first].reads[0]], set(), set()
+    while todo:
+        i = todo.pop()
+        if i in seen:
+            continue
+        seen.add(i)
+        op = graph.ops[i]
+        if op.name == "input":
+            found.add(i)
+        else:
+            todo += [sums[i]] if i in sums else graph.activations(op)
+            if op.name == "embedding":
+                todo += op.inputs[1:]
+    return frozenset(found)
 
 
-def _reads(graph: Graph, own: list[Block]) -> str:
-    """What the first block's stream comes from: the arguments of the model behind it."""
-    first = next((block for block in own if block.first >= 0), None)
-    if first is None or not graph.calls[first.first].reads:
-        return ""
-    start = graph.calls[first.first].reads[0]
-    inputs = [op for op in graph.ops if op.name == "input" and graph.is_above(op.index, start)]
-    for dims, name in ((5, "video"), (4, "image")):
-        if any(len(op.shape) == dims for op in inputs):
-            return name
-    if any("ids" in op.label for op in inputs):
+def _kind(graph: Graph, origin: frozenset[int]) -> str:
+    """What the arguments are; sizes of the batch first."""
+    inputs = [graph.ops[i] for i in origin]
+    if any(not op.is_floating and len(op.shape) == 2 for op in inputs):
         return "text"
-    if any(len(op.shape) == 3 or "audio" in op.label or "value" in op.label or "feature" in op.label for op in inputs):
-        return "audio"
-    return "text" if inputs else ""
+    for dims, name in ((5, "video"), (4, "image"), (3, "audio"), (2, "audio")):
+        if any(len(op.shape) == dims and op.is_floating for op in inputs):
+            return name
+    return "text" if inputs else "queries"
+
+
+def _distinct(path: str, other: str) -> str:
+    """The first name in which a path differs from another."""
+    return next((a for a, b in zip(path.split("."), other.split(".")) if a != b and not a.isdigit()), "")

@@ -17,7 +17,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
@@ -27,11 +26,34 @@ from mmpeft.hosting.few_bits import packs
 from mmpeft.hosting.host import base_value, is_host, unmake_host
 from mmpeft.hosting.modules import own_modules, own_parameters
 
-PRODUCTS = frozenset({"mm", "addmm", "bmm", "baddbmm", "linear", "convolution", "_grouped_mm", "embedding", "addmv", "mv"})
+PRODUCTS = frozenset(
+    {"mm", "addmm", "bmm", "baddbmm", "linear", "convolution", "_grouped_mm", "embedding", "addmv", "mv"}
+)
 SOFTMAX = frozenset({"_softmax", "softmax", "_safe_softmax"})
 VIEWS = frozenset(
-    "view _unsafe_view reshape _reshape_alias t transpose permute expand squeeze unsqueeze clone contiguous _to_copy "
-    "alias detach lift_fresh flatten unflatten view_as to copy".split()
+    [
+        "view",
+        "_unsafe_view",
+        "reshape",
+        "_reshape_alias",
+        "t",
+        "transpose",
+        "permute",
+        "expand",
+        "squeeze",
+        "unsqueeze",
+        "clone",
+        "contiguous",
+        "_to_copy",
+        "alias",
+        "detach",
+        "lift_fresh",
+        "flatten",
+        "unflatten",
+        "view_as",
+        "to",
+        "copy",
+    ]
 )
 """What changes the shape, the layout or the type of a tensor and none of its values."""
 SLICES = frozenset({"slice", "select", "split", "split_with_sizes", "chunk", "unbind", "narrow", "as_strided"})
@@ -72,6 +94,7 @@ class Op:
     """Identities of the tensors it made."""
     label: str = ""
     """Of an input, the name of its argument; of a parameter, its own."""
+    is_floating: bool = True
 
 
 @dataclass
@@ -127,6 +150,22 @@ ATTENTION_FUNCTIONS = {
 }
 
 
+def _attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """`softmax(q kᵀ) v` by products."""
+    written = torch.ops.aten._scaled_dot_product_attention_math
+    mixed: Tensor = written(query, key, value, attn_mask, 0.0, is_causal, scale=scale, enable_gqa=enable_gqa)[0]
+    return mixed
+
+
 class _Functions(TorchFunctionMode):
     """Notes which of torch's functions made the operations."""
 
@@ -137,7 +176,10 @@ class _Functions(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         first = len(self.seen.ops)
-        out = func(*args, **(kwargs or {}))
+        if func is F.scaled_dot_product_attention:  # written out, whichever kernel would run
+            out = _attention(*args, **(kwargs or {}))
+        else:
+            out = func(*args, **(kwargs or {}))
         name = ATTENTION_FUNCTIONS.get(func)
         if name is not None:
             given = [*args, *(kwargs or {}).values()]
@@ -170,6 +212,7 @@ class _Watching(TorchDispatchMode):
         call = self.running[-1] if self.running else 0
         shape = tuple(tensors[0].shape) if tensors else ()
         op = Op(len(self.ops), name, None, (), {}, [], call, shape, static, label=label)
+        op.is_floating = not tensors or tensors[0].is_floating_point()
         self.ops.append(op)
         for tensor in tensors:
             self.made[id(tensor)] = op.index
@@ -274,7 +317,7 @@ def _watch(model: nn.Module, args: Any, kwargs: Any, fake: FakeTensorMode | None
         return _faked(value, fake) if fake else value.detach().to(device)
 
     args, kwargs = tree_map(given, (tuple(args), dict(kwargs)))
-    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), _slow_attention(), _calls(shadow, seen), fake or nullcontext():
+    with torch.no_grad(), _calls(shadow, seen), fake or nullcontext():
         return _pass(shadow, seen, args, kwargs, real=fake is None)
 
 
@@ -334,17 +377,6 @@ def _calls(model: nn.Module, seen: _Watching) -> Iterator[None]:
             hook.remove()
 
 
-@contextmanager
-def _slow_attention() -> Iterator[None]:
-    """`nn.MultiheadAttention` without its fused path, which hides its products."""
-    fast = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast)
-
-
 def shadow_of(model: nn.Module, fake: FakeTensorMode | None) -> nn.Module:
     """The modules of a model as their library wrote them, in evaluation mode, on tensors without data or on its own.
 
@@ -371,7 +403,13 @@ def shadow_of(model: nn.Module, fake: FakeTensorMode | None) -> nn.Module:
         if is_host(module):
             unmake_host(module)
         module.__dict__.pop("forward", None)
-    return shadow.eval()
+    shadow.eval()
+    for _, module in own_modules(shadow):
+        if isinstance(module, nn.MultiheadAttention | nn.TransformerEncoderLayer):
+            module.training = True  # in evaluation mode they take a fused path, which hides the products
+            if isinstance(module, nn.MultiheadAttention):
+                module.dropout = 0.0
+    return shadow
 
 
 def _faked(tensor: Tensor, fake: FakeTensorMode) -> Tensor:
