@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from mmpeft.errors import SiteError
+from mmpeft.hosting.answers import multi_head
 from mmpeft.hosting.few_bits import packs
 from mmpeft.hosting.host import base_value, is_host, unmake_host
 from mmpeft.hosting.modules import own_modules, own_parameters
@@ -178,6 +179,9 @@ class _Functions(TorchFunctionMode):
         first = len(self.seen.ops)
         if func is F.scaled_dot_product_attention:  # written out, whichever kernel would run
             out = _attention(*args, **(kwargs or {}))
+        elif func is F.multi_head_attention_forward:
+            with self:  # what it calls is watched too
+                out = multi_head(*args, **(kwargs or {}))
         else:
             out = func(*args, **(kwargs or {}))
         name = ATTENTION_FUNCTIONS.get(func)
@@ -281,7 +285,8 @@ class _Watching(TorchDispatchMode):
         stored = use.transposed if plain else not use.transposed
         path = self.calls[self.running[-1]].path
         own = next((n for n in self.aliases.get(use.name, ()) if n.rpartition(".")[0] == path), use.name)
-        return Use(own, stored, use.derived, use.offset, tuple(tensor.shape))
+        repeated = name == "bmm" and tensor.stride(0) == 0  # one matrix for every row of the batch
+        return Use(own, stored, use.derived, use.offset, tuple(tensor.shape[1 if repeated else 0 :]))
 
 
 def watch(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Record:
