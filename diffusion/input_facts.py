@@ -96,7 +96,10 @@ class Denoiser:
     @property
     def as_tokens(self) -> bool:
         """Whether the latents come as a sequence of patches."""
-        return bool(self.names & TOKENS or self.parameters.keys() & {"img_ids", "img_shapes"}) and "img_sizes" not in self.parameters
+        return (
+            bool(self.names & TOKENS or self.parameters.keys() & {"img_ids", "img_shapes"})
+            and "img_sizes" not in self.parameters
+        )
 
     @property
     def as_video(self) -> bool:
@@ -129,3 +132,9 @@ class Denoiser:
         if "UNet1DModel" in self.names:
             return max(64, int(2 ** (len(self.config["down_block_types"]) + 2)))
         return 16 * self.patch[1]
+
+
+def rotation(length: int, width: int) -> tuple[Tensor, Tensor]:
+    """Cosine and sine of positions [L, D]: any angle will do."""
+    angle = torch.arange(length)[:, None] * torch.linspace(1.0, 0.1, width)[None]
+    return angle.cos(), angle.sin()

@@ -1,7 +1,8 @@
 """What diffusers' denoisers take: a small batch for any of them, read off `forward`'s parameters and the configuration.
 
 A parameter's name says what it is across diffusers (`hidden_states`, `timestep`, `pooled_projections`), the
-configuration how wide; what only one class asks for is in `input_cases`. The library is never imported.
+configuration how wide; what only one class asks for is in `input_images` and `input_videos`. The library is never
+imported.
 """
 
 from __future__ import annotations
@@ -10,9 +11,12 @@ from typing import Any
 
 from torch import nn
 
-from mmpeft.diffusion.input_cases import CASES
 from mmpeft.diffusion.input_facts import Denoiser
+from mmpeft.diffusion.input_images import CASES as IMAGES
 from mmpeft.diffusion.input_rules import RULES
+from mmpeft.diffusion.input_videos import CASES as VIDEOS
+
+CASES = {**IMAGES, **VIDEOS}
 
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 

@@ -114,6 +114,9 @@ def _says(error: Exception) -> str:
 def _work(library: str, pipe: Connection) -> None:
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore")
+    for module in LIBRARIES[library]:
+        importlib.import_module(module)
+    pipe.send("ready")  # a model's time does not include that of importing its library
     while True:
         pipe.send(check(library, pipe.recv()))
         gc.collect()
@@ -132,6 +135,7 @@ class _Worker:
         self.process = context.Process(target=_work, args=(self.library, theirs), daemon=True)
         self.process.start()
         theirs.close()
+        self.pipe.recv()
 
     def give(self, name: str) -> None:
         self.name, self.since = name, time.monotonic()
