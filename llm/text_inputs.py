@@ -1,0 +1,122 @@
+"""Tokens, and places among them for the features of pictures and sound."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mmpeft.llm.request import ROWS, TOKENS, Request
+
+_OTHER = ("pixel_values", "input_features", "input_values", "inputs", "flattened_patches")
+_MODALITIES = ("image", "audio", "video")
+
+
+def _vocabulary(request: Request, *parts: str) -> int:
+    """Rows of the embedding that reads the tokens."""
+    if not parts:
+        try:
+            table = request.model.get_input_embeddings()  # type: ignore[operator]
+        except (NotImplementedError, AttributeError):
+            table = None
+        if isinstance(table, nn.Embedding):
+            return table.num_embeddings
+    config = request.part(*parts) if parts else request.config
+    return int(getattr(config, "vocab_size", None) or request.find("vocab_size", default=100))
+
+
+def _special(request: Request) -> set[int]:
+    """Every id that some config gives a meaning."""
+    found: set[int] = set()
+    for config in request.configs():
+        for name, value in vars(config).items():
+            if name.endswith(("_id", "_ids", "_index", "_token")):
+                values = value if isinstance(value, list | tuple) else [value]
+                found |= {v for v in values if isinstance(v, int) and not isinstance(v, bool)}
+    return found
+
+
+def _tokens(request: Request, vocabulary: int, length: int = TOKENS) -> Tensor:
+    plain = [t for t in range(3, vocabulary) if t not in _special(request)] or [0]
+    chosen = request.whole(0, len(plain), ROWS, length)
+    return torch.tensor(plain)[chosen]
+
+
+def _input_ids(request: Request) -> Tensor | None:
+    if "input_ids" not in request.required and request.main in _OTHER and not _reads_text(request):
+        return None
+    return _tokens(request, _vocabulary(request))
+
+
+def _reads_text(request: Request) -> bool:
+    """A model of pictures or sound that reads text besides."""
+    return any(name in ("input_ids",) for name in request.names) and not request.config.is_encoder_decoder
+
+
+def _decoder_input_ids(request: Request) -> Tensor | None:
+    if not request.config.is_encoder_decoder and "decoder_input_ids" not in request.required:
+        return None
+    decoder = request.part("decoder", "text")
+    return _tokens(request, int(getattr(decoder, "vocab_size", None) or _vocabulary(request)))
+
+
+def _ones(request: Request) -> Tensor:
+    return torch.ones(ROWS, TOKENS, dtype=torch.long)
+
+
+def _if_required(name: str, maker: Callable[[Request], Any]) -> Callable[[Request], Any]:
+    return lambda request: maker(request) if name in request.required else None
+
+
+def _boxes(request: Request) -> Tensor:
+    start = request.whole(0, 100, ROWS, TOKENS, 2)
+    return torch.cat([start, start + request.whole(1, 100, ROWS, TOKENS, 2)], -1)
+
+
+TEXTS: dict[str, Callable[[Request], Any]] = {
+    "input_ids": _input_ids,
+    "decoder_input_ids": _decoder_input_ids,
+    "bbox": _boxes,
+    "attention_mask": _if_required("attention_mask", _ones),
+}
+
+
+def place_features(request: Request, made: dict[str, Any]) -> None:
+    """Put a placeholder among the tokens for every feature of a picture or a sound, in rows of one length."""
+    ids = made.get("input_ids")
+    if ids is None:
+        return
+    kinds = torch.zeros_like(ids)
+    for number, modality in enumerate(_MODALITIES, 1):
+        place = request.find(f"{modality}_token_id", f"{modality}_token_index")
+        count = _features(request, modality, made) if place is not None else 0
+        if count:
+            added = torch.full((ROWS, count // ROWS), place)
+            ids = torch.cat([ids[:, :1], added, ids[:, 1:]], 1)
+            kinds = torch.cat([kinds[:, :1], torch.full_like(added, number), kinds[:, 1:]], 1)
+    made["input_ids"] = ids
+    if "mm_token_type_ids" in request.names:
+        made["mm_token_type_ids"] = kinds
+    if "token_type_ids" in request.required:
+        made["token_type_ids"] = torch.zeros_like(ids)
+    if "attention_mask" in made:
+        made["attention_mask"] = torch.ones_like(ids)
+
+
+def _features(request: Request, modality: str, made: dict[str, Any]) -> int:
+    """How many features the tower of a modality gives for what was made, by running it."""
+    run = getattr(request.model, f"get_{modality}_features", None)
+    if run is None:
+        return 0
+    taken = inspect.signature(run).parameters
+    given = {name: made[name] for name in taken if name in made}
+    if not any(torch.is_tensor(v) and v.is_floating_point() for v in given.values()):
+        return 0
+    with torch.no_grad():
+        found = run(**given)
+    found = getattr(found, "pooler_output", found)
+    found = list(found) if isinstance(found, list | tuple) else [found]
+    return sum(f.numel() // f.shape[-1] for f in found if torch.is_tensor(f))
