@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,6 +9,7 @@ from torch import Tensor, nn
 
 from mmpeft.llm.pixel_inputs import PIXELS
 from mmpeft.llm.request import Request
+from mmpeft.llm.series_inputs import SERIES
 from mmpeft.llm.sound_inputs import SOUNDS
 from mmpeft.llm.text_inputs import TEXTS, place_features
 
@@ -21,21 +20,19 @@ def example_inputs(model: nn.Module) -> tuple[tuple[Any, ...], dict[str, Any]] |
     """Arguments for one pass of two rows on the CPU, or None if this is no transformers model."""
     if not any(f"{c.__module__}.{c.__qualname__}" == _BASE for c in type(model).__mro__):
         return None
-    request = Request(model, inspect.signature(model.forward).parameters)
-    makers: dict[str, Callable[[Request], Any]] = {**TEXTS, **SOUNDS, **PIXELS}
+    request = Request(model)
+    makers = {**TEXTS, **SOUNDS, **PIXELS, **SERIES}
     made: dict[str, Any] = {}
     for name in request.names:
-        if name in makers:
+        if name in makers and name not in made:
             value = makers[name](request)
-            if isinstance(value, dict):
-                made.update({k: v for k, v in value.items() if k in request.names})
-            elif value is not None:
-                made.setdefault(name, value)
+            values = value if isinstance(value, dict) else {name: value}
+            made.update({k: v for k, v in values.items() if k in request.names and v is not None})
     place_features(request, made)
-    return (), {name: _as_model(model, value) for name, value in made.items()}
+    return (), {name: _as_weights(model, value) for name, value in made.items()}
 
 
-def _as_model(model: nn.Module, value: Any) -> Any:
+def _as_weights(model: nn.Module, value: Any) -> Any:
     """Numbers in the precision of the weights."""
     kind = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     if isinstance(value, Tensor) and value.is_floating_point() and kind in (torch.float16, torch.bfloat16):

@@ -9,10 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mmpeft.llm.request import ROWS, TOKENS, Request
+from mmpeft.llm.request import MODALITIES, ROWS, TOKENS, Request
 
-_OTHER = ("pixel_values", "input_features", "input_values", "inputs", "flattened_patches")
-_MODALITIES = ("image", "audio", "video")
+_OTHER = ("pixel_values", "input_features", "input_values", "inputs", "flattened_patches", "pixel_values_videos")
 
 
 def _vocabulary(request: Request, *parts: str) -> int:
@@ -39,32 +38,45 @@ def _special(request: Request) -> set[int]:
     return found
 
 
-def _tokens(request: Request, vocabulary: int, length: int = TOKENS) -> Tensor:
-    plain = [t for t in range(3, vocabulary) if t not in _special(request)] or [0]
-    chosen = request.whole(0, len(plain), ROWS, length)
-    return torch.tensor(plain)[chosen]
+def _tokens(request: Request, vocabulary: int) -> Tensor:
+    special = _special(request)
+    plain = [t for t in range(3, vocabulary) if t not in special] or [0]
+    return torch.tensor(plain)[request.whole(0, len(plain), ROWS, TOKENS)]
 
 
 def _input_ids(request: Request) -> Tensor | None:
-    if "input_ids" not in request.required and request.main in _OTHER and not _reads_text(request):
+    other = request.main in _OTHER or request.kind in ("pop2piano",)
+    if request.config.is_encoder_decoder and other and "input_ids" not in request.required:
         return None
-    return _tokens(request, _vocabulary(request))
+    tokens = _tokens(request, _vocabulary(request, *_text_part(request)))
+    books = request.find("num_codebooks") if request.kind in _BOOKS_LAST else None
+    return tokens[..., None].repeat(1, 1, books) if books else tokens
 
 
-def _reads_text(request: Request) -> bool:
-    """A model of pictures or sound that reads text besides."""
-    return any(name in ("input_ids",) for name in request.names) and not request.config.is_encoder_decoder
+_BOOKS_LAST = ("csm",)
+
+
+def _text_part(request: Request) -> tuple[str, ...]:
+    return ("text",) if request.part("text") is not request.config else ()
 
 
 def _decoder_input_ids(request: Request) -> Tensor | None:
     if not request.config.is_encoder_decoder and "decoder_input_ids" not in request.required:
         return None
     decoder = request.part("decoder", "text")
-    return _tokens(request, int(getattr(decoder, "vocab_size", None) or _vocabulary(request)))
+    tokens = _tokens(request, int(getattr(decoder, "vocab_size", None) or _vocabulary(request)))
+    channels = getattr(decoder, "num_channels", None) if request.kind == "dia" else None
+    if request.kind.startswith("musicgen"):  # the books of a row are rows of their own
+        return tokens.repeat(int(decoder.num_codebooks), 1)
+    return tokens[..., None].repeat(1, 1, channels) if channels else tokens
 
 
 def _ones(request: Request) -> Tensor:
     return torch.ones(ROWS, TOKENS, dtype=torch.long)
+
+
+def _text(request: Request) -> Tensor:
+    return _tokens(request, int(request.find("vocab_size", default=100)))
 
 
 def _if_required(name: str, maker: Callable[[Request], Any]) -> Callable[[Request], Any]:
@@ -76,11 +88,35 @@ def _boxes(request: Request) -> Tensor:
     return torch.cat([start, start + request.whole(1, 100, ROWS, TOKENS, 2)], -1)
 
 
+def _crossed(request: Request) -> Tensor | None:
+    """What a decoder that stands alone crosses to."""
+    if request.kind not in ("blip_2_qformer",):
+        return None
+    return request.noise(ROWS, TOKENS, int(request.config.encoder_hidden_size))
+
+
+def _classes(request: Request) -> dict[str, Tensor]:
+    """Names to look for in a picture: two a row, each a short text, and the task."""
+    words = torch.cat([_text(request), _text(request)])
+    return {
+        "classes_input_ids": words,
+        "classes_attention_mask": torch.ones_like(words),
+        "tasks_input_ids": _text(request),
+        "tasks_attention_mask": _ones(request),
+        "classes_structure": torch.tensor([2] * ROWS),
+    }
+
+
 TEXTS: dict[str, Callable[[Request], Any]] = {
     "input_ids": _input_ids,
     "decoder_input_ids": _decoder_input_ids,
     "bbox": _boxes,
+    "use_cache": lambda request: False,
+    "encoder_hidden_states": _crossed,
     "attention_mask": _if_required("attention_mask", _ones),
+    "qformer_input_ids": _if_required("qformer_input_ids", _text),
+    "classes_input_ids": _classes,
+    "task_inputs": lambda request: request.whole(3, 100, ROWS, int(request.find("task_seq_len", default=77))),
 }
 
 
@@ -90,7 +126,7 @@ def place_features(request: Request, made: dict[str, Any]) -> None:
     if ids is None:
         return
     kinds = torch.zeros_like(ids)
-    for number, modality in enumerate(_MODALITIES, 1):
+    for number, modality in enumerate(MODALITIES, 1):
         place = request.find(f"{modality}_token_id", f"{modality}_token_index")
         count = _features(request, modality, made) if place is not None else 0
         if count:
@@ -108,11 +144,13 @@ def place_features(request: Request, made: dict[str, Any]) -> None:
 
 def _features(request: Request, modality: str, made: dict[str, Any]) -> int:
     """How many features the tower of a modality gives for what was made, by running it."""
-    run = getattr(request.model, f"get_{modality}_features", None)
+    run = request.tower(modality)
     if run is None:
         return 0
     taken = inspect.signature(run).parameters
     given = {name: made[name] for name in taken if name in made}
+    if modality == "video" and not any("video" in name for name in given):
+        return 0
     if not any(torch.is_tensor(v) and v.is_floating_point() for v in given.values()):
         return 0
     with torch.no_grad():

@@ -31,7 +31,18 @@ from mmpeft.llm.inputs import example_inputs
 from tests.zoo.shrink import small_config
 
 # The most complete class first. Where a type has both, a masked model is what its config describes.
-_HEADS = ["MULTIMODAL_LM", "IMAGE_TEXT_TO_TEXT", "SEQ_TO_SEQ_CAUSAL_LM", "SPEECH_SEQ_2_SEQ", "MASKED_LM", "CAUSAL_LM", "CTC", "OBJECT_DETECTION", "UNIVERSAL_SEGMENTATION", "SEMANTIC_SEGMENTATION"]
+_HEADS = [
+    "MULTIMODAL_LM",
+    "IMAGE_TEXT_TO_TEXT",
+    "SEQ_TO_SEQ_CAUSAL_LM",
+    "SPEECH_SEQ_2_SEQ",
+    "MASKED_LM",
+    "CAUSAL_LM",
+    "CTC",
+    "OBJECT_DETECTION",
+    "UNIVERSAL_SEGMENTATION",
+    "SEMANTIC_SEGMENTATION",
+]
 _SECONDS = 60
 
 
@@ -49,31 +60,19 @@ def types() -> list[str]:
 
 
 def model_class(model_type: str) -> type[nn.Module]:
-    """The most complete class of a type."""
-    name = next(table[model_type] for table in _mappings() if model_type in table)
-    name = name if isinstance(name, str) else name[0]
-    found: type[nn.Module] = getattr(transformers, name)
-    return found
-
-
-_GLM = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5, "mrope_section": [2, 1, 1]}
-_QWEN = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 2, 2]}
-# What the shape of a config does not tell, by the type of a config wherever it stands.
-GIVEN: dict[str, dict[str, Any]] = {
-    **dict.fromkeys(("autoformer", "informer", "time_series_transformer"), {"prediction_length": 4}),
-    "bit": {"num_groups": 8},
-    "bridgetower": {"hidden_size": 128, "num_attention_heads": 4},
-    "esm": {"vocab_size": 40, "pad_token_id": 1, "mask_token_id": 32},
-    "esmc": {"num_key_value_heads": 4},
-    "deepseek_v2": {"num_experts_per_tok": 2},
-    **{f"{t}_text": {"rope_parameters": _GLM} for t in ("glm4v", "glm4v_moe", "glm_image", "glm_ocr")},
-    **{f"{t}_text": {"rope_parameters": _QWEN} for t in ("qwen2_vl", "qwen2_5_vl")},
-}
+    """The most complete class of a type: one that takes its config as it is."""
+    config = configuration_auto.CONFIG_MAPPING[model_type]
+    found: list[type[nn.Module]] = []
+    for table in _mappings():
+        if model_type in table:
+            names = [table[model_type]] if isinstance(table[model_type], str) else table[model_type]
+            found += [getattr(transformers, name) for name in names]
+    return next((c for c in found if issubclass(config, getattr(c, "config_class", None) or object)), found[0])
 
 
 def build(model_type: str) -> nn.Module:
     """A small random model; raises with the reason where a type needs files or packages that are not there."""
-    config = small_config(configuration_auto.CONFIG_MAPPING[model_type], GIVEN)
+    config = small_config(configuration_auto.CONFIG_MAPPING[model_type])
     torch.manual_seed(0)
     return model_class(model_type)(config).eval()
 

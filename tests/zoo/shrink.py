@@ -15,6 +15,8 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
+from tests.zoo.given import AS_IS, GIVEN, START
+
 LAYERS, HEADS, KEY_VALUE_HEADS, EXPERTS = 4, 4, 2, 4
 POSITIONS = 1024
 _BASE = {f.name for f in fields(PreTrainedConfig)}
@@ -35,13 +37,13 @@ _CHOSEN = re.compile(
 _VOCAB = re.compile(r"(vocab_size|vocabulary_size|_vocab|num_embeddings|bigram_vocab_size)$")
 _TOKEN = re.compile(r"(token_ids?|token_index|_token|bos_id|eos_id|pad_id|_id|eos_ids?|start_id|end_id|_index)$")
 _WIDTH = re.compile(
-    r"(hidden_(size|dim|sizes|channels)|(^|_)d_model|n_embd|embed_dims?|_dims?|_size|_sizes|d_ff|n_inner|ffn|width|"
+    r"(hidden_(size|dim|sizes|channels|dimension)|(^|_)d_model|n_embd|embed_dims?|_dims?|_size|_sizes|d_ff|n_inner|ffn|width|"
     r"channels?|filters|(^|_)dim|units|mlp_dim|lora_rank|d_inner|d_latents|embedding_rank|_width|planes|_channels_?\w*|_dims_?\w*)$"
 )
 _NO_WIDTH = re.compile(
-    r"(vocab|image|img|patch|kernel|window|chunk|block|batch|codebook|type_|max_|buffer|context|num_channels|"
+    r"(vocab|image|img|patch|kernel|window|chunk|block|batch|codebook_size|type_|max_|buffer|context|num_channels|"
     r"input_feat|state_size|fft|hop|sample|queue|cache|grid|crop|frame|memory_size|positions|tubelet|merge|pool|"
-    r"group|roi|rotary|input_size|^in_channels|out_channels|audio_channels|tile|n_ctx|mel|expan|interp|reduction|"
+    r"group|roi|rotary|^input_size|model_in|^in_channels|out_channels|audio_channels|tile|n_ctx|mel|expan|interp|reduction|"
     r"conv_size|d_conv|rope_dim|mrope|stride|train_size|qk_rope|mask_size|^input_dim|step_dim|segment|feature_size|spatial|temporal|canvas|pos_embed_size|posemb)"
 )
 _POSITIONS = re.compile(
@@ -75,9 +77,14 @@ _FIXED = {
     "num_codevectors_per_group": 20,
     "max_source_positions": 64,
     "rotary_dim": 8,
+    "n_groups": 2,
+    "mamba_n_groups": 2,
+    "num_kv_shared_layers": 2,
     "mm_tokens_per_image": 4,
     "use_mamba_kernels": False,
 }
+_WIDTHS = ("upsample_groups", "bottleneck_features")  # widths under other names
+_WHERE_NONE = {"num_key_value_heads": KEY_VALUE_HEADS, "vocab_size": 64, "num_experts_per_tok": 2, "head_dim": 16}
 _WIDTH_OF_TEXT = ("out_hidden_size", "text_hidden_size", "llm_hidden_size")
 # Heads, their width, and what times the hidden width they make.
 _SCANS = (
@@ -111,31 +118,37 @@ def _each(value: Any, change: Callable[[int], int]) -> Any:
 
 
 def _is_width(name: str, value: Any) -> bool:
+    if name in _WIDTHS:
+        return isinstance(value, int)
     if _HEAD_WIDTH.search(name) or _NO_WIDTH.search(name) or not _WIDTH.search(name):
         return False
     found = list(_numbers(value))
     return bool(found) and all(n >= 16 for n in found)
 
 
+def _read(config: PreTrainedConfig, name: str, default: Any = None) -> Any:
+    """An attribute; of one that varies over the layers, what the whole has."""
+    try:
+        return getattr(config, name, default)
+    except Exception:  # an error of its own kind that says so
+        return vars(config).get(name, default)
+
+
 def own_fields(config: PreTrainedConfig) -> dict[str, Any]:
     """The fields that a config's own class declares, with the values of this instance."""
-    found = {}
-    for field in fields(type(config)):
-        if field.name not in _BASE or "token" in field.name:
-            try:
-                found[field.name] = getattr(config, field.name, None)
-            except AttributeError:  # it varies over the layers: what the class declares stands for all
-                found[field.name] = None if field.default is MISSING else field.default
-    return found
+    names = [f.name for f in fields(type(config)) if f.name not in _BASE or "token" in f.name]
+    return {name: _read(config, name) for name in names}
 
 
 def _explicit(config: PreTrainedConfig) -> dict[str, Any]:
     """What the config above wrote into this one."""
     fresh = type(config)()
-    kept = {}
-    for name, value in own_fields(config).items():
-        if not isinstance(value, PreTrainedConfig) and value != getattr(fresh, name, None):
-            kept[name] = value
+    own = own_fields(config).items()
+    kept = {k: v for k, v in own if not isinstance(v, PreTrainedConfig) and v != _read(fresh, k)}
+    for name in ("_out_indices", "_out_features"):  # one of them settles the other
+        kept.pop(name, None)
+    if _read(config, "out_indices") != _read(fresh, "out_indices"):
+        kept["out_indices"] = list(config.out_indices)
     return kept
 
 
@@ -145,27 +158,31 @@ class Shrinking:
     def __init__(self, whole: PreTrainedConfig, given: dict[str, dict[str, Any]]) -> None:
         self.given = given
         widths: set[int] = set()
+        kept: set[int] = set()
         vocabularies: set[int] = set()
         tokens: set[int] = set()
         for config in configs(whole):
             for name, value in own_fields(config).items():
                 if _is_width(name, value):
                     widths |= set(_numbers(value))
+                    kept |= set(_numbers(value)) if config.model_type in AS_IS else set()
                 elif _VOCAB.search(name):
                     vocabularies |= {n for n in _numbers(value) if n > 400}
                 elif _TOKEN.search(name):
                     tokens |= {n for n in _numbers(value) if n >= 100}
-        self.widths = {n: 32 * (i + 1) for i, n in enumerate(sorted(widths))}
+        self.widths = {n: n if n in kept else 32 * (i + 2) for i, n in enumerate(sorted(widths))}
         self.vocabularies = {n: 400 + 8 * i for i, n in enumerate(sorted(vocabularies))}
         self.tokens = {n: 100 + i for i, n in enumerate(sorted(tokens))}
 
     def small(self, config: PreTrainedConfig, text_width: int | None = None) -> PreTrainedConfig:
         """The config with its numbers replaced; `text_width` is what a tower beside the text has to give."""
-        kwargs = self._kwargs(config)
+        kwargs = _explicit(config) if config.model_type in AS_IS else self._kwargs(config)
         for name in _WIDTH_OF_TEXT:
             if text_width and getattr(config, name, None):
                 kwargs[name] = text_width
-        kwargs.update(self.given.get(config.model_type, {}))
+        given = self.given.get(config.model_type) or self.given.get(type(config).__name__, {})
+        for name, value in given.items():
+            kwargs[name] = value({**kwargs, "text_width": text_width}) if callable(value) else value
         text = next((c for n in ("text_config", "llm_config") if (c := getattr(config, n, None)) is not None), None)
         width = self.small(text).hidden_size if hasattr(text, "hidden_size") else None  # type: ignore[union-attr]
         for name, value in vars(config).items():
@@ -179,6 +196,8 @@ class Shrinking:
         kinds = max((len(set(v)) for n, v in own.items() if self._one_a_layer(v, before)), default=1)
         layers = max(LAYERS, 2 * kinds)
         new = _explicit(config)
+        if "out_indices" in new and before:
+            new["out_indices"] = self._places(new["out_indices"], before, layers)
         for name, value in own.items():
             changed = self._change(name, value, own, before, layers)
             if changed is not MISSING:
@@ -192,8 +211,12 @@ class Shrinking:
                     {many: HEADS, width: whole // HEADS}, **({"mamba_d_ssm": whole} if own.get("mamba_d_ssm") else {})
                 )
         rotation = own.get("rope_parameters")
-        if isinstance(rotation, dict) and "mrope_section" in rotation:
-            new["rope_parameters"] = {**rotation, "mrope_section": _sections(rotation, own, new, heads)}
+        if isinstance(rotation, dict) and rotation.get("rope_theta", 0) is None:
+            new["rope_parameters"] = rotation = {**rotation, "rope_theta": 10000.0}
+        if isinstance(rotation, dict) and "mrope_section" in (
+            getattr(config, "ignore_keys_at_rope_validation", None) or ()
+        ):
+            new["rope_parameters"] = {**rotation, "mrope_section": _sections(rotation, new, heads)}
         return new
 
     @staticmethod
@@ -201,7 +224,9 @@ class Shrinking:
         return isinstance(value, list | tuple) and len(value) == layers > 4 and all(isinstance(v, str) for v in value)
 
     def _change(self, name: str, value: Any, own: dict[str, Any], before: int, layers: int) -> Any:
-        if value is None or (isinstance(value, PreTrainedConfig | dict | bool) and name not in _FIXED):
+        if value is None:
+            return _WHERE_NONE.get(name, MISSING)
+        if isinstance(value, PreTrainedConfig | dict | bool) and name not in _FIXED:
             return MISSING
         if name in _FIXED:
             fixed = _FIXED[name]
@@ -223,7 +248,7 @@ class Shrinking:
         if name == "codebook_size":  # a power of two in most codecs
             return min(value, 64)
         if name == "window_size" and isinstance(value, int):
-            return min(value, 4 if "depths" in own else 2)
+            return 2 if value <= 32 and ("patch_size" in own or "embed_dim" in own) else value
         if _HEADS.search(name) and "dim" not in name:
             few = KEY_VALUE_HEADS if re.search(r"kv|key", name) and not own.get("kv_lora_rank") else HEADS
             return _each(value, lambda n: max((d for d in (1, 2, 4) if d <= min(n, few)), default=n))
@@ -242,16 +267,18 @@ class Shrinking:
         """Indices of layers, at the same share of the depth."""
         found = list(_numbers(value))
         if not found or before <= layers or any(abs(n) > before for n in found):
-            return MISSING
+            return value
+        after = before in found  # they count what follows each layer, and the stem
+        top, end = (before, layers) if after else (before - 1, layers - 1)
 
         def move(n: int) -> int:
-            return -min(-n, layers) if n < 0 else round(n * (layers - 1) / max(before - 1, 1))
+            return -min(-n, layers) if n < 0 else round(n * end / top)
 
         if isinstance(value, int):
             return move(value)
         moved = [move(n) for n in found]
-        if len(set(moved)) < len(found) <= layers and min(found) >= 0:
-            moved = list(range(layers - len(found), layers))
+        if len(set(moved)) < len(found) <= end + 1 and min(found) >= 0:
+            moved = list(range(end + 1 - len(found), end + 1))
         return list(dict.fromkeys(moved))
 
     @staticmethod
@@ -291,11 +318,11 @@ class Shrinking:
                 new[name] = min(value, 16 if "rope" in name else 32)
 
 
-def _sections(rotation: dict[str, Any], own: dict[str, Any], new: dict[str, Any], heads: int) -> list[int]:
+def _sections(rotation: dict[str, Any], new: dict[str, Any], heads: int) -> list[int]:
     """Shares of half a head's rotated width, as they were."""
     width = new.get("qk_rope_head_dim") or new.get("head_dim") or new["hidden_size"] // heads
     half = int(width * (1 if new.get("qk_rope_head_dim") else rotation.get("partial_rotary_factor") or 1)) // 2
-    old = rotation["mrope_section"]
+    old = rotation.get("mrope_section", [2, 1, 1])
     shares = [max(1, half * n // sum(old)) for n in old[1:]]
     return [half - sum(shares), *shares]
 
@@ -311,7 +338,7 @@ def _pattern(name: str, values: list[Any], layers: int) -> list[Any]:
     return list(islice(cycle(kinds), layers))
 
 
-def small_config(kind: type[PreTrainedConfig], given: dict[str, dict[str, Any]]) -> PreTrainedConfig:
-    """A small config of this class; `given` are exceptions by the type of a config, wherever in the tree it is."""
-    whole = kind(**given.get("", {}))
-    return Shrinking(whole, given).small(whole)
+def small_config(kind: type[PreTrainedConfig]) -> PreTrainedConfig:
+    """A small config of this class."""
+    whole = kind(**START.get(kind.model_type, {}))
+    return Shrinking(whole, GIVEN).small(whole)
