@@ -12,6 +12,8 @@ from mmpeft.llm.request import ROWS, Request, first
 
 _GRID = 4
 _PAIRS = ("superglue", "lightglue", "efficientloftr")
+_FRAMES = ("instructblipvideo",)
+_SQUARES = ("kimi", "paddleocr_vl", "neomme")  # patches that keep their height and width
 _LISTS = ("idefics", "idefics2", "idefics3", "smolvlm", "modernvbert", "colmodernvbert", "ultravbert")
 
 
@@ -51,12 +53,14 @@ def _patches(request: Request, frames: int = 1) -> tuple[Tensor, Tensor]:
     """Patches in one long row, and the grid of each picture."""
     tower, patch = _tower(request), _patch(request)
     time = first(getattr(tower, "temporal_patch_size", None) or 1)
-    if request.kind.startswith("muse"):
-        time = 2
+    time = first(getattr(tower, "patch_temporal", None) or time)
+    if request.kind.startswith("inkling2"):
+        merge = int(request.find("spatial_merge_size"))
+        grid = torch.tensor([[1, _GRID // merge, _GRID // merge]] * ROWS)
+        return request.noise(int(grid.prod(-1).sum()), patch * merge, patch * merge, _channels(request)), grid
     grid = torch.tensor([[frames, _GRID, _GRID]] * ROWS)
     count, channels = ROWS * frames * _GRID * _GRID, _channels(request)
-    convolution = next(_convolutions(request), None)
-    if isinstance(convolution, nn.Conv2d) and convolution.kernel_size[0] == patch:
+    if request.kind.startswith(_SQUARES):
         return request.noise(count, channels, patch, patch), grid
     return request.noise(count, channels * time * patch * patch), grid
 
@@ -67,10 +71,14 @@ def _convolutions(request: Request) -> Iterator[nn.Module]:
 
 def _pixels(request: Request) -> Any:
     names, kind = request.names, request.kind
+    if request.lacks("vision"):
+        return None
     if "pixel_values_videos" in request.required or request.main == "pixel_values_videos":
         return None
     if "image_grid_thw" in names or "grid_thw" in names:
         pixels, grid = _patches(request)
+        if kind == "colqwen2":
+            pixels = pixels.unflatten(0, (ROWS, -1))
         return {
             "pixel_values": pixels,
             "image_grid_thw": grid,
@@ -107,6 +115,10 @@ def _pixels(request: Request) -> Any:
             "pixel_values": request.noise(ROWS, tiles, channels, high, wide),
             "image_sizes": torch.tensor([list(shape)] * ROWS),
         }
+    if kind == "fuyu":
+        return request.noise(ROWS, _GRID * _GRID, channels * patch * patch)
+    if kind in _FRAMES:
+        return request.noise(ROWS, 4, channels, high, wide)
     if kind in _PAIRS:
         return request.noise(ROWS, 2, channels, high, wide)
     if kind in _LISTS:
@@ -130,13 +142,18 @@ def _states_of_patches(request: Request) -> Any:
 
 def _videos(request: Request) -> Any:
     """Where a model needs a video or reads nothing else."""
-    if "pixel_values_videos" not in request.required and request.main != "pixel_values_videos":
+    wanted = "pixel_values_videos" in request.required or request.main == "pixel_values_videos"
+    if not wanted and not request.kind.startswith("pe_audio_video"):
         return None
     if "video_grid_thw" in request.names:
         pixels, grid = _patches(request)
         return {"pixel_values_videos": pixels, "video_grid_thw": grid}
     (high, wide), frames = _side(request), request.find("num_frames", "frames_per_clip", default=4)
     return request.noise(ROWS, int(frames), _channels(request), high, wide)
+
+
+def _grid_sizes(request: Request) -> Tensor:
+    return torch.tensor([[_GRID, _GRID]] * ROWS)
 
 
 def _sizes(request: Request) -> Tensor | None:
@@ -148,7 +165,8 @@ def _sizes(request: Request) -> Tensor | None:
 def _flat(request: Request) -> Tensor:
     """Patches with their row and column in front."""
     places = torch.cartesian_prod(torch.arange(1.0, _GRID + 1), torch.arange(1.0, _GRID + 1)).repeat(ROWS, 1, 1)
-    return torch.cat([places, request.noise(ROWS, _GRID * _GRID, _channels(request) * _patch(request) ** 2)], -1)
+    wide = request.find("patch_embed_hidden_size", default=_channels(request) * _patch(request) ** 2)
+    return torch.cat([places, request.noise(ROWS, _GRID * _GRID, int(wide))], -1)
 
 
 def _prompt(request: Request) -> dict[str, Tensor]:
@@ -171,6 +189,7 @@ PIXELS: dict[str, Callable[[Request], Any]] = {
     "pixel_values_videos": _videos,
     "hidden_states": _states_of_patches,
     "image_sizes": _sizes,
+    "image_grid_hw": _grid_sizes,
     "flattened_patches": _flat,
     "prompt_pixel_values": _prompt,
     "high_res_pixel_values": _finer,

@@ -34,8 +34,13 @@ class Request:
     def tower(self, modality: str) -> Callable[..., Any] | None:
         """The method that gives the features of a modality."""
         holders = (self.model, getattr(self.model, "base_model", None), getattr(self.model, "model", None))
-        found = (getattr(h, f"get_{modality}_features", None) for h in holders)
-        return next((f for f in found if f is not None), None)
+        found = [f for h in holders if (f := getattr(h, f"get_{modality}_features", None)) is not None]
+        return next((f for f in found if _named(f)), None)  # a wrapper that passes everything on says nothing
+
+    def lacks(self, *words: str) -> bool:
+        """Whether the config names a part of these kinds and has none."""
+        named = {n: v for n, v in vars(self.config).items() if n in {f"{w}_config" for w in words}}
+        return bool(named) and all(v is None for v in named.values())
 
     def configs(self) -> Iterator[Any]:
         """The config and all those below it, the nearest first."""

@@ -20,6 +20,10 @@ _BINS = (
 
 
 def _bins(request: Request) -> int:
+    if request.kind == "pop2piano":  # it has turned the bins into its own width
+        return int(request.config.d_model)
+    if request.kind.startswith("granite_speech5"):
+        return 4 * int(request.find("num_mel_bins"))
     stacked = request.find("num_stacked_frames")
     if stacked and request.main == "input_features" and "encoder" in request.kind:
         return int(stacked) * int(request.find("num_mel_bins"))
@@ -36,6 +40,8 @@ def _channels_first(request: Request, bins: int) -> list[nn.Conv1d]:
 
 def _features(request: Request) -> dict[str, Any]:
     """[rows, bins, frames] where a convolution over frames reads them first, else [rows, frames, bins]."""
+    if request.lacks("audio"):
+        return {}
     bins, frames = _bins(request), _FRAMES
     longest = request.find("max_source_positions", "n_ctx")
     convolutions = _channels_first(request, bins)
@@ -44,12 +50,15 @@ def _features(request: Request) -> dict[str, Any]:
         features = request.noise(ROWS, 1, frames, bins)
     elif convolutions and request.kind != "speech_to_text":
         stride = max(m.stride[0] for m in convolutions)
-        frames = 2 * window if window else longest * stride if longest else frames
+        frames = longest * stride if longest else frames
+        frames = -(-frames // (2 * window)) * 2 * window if window else frames
         features = request.noise(ROWS, bins, frames)
     else:
         features = request.noise(ROWS, frames, bins)
     mask = torch.ones(ROWS, frames, dtype=torch.long)
-    masks = {n: mask for n in _MASKS if n in request.required or n == "feature_attention_mask"}
+    masks = {n: mask for n in _MASKS if n in request.required or n != "padding_mask"}
+    if request.kind.startswith("speech-encoder"):
+        return {}
     return {"input_features": features, **masks}
 
 

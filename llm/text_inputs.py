@@ -50,10 +50,12 @@ def _input_ids(request: Request) -> Tensor | None:
         return None
     tokens = _tokens(request, _vocabulary(request, *_text_part(request)))
     books = request.find("num_codebooks") if request.kind in _BOOKS_LAST else None
+    if books and request.kind.startswith("kyutai"):
+        books += 1  # the text beside them
     return tokens[..., None].repeat(1, 1, books) if books else tokens
 
 
-_BOOKS_LAST = ("csm",)
+_BOOKS_LAST = ("csm", "kyutai_speech_to_text")
 
 
 def _text_part(request: Request) -> tuple[str, ...]:
@@ -63,7 +65,8 @@ def _text_part(request: Request) -> tuple[str, ...]:
 def _decoder_input_ids(request: Request) -> Tensor | None:
     if not request.config.is_encoder_decoder and "decoder_input_ids" not in request.required:
         return None
-    decoder = request.part("decoder", "text")
+    decoder = request.part("decoder")
+    decoder = request.part("text") if decoder is request.config else decoder
     tokens = _tokens(request, int(getattr(decoder, "vocab_size", None) or _vocabulary(request)))
     channels = getattr(decoder, "num_channels", None) if request.kind == "dia" else None
     if request.kind.startswith("musicgen"):  # the books of a row are rows of their own
@@ -95,6 +98,14 @@ def _crossed(request: Request) -> Tensor | None:
     return request.noise(ROWS, TOKENS, int(request.config.encoder_hidden_size))
 
 
+def _image_places(request: Request) -> Tensor:
+    """The tokens behind the first that stand for the picture."""
+    count = int(request.find("latent_query_num"))
+    places = torch.zeros(ROWS, TOKENS, dtype=torch.long)
+    places[:, 1 : 1 + count] = 1
+    return places
+
+
 def _classes(request: Request) -> dict[str, Tensor]:
     """Names to look for in a picture: two a row, each a short text, and the task."""
     words = torch.cat([_text(request), _text(request)])
@@ -112,6 +123,8 @@ TEXTS: dict[str, Callable[[Request], Any]] = {
     "decoder_input_ids": _decoder_input_ids,
     "bbox": _boxes,
     "use_cache": lambda request: False,
+    "image_embeds_position_mask": _image_places,
+    "image_attention_mask": lambda request: torch.ones(ROWS, TOKENS, 1) if request.kind == "idefics" else None,
     "encoder_hidden_states": _crossed,
     "attention_mask": _if_required("attention_mask", _ones),
     "qformer_input_ids": _if_required("qformer_input_ids", _text),
@@ -149,6 +162,10 @@ def _features(request: Request, modality: str, made: dict[str, Any]) -> int:
         return 0
     taken = inspect.signature(run).parameters
     given = {name: made[name] for name in taken if name in made}
+    if modality == "audio":
+        for name, parameter in taken.items():  # that the whole makes out of its own arguments
+            if parameter.default is parameter.empty and name.endswith("mask") and name not in made:
+                given[name] = torch.ones(ROWS, next(iter(given.values())).shape[-1], dtype=torch.long)
     if modality == "video" and not any("video" in name for name in given):
         return 0
     if not any(torch.is_tensor(v) and v.is_floating_point() for v in given.values()):

@@ -10,7 +10,7 @@ AS_IS = {
     "align_vision_model", "efficientloftr", "efficientnet", "hgnet_v2", "pp_lcnet", "pp_lcnet_v3", "pp_lcnet_v4",
     "pp_ocrv5_mobile_det", "pp_ocrv5_mobile_rec", "pp_ocrv5_server_det", "pp_ocrv5_server_rec", "pp_ocrv6_small_det",
     "pp_ocrv6_medium_det", "slanet", "superpoint", "textnet", "uvdoc", "uvdoc_backbone", "vitmatte", "edgetam_vision_model",
-    "gemma3n_vision", "timm_wrapper",
+    "gemma3n_vision", "timm_wrapper", "clap_audio_model", "xlstm",
 }  # fmt: skip
 
 
@@ -23,12 +23,24 @@ def _times(name: str, factor: float) -> Callable[[dict[str, Any]], int]:
     return lambda new: int(new[name] * factor)
 
 
+def _shallow(new: dict[str, Any]) -> dict[str, Any]:
+    """Two blocks of timm's vision transformers."""
+    given = dict(new.get("model_args") or {})
+    return {**given, "depth": 2} if str(new.get("architecture", "")).startswith("vit_") else given
+
+
 def _text_width(new: dict[str, Any]) -> int:
     return int(new["text_width"])
 
 
 # What the class of a config is first made with.
-START: dict[str, dict[str, Any]] = {}
+START: dict[str, dict[str, Any]] = {
+    "gemma4_assistant": {"text_config": {"model_type": "gemma4_text", "hidden_size_per_layer_input": 0}},
+    "gemma4_unified_assistant": {"text_config": {"model_type": "gemma4_text", "hidden_size_per_layer_input": 0}},
+    "granite_speech": {"projector_config": {"model_type": "blip_2_qformer", "encoder_hidden_size": 1024}},
+    "granite_speech_plus": {"projector_config": {"model_type": "blip_2_qformer", "encoder_hidden_size": 1024}},
+    "ovis2": {"hidden_size": 4096},
+}
 
 GIVEN: dict[str, dict[str, Any]] = {
     "autoformer": {"prediction_length": 4, "context_length": 8, "label_length": 4},
@@ -49,11 +61,9 @@ GIVEN: dict[str, dict[str, Any]] = {
             for t in ("full_attention", "sliding_attention")
         }
     },
-    "DbrxAttentionConfig": {"rope_theta": 10000.0},
     "deepseek_v2": {"num_experts_per_tok": 2},
     "deepseek_ocr2_text": {"mlp_layer_types": ["dense", "dense", "sparse", "sparse"]},
     "dory": {"n_input_layers": 1, "n_recurrent_layers": 2, "n_output_layers": 1},
-    "dots1": {"n_routed_experts": 4},
     "emu3": {
         "vocabulary_map": {
             "<image>": 8,
@@ -61,7 +71,6 @@ GIVEN: dict[str, dict[str, Any]] = {
             **{f"<|visual token {i:06}|>": 10 + i for i in range(16)},
         }
     },
-    "emu3_vqgan": {"codebook_size": 16},
     "ernie4_5_vl_moe_text": {
         "head_dim": 16,
         "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [3, 3, 2]},
@@ -79,7 +88,6 @@ GIVEN: dict[str, dict[str, Any]] = {
     "layoutlmv3": {"hidden_size": 192, "coordinate_size": 32, "shape_size": 32},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
     "lilt": {"hidden_size": 192},
-    "llama4_vision_model": {"vision_output_dim": lambda new: new["projector_output_dim"]},
     "longcat_flash": {"head_dim": 8},
     "lw_detr": {"projector_scale_factors": [2.0, 0.5]},
     "mllama_vision_model": {
@@ -92,7 +100,7 @@ GIVEN: dict[str, dict[str, Any]] = {
     "qwen4_exp_text": {
         "indexer_n_heads": 2,
         "indexer_kv_heads": 1,
-        "indexer_head_dim": 16,
+        "indexer_head_dim": 32,
         "indexer_budget": 8,
         "indexer_compress_ratio": 2,
     },
@@ -117,4 +125,24 @@ GIVEN: dict[str, dict[str, Any]] = {
     "vipllava": {"vision_feature_layers": [-1, -2, -3]},
     "voxtral_encoder": {"intermediate_size": _times("hidden_size", 4)},
     "xmod": {"default_language": "en_XX"},
+    "align": {"projection_dim": 640},
+    "DbrxAttentionConfig": {"rope_theta": 10000.0, "clip_qkv": 8.0},
+    "dots1": {"n_routed_experts": 4, "n_shared_experts": 1},
+    "FunAsrNanoAdaptorConfig": {"intermediate_size": lambda new: new["text_width"] // 4},
+    "gemma4_audio": {"subsampling_conv_channels": [128, 32]},
+    "llama4_vision_model": {
+        "intermediate_size": _times("hidden_size", 4),
+        "vision_output_dim": lambda new: new["projector_output_dim"],
+    },
+    "muse_glimmer": {"out_hidden_size": lambda new: 4 * new["widths"][1536]},
+    "paddleocr_vl_text": {
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [8, 4, 4]}
+    },
+    "sam_vision_model": {"num_pos_feats": lambda new: new["output_channels"] // 2},
+    "sam_hq_vision_model": {"num_pos_feats": lambda new: new["output_channels"] // 2},
+    "moonshine_streaming": {"num_key_value_heads": 4},
+    "emu3_vqgan": {"codebook_size": 16, "base_channels": 32, "hidden_size": 128},
+    "timm_wrapper": {"model_args": _shallow},
+    "omdet-turbo": {"apply_layernorm_after_vision_backbone": False, "encoder_in_channels": [128, 256, 512]},
+    "neomme": {"head_dim": 32},
 }

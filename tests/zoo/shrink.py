@@ -37,7 +37,7 @@ _CHOSEN = re.compile(
 _VOCAB = re.compile(r"(vocab_size|vocabulary_size|_vocab|num_embeddings|bigram_vocab_size)$")
 _TOKEN = re.compile(r"(token_ids?|token_index|_token|bos_id|eos_id|pad_id|_id|eos_ids?|start_id|end_id|_index)$")
 _WIDTH = re.compile(
-    r"(hidden_(size|dim|sizes|channels|dimension)|(^|_)d_model|n_embd|embed_dims?|_dims?|_size|_sizes|d_ff|n_inner|ffn|width|"
+    r"(hidden_(size|dim|sizes|channels|dimension|size_global)|(^|_)d_model|n_embd|embed_dims?|_dims?|_size|_sizes|d_ff|n_inner|ffn|width|"
     r"channels?|filters|(^|_)dim|units|mlp_dim|lora_rank|d_inner|d_latents|embedding_rank|_width|planes|_channels_?\w*|_dims_?\w*)$"
 )
 _NO_WIDTH = re.compile(
@@ -147,6 +147,9 @@ def _explicit(config: PreTrainedConfig) -> dict[str, Any]:
     kept = {k: v for k, v in own if not isinstance(v, PreTrainedConfig) and v != _read(fresh, k)}
     for name in ("_out_indices", "_out_features"):  # one of them settles the other
         kept.pop(name, None)
+    for name, value in vars(config).items():  # what no field declares
+        if name not in vars(fresh) and not name.startswith("_") and not isinstance(value, PreTrainedConfig):
+            kept[name] = value
     if _read(config, "out_indices") != _read(fresh, "out_indices"):
         kept["out_indices"] = list(config.out_indices)
     return kept
@@ -182,7 +185,9 @@ class Shrinking:
                 kwargs[name] = text_width
         given = self.given.get(config.model_type) or self.given.get(type(config).__name__, {})
         for name, value in given.items():
-            kwargs[name] = value({**kwargs, "text_width": text_width}) if callable(value) else value
+            kwargs[name] = (
+                value({**kwargs, "text_width": text_width, "widths": self.widths}) if callable(value) else value
+            )
         text = next((c for n in ("text_config", "llm_config") if (c := getattr(config, n, None)) is not None), None)
         width = self.small(text).hidden_size if hasattr(text, "hidden_size") else None  # type: ignore[union-attr]
         for name, value in vars(config).items():
@@ -291,6 +296,7 @@ class Shrinking:
         if isinstance(patch, list | tuple):
             patch = patch[0]
         side = 64 if staged or not isinstance(patch, int) or patch > 64 else max(4 * patch, 16)
+        side = 128 if name == "image_size" and isinstance(patch, int) and patch < 4 and "hidden_sizes" in own else side
         return _each(value, lambda n: min(n, side))
 
     @staticmethod
