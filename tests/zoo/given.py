@@ -1,0 +1,148 @@
+"""What names and relations of a config do not tell: numbers of single types of transformers, wherever they stand."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+# Networks whose widths are written as tables of blocks: they stay as they are.
+AS_IS = {
+    "align_vision_model", "efficientloftr", "efficientnet", "hgnet_v2", "pp_lcnet", "pp_lcnet_v3", "pp_lcnet_v4",
+    "pp_ocrv5_mobile_det", "pp_ocrv5_mobile_rec", "pp_ocrv5_server_det", "pp_ocrv5_server_rec", "pp_ocrv6_small_det",
+    "pp_ocrv6_medium_det", "slanet", "superpoint", "textnet", "uvdoc", "uvdoc_backbone", "vitmatte", "edgetam_vision_model",
+    "gemma3n_vision", "timm_wrapper", "clap_audio_model", "xlstm",
+}  # fmt: skip
+
+
+def _image_words(count: int) -> dict[str, int]:
+    """How Chameleon calls the tokens of a picture: digits as letters."""
+    return {"IMGIMG" + "".join("ABCDEFGHIJ"[int(d)] for d in f"{i:03}") + "Z": 9 + i for i in range(count)}
+
+
+def _times(name: str, factor: float) -> Callable[[dict[str, Any]], int]:
+    return lambda new: int(new[name] * factor)
+
+
+def _shallow(new: dict[str, Any]) -> dict[str, Any]:
+    """Two blocks of timm's vision transformers."""
+    given = dict(new.get("model_args") or {})
+    return {**given, "depth": 2} if str(new.get("architecture", "")).startswith("vit_") else given
+
+
+def _text_width(new: dict[str, Any]) -> int:
+    return int(new["text_width"])
+
+
+# What the class of a config is first made with.
+START: dict[str, dict[str, Any]] = {
+    "gemma4_assistant": {"text_config": {"model_type": "gemma4_text", "hidden_size_per_layer_input": 0}},
+    "gemma4_unified_assistant": {"text_config": {"model_type": "gemma4_text", "hidden_size_per_layer_input": 0}},
+    "granite_speech": {"projector_config": {"model_type": "blip_2_qformer", "encoder_hidden_size": 1024}},
+    "granite_speech_plus": {"projector_config": {"model_type": "blip_2_qformer", "encoder_hidden_size": 1024}},
+    "ovis2": {"hidden_size": 4096},
+}
+
+GIVEN: dict[str, dict[str, Any]] = {
+    "autoformer": {"prediction_length": 4, "context_length": 8, "label_length": 4},
+    **{t: {"prediction_length": 4} for t in ("informer", "time_series_transformer")},
+    "aria": {"projector_patch_to_query_dict": {16: 4}},
+    "bamba": {"attn_layer_indices": [1, 3]},
+    "beit": {"out_indices": [0, 1, 2, 3]},
+    "bit": {"num_groups": 8},
+    **{t: {"image_token_index": 5} for t in ("blip-2", "instructblip")},
+    "instructblipvideo": {"video_token_index": 5},
+    "bridgetower": {"hidden_size": 128, "num_attention_heads": 4},
+    **{f"bridgetower_{t}_model": {"hidden_size": 128} for t in ("text", "vision")},
+    "chameleon": {"vocabulary_map": {"<image>": 8, **_image_words(16)}},
+    "chameleon_vqgan": {"num_embeddings": 16},
+    "cohere_compass_text": {
+        "rope_parameters": {
+            t: {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [8, 4, 4]}
+            for t in ("full_attention", "sliding_attention")
+        }
+    },
+    "deepseek_v2": {"num_experts_per_tok": 2},
+    "deepseek_ocr2_text": {"mlp_layer_types": ["dense", "dense", "sparse", "sparse"]},
+    "dory": {"n_input_layers": 1, "n_recurrent_layers": 2, "n_output_layers": 1},
+    "emu3": {
+        "vocabulary_map": {
+            "<image>": 8,
+            "<|extra_200|>": 9,
+            **{f"<|visual token {i:06}|>": 10 + i for i in range(16)},
+        }
+    },
+    "ernie4_5_vl_moe_text": {
+        "head_dim": 16,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [3, 3, 2]},
+    },
+    "esm": {"vocab_size": 40, "pad_token_id": 1, "mask_token_id": 32},
+    "esmc": {"num_key_value_heads": 4},
+    "gemma4_text": {"global_head_dim": 64},
+    "glm5_next_text": {"index_topk": 16},
+    "glmasr_encoder": {"intermediate_size": _times("hidden_size", 4)},
+    "gpt_neo": {"attention_types": [[["global", "local"], 2]]},
+    "granite4_vision": {"deepstack_layer_map": [(1, 0), (3, 2)], "downsample_rate": "1/2"},
+    "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"] * 2},
+    **{t: {"projection_dim": _text_width} for t in ("janus_vision_model",)},
+    "janus_vqgan": {"projection_dim": _text_width, "image_token_embed_dim": _text_width},
+    "layoutlmv3": {"hidden_size": 192, "coordinate_size": 32, "shape_size": 32},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
+    "lilt": {"hidden_size": 192},
+    "longcat_flash": {"head_dim": 8},
+    "lw_detr": {"projector_scale_factors": [2.0, 0.5]},
+    "mllama_vision_model": {
+        "vision_output_dim": lambda new: new["hidden_size"] * (1 + len(new["intermediate_layers_indices"]))
+    },
+    "moonshine": {"encoder_num_key_value_heads": 4, "decoder_num_key_value_heads": 4},
+    "molmo2_adapter": {"vision_feature_layer": [3, 1]},
+    "qwen2_vl_vision": {"hidden_size": _text_width},
+    "Qwen2VLVisionConfig": {"hidden_size": _text_width},
+    "qwen4_exp_text": {
+        "indexer_n_heads": 2,
+        "indexer_kv_heads": 1,
+        "indexer_head_dim": 32,
+        "indexer_budget": 8,
+        "indexer_compress_ratio": 2,
+    },
+    "sam2_hiera_det_model": {
+        "hidden_size": 32,
+        "image_size": [64, 64],
+        "blocks_per_stage": [1, 2, 2, 2],
+        "embed_dim_per_stage": [32, 64, 128, 256],
+        "num_attention_heads_per_stage": [1, 2, 4, 4],
+        "window_size_per_stage": [4, 2, 2, 2],
+        "window_positional_embedding_background_size": [4, 4],
+        "global_attention_blocks": [4, 6],
+    },
+    "sam2_vision_model": {
+        "backbone_channel_list": [256, 128, 64, 32],
+        "backbone_feature_sizes": [[16, 16], [8, 8], [4, 4]],
+    },
+    "sam3_tracker": {"low_res_mask_size": 16},
+    "step3p5": {"sliding_window": 8},
+    "t5gemma2_text": {"dropout_rate": 0.0},
+    "timm_backbone": {"backbone": "resnet18"},
+    "vipllava": {"vision_feature_layers": [-1, -2, -3]},
+    "voxtral_encoder": {"intermediate_size": _times("hidden_size", 4)},
+    "xmod": {"default_language": "en_XX"},
+    "align": {"projection_dim": 640},
+    "DbrxAttentionConfig": {"rope_theta": 10000.0, "clip_qkv": 8.0},
+    "dots1": {"n_routed_experts": 4, "n_shared_experts": 1},
+    "FunAsrNanoAdaptorConfig": {"intermediate_size": lambda new: new["text_width"] // 4},
+    "gemma4_audio": {"subsampling_conv_channels": [128, 32]},
+    "llama4_vision_model": {
+        "intermediate_size": _times("hidden_size", 4),
+        "vision_output_dim": lambda new: new["projector_output_dim"],
+    },
+    "muse_glimmer": {"out_hidden_size": lambda new: 4 * new["widths"][1536]},
+    "paddleocr_vl_text": {
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [8, 4, 4]}
+    },
+    "sam_vision_model": {"num_pos_feats": lambda new: new["output_channels"] // 2},
+    "sam_hq_vision_model": {"num_pos_feats": lambda new: new["output_channels"] // 2},
+    "moonshine_streaming": {"num_key_value_heads": 4},
+    "emu3_vqgan": {"codebook_size": 16, "base_channels": 32, "hidden_size": 128},
+    "timm_wrapper": {"model_args": _shallow},
+    "omdet-turbo": {"apply_layernorm_after_vision_backbone": False, "encoder_in_channels": [128, 256, 512]},
+    "neomme": {"head_dim": 32},
+}
