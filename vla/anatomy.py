@@ -1,88 +1,62 @@
-"""Where open_clip's models can be tuned: CLIP, CustomTextCLIP and CoCa, with any image and text tower.
+"""What watching cannot see of open_clip's models: the names of their towers, and where a prompt has a place.
 
-Registered by class name, so that importing this file imports no open_clip. `nn.MultiheadAttention` calls none
-of its projections: its weights are adapted where they are read, q, k, v and out apart. A timm image tower and a
-transformers text tower are read by their own anatomies, found through the registry.
+Registered by class name, so that importing this file imports no open_clip. A timm image tower and a transformers text
+tower have the notes of their own domains.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import replace
 
 from torch import nn
 
-from mmpeft.parts.attention import attend
-from mmpeft.sites import Connect, Site, anatomy
-from mmpeft.sites.builder import Builder, is_a, nested
+from mmpeft.hosting.modules import module_at
+from mmpeft.sites import Connect, Site, example_inputs, note
+from mmpeft.vla import inputs
 from mmpeft.vla.attention import multihead
 
 TEXT = "the causal mask and the pooled position are fixed before the blocks; a prompt in between has no place in them"
 COSINE = "open_clip's scaled cosine attention multiplies [B, h, n, d] by torch.bmm, which takes no such tensors"
 OPEN_CLIP = "open_clip"
+TOWERS = {"visual": "image", "text_decoder": "decoder"}
+
+example_inputs(inputs.example_inputs)
 
 
-@anatomy(
-    f"{OPEN_CLIP}.model.CLIP",
-    f"{OPEN_CLIP}.model.CustomTextCLIP",
-    f"{OPEN_CLIP}.coca_model.CoCa",
-    f"{OPEN_CLIP}.transformer.VisionTransformer",
-    f"{OPEN_CLIP}.transformer.TextTransformer",
-)
-def clip(model: nn.Module) -> list[Site]:
-    """A pair of towers, or one of them; CoCa's text decoder is a tower `decoder`."""
-    builder = _Builder(model)
-    for path, module in list(builder.modules()):
-        if is_a(module, "TimmModel"):
-            nested(builder, f"{path}.trunk", "image")
-        elif is_a(module, "HFTextEncoder"):
-            nested(builder, f"{path}.transformer", "text")
-        elif is_a(module, "Transformer", "CustomTransformer"):
-            builder.stack(path, module)
-    embeddings = {path for path, _ in builder.modules() if path.rpartition(".")[2] in ("conv1", "token_embedding")}
-    return builder.finish(embed=embeddings)
+@note(f"{OPEN_CLIP}.model.CLIP", f"{OPEN_CLIP}.model.CustomTextCLIP", f"{OPEN_CLIP}.coca_model.CoCa")
+def pair(model: nn.Module, found: list[Site]) -> list[Site]:
+    """A pair of towers; CoCa's text decoder is a third, `decoder`, whose cross-attention blocks have their own depth."""
+    named = [replace(site, tower=TOWERS.get(site.path.split(".")[0], "text")) for site in found]
+    return [
+        replace(s, depth=int(s.path.split(".")[2])) if s.tower == "decoder" and s.depth >= 0 else s
+        for s in named
+        if s.role != "tokens" or ".cross_attn." not in s.path
+    ]
 
 
-class _Builder(Builder):
-    def outside(self, path: str, around: str) -> str:
-        """The tower a module is in: the names of open_clip's own models, or the class of a single tower."""
-        first = path.split(".")[0]
-        if is_a(self.model, "VisionTransformer", "TextTransformer"):
-            return "image" if is_a(self.model, "VisionTransformer") else "text"
-        return {"visual": "image", "text_decoder": "decoder", "": ""}.get(first, "text")
+@note(f"{OPEN_CLIP}.transformer.VisionTransformer")
+def image(model: nn.Module, found: list[Site]) -> list[Site]:
+    """open_clip's own image tower: one token before the patches."""
+    width = {s.path: s.width for s in found if s.role == "block"}
+    tower = [replace(site, tower="image") for site in _attentions(model, found)]
+    return [replace(s, width=width[s.path], prefix=1, refuse="") if s.role == "tokens" else s for s in tower]
 
-    def stack(self, path: str, transformer: nn.Module) -> None:
-        """The blocks of one of open_clip's own transformers, cross-attention blocks included."""
-        self.tower = self.outside(path, "")
-        self.add(f"{path}.resblocks", "stack")
-        across: Any = getattr(transformer, "cross_attn", ())
-        for depth, block in enumerate(transformer.resblocks):  # type: ignore[arg-type]
-            self.residual(f"{path}.resblocks.{depth}", block, depth, "attn")
-            if len(across):
-                self.residual(f"{path}.cross_attn.{depth}", across[depth], depth, "cross")
 
-    def residual(self, path: str, block: Any, depth: int, role: str) -> None:
-        """One residual block: its own site, its two sub-layers and their projections, the tokens it sees."""
-        width = int(block.mlp.c_proj.out_features)
-        self.block(path, depth, width)
-        attention = f"{path}.attn"
-        roles = {name: f"{role}.{name}" for name in ("q", "k", "v", "out")}
-        self.attention(attention, block.attn, roles, depth)
-        self.add(attention, role, depth, width=width, stream=f"{path}.ln_1", out=f"{path}.ls_1")
-        heads = int(block.attn.num_heads)
-        view = multihead if isinstance(block.attn, nn.MultiheadAttention) else attend
-        refuse = COSINE if getattr(block.attn, "logit_scale", None) is not None else ""
-        known = {"width": width // heads, "heads": heads, "refuse": refuse}
-        self.add(attention, "kv", depth, connect=Connect("", view), **known)
-        self.linear(f"{path}.mlp.c_fc", "mlp.up", depth)
-        self.linear(f"{path}.mlp.c_proj", "mlp.down", depth)
-        self.add(f"{path}.mlp", "mlp", depth, width=width, stream=f"{path}.ln_2", out=f"{path}.ls_2")
-        if role == "attn":
-            refuse = "" if self.tower == "image" else TEXT
-            self.add(path, "tokens", depth, width=width, prefix=1, refuse=refuse)
+@note(f"{OPEN_CLIP}.transformer.TextTransformer", f"{OPEN_CLIP}.transformer.Transformer")
+def text(model: nn.Module, found: list[Site]) -> list[Site]:
+    """open_clip's own text tower, or its blocks alone."""
+    width = {s.path: s.width for s in found if s.role == "block"}
+    tower = _attentions(model, found)
+    return [replace(s, width=width[s.path], prefix=1, refuse=TEXT) if s.role == "tokens" else s for s in tower]
 
-    def attention(self, path: str, attention: Any, roles: dict[str, str], depth: int) -> None:
+
+def _attentions(model: nn.Module, found: list[Site]) -> list[Site]:
+    """Learned keys enter `nn.MultiheadAttention`, which calls none of its projections, around the whole."""
+
+    def connected(site: Site) -> Site:
+        attention = module_at(model, site.path)
         if isinstance(attention, nn.MultiheadAttention):
-            self.multihead(path, roles, depth)
-            return
-        self.in_projection(path, attention, roles, depth)  # open_clip's own, which calls its output projection
-        self.linear(f"{path}.out_proj", roles["out"], depth)
+            return replace(site, connect=Connect("", multihead))
+        return replace(site, refuse=COSINE) if getattr(attention, "logit_scale", None) is not None else site
+
+    return [connected(site) if site.role == "kv" else site for site in found]

@@ -19,6 +19,7 @@ from mmpeft.functional.attention import prefix_mask
 from mmpeft.hosting.answers import multi_head
 from mmpeft.hosting.host import original_class
 from mmpeft.parts.prefix import GatedPrefix, Prefix
+from mmpeft.sites import Connect, Site
 
 FUSED = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
 PRODUCTS = {torch.matmul, Tensor.matmul, Tensor.__matmul__}
@@ -37,6 +38,11 @@ CARRIED = SUMS | MASKS | SHAPE | DTYPE
 """What passes over learned keys: they have no mask and no bias by position, and their shape is kept."""
 
 KeyValuePart = Prefix | GatedPrefix
+
+
+def connection(site: Site) -> Connect:
+    """How learned keys and values enter a `kv` site: by the torch functions it calls, where nothing else is noted."""
+    return site.connect or Connect("", attend)
 
 
 def attend(

@@ -1,5 +1,7 @@
-"""Where a backbone can be tuned."""
+"""Where a backbone can be tuned: found by watching the model run."""
 
+from mmpeft.sites.known import remember, sites, structure
+from mmpeft.sites.notes import example_inputs, inputs_of, note
 from mmpeft.sites.site import (
     ROLES,
     Anatomy,
@@ -14,7 +16,6 @@ from mmpeft.sites.site import (
     load_domains,
     param_sites,
     qualified_name,
-    sites,
 )
 
 __all__ = [
@@ -27,9 +28,14 @@ __all__ = [
     "Site",
     "Via",
     "anatomy",
+    "example_inputs",
     "find_anatomy",
+    "inputs_of",
     "load_domains",
+    "note",
     "param_sites",
     "qualified_name",
+    "remember",
     "sites",
+    "structure",
 ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from torch import nn
 from mmpeft.functional.rows import Rows
 from mmpeft.hosting.host import base_value
 from mmpeft.hosting.modules import module_at, own_modules
-from mmpeft.sites import Kind, Site, find_anatomy
+from mmpeft.sites.site import ROLES, Kind, Site
 
 
 @dataclass
@@ -107,7 +107,8 @@ class Builder:
             elif path not in covered and is_norm(module):
                 width = len(module.weight)  # type: ignore[arg-type]
                 self.add(path, "norm", depth, kind="norm", width=width, channel_dim=norm_channel(module))
-        return sorted(self.sites, key=lambda site: order[site.path])
+        rank = {role: i for i, role in enumerate(ROLES)}
+        return sorted(self.sites, key=lambda site: (order[site.path], rank[site.role]))
 
     def outside(self, path: str, around: str) -> str:
         """The tower of a module outside every block."""
@@ -144,18 +145,3 @@ def norm_channel(module: nn.Module) -> int:
     """Where a norm's channels are: `LayerNorm2d`, batch and group norms work on `[B, C, H, W]`, others on the last."""
     name = type(module).__name__.lower()
     return 1 if name.endswith("2d") or "batchnorm" in name or "groupnorm" in name else -1
-
-
-def nested(builder: Builder, path: str, tower: str) -> None:
-    """Add the sites of a model inside a model, found by its own anatomy, as one tower.
-
-    Raises:
-        SiteError: no anatomy is registered for the inner model's class.
-    """
-    inner = builder.module(path)
-    for site in find_anatomy(inner)(inner):
-        fields = ("path", "bias", "stream", "out", "entry", "prefix_reader")
-        moved: dict[str, object] = {name: f"{path}.{value}" for name in fields if (value := getattr(site, name))}
-        if site.kind == "embedding":  # what takes the inner model's text is not what takes this one's
-            moved["connect"] = None
-        builder.sites.append(replace(site, tower=tower, **moved))  # type: ignore[arg-type]

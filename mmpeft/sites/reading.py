@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from mmpeft.functional.rows import Rows
+from mmpeft.functional.rows import Rows, count_rows
 from mmpeft.hosting.modules import own_modules
 from mmpeft.sites.attention import Attention, attentions
 from mmpeft.sites.blocks import Block, around, blocks, parent, pattern
@@ -20,7 +20,7 @@ from mmpeft.sites.replay import as_rows, channels
 from mmpeft.sites.site import Site
 from mmpeft.sites.streams import Sublayer, shell, sublayers
 from mmpeft.sites.towers import name_towers
-from mmpeft.sites.watch import VIEWS, Op, Record
+from mmpeft.sites.watch import SLICES, VIEWS, Op, Record
 
 UNREAD = "nothing that the model returns depends on it"
 NOT_RUN = "the watched pass did not run it"
@@ -55,7 +55,7 @@ class Reading:
         wanted = {first + i for i in (range(width(op)) if used is None else used)}
         left = wanted - set().union(*(taken for _, taken in own.values()))
         if left:
-            key = (role, first if role == "proj" else 0)  # what nothing is known of stays as it is read
+            key = (role, min(left) if role == "proj" else 0)  # what nothing is known of stays as it is read
             own[key] = (op, left | own[key][1] if key in own else left)
 
     def rest(self, op: Op) -> set[int]:
@@ -246,6 +246,10 @@ def _rest(reading: Reading) -> None:
     outputs = 0
     for i in graph.record.outputs:
         outputs |= graph.above(i)
+    for one in reading.attentions:
+        for name, sources in one.sources.items() if reading.block_of(graph.ops[one.center]) is None else ():
+            for source in sources:
+                reading.assign(source, "proj", channels(graph, source, one.operands[name]))
     ends = _ends(reading)
     last = max((graph.calls[b.first].last for b in reading.blocks.values() if b.first >= 0), default=0)
     for op in graph.products:
@@ -326,14 +330,18 @@ def _site(reading: Reading, builder: Builder, name: str, role: str, op: Op, used
         or (op.weight.derived and not is_conv_or_linear(module, tensor))
     ):
         return
-    behind = _added_behind(reading.graph, op)
-    apart = behind is not None and behind[1]
+    apart = any(
+        by.call != op.call and reading.graph.ops[vector].shape[0] == width(op)
+        for vector, by, _ in _added_behind(reading.graph, op)
+    )
     called = plain and reading.graph.path(op) == path and not op.weight.derived and not apart
     rows = _rows(used, reading.rows(op))
     if rows is Ellipsis:
         rows, role = None, "proj"
     if not called:
-        known |= {"via": "weight", "bias": _bias(reading.graph, op, rows)}
+        known |= {"via": "weight"}
+    if not called or (rows is not None and module._parameters.get("bias") is None):
+        known |= {"bias": _bias(reading.graph, op, rows)}
     kind = "conv" if op.name == "convolution" else "linear"
     builder.add(path, role, depth, kind=kind, rows=rows, tensor=tensor, transposed=op.weight.transposed, **known)
 
@@ -359,12 +367,16 @@ def _first_row(op: Op) -> int:
 
 def _bias(graph: Graph, op: Op, rows: Rows | None) -> str:
     """The tensor that is added to a product's own rows."""
-    behind = _added_behind(graph, op)
     own = [i for i in op.inputs if len(graph.ops[i].shape) == 1 and graph.ops[i].static]
-    source = own[0] if own else behind[0] if behind else None
-    if source is None:
+    if not own:
+        size = width(op) if rows is None else count_rows(rows, width(op))
+        own = [i for i, _, _ in _added_behind(graph, op) if graph.ops[i].shape[0] in (size, width(op))]
+    if not own:
         return ""
+    source = own[0]
     made = graph.ops[graph.root(source)]
+    while made.name in SLICES:
+        made = graph.ops[graph.root(made.inputs[0])]
     if made.name != "cat":
         return made.label
     start = 0
@@ -376,18 +388,18 @@ def _bias(graph: Graph, op: Op, rows: Rows | None) -> str:
     return ""
 
 
-def _added_behind(graph: Graph, op: Op) -> tuple[int, bool] | None:
-    """A vector of the model's own that is added to a whole product, and whether outside the module that makes it."""
-    index = op.index
-    while users := [i for i in graph.users[index] if not graph.ops[i].static]:
-        user = graph.ops[users[0]]
-        if user.name == "add":
-            vector = next((i for i in user.inputs if len(graph.ops[i].shape) == 1 and graph.ops[i].static), None)
-            return None if vector is None else (vector, user.call != op.call)
-        if user.name not in VIEWS:
-            return None
-        index = user.index
-    return None
+def _added_behind(graph: Graph, op: Op) -> list[tuple[int, Op, int]]:
+    """Vectors of the model's own that are added to a product, all of it or a slice: (vector, sum, what it is added to)."""
+    todo, found = [op.index], []
+    while todo:
+        index = todo.pop()
+        for user in (graph.ops[i] for i in graph.users[index]):
+            if user.name in ("add", "add_"):
+                vectors = [i for i in user.inputs if len(graph.ops[i].shape) == 1 and graph.ops[i].static]
+                found += [(i, user, index) for i in vectors[:1]]
+            elif user.name in VIEWS | SLICES:
+                todo.append(user.index)
+    return found
 
 
 def _stacks(found: list[Block]) -> list[tuple[str, str]]:

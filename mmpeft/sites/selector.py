@@ -7,7 +7,7 @@ from fnmatch import fnmatchcase
 from operator import eq, ge, gt, le, lt, ne
 
 from mmpeft.errors import ConfigError, SiteError, nearest
-from mmpeft.sites import Predicate, Selector, Site
+from mmpeft.sites.site import Predicate, Selector, Site
 
 _OPERATORS = {">=": ge, "<=": le, "==": eq, "!=": ne, ">": gt, "<": lt, "=": eq}
 _CONDITION = re.compile(r"^(\w+)\s*(>=|<=|==|!=|=|>|<)\s*(.+)$")

@@ -1,7 +1,7 @@
-"""Sites say *where* a backbone can be tuned: one vocabulary of roles, a selector, a registry of anatomies.
+"""Sites say *where* a backbone can be tuned: one vocabulary of roles, and anatomies that somebody wrote.
 
-An *anatomy* is a function `(model) -> list[Site]`, registered for model classes by qualified name in the
-domain that owns the backbone. It is the only code that knows a backbone's attribute names.
+Sites are found by watching a pass of the model. An *anatomy* is a function `(model) -> list[Site]` that is asked in
+place of that, registered for model classes by qualified name.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from typing import Any, Literal
 
 from torch import nn
 
-from mmpeft.errors import SiteError, nearest
 from mmpeft.functional.rows import Rows
 from mmpeft.hosting.modules import own_parameters
 
@@ -171,31 +170,11 @@ def qualified_name(cls: type) -> str:
     return f"{cls.__module__}.{cls.__qualname__}"
 
 
-def find_anatomy(model: nn.Module) -> Anatomy:
-    """Return the anatomy of a model, looking along its class hierarchy.
-
-    Raises:
-        SiteError: no anatomy is registered for the model's class.
-    """
+def find_anatomy(model: nn.Module) -> Anatomy | None:
+    """The anatomy that was written for a model's class (or one it derives from), if any."""
+    load_domains()
     names = [qualified_name(cls) for cls in type(model).__mro__]
-    for attempt in range(2):
-        for name in names:
-            if name in _ANATOMIES:
-                return _ANATOMIES[name]
-        if attempt == 0:
-            load_domains()
-    known = sorted({name.rsplit(".", 1)[-1] for name in _ANATOMIES})
-    raise SiteError(
-        f"no anatomy is registered for {names[0]}; known model classes: {', '.join(known) or 'none'}."
-        f"{nearest(names[0].rsplit('.', 1)[-1], known)} Install the domain that owns the backbone "
-        "(pip install 'mmpeft[vision]' for timm) or register one with @mmpeft.sites.anatomy(...)."
-    )
-
-
-def sites(model: nn.Module) -> list[Site]:
-    """Every site of a model, named tensors (role `param`) included."""
-    structural = find_anatomy(model)(model)
-    return structural + param_sites(model, structural)
+    return next((_ANATOMIES[name] for name in names if name in _ANATOMIES), None)
 
 
 def param_sites(model: nn.Module, structural: Iterable[Site]) -> list[Site]:

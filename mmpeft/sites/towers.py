@@ -12,25 +12,40 @@ from mmpeft.sites.streams import Sublayer
 def name_towers(graph: Graph, subs: Iterable[Sublayer], found: list[Block]) -> None:
     """Give each block its tower and its depth in it.
 
-    Blocks whose stream comes from the same arguments of the model are a tower: `text`, `image`, `video` or `audio` by
+    Blocks under one module whose stream comes from the same arguments of the model are a tower: `text`, `image`, `video` or `audio` by
     what those are. Two of one kind are told apart by where they stand; a stream that comes from none is `queries`.
     """
     sums = {graph.root(sub.sum): sub.stream for sub in subs} | {sub.sum: sub.stream for sub in subs}
     origins: dict[str, frozenset[int]] = {}
-    groups: dict[frozenset[int], list[Block]] = {}
+    groups: dict[tuple[frozenset[int], str], list[Block]] = {}
+    homes: list[str] = []
     for block in found:
         form = pattern(block.path)
         if form not in origins or (block.first >= 0 and not origins[form]):
             origins[form] = _origins(graph, sums, block)
-        groups.setdefault(origins[form], []).append(block)
-    kinds = {origin: _kind(graph, origin) for origin in groups}
-    for origin, own in groups.items():
-        name = kinds[origin]
-        alike = [other for other in groups if kinds[other] == name and other != origin]
+        home = next((h for h in homes if _nested(h, _home(block.path))), _home(block.path))
+        homes.append(home)
+        groups.setdefault((origins[form], home), []).append(block)
+    kinds = {key: _kind(graph, key[0]) for key in groups}
+    for key, own in groups.items():
+        name = kinds[key]
+        alike = [other for other in groups if kinds[other] == name and other != key]
         if alike:
             name = _distinct(own[0].path, groups[alike[0]][0].path) or name
         for depth, block in enumerate(own):
             block.tower, block.depth = name, depth
+
+
+def _home(path: str) -> str:
+    """The module above the lists that a block stands in."""
+    names = pattern(path).split(".")
+    first = next((i for i, name in enumerate(names) if name.endswith("#")), len(names))
+    own = first - 1 if names[first : first + 1] == ["#"] else first
+    return ".".join(names[: max(0, own)])
+
+
+def _nested(one: str, other: str) -> bool:
+    return not one or not other or f"{one}.".startswith(f"{other}.") or f"{other}.".startswith(f"{one}.")
 
 
 def _origins(graph: Graph, sums: dict[int, int], block: Block) -> frozenset[int]:

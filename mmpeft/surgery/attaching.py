@@ -53,8 +53,8 @@ def attach(
     with unchanged_on_error(model):
         state = state_of(model) or State()
         _check_name(state, name)
+        available = sites(model, example)
         method = _resolved(model, state, method, data, loss)
-        available = sites(model)
         placements = method.place(model, available)  # all checks happen here, before anything is changed
         for placement in placements:
             _check_home(model, placement)

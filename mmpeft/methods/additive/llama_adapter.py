@@ -14,6 +14,7 @@ from mmpeft.hosting.modules import module_at
 from mmpeft.methods.additive.prefix_tuning import entry
 from mmpeft.methods.base import Sited, any_tensor, fan, positive, register
 from mmpeft.parts import GatedPrefix
+from mmpeft.parts.attention import connection
 from mmpeft.parts.base import Placement, cast
 from mmpeft.sites import Selector, Site
 
@@ -71,7 +72,7 @@ class LLaMAAdapter(Sited):
                 own = [s for s in inside if s.role.endswith((".k", ".v"))]
                 if len(own) > 2:  # attention over two streams: the tokens are in that of `attn`
                     own = [s for s in own if s.role.startswith("attn.")]
-                if len(own) != 2 or site.connect is None:
+                if len(own) != 2:
                     raise Refused(f"LLaMAAdapter at {site}: the anatomy names no projections of its keys and values")
                 if own[0].refuse:
                     raise Refused(f"LLaMAAdapter at {site}: of its keys, {own[0].refuse}")
@@ -81,11 +82,10 @@ class LLaMAAdapter(Sited):
     def place(self, model: nn.Module, available: list[Site]) -> list[Placement]:
         placements = []
         for site, keys, values in self.last(available):
-            assert site.connect is not None
             project = tuple(_Projection.of(model, s) for s in (keys, values))
             width = fan(model, keys)[1]
-            part = GatedPrefix(self.tokens, width, site.width, project, any_tensor(model, site), site.connect.view)
-            hook = entry(site.path, site.connect)
+            part = GatedPrefix(self.tokens, width, site.width, project, any_tensor(model, site), connection(site).view)
+            hook = entry(site.path, connection(site))
             placements.append(Placement(part, site.path, "llamaadapter", (hook,), site.role))
         return placements
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from mmpeft.errors import Refused
 from mmpeft.methods.base import Method, Sited, any_tensor, positive, register
+from mmpeft.parts.attention import connection
 from mmpeft.parts.base import Hook, Placement
 from mmpeft.parts.prefix import Prefix, PrefixMLP
 from mmpeft.sites import Connect, Selector, Site
@@ -42,12 +43,10 @@ class KeyValues(Sited):
         mlp = self.generator(model, chosen)
         placements = []
         for i, site in enumerate(chosen):
-            if site.connect is None:
-                raise Refused(f"{type(self).__name__} at {site}: the anatomy says no way to its keys and values")
             source = (mlp, i) if mlp is not None else None
             like = any_tensor(model, site)
-            part = Prefix(self.tokens, site.heads, site.width, like, site.connect.view, source)
-            hook = entry(site.path, site.connect)
+            part = Prefix(self.tokens, site.heads, site.width, like, connection(site).view, source)
+            hook = entry(site.path, connection(site))
             placements.append(Placement(part, site.path, type(self).__name__.lower(), (hook,), site.role))
         return placements
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from mmpeft.errors import ConfigError, Refused
 from mmpeft.hosting.modules import module_at
 from mmpeft.methods.base import Method, Sited, any_tensor, own_weight, positive, register
+from mmpeft.parts.attention import connection
 from mmpeft.parts.base import Hook, Placement, trainable_dtype
 from mmpeft.parts.prompt import Prompt, PromptBeside, PromptLayer, PromptLSTM, PromptMLP
 from mmpeft.sites import Selector, Site
@@ -70,11 +71,11 @@ class InputPrompt(Sited):
         placements = [Placement(prompt, "", key, (Hook(site.connect.attribute, "around"),), "embed")]
         for path, run in site.connect.beside:
             placements.append(Placement(PromptBeside(prompt, run), path, key, (Hook(path, "around"),), "embed"))
-        layers = [s for s in available if s.role == "kv" and s.tower == site.tower and s.connect is not None]
+        layers = [s for s in available if s.role == "kv" and s.tower == site.tower]
         for i, layer in enumerate(layers if site.connect.layers else ()):
-            assert layer.connect is not None
-            hook = Hook(layer.path, "read", layer.connect.attribute)
-            placements.append(Placement(PromptLayer(prompt, i, layer.connect.view), layer.path, key, (hook,), "kv"))
+            connect = connection(layer)
+            hook = Hook(layer.path, "read", connect.attribute)
+            placements.append(Placement(PromptLayer(prompt, i, connect.view), layer.path, key, (hook,), "kv"))
         return placements
 
     def count(self, model: nn.Module, available: list[Site]) -> int:

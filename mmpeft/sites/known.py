@@ -1,0 +1,140 @@
+"""The sites of a model, found once: by an anatomy that was written for it, or by watching one pass."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterable, Mapping
+from threading import Lock
+from types import FunctionType, MethodType
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from torch import Tensor, nn
+
+from mmpeft.errors import SiteError
+from mmpeft.hosting.host import original_class
+from mmpeft.hosting.modules import own_modules
+from mmpeft.sites.notes import Inputs, inputs_of, noted
+from mmpeft.sites.reading import read
+from mmpeft.sites.site import Site, find_anatomy, param_sites, qualified_name
+from mmpeft.sites.watch import watch
+
+_FOUND: OrderedDict[int, list[Site]] = OrderedDict()
+"""Structural sites by the signature of a model: its copies are not watched again."""
+_KEPT = 256
+_LAST: WeakKeyDictionary[nn.Module, tuple[int, list[Site]]] = WeakKeyDictionary()
+"""Of a model itself: it may count its passes or keep what it last saw, which makes it no other model."""
+_LOCK = Lock()
+
+
+def sites(model: nn.Module, example: Any = None) -> list[Site]:
+    """Every site of a model, named tensors (role `param`) included.
+
+    They are found by watching one pass on fake tensors: of `example` (a tensor, a tuple of arguments or a mapping of
+    keyword arguments), or of inputs that the model's library is known to take. One watch serves all models of one make.
+
+    Raises:
+        SiteError: nothing is known of the model's inputs, or it does not run on them.
+    """
+    structural = structure(model, example)
+    return structural + param_sites(model, structural)
+
+
+def structure(model: nn.Module, example: Any = None) -> list[Site]:
+    """As `sites`, named tensors left out."""
+    written = find_anatomy(model)
+    if written is not None:
+        return written(model)
+    key, form = signature(model), signature(model, numbers=False)
+    with _LOCK:
+        last = _LAST.get(model)
+        found = _FOUND.get(key) or (last[1] if last is not None and last[0] == form else None)
+    if found is None:
+        found = _watched(model, example)
+    _keep(model, key, form, found)
+    return list(found)
+
+
+def remember(model: nn.Module, found: Iterable[Site]) -> None:
+    """Take sites that were found before, in another process, for those of a model that nobody has watched here."""
+    key = signature(model)
+    if find_anatomy(model) is None and key not in _FOUND:
+        _keep(model, key, signature(model, numbers=False), noted(model, list(found)))
+
+
+def _keep(model: nn.Module, key: int, form: int, found: list[Site]) -> None:
+    with _LOCK:
+        _LAST[model] = form, found
+        _FOUND[key] = found
+        _FOUND.move_to_end(key)
+        while len(_FOUND) > _KEPT:
+            _FOUND.popitem(last=False)
+
+
+def _watched(model: nn.Module, example: Any) -> list[Site]:
+    given = inputs_of(model) if example is None else as_inputs(example)
+    if given is None:
+        name = qualified_name(original_class(model))
+        raise SiteError(
+            f"nothing is known of the inputs of {name}, and its sites are found by watching one pass: give a batch "
+            "that it takes, attach(model, method, example=batch), a tensor, a tuple of arguments or a mapping"
+        )
+    return noted(model, read(model, watch(model, *given)))
+
+
+def as_inputs(example: Any) -> Inputs:
+    """`(args, kwargs)` of a tensor, a tuple of arguments or a mapping of keyword arguments."""
+    if isinstance(example, Mapping):
+        return (), dict(example)
+    return (tuple(example), {}) if isinstance(example, tuple | list) else ((example,), {})
+
+
+def signature(model: nn.Module, numbers: bool = True) -> int:
+    """A number that models of the same make share: classes, shapes of parameters and plain attributes of all modules.
+
+    Without `numbers`, attributes that are numbers or tensors are left out, and buffers.
+    """
+    known: dict[int, Any] = {}
+    parts: list[Any] = []
+    for path, module in own_modules(model):
+        held = {**module._parameters, **(module._buffers if numbers else {})}
+        shapes = tuple((name, None if t is None else (tuple(t.shape), id_of(known, t))) for name, t in held.items())
+        plain = tuple(
+            (name, _plain(value, known))
+            for name, value in module.__dict__.items()
+            if not name.startswith("_") and name not in ("training", "forward")
+            if numbers or not (value is None or isinstance(value, int | float | Tensor) and not isinstance(value, bool))
+        )
+        parts.append((path, original_class(module), shapes, plain))
+    return hash(tuple(parts))
+
+
+def id_of(known: dict[int, Any], tensor: Tensor) -> int:
+    """The number of a tensor in the order of first sight: tied ones share it."""
+    return int(known.setdefault(id(tensor), len(known)))
+
+
+def _plain(value: Any, known: dict[int, Any], depth: int = 0) -> Any:
+    """What can be compared of an attribute: numbers, texts, and what is made of them; of others the class."""
+    if value is None or isinstance(value, bool | int | float | str | bytes | type):
+        return value
+    if isinstance(value, FunctionType | MethodType):
+        return value.__qualname__
+    if isinstance(value, Tensor):
+        return (tuple(value.shape), value.dtype)
+    if isinstance(value, nn.Module) or depth > 4:
+        return type(value).__qualname__
+    if id(value) in known:
+        return known[id(value)]
+    known[id(value)] = type(value).__qualname__  # what holds itself
+    if isinstance(value, Mapping):
+        found: Any = tuple((str(k), _plain(v, known, depth + 1)) for k, v in value.items())
+    elif isinstance(value, list | tuple | set | frozenset):
+        found = (type(value).__name__, *(_plain(v, known, depth + 1) for v in value))
+    elif hasattr(value, "__dict__"):
+        own = vars(value).items()
+        found = (type(value).__qualname__, *((k, _plain(v, known, depth + 1)) for k, v in own))
+    else:
+        found = type(value).__qualname__
+    known[id(value)] = found
+    return found

@@ -1,0 +1,83 @@
+"""Notes: what watching a model cannot see, said by the domain that owns the backbone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+from torch import nn
+
+from mmpeft.hosting.modules import own_modules
+from mmpeft.sites.site import Connect, Site, load_domains, qualified_name
+
+Inputs = tuple[tuple[Any, ...], dict[str, Any]]
+Note = Callable[[nn.Module, list[Site]], list[Site]]
+Examples = Callable[[nn.Module], Inputs | None]
+
+_NOTES: dict[str, Note] = {}
+_EXAMPLES: list[Examples] = []
+_PATHS = ("path", "bias", "stream", "out", "entry", "prefix_reader")
+
+
+def note(*class_names: str) -> Callable[[Note], Note]:
+    """Register a note on the sites of model classes by qualified name: `(model, sites) -> sites`.
+
+    It is given the sites of every module of such a class, with paths from there on: of a model inside a model too.
+    """
+
+    def register(function: Note) -> Note:
+        _NOTES.update(dict.fromkeys(class_names, function))
+        return function
+
+    return register
+
+
+def example_inputs(function: Examples) -> Examples:
+    """Register what gives example inputs `(args, kwargs)` for the models of a library, and None for others."""
+    _EXAMPLES.append(function)
+    return function
+
+
+def inputs_of(model: nn.Module) -> Inputs | None:
+    """Example inputs for a model of a known library."""
+    load_domains()
+    return next((found for examples in _EXAMPLES if (found := examples(model)) is not None), None)
+
+
+def noted(model: nn.Module, found: list[Site]) -> list[Site]:
+    """Sites with all notes on them, those of inner models first."""
+    load_domains()
+    notes = [(path, own) for path, module in own_modules(model) if (own := _note_of(type(module))) is not None]
+    for path, own in reversed(notes):
+        inside = [site for site in found if _is_inside(site.path, path)]
+        first = found.index(inside[0]) if inside else 0
+        rest = [site for site in found if not _is_inside(site.path, path)]
+        model_inside = model.get_submodule(path)
+        given = own(model_inside, [_moved(site, lambda p: p[len(path) + 1 :] if path else p) for site in inside])
+        back = [_moved(site, lambda p: f"{path}.{p}".rstrip(".") if path else p) for site in given]
+        found = [*rest[:first], *back, *rest[first:]]
+    return found
+
+
+def _note_of(cls: type) -> Note | None:
+    return next((_NOTES[name] for base in cls.__mro__ if (name := qualified_name(base)) in _NOTES), None)
+
+
+def _is_inside(path: str, around: str) -> bool:
+    return not around or path == around or path.startswith(f"{around}.")
+
+
+def _moved(site: Site, move: Callable[[str], str]) -> Site:
+    """A site with other paths; those it does not have stay empty, `path` may be the model itself."""
+    paths = {name: move(value) for name in _PATHS if (value := getattr(site, name)) or name == "path"}
+    return replace(site, **paths, connect=_moved_connect(site, move))  # type: ignore[arg-type]
+
+
+def _moved_connect(site: Site, move: Callable[[str], str]) -> Connect | None:
+    """Where a prompt enters is a path too."""
+    connect = site.connect
+    if connect is None or site.role == "kv":
+        return connect
+    beside = tuple((move(path), run) for path, run in connect.beside)
+    return replace(connect, attribute=move(connect.attribute), beside=beside)
