@@ -103,7 +103,8 @@ def signature(model: nn.Module, numbers: bool = True) -> int:
             (name, _plain(value, known))
             for name, value in module.__dict__.items()
             if not name.startswith("_") and name not in ("training", "forward")
-            if numbers or not (value is None or isinstance(value, int | float | Tensor) and not isinstance(value, bool))
+            if numbers
+            or not (value is None or (isinstance(value, int | float | Tensor) and not isinstance(value, bool)))
         )
         parts.append((path, original_class(module), shapes, plain))
     return hash(tuple(parts))

@@ -48,7 +48,11 @@ def inputs_of(model: nn.Module) -> Inputs | None:
 def noted(model: nn.Module, found: list[Site]) -> list[Site]:
     """Sites with all notes on them, those of inner models first."""
     load_domains()
-    notes = [(path, own) for path, module in own_modules(model) if (own := _note_of(type(module))) is not None]
+    notes: list[tuple[str, Note]] = []
+    for path, module in own_modules(model):
+        own = _note_of(type(module))
+        if own is not None and not any(own is other and _is_inside(path, around) for around, other in notes):
+            notes.append((path, own))
     for path, own in reversed(notes):
         inside = [site for site in found if _is_inside(site.path, path)]
         first = found.index(inside[0]) if inside else 0

@@ -38,6 +38,11 @@ class Reading:
     blocks: dict[str, Block]
     roles: dict[str, dict[tuple[str, int], tuple[Op, set[int]]]] = field(default_factory=dict)
 
+    def owner(self, op: Op) -> nn.Module:
+        """The module whose parameter a product reads."""
+        assert op.weight is not None
+        return self.modules[op.weight.name.rpartition(".")[0]]
+
     def rows(self, op: Op) -> int:
         """Output rows of the whole parameter that a product reads."""
         assert op.weight is not None
@@ -249,7 +254,8 @@ def _rest(reading: Reading) -> None:
     for one in reading.attentions:
         for name, sources in one.sources.items() if reading.block_of(graph.ops[one.center]) is None else ():
             for source in sources:
-                reading.assign(source, "proj", channels(graph, source, one.operands[name]))
+                if not is_projection(reading.owner(source)):  # one tensor for several uses
+                    reading.assign(source, "proj", channels(graph, source, one.operands[name]))
     ends = _ends(reading)
     last = max((graph.calls[b.first].last for b in reading.blocks.values() if b.first >= 0), default=0)
     for op in graph.products:
@@ -286,9 +292,8 @@ def _rest(reading: Reading) -> None:
 def _is_head(reading: Reading, op: Op, ends: list[int]) -> bool:
     """Whether a product reads what all towers give, and none comes behind it."""
     graph = reading.graph
-    own = reading.modules[op.weight.name.rpartition(".")[0]] if op.weight else None
     last = not any(p.index > op.index and graph.is_above(op.index, p.index) for p in graph.products)
-    return own is not None and is_projection(own) and last and all(graph.is_above(i, op.index) for i in ends)
+    return is_projection(reading.owner(op)) and last and all(graph.is_above(i, op.index) for i in ends)
 
 
 def _ends(reading: Reading) -> list[int]:

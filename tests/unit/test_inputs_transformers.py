@@ -13,10 +13,28 @@ from torch.utils._pytree import tree_leaves
 from mmpeft.llm.inputs import example_inputs
 from tests.zoo.hf import build, types
 
-KINDS = (
-    "bamba bert clip detr dinov2 gemma3 idefics3 llama llava mamba mixtral patchtst qwen2_5_vl sam segformer siglip2 t5 "
-    "vjepa2 wav2vec2 whisper"
-).split()
+KINDS = [
+    "bamba",
+    "bert",
+    "clip",
+    "detr",
+    "dinov2",
+    "gemma3",
+    "idefics3",
+    "llama",
+    "llava",
+    "mamba",
+    "mixtral",
+    "patchtst",
+    "qwen2_5_vl",
+    "sam",
+    "segformer",
+    "siglip2",
+    "t5",
+    "vjepa2",
+    "wav2vec2",
+    "whisper",
+]
 
 
 def _run(model: nn.Module) -> set[str]:

@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
 
-from mmpeft.errors import Refused
 from mmpeft.methods.base import Method, Sited, any_tensor, positive, register
 from mmpeft.parts.attention import connection
 from mmpeft.parts.base import Hook, Placement
