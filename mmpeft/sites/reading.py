@@ -24,6 +24,7 @@ from mmpeft.sites.watch import SLICES, VIEWS, Op, Record
 
 UNREAD = "nothing that the model returns depends on it"
 NOT_RUN = "the watched pass did not run it"
+PAIR = "the block takes and returns two streams; a single tensor does not hold its tokens"
 NO_TOKENS = "no anatomy says that a prompt has a place among what its blocks see"
 
 
@@ -138,6 +139,9 @@ def _block(reading: Reading, builder: Builder, block: Block) -> None:
         before = reading.graph.ops[call.reads[0]].shape if call.reads else ()
         entering = before[dim] if len(before) == len(call.shapes[0]) else size
         known = {"channel_dim": dim if dim == 1 else -1, **({"inputs": entering} if entering != size else {})}
+    sums = {reading.graph.root(sub.sum) for sub in reading.subs}
+    if len({reading.graph.root(i) for i in call.gives} & sums) > 1:
+        known["refuse"] = PAIR
     builder.block(block.path, block.depth, size, **known)
     builder.add(block.path, "tokens", block.depth, refuse=NO_TOKENS)
 
