@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -62,12 +63,11 @@ def _cosmos_control(d: Denoiser) -> Values:
 
 
 def _framepack(d: Denoiser) -> Values:
-    step = torch.arange(d.frames).expand(ROWS, -1)
-    values: Values = {"indices_latents": step}
+    values: Values = {"indices_latents": torch.arange(d.frames)}
     if d.get("has_clean_x_embedder"):
         for name, frames in (("clean", 2), ("history_2x", 2), ("history_4x", 4)):
             values[f"latents_{name}"] = d.noise(ROWS, d.channels, frames, 2 * d.side, 2 * d.side)
-            values[f"indices_latents_{name}"] = torch.arange(frames).expand(ROWS, -1)
+            values[f"indices_latents_{name}"] = torch.arange(frames)
         values["hidden_states"] = d.noise(ROWS, d.channels, d.frames, 2 * d.side, 2 * d.side)
     return values
 
@@ -238,11 +238,29 @@ def _sana_refiner(d: Denoiser) -> Values:
     return {"video_rotary_emb": rotary, "timestep": timestep(d)[:, None]}
 
 
+def _wan_animate_2(d: Denoiser) -> Values:
+    home = sys.modules[next(cls.__module__ for cls in type(d.model).__mro__ if cls.__name__ in d.names)]
+    condition = d.size("out_dim", default=16)  # what conditions is as wide as the rest of the input
+    size = (FRAMES, d.side, d.side)
+    grid = torch.tensor([[FRAMES, SIDE, SIDE]])
+    return {
+        "hidden_states": [d.noise(condition, *size)],
+        "condition_latents": [d.noise(d.size("in_dim", default=36) - condition, *size)],
+        "timestep": torch.tensor([500.0]),
+        "encoder_hidden_states": [d.noise(8, d.size("text_dim", default=0))],
+        "encoder_hidden_states_image": d.noise(1, 257, 1280) if d.get("use_img_emb") else None,
+        "kv_cache": home.WanAnimate2KVCache(d.size("num_layers", default=0)),
+        "kv_cache_mode": "extract",  # the pass over the reference image, whose keys the other pass would ask for
+        "seq_len": FRAMES * SIDE * SIDE,
+        "offset_grid_sizes": grid,
+    }
+
+
 def _sana_world(d: Denoiser) -> Values:
     return {
         "timestep": timestep(d)[:, None, None].expand(ROWS, 1, d.frames),
         "encoder_hidden_states": d.noise(ROWS, 1, d.text_length, d.size("caption_channels", default=0)),
-        "encoder_attention_mask": None,
+        "mask": torch.ones(ROWS, d.text_length),
     }
 
 
@@ -273,6 +291,8 @@ def _cosmos3(d: Denoiser) -> Values:
 
 
 CASES: dict[str, Callable[[Denoiser], Values]] = {
+    "WanAnimate2Transformer3DModel": _wan_animate_2,
+    "LatteTransformer3DModel": lambda d: {"encoder_attention_mask": None},
     "Cosmos3OmniTransformer": _cosmos3,
     "AceStepTransformer1DModel": _ace,
     "AnyFlowFARTransformer3DModel": _anyflow,
