@@ -1,4 +1,4 @@
-"""What single classes for video and sound ask for beside, or otherwise than, the rules by a parameter's name."""
+"""What single classes for video ask for beside, or otherwise than, the rules by a parameter's name."""
 
 from __future__ import annotations
 
@@ -124,54 +124,12 @@ def _ltx(d: Denoiser) -> Values:
     }
 
 
-def _stable_audio(d: Denoiser) -> Values:
-    width = d.size("global_states_input_dim", default=0)
-    length = d.line + 1  # the global condition is a position of its own
-    return {
-        "global_hidden_states": d.noise(ROWS, 1, width),
-        "rotary_embedding": rotation(length, d.size("attention_head_dim", default=0) // 2),
-        "encoder_attention_mask": None,
-    }
-
-
-def _stable_audio_3(d: Denoiser) -> Values:
-    local = d.size("local_add_cond_dim", default=0)
-    return {
-        "timestep": torch.tensor([0.1, 0.9]),
-        "global_hidden_states": d.noise(ROWS, d.size("global_cond_dim", default=0)),
-        "local_add_cond": d.noise(ROWS, local, d.line) if local else None,
-    }
-
-
-def _film(d: Denoiser) -> Values:
-    width = d.size("d_model", default=0)
-    length = d.size("targets_length", default=0)
-    return {
-        "encodings_and_masks": [(d.text(width), torch.ones(ROWS, d.text_length))],
-        "decoder_input_tokens": d.noise(ROWS, length, d.size("input_dims", default=0)),
-        "decoder_noise_time": torch.tensor([0.1, 0.9]),
-    }
-
-
 def _wan_animate(d: Denoiser) -> Values:
     pose = d.size("latent_channels", default=16)
     side = d.size("motion_encoder_size", default=512)
     return {
         "pose_hidden_states": d.noise(ROWS, pose, d.frames - 1, d.side, d.side),
         "face_pixel_values": d.noise(ROWS, 3, 4 * (d.frames - 2) + 1, side, side),
-    }
-
-
-def _ace(d: Denoiser) -> Values:
-    latent = d.size("audio_acoustic_hidden_dim", default=0)
-    length, rest = 16 * d.patch[1], d.channels - latent
-    width = d.size("encoder_hidden_size", "hidden_size", default=0)
-    return {
-        "hidden_states": d.noise(ROWS, length, latent),
-        "context_latents": d.noise(ROWS, length, rest),
-        "encoder_hidden_states": d.text(width),
-        "timestep": torch.tensor([0.9, 0.5]),
-        "timestep_r": torch.tensor([0.5, 0.1]),
     }
 
 
@@ -225,10 +183,6 @@ def _minimax(d: Denoiser) -> Values:
         "video_indices": torch.arange(text_rows, text_rows + video),
         "audio_indices": torch.arange(text_rows + video, length),
     }
-
-
-def _minimax_music(d: Denoiser) -> Values:
-    return {"encoder_hidden_states": d.text(d.size("condition_dim", default=0), d.line)}
 
 
 def _sana_refiner(d: Denoiser) -> Values:
@@ -291,14 +245,11 @@ def _cosmos3(d: Denoiser) -> Values:
 
 
 CASES: dict[str, Callable[[Denoiser], Values]] = {
-    "WanAnimate2Transformer3DModel": _wan_animate_2,
-    "LatteTransformer3DModel": lambda d: {"encoder_attention_mask": None},
-    "Cosmos3OmniTransformer": _cosmos3,
-    "AceStepTransformer1DModel": _ace,
     "AnyFlowFARTransformer3DModel": _anyflow,
     "AnyFlowTransformer3DModel": _anyflow,
     "CogVideoXTransformer3DModel": _cogvideox,
     "ConsisIDTransformer3DModel": _consisid,
+    "Cosmos3OmniTransformer": _cosmos3,
     "CosmosControlNetModel": _cosmos_control,
     "CosmosTransformer3DModel": _cosmos,
     "HunyuanVideo15Transformer3DModel": _hunyuan_15,
@@ -310,16 +261,14 @@ CASES: dict[str, Callable[[Denoiser], Values]] = {
     "Kandinsky6Transformer3DModel": _kandinsky,
     "LTX2VideoTransformer3DModel": _ltx,
     "LTXVideoTransformer3DModel": _ltx,
+    "LatteTransformer3DModel": lambda d: {"encoder_attention_mask": None},
     "MiniMaxH3Transformer3DModel": _minimax,
-    "MiniMaxMusic3Transformer1DModel": _minimax_music,
     "SanaWMLTX2RefinerTransformer3DModel": _sana_refiner,
     "SanaWMTransformer3DModel": _sana_world,
     "SparseControlNetModel": _sparse_control,
-    "StableAudio3DiTModel": _stable_audio_3,
-    "StableAudioDiTModel": _stable_audio,
-    "T5FilmDecoder": _film,
     "UNetMotionModel": _motion,
     "UNetSpatioTemporalConditionModel": _spatio_temporal,
+    "WanAnimate2Transformer3DModel": _wan_animate_2,
     "WanAnimateTransformer3DModel": _wan_animate,
     "WanVACETransformer3DModel": _vace,
 }
