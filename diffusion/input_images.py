@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from mmpeft.diffusion.input_facts import FRAMES, ROWS, SIDE, Denoiser, rotation
-from mmpeft.diffusion.input_rules import IMAGE_SCALE, timestep
+from mmpeft.diffusion.input_rules import control, timestep
 
 Values = dict[str, Any]
 
@@ -64,6 +64,7 @@ def _lumina(d: Denoiser) -> Values:
     grid = torch.polar(torch.ones_like(angle), angle)[:SIDE, None, :].expand(SIDE, SIDE, -1).contiguous()
     return {
         "encoder_mask": torch.ones(ROWS, d.text_length, dtype=torch.long),
+        "cross_attention_kwargs": {},
         "image_rotary_emb": grid,
         "timestep": torch.tensor([0.1, 0.9]),
     }
@@ -114,23 +115,23 @@ def _plain_transformer(d: Denoiser) -> Values:
 
 
 def _z_image(d: Denoiser) -> Values:
-    frames = d.patch[0]
-    width = d.size("cap_feat_dim", default=2560)
-    latents = [d.noise(d.channels, frames, d.side, d.side) for _ in range(ROWS)]
+    frames, rows, columns = d.patch
+    model: Any = d.model  # its ControlNet has these modules from a transformer, and no setting of their widths
+    channels = next(iter(model.all_x_embedder.values())).in_features // (frames * rows * columns)
+    width = model.cap_embedder[-1].in_features
     return {
-        "x": latents,
+        "x": [d.noise(channels, frames, d.side, d.side) for _ in range(ROWS)],
         "t": torch.tensor([0.1, 0.9]),
         "cap_feats": [d.noise(8, width) for _ in range(ROWS)],
-        "patch_size": d.patch[1],
+        "patch_size": rows,
         "f_patch_size": frames,
-        "timestep": None,
     }
 
 
 def _control_union(d: Denoiser) -> Values:
     kinds = d.size("num_control_type", default=6)
-    image = d.noise(ROWS, d.size("conditioning_channels", default=3), IMAGE_SCALE * d.side, IMAGE_SCALE * d.side)
-    return {"controlnet_cond": [image], "control_type": torch.eye(kinds)[:1].repeat(ROWS, 1), "control_type_idx": [0]}
+    first = torch.eye(kinds)[:1].repeat(ROWS, 1)
+    return {"controlnet_cond": [control(d)], "control_type": first, "control_type_idx": [0]}
 
 
 def _ernie(d: Denoiser) -> Values:

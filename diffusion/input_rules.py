@@ -114,7 +114,9 @@ def control(d: Denoiser) -> Tensor:
     if not pixels:
         extra = d.size("extra_conditioning_channels", "extra_condition_channels", default=0)
         return d.latent(d.channels + extra)
-    return d.noise(ROWS, pixels, IMAGE_SCALE * d.side, IMAGE_SCALE * d.side)
+    halved = d.get("conditioning_embedding_out_channels", "ctrl_conditioning_embedding_out_channels")
+    side = d.side * (2 ** (len(halved) - 1) if halved else IMAGE_SCALE)
+    return d.noise(ROWS, pixels, side, side)
 
 
 def picture(d: Denoiser) -> Tensor | None:

@@ -1,7 +1,8 @@
-"""What single classes for video and sound ask for beside, or otherwise than, the rules by a parameter's name."""
+"""What single classes for video ask for beside, or otherwise than, the rules by a parameter's name."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -62,12 +63,11 @@ def _cosmos_control(d: Denoiser) -> Values:
 
 
 def _framepack(d: Denoiser) -> Values:
-    step = torch.arange(d.frames).expand(ROWS, -1)
-    values: Values = {"indices_latents": step}
+    values: Values = {"indices_latents": torch.arange(d.frames)}
     if d.get("has_clean_x_embedder"):
         for name, frames in (("clean", 2), ("history_2x", 2), ("history_4x", 4)):
             values[f"latents_{name}"] = d.noise(ROWS, d.channels, frames, 2 * d.side, 2 * d.side)
-            values[f"indices_latents_{name}"] = torch.arange(frames).expand(ROWS, -1)
+            values[f"indices_latents_{name}"] = torch.arange(frames)
         values["hidden_states"] = d.noise(ROWS, d.channels, d.frames, 2 * d.side, 2 * d.side)
     return values
 
@@ -124,54 +124,12 @@ def _ltx(d: Denoiser) -> Values:
     }
 
 
-def _stable_audio(d: Denoiser) -> Values:
-    width = d.size("global_states_input_dim", default=0)
-    length = d.line + 1  # the global condition is a position of its own
-    return {
-        "global_hidden_states": d.noise(ROWS, 1, width),
-        "rotary_embedding": rotation(length, d.size("attention_head_dim", default=0) // 2),
-        "encoder_attention_mask": None,
-    }
-
-
-def _stable_audio_3(d: Denoiser) -> Values:
-    local = d.size("local_add_cond_dim", default=0)
-    return {
-        "timestep": torch.tensor([0.1, 0.9]),
-        "global_hidden_states": d.noise(ROWS, d.size("global_cond_dim", default=0)),
-        "local_add_cond": d.noise(ROWS, local, d.line) if local else None,
-    }
-
-
-def _film(d: Denoiser) -> Values:
-    width = d.size("d_model", default=0)
-    length = d.size("targets_length", default=0)
-    return {
-        "encodings_and_masks": [(d.text(width), torch.ones(ROWS, d.text_length))],
-        "decoder_input_tokens": d.noise(ROWS, length, d.size("input_dims", default=0)),
-        "decoder_noise_time": torch.tensor([0.1, 0.9]),
-    }
-
-
 def _wan_animate(d: Denoiser) -> Values:
     pose = d.size("latent_channels", default=16)
     side = d.size("motion_encoder_size", default=512)
     return {
         "pose_hidden_states": d.noise(ROWS, pose, d.frames - 1, d.side, d.side),
         "face_pixel_values": d.noise(ROWS, 3, 4 * (d.frames - 2) + 1, side, side),
-    }
-
-
-def _ace(d: Denoiser) -> Values:
-    latent = d.size("audio_acoustic_hidden_dim", default=0)
-    length, rest = 16 * d.patch[1], d.channels - latent
-    width = d.size("encoder_hidden_size", "hidden_size", default=0)
-    return {
-        "hidden_states": d.noise(ROWS, length, latent),
-        "context_latents": d.noise(ROWS, length, rest),
-        "encoder_hidden_states": d.text(width),
-        "timestep": torch.tensor([0.9, 0.5]),
-        "timestep_r": torch.tensor([0.5, 0.1]),
     }
 
 
@@ -227,10 +185,6 @@ def _minimax(d: Denoiser) -> Values:
     }
 
 
-def _minimax_music(d: Denoiser) -> Values:
-    return {"encoder_hidden_states": d.text(d.size("condition_dim", default=0), d.line)}
-
-
 def _sana_refiner(d: Denoiser) -> Values:
     width = d.size("num_attention_heads", default=1) * d.size("attention_head_dim", default=1)
     cos, sin = rotation(d.tokens, width)
@@ -238,11 +192,29 @@ def _sana_refiner(d: Denoiser) -> Values:
     return {"video_rotary_emb": rotary, "timestep": timestep(d)[:, None]}
 
 
+def _wan_animate_2(d: Denoiser) -> Values:
+    home = sys.modules[next(cls.__module__ for cls in type(d.model).__mro__ if cls.__name__ in d.names)]
+    condition = d.size("out_dim", default=16)  # what conditions is as wide as the rest of the input
+    size = (FRAMES, d.side, d.side)
+    grid = torch.tensor([[FRAMES, SIDE, SIDE]])
+    return {
+        "hidden_states": [d.noise(condition, *size)],
+        "condition_latents": [d.noise(d.size("in_dim", default=36) - condition, *size)],
+        "timestep": torch.tensor([500.0]),
+        "encoder_hidden_states": [d.noise(8, d.size("text_dim", default=0))],
+        "encoder_hidden_states_image": d.noise(1, 257, 1280) if d.get("use_img_emb") else None,
+        "kv_cache": home.WanAnimate2KVCache(d.size("num_layers", default=0)),
+        "kv_cache_mode": "extract",  # the pass over the reference image, whose keys the other pass would ask for
+        "seq_len": FRAMES * SIDE * SIDE,
+        "offset_grid_sizes": grid,
+    }
+
+
 def _sana_world(d: Denoiser) -> Values:
     return {
         "timestep": timestep(d)[:, None, None].expand(ROWS, 1, d.frames),
         "encoder_hidden_states": d.noise(ROWS, 1, d.text_length, d.size("caption_channels", default=0)),
-        "encoder_attention_mask": None,
+        "mask": torch.ones(ROWS, d.text_length),
     }
 
 
@@ -273,12 +245,11 @@ def _cosmos3(d: Denoiser) -> Values:
 
 
 CASES: dict[str, Callable[[Denoiser], Values]] = {
-    "Cosmos3OmniTransformer": _cosmos3,
-    "AceStepTransformer1DModel": _ace,
     "AnyFlowFARTransformer3DModel": _anyflow,
     "AnyFlowTransformer3DModel": _anyflow,
     "CogVideoXTransformer3DModel": _cogvideox,
     "ConsisIDTransformer3DModel": _consisid,
+    "Cosmos3OmniTransformer": _cosmos3,
     "CosmosControlNetModel": _cosmos_control,
     "CosmosTransformer3DModel": _cosmos,
     "HunyuanVideo15Transformer3DModel": _hunyuan_15,
@@ -290,16 +261,14 @@ CASES: dict[str, Callable[[Denoiser], Values]] = {
     "Kandinsky6Transformer3DModel": _kandinsky,
     "LTX2VideoTransformer3DModel": _ltx,
     "LTXVideoTransformer3DModel": _ltx,
+    "LatteTransformer3DModel": lambda d: {"encoder_attention_mask": None},
     "MiniMaxH3Transformer3DModel": _minimax,
-    "MiniMaxMusic3Transformer1DModel": _minimax_music,
     "SanaWMLTX2RefinerTransformer3DModel": _sana_refiner,
     "SanaWMTransformer3DModel": _sana_world,
     "SparseControlNetModel": _sparse_control,
-    "StableAudio3DiTModel": _stable_audio_3,
-    "StableAudioDiTModel": _stable_audio,
-    "T5FilmDecoder": _film,
     "UNetMotionModel": _motion,
     "UNetSpatioTemporalConditionModel": _spatio_temporal,
+    "WanAnimate2Transformer3DModel": _wan_animate_2,
     "WanAnimateTransformer3DModel": _wan_animate,
     "WanVACETransformer3DModel": _vace,
 }

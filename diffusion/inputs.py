@@ -1,8 +1,8 @@
 """What diffusers' denoisers take: a small batch for any of them, read off `forward`'s parameters and the configuration.
 
 A parameter's name says what it is across diffusers (`hidden_states`, `timestep`, `pooled_projections`), the
-configuration how wide; what only one class asks for is in `input_images` and `input_videos`. The library is never
-imported.
+configuration how wide; what only one class asks for is in `input_images`, `input_videos` and `input_sounds`. The
+library is never imported.
 """
 
 from __future__ import annotations
@@ -14,9 +14,10 @@ from torch import nn
 from mmpeft.diffusion.input_facts import Denoiser
 from mmpeft.diffusion.input_images import CASES as IMAGES
 from mmpeft.diffusion.input_rules import RULES
+from mmpeft.diffusion.input_sounds import CASES as SOUNDS
 from mmpeft.diffusion.input_videos import CASES as VIDEOS
 
-CASES = {**IMAGES, **VIDEOS}
+CASES = {**IMAGES, **VIDEOS, **SOUNDS}
 
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 

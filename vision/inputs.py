@@ -41,7 +41,7 @@ def _timm(model: nn.Module) -> Inputs | None:
     return (_image(model, int(channels), *_timm_size(model, configuration)),), {}
 
 
-def _timm_size(model: nn.Module, configuration: dict[str, Any]) -> tuple[int, int]:
+def _timm_size(model: Any, configuration: dict[str, Any]) -> tuple[int, int]:
     default = (configuration.get("input_size") or (3, SIDE, SIDE))[-2:]
     own, fixed = None, bool(configuration.get("fixed_input_size", False))
     for module in model.modules():  # the model itself, its patch embedding, or that of a wrapped model
@@ -71,7 +71,7 @@ def _torchvision(model: nn.Module, cls: type[nn.Module]) -> Inputs:
     return (_image(model, _channels(model), *_torchvision_size(model, cls)),), {}
 
 
-def _torchvision_size(model: nn.Module, cls: type[nn.Module]) -> tuple[int, int]:
+def _torchvision_size(model: Any, cls: type[nn.Module]) -> tuple[int, int]:
     if hasattr(model, "image_size"):  # VisionTransformer
         return _pair(model.image_size)
     if cls.__name__ == "MaxVit":  # the first stage runs behind two strides of 2, on windows of a fixed grid
@@ -80,7 +80,7 @@ def _torchvision_size(model: nn.Module, cls: type[nn.Module]) -> tuple[int, int]
     return (299, 299) if "Inception" in cls.__name__ else (SIDE, SIDE)
 
 
-def _clip_size(model: nn.Module) -> tuple[int, int, int]:
+def _clip_size(model: Any) -> tuple[int, int, int]:
     """Frames, height and width of a clip."""
     positions = getattr(model, "pos_encoding", None)
     if positions is None:  # 16 frames are what S3D's pools need at least
@@ -91,7 +91,7 @@ def _clip_size(model: nn.Module) -> tuple[int, int, int]:
     return frames, height, width
 
 
-def _detection(model: nn.Module) -> Inputs:
+def _detection(model: Any) -> Inputs:
     """A list of images, and in training mode what is to be found in them."""
     images = list(_image(model, _channels(model), SIDE, SIDE))
     if not model.training:

@@ -130,7 +130,7 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
     "T5FilmDecoder": {"input_dims": 8, "targets_length": 16, "d_model": 32, "d_kv": 16, "d_ff": 64},
     "Transformer2DModel": {"in_channels": 32, "cross_attention_dim": 32},
     "TransformerTemporalModel": {"in_channels": 32, "cross_attention_dim": 32},
-    "UNet1DModel": {"extra_in_channels": 32, "block_out_channels": (16, 16, 32)},
+    "UNet1DModel": {"extra_in_channels": 64, "block_out_channels": (32, 32, 64)},
     "UNet2DConditionModel": {**unet("DownBlock2D", "UpBlock2D"), "attention_head_dim": 2},
     "UNet2DModel": {
         "block_out_channels": (16, 32), "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
@@ -187,7 +187,10 @@ def build(name: str) -> nn.Module:
     given = inspect.signature(cls.__init__).parameters
     small = {key: value for key, value in SMALL.items() if key in given and given[key].default is not None}
     torch.manual_seed(0)
-    return cls(**{**small, **own})  # type: ignore[no-any-return]
+    model = cls(**{**small, **own})
+    if name == "ZImageControlNetModel":  # it shares the embeddings of the transformer that it steers
+        model = cls.from_transformer(model, build("ZImageTransformer2DModel"))
+    return model  # type: ignore[no-any-return]
 
 
 def _is_model(name: str) -> bool:
