@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -323,7 +324,27 @@ def _watch(model: nn.Module, args: Any, kwargs: Any, fake: FakeTensorMode | None
 
     args, kwargs = tree_map(given, (tuple(args), dict(kwargs)))
     with torch.no_grad(), _calls(shadow, seen), fake or nullcontext():
-        return _pass(shadow, seen, args, kwargs, real=fake is None)
+        before = _cached(shadow)
+        try:
+            return _pass(shadow, seen, args, kwargs, real=fake is None)
+        finally:
+            for function, size in before.items():
+                if function.cache_info().currsize != size:  # it holds tensors of the watch, which are no one else's
+                    function.cache_clear()
+
+
+def _cached(model: nn.Module) -> dict[Any, int]:
+    """Functions of the model's own code that keep what they gave, and how much."""
+    homes = {cls.__module__ for _, module in own_modules(model) for cls in type(module).__mro__}
+    found: dict[Any, int] = {}
+    for home in homes - {"torch.nn.modules.module", "builtins"}:
+        values = list(vars(sys.modules[home]).values()) if home in sys.modules else []
+        inner = [v for cls in values if isinstance(cls, type) and cls.__module__ == home for v in vars(cls).values()]
+        for value in (*values, *inner):
+            function = getattr(value, "__func__", value)
+            if hasattr(function, "cache_info") and hasattr(function, "cache_clear"):
+                found[function] = function.cache_info().currsize
+    return found
 
 
 def _pass(model: nn.Module, seen: _Watching, args: Any, kwargs: Any, real: bool) -> Record:

@@ -24,7 +24,7 @@ from timm.models.vision_transformer import (
 from torch import Tensor, nn
 
 import mmpeft
-from mmpeft.sites import ROLES, Site, find_anatomy
+from mmpeft.sites import ROLES, Site, structure
 from tests.matrix.example import Example
 from tests.matrix.families.timm import FAMILIES, _build
 
@@ -82,7 +82,7 @@ ROPE = ("eva02", "dinov3", "rope_vit", "pe_core", "eva_postnorm", "eva_mixed", "
 
 
 def sites_of(model: nn.Module) -> list[Site]:
-    return find_anatomy(model)(model)
+    return structure(model)
 
 
 def projections(sites: Iterable[Site]) -> list[Site]:

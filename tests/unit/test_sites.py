@@ -6,7 +6,7 @@ import pytest
 from torch import nn
 
 from mmpeft.errors import ConfigError, SiteError
-from mmpeft.sites import ROLES, Site, find_anatomy
+from mmpeft.sites import ROLES, Site, sites
 from mmpeft.sites.selector import select
 
 SITES = [
@@ -78,11 +78,9 @@ def test_malformed_selectors(selector: str, message: str) -> None:
         select(SITES, selector)
 
 
-def test_unknown_model_lists_known_classes() -> None:
-    with pytest.raises(
-        SiteError, match=r"no anatomy is registered for torch.nn.modules.container.Sequential.*VisionTransformer"
-    ):
-        find_anatomy(nn.Sequential())
+def test_model_of_unknown_inputs_says_what_to_give() -> None:
+    with pytest.raises(SiteError, match=r"inputs of torch.nn.modules.container.Sequential.*example=batch"):
+        sites(nn.Sequential(nn.Linear(3, 3)))
 
 
 def test_every_role_is_described() -> None:
