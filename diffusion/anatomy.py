@@ -19,6 +19,7 @@ from torch import nn
 from mmpeft.diffusion import inputs
 from mmpeft.hosting.modules import module_at
 from mmpeft.sites import Site, example_inputs, note
+from mmpeft.sites.blocks import pattern
 
 PRESETS = {
     "content": "path=up_blocks.0.attentions.0.*",
@@ -27,6 +28,8 @@ PRESETS = {
 """B-LoRA's two halves of SDXL (https://arxiv.org/abs/2403.14572): `at="attn.* & " + PRESETS["style"]`."""
 
 MAPS = "the blocks work on maps; there is no token sequence to put prompts into"
+PAIR = "the block takes and returns two streams, image and context; a single tensor does not hold its tokens"
+DEAD = "its output is discarded: after the last block nothing reads the context stream"
 FUSED = "its projections are fused into another one; call the model's unfuse_qkv_projections() before attaching"
 
 STAGES = ("down_blocks", "mid_block", "up_blocks")
@@ -54,8 +57,11 @@ example_inputs(inputs.example_inputs)
 def denoiser(model: nn.Module, found: list[Site]) -> list[Site]:
     """A UNet (tower `unet`), or a transformer on patches (tower `dit`)."""
     tower = "unet" if "down_blocks" in model._modules else "dit"
-    found = [replace(_named(model, site), tower=tower) for site in found]
-    return [_placed(site, found) for site in found if site.role != "mixer"]
+    found = [replace(_named(model, site), tower=tower) for site in found if site.role != "mixer"]
+    found = [_paired(site, found) for site in found]
+    found = [made for site in found for made in _single(site, found)]
+    tokens = any(s.role == "block" and s.channel_dim == -1 for s in found)
+    return [_placed(site, found) for site in found if not (site.role == "tokens" and tokens and _is_map(site, found))]
 
 
 def _named(model: nn.Module, site: Site) -> Site:
@@ -63,8 +69,14 @@ def _named(model: nn.Module, site: Site) -> Site:
     fused = site.kind == "linear" and names[-1] in ("to_qkv", "to_kv", "to_added_qkv")
     if fused:
         return replace(site, refuse=FUSED)
+    if _rests(model, names):
+        return replace(site, role="proj", dead=True, refuse=DEAD)
+    if site.role == "block" and site.channel_dim == 1 and names[-2] != "attentions":
+        return replace(site, inputs=site.inputs or site.width)
     if site.dead or site.kind not in ("linear", "conv", "embedding"):
-        return replace(site, role="cross", stream=_second(site)) if site.role == "attn" and names[-1] in CONTEXT else site
+        if site.role == "attn" and names[-2:] == ["to_out", "0"]:  # on a map, whose tokens it makes itself
+            return replace(site, stream="")
+        return replace(site, role="cross") if site.role == "attn" and names[-1] in CONTEXT else site
     if names[-1] in CONTEXT:
         return replace(site, role=CONTEXT[names[-1]])
     adaptive = names[-1] == "linear" and names[-2].startswith("norm")
@@ -85,8 +97,46 @@ def _outside(model: nn.Module, site: Site, names: list[str]) -> str:
     return "conv" if spatial and names[0] in STAGES and names[-1] not in ("proj_in", "proj_out") else "proj"
 
 
-def _second(site: Site) -> str:
-    return site.stream
+def _rests(model: nn.Module, names: list[str]) -> bool:
+    """Whether a module asks for a context that looks at nothing: SD3's last block gives none."""
+    if names[-1] not in ("add_q_proj", "norm_added_q"):
+        return False
+    attention = module_at(model, ".".join(names[:-1]))
+    return attention._modules.get("to_add_out") is None
+
+
+def _paired(site: Site, found: list[Site]) -> Site:
+    """In a list of blocks on two streams, the last may give one."""
+    if site.role not in ("block", "tokens"):
+        return site
+    alike = [s for s in found if s.role == "block" and pattern(s.path) == pattern(site.path)]
+    refuse = next((s.refuse for s in alike if s.refuse), "")
+    return replace(site, refuse=refuse) if site.role == "block" and refuse else site
+
+
+def _single(site: Site, found: list[Site]) -> list[Site]:
+    """Flux on one stream: attention and feed-forward network side by side, joined in `proj_out`.
+
+    The two are one sub-layer, named by its network. `proj_out` reads the output of attention and the inner activation
+    of the network next to each other: it is neither `attn.out` nor `mlp.down` (whose input (IA)³ rescales, say).
+    """
+    names = site.path.split(".")
+    if names[0] != "single_transformer_blocks":
+        return [site]
+    if len(names) == 2 and site.role in ("block", "tokens"):
+        return [replace(site, refuse=PAIR)]
+    if names[-1] != "proj_out":
+        return [site]
+    block = ".".join(names[:2])
+    width = next(s.width for s in found if s.path == block and s.role == "block")
+    network = replace(
+        site, role="mlp", kind="module", width=width, entry=f"{block}.proj_mlp", stream=f"{block}.norm", rows=None
+    )
+    return [replace(site, role="proj"), network] if site.role == "attn.out" else []
+
+
+def _is_map(site: Site, found: list[Site]) -> bool:
+    return next(s for s in found if s.role == "block" and s.path == site.path).channel_dim == 1
 
 
 def _placed(site: Site, found: list[Site]) -> Site:
@@ -94,6 +144,6 @@ def _placed(site: Site, found: list[Site]) -> Site:
     if site.role != "tokens":
         return site
     block = next(s for s in found if s.role == "block" and s.path == site.path)
-    if block.refuse or block.channel_dim == 1:
-        return replace(site, refuse=block.refuse or MAPS)
-    return replace(site, width=block.width, refuse="")
+    if block.channel_dim == 1:
+        return replace(site, refuse=MAPS)
+    return replace(site, width=block.width, refuse=block.refuse)

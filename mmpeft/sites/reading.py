@@ -187,6 +187,7 @@ def _sublayer(reading: Reading, builder: Builder, sub: Sublayer) -> None:
             if out.index in sub.indices:
                 reading.assign(out, f"{role}.out")
                 _beside(reading, one, out, role)
+                _network_beside(reading, one, out)
         keys_and_values(builder, graph, one, [a.center for a in reading.attentions], depth)
     given = {p.index for p in sub.products if reading.is_assigned(p)}
     network = None if within else feed_forward(graph, sub, given)
@@ -220,6 +221,14 @@ def _beside(reading: Reading, one: Attention, out: Op, role: str) -> None:
                 used = [i for i in channels(graph, source, pair) if i in rest]
                 reading.assign(source, f"{role}.gate" if op.name == "mul" else "mlp.up", used or None)
                 rest = reading.rest(source)
+
+
+def _network_beside(reading: Reading, one: Attention, out: Op) -> None:
+    """A product of its own that meets the attention in one output projection is the network beside it."""
+    graph = reading.graph
+    for op in graph.behind(graph.activations(out)[0]):
+        if not graph.is_above(one.value, op.index) and is_pointwise(op) and not reading.is_assigned(op):
+            reading.assign(op, "mlp.up")
 
 
 def _mixer(reading: Reading, sub: Sublayer) -> None:
@@ -272,6 +281,8 @@ def _rest(reading: Reading) -> None:
         inputs = [o for o in graph.inputs if graph.is_above(o.index, op.index)]
         if not outputs >> op.index & 1:
             reading.assign(op, "dead")
+        elif inputs and all(len(o.shape) <= 1 for o in inputs):
+            reading.assign(op, "time")
         elif op.name == "embedding":
             reading.assign(
                 op,
@@ -279,8 +290,6 @@ def _rest(reading: Reading) -> None:
                 if inputs and block is None and graph.ops[graph.root(op.inputs[1])].name == "input"
                 else "table",
             )
-        elif inputs and all(len(o.shape) <= 1 for o in inputs):
-            reading.assign(op, "time")
         elif block is not None:
             reading.assign(op, "conv" if op.name == "convolution" else "proj")
         elif inputs and not (

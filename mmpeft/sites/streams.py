@@ -130,35 +130,37 @@ def shell(graph: Graph, sub: Sublayer) -> Shell | None:
             return None
         found.path, found.call = giving[-1].path, giving[-1]
         first = [call for call in graph.around(products[0]) if not call.first <= sub.sum < call.last]
-        entry = next((call for call in reversed(first) if call.first <= products[0]), None)
+        given = [call for call in first if call.reads and graph.is_above(sub.stream, call.reads[0])]
+        entry = given[-1] if given else None
         if entry is None:
             return None
         found.entry = entry.path
     assert found.call is not None
     found.shape = found.call.shapes[0]
-    found.stream = _reader(graph, sub, found.call)
-    found.out = _giver(graph, sub, found.call)
+    found.out, given = _giver(graph, sub, found.call)
+    stream, read = _reader(graph, sub, found.call)
+    found.stream = stream if read == given else ""  # what is made of the one is added to the other
     return found
 
 
-def _reader(graph: Graph, sub: Sublayer, own: Call) -> str:
-    """The first module that is given the stream itself, works on it, and does not hold the sum."""
+def _reader(graph: Graph, sub: Sublayer, own: Call) -> tuple[str, tuple[int, ...]]:
+    """The first module that is given the stream itself, works on it, and does not hold the sum; the stream's shape."""
     holder = next(graph.holding([*(op.index for op in sub.products), sub.sum]), None)
     for call in graph.calls[holder.index if holder else 0 :]:
         if call.first >= sub.sum:
             break
         if call.index < own.index and call.last >= own.last:
             continue  # around the whole sub-layer
-        if call.last <= sub.sum and call.reads and graph.root(call.reads[0]) == sub.stream:
-            if sub.indices & set(call.gives[:1]):
-                return call.path
-    return ""
+        begins = call.last <= sub.sum and call.reads and graph.root(call.reads[0]) == sub.stream
+        if begins and sub.indices & set(call.gives):
+            return call.path, call.given[0]
+    return "", ()
 
 
-def _giver(graph: Graph, sub: Sublayer, own: Call) -> str:
+def _giver(graph: Graph, sub: Sublayer, own: Call) -> tuple[str, tuple[int, ...]]:
     """The last module that gives what is added, where it is another than the sub-layer; dropout gives what it is given."""
     branch = graph.root(sub.branch)
     behind = [call for call in graph.calls[own.index :] if own.last <= call.first and call.last <= sub.sum]
-    giving = [call.path for call in behind if call.gives[:1] and graph.root(call.gives[0]) == branch]
-    kept = [path for path in giving if path not in graph.dropouts]
-    return kept[-1] if kept else ""
+    giving = [call for call in behind if call.gives[:1] and graph.root(call.gives[0]) == branch]
+    kept = [call for call in giving if call.path not in graph.dropouts]
+    return (kept[-1].path, kept[-1].shapes[0]) if kept else ("", own.shapes[0])

@@ -18,14 +18,12 @@ def name_towers(graph: Graph, subs: Iterable[Sublayer], found: list[Block]) -> N
     sums = {graph.root(sub.sum): sub.stream for sub in subs} | {sub.sum: sub.stream for sub in subs}
     origins: dict[str, frozenset[int]] = {}
     groups: dict[tuple[frozenset[int], str], list[Block]] = {}
-    homes: list[str] = []
     for block in found:
         form = pattern(block.path)
         if form not in origins or (block.first >= 0 and not origins[form]):
             origins[form] = _origins(graph, sums, block)
-        home = next((h for h in homes if _nested(h, _home(block.path))), _home(block.path))
-        homes.append(home)
-        groups.setdefault((origins[form], home), []).append(block)
+        key = next((k for k in groups if _is_same(graph, k, origins[form], _home(block.path))), None)
+        groups.setdefault(key or (origins[form], _home(block.path)), []).append(block)
     kinds = {key: _kind(graph, key[0]) for key in groups}
     for key, own in groups.items():
         name = kinds[key]
@@ -44,7 +42,11 @@ def _home(path: str) -> str:
     return ".".join(names[: max(0, own)])
 
 
-def _nested(one: str, other: str) -> bool:
+def _is_same(graph: Graph, key: tuple[frozenset[int], str], origin: frozenset[int], home: str) -> bool:
+    """Whether blocks continue a stream: they stand under one module, and theirs comes from there too."""
+    one, other = key[1], home
+    if _kind(graph, key[0]) != _kind(graph, origin) or not (key[0] & origin or key[0] == origin):
+        return False
     return not one or not other or f"{one}.".startswith(f"{other}.") or f"{other}.".startswith(f"{one}.")
 
 

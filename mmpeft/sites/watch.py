@@ -110,6 +110,8 @@ class Call:
     last: int = -1
     reads: list[int] = field(default_factory=list)
     """Operations whose results it was given."""
+    given: list[tuple[int, ...]] = field(default_factory=list)
+    """Their shapes."""
     gives: list[int] = field(default_factory=list)
     """Operations whose results it returned, in order."""
     shapes: list[tuple[int, ...]] = field(default_factory=list)
@@ -379,7 +381,9 @@ def _calls(model: nn.Module, seen: _Watching) -> Iterator[None]:
         def begin(module: nn.Module, args: Any, kwargs: Any) -> None:
             parent = seen.running[-1] if seen.running else -1
             call = Call(len(seen.calls), path, parent, len(seen.ops))
-            call.reads = [seen.source(t) for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+            tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+            call.reads = [seen.source(t) for t in tensors]
+            call.given = [tuple(t.shape) for t in tensors]
             call.first = len(seen.ops)
             seen.calls.append(call)
             seen.running.append(call.index)
