@@ -1,4 +1,4 @@
-"""Small inputs that a transformers model accepts, from its signature, its config and the shapes of its first weights."""
+"""Small inputs that a transformers model accepts, from its signature, its config and the shapes of its weights."""
 
 from __future__ import annotations
 

@@ -11,6 +11,7 @@ import os
 import sys
 import tempfile
 import time
+import traceback
 import warnings
 from collections import Counter
 from multiprocessing import get_context
@@ -73,8 +74,11 @@ def model_class(model_type: str) -> type[nn.Module]:
 def build(model_type: str) -> nn.Module:
     """A small random model; raises with the reason where a type needs files or packages that are not there."""
     config = small_config(configuration_auto.CONFIG_MAPPING[model_type])
+    kind = model_class(model_type)
+    if kind.forward.__qualname__ == "_forward_unimplemented":
+        raise TypeError(f"{kind.__name__} has no forward pass: its parts are called one by one")
     torch.manual_seed(0)
-    return model_class(model_type)(config).eval()
+    return kind(config).eval()
 
 
 def _fake(model: nn.Module, args: Any, kwargs: Any) -> None:
@@ -85,15 +89,11 @@ def _fake(model: nn.Module, args: Any, kwargs: Any) -> None:
 
 
 def _reason(error: BaseException) -> str:
-    import traceback
-
-    at = traceback.extract_tb(error.__traceback__)
-    where = [
-        f"{Path(f.filename).name}:{f.lineno}"
-        for f in at
-        if "transformers/models" in f.filename or "inputs" in f.filename
-    ]
-    return f"{type(error).__name__}: {str(error)[:300]} @{' '.join(where[-3:] or [Path(at[-1].filename).name + ':' + str(at[-1].lineno)])}"
+    """The error with the lines of transformers that raised it."""
+    steps = traceback.extract_tb(error.__traceback__)
+    inside = [step for step in steps if "transformers/models" in step.filename] or steps
+    where = " ".join(f"{Path(step.filename).name}:{step.lineno}" for step in inside[-3:])
+    return f"{type(error).__name__}: {str(error)[:300]} @{where}"
 
 
 def report(model_type: str) -> dict[str, Any]:

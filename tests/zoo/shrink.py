@@ -75,15 +75,16 @@ _FIXED = {
     "expert_layer_offset": 1,
     "full_attention_interval": 2,
     "num_codevectors_per_group": 20,
-    "max_source_positions": 64,
+    "max_source_positions": 128,
     "rotary_dim": 8,
     "n_groups": 2,
     "mamba_n_groups": 2,
     "num_kv_shared_layers": 2,
     "mm_tokens_per_image": 4,
+    "latent_query_num": 4,
     "use_mamba_kernels": False,
 }
-_WIDTHS = ("upsample_groups", "bottleneck_features")  # widths under other names
+_WIDTHS = ("upsample_groups", "bottleneck_features", "downsample_channels")  # widths under other names
 _WHERE_NONE = {"num_key_value_heads": KEY_VALUE_HEADS, "vocab_size": 64, "num_experts_per_tok": 2, "head_dim": 16}
 _WIDTH_OF_TEXT = ("out_hidden_size", "text_hidden_size", "llm_hidden_size")
 # Heads, their width, and what times the hidden width they make.
@@ -113,13 +114,13 @@ def _numbers(value: Any) -> Iterator[int]:
 
 def _each(value: Any, change: Callable[[int], int]) -> Any:
     if isinstance(value, list | tuple):
-        return [_each(one, change) for one in value]
+        return type(value)(_each(one, change) for one in value)
     return change(value) if isinstance(value, int) and not isinstance(value, bool) else value
 
 
 def _is_width(name: str, value: Any) -> bool:
     if name in _WIDTHS:
-        return isinstance(value, int)
+        return bool(list(_numbers(value)))
     if _HEAD_WIDTH.search(name) or _NO_WIDTH.search(name) or not _WIDTH.search(name):
         return False
     found = list(_numbers(value))
@@ -296,7 +297,7 @@ class Shrinking:
         if isinstance(patch, list | tuple):
             patch = patch[0]
         side = 64 if staged or not isinstance(patch, int) or patch > 64 else max(4 * patch, 16)
-        side = 128 if name == "image_size" and isinstance(patch, int) and patch < 4 and "hidden_sizes" in own else side
+        side = 128 if isinstance(patch, int) and patch < 4 else side
         return _each(value, lambda n: min(n, side))
 
     @staticmethod
