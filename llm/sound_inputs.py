@@ -63,6 +63,19 @@ def _features(request: Request) -> dict[str, Any]:
     return {"input_features": features, **{n: mask for n in _MASKS if n in request.required or n in wanted}}
 
 
+def _values(request: Request) -> Any:
+    """Waves, with a channel where the model tells channels; or what a spectrogram transformer calls so."""
+    if request.main == "input_features" and "input_values" not in request.required:
+        return None
+    bins, length = request.find("num_mel_bins"), request.find("max_length")
+    if isinstance(bins, int) and isinstance(length, int) and request.find("patch_size"):
+        return request.noise(ROWS, length, bins)
+    channels = request.find("audio_channels", "upsampling_ratios", "downsampling_ratios")
+    if request.kind.startswith("omniasr") or channels:
+        return request.noise(ROWS, 1, _SAMPLES)
+    return request.noise(ROWS, _SAMPLES)
+
+
 def _waves_mask(request: Request) -> Tensor | None:
     if "padding_mask" not in request.required or "input_values" not in request.names:
         return None

@@ -175,8 +175,9 @@ def _features(request: Request, modality: str, made: dict[str, Any]) -> int:
         return 0
     if not any(torch.is_tensor(v) and v.is_floating_point() for v in given.values()):
         return 0
+    where = next(request.model.parameters()).device
     with torch.no_grad():
-        found = run(**given)
+        found = run(**{name: value.to(where) if torch.is_tensor(value) else value for name, value in given.items()})
     pooled = getattr(found, "pooler_output", None)
     found = getattr(found, "last_hidden_state", found) if pooled is None else pooled
     found = list(found) if isinstance(found, list | tuple) else [found]
