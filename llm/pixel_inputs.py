@@ -112,11 +112,12 @@ def _pixels(request: Request) -> Any:
         return request.noise(ROWS, frames, channels, high, wide)
     pinpoints = request.find("image_grid_pinpoints")
     if pinpoints is not None and "image_sizes" in names:
-        tiles = 1 + min((a // high or 1) * (b // wide or 1) for a, b in pinpoints)
-        shape = min(pinpoints, key=lambda p: (p[0] // high or 1) * (p[1] // wide or 1))
+        grids = [(-(-a // high) * -(-b // wide), [a, b]) for a, b in pinpoints]
+        count, shape = min(grids)
+        tiles = 1 + count  # the whole picture is one more
         return {
             "pixel_values": request.noise(ROWS, tiles, channels, high, wide),
-            "image_sizes": torch.tensor([list(shape)] * ROWS),
+            "image_sizes": torch.tensor([shape] * ROWS),
         }
     if kind == "inkling_mm_model":
         time = first(request.find("temporal_patch_size", default=2))
