@@ -146,7 +146,8 @@ def _merges(request: Request) -> Tensor:
 def _states_of_patches(request: Request) -> Any:
     if "grid_thw" not in request.names:
         if isinstance(first_convolution := next(_convolutions(request), None), nn.Conv1d):
-            return request.noise(ROWS, first_convolution.in_channels, 3840)
+            channels = first_convolution.in_channels
+            return request.noise(ROWS, channels, 3840 if channels == 1 else 4)  # waves, or what makes them
         wide = int(request.find("hidden_size", "d_model", default=1))
         return request.noise(ROWS, _GRID, wide) if "hidden_states" in request.required else None
     pixels, grid = _patches(request)
