@@ -126,7 +126,11 @@ GIVEN: dict[str, dict[str, Any]] = {
     **{t: {"image_grid_pinpoints": [[56, 112], [112, 56], [112, 112]]} for t in ("llava_onevision",)},
     "reformer": {"axial_pos_embds_dim": lambda new: [32, new["hidden_size"] - 32]},
     "tvp": {"num_frames": 4},
-    "vitmatte": {"convstream_hidden_sizes": [48, 96, 192], "fusion_hidden_sizes": [256, 128, 64, 32]},
+    "voxtral": {"audio_token_id": 24},
+    "zamba": {
+        "attention_hidden_size": _times("hidden_size", 2),
+        "attention_head_dim": lambda new: 2 * new["hidden_size"] // new["num_attention_heads"],
+    },
     "clvp_encoder": {"vocab_size": 512},
     "qwen3_asr_encoder": {"output_dim": lambda new: new["text_width"] or new["output_dim"]},
     "shieldgemma2": {"yes_token_index": 20, "no_token_index": 21},
