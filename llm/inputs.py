@@ -1,4 +1,4 @@
-"""Small inputs that a transformers model accepts, from its signature, its config and the shapes of its first weights."""
+"""Small inputs that a transformers model accepts, from its signature, its config and the shapes of its weights."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ def example_inputs(model: nn.Module) -> tuple[tuple[Any, ...], dict[str, Any]] |
         if name in makers and name not in made:
             value = makers[name](request)
             values = value if isinstance(value, dict) else {name: value}
-            made.update({k: v for k, v in values.items() if k in request.names and v is not None})
+            made.update({k: _as_weights(model, v) for k, v in values.items() if k in request.names and v is not None})
     place_features(request, made)
-    return (), {name: _as_weights(model, value) for name, value in made.items()}
+    return (), made
 
 
 def _as_weights(model: nn.Module, value: Any) -> Any:

@@ -14,7 +14,8 @@ _GRID = 4
 _PAIRS = ("superglue", "lightglue", "efficientloftr")
 _FRAMES = ("instructblipvideo",)
 _SQUARES = ("kimi", "paddleocr_vl", "neomme")  # patches that keep their height and width
-_LISTS = ("idefics", "idefics2", "idefics3", "smolvlm", "modernvbert", "colmodernvbert", "ultravbert")
+_LISTED = ("pi0", "granite_docling")  # which of the pictures are there, besides
+_LISTS = (*_LISTED, "idefics", "idefics2", "idefics3", "smolvlm", "modernvbert", "colmodernvbert", "ultravbert")
 
 
 def _tower(request: Request) -> Any:
@@ -38,6 +39,8 @@ def _side(request: Request) -> tuple[int, int]:
         cfg = getattr(module, "default_cfg", None)
         if isinstance(cfg, dict) and cfg.get("fixed_input_size"):
             return int(cfg["input_size"][1]), int(cfg["input_size"][2])
+    if request.kind.endswith("_rec"):  # a line of writing
+        return 48, 320
     own = (getattr(tower, n, None) for n in ("image_size", "img_size", "input_size", "max_img_size"))
     size = next((s for s in own if s is not None), None) or request.find("image_size", "img_size", default=64)
     if isinstance(size, dict):
@@ -109,20 +112,30 @@ def _pixels(request: Request) -> Any:
         return request.noise(ROWS, frames, channels, high, wide)
     pinpoints = request.find("image_grid_pinpoints")
     if pinpoints is not None and "image_sizes" in names:
-        tiles = 1 + min((a // high or 1) * (b // wide or 1) for a, b in pinpoints)
-        shape = min(pinpoints, key=lambda p: (p[0] // high or 1) * (p[1] // wide or 1))
+        grids = [(-(-a // high) * -(-b // wide), [a, b]) for a, b in pinpoints]
+        count, shape = min(grids)
+        tiles = 1 + count  # the whole picture is one more
         return {
             "pixel_values": request.noise(ROWS, tiles, channels, high, wide),
-            "image_sizes": torch.tensor([list(shape)] * ROWS),
+            "image_sizes": torch.tensor([shape] * ROWS),
         }
+    if kind == "inkling_mm_model":
+        time = first(request.find("temporal_patch_size", default=2))
+        return request.noise(ROWS * 4, time, patch, patch, channels)
+    if kind in ("nemotron_h_omni", "neomme"):
+        return request.noise(ROWS * _GRID * _GRID, channels * patch * patch)
     if kind == "fuyu":
         return request.noise(ROWS, _GRID * _GRID, channels * patch * patch)
+    if kind.startswith("minicpm") and kind.endswith("_vision"):  # patches side by side
+        return request.noise(1, channels, patch, ROWS * _GRID * _GRID * patch)
     if kind in _FRAMES:
         return request.noise(ROWS, 4, channels, high, wide)
     if kind in _PAIRS:
         return request.noise(ROWS, 2, channels, high, wide)
     if kind in _LISTS:
-        return request.noise(ROWS, 1, channels, high, wide)
+        pictures = request.noise(ROWS, 1, channels, high, wide)
+        mask = torch.ones(ROWS, 1, dtype=torch.bool)
+        return {"pixel_values": pictures, "pixel_attention_mask": mask} if kind in _LISTED else pictures
     return request.noise(ROWS, channels, high, wide)
 
 
@@ -133,7 +146,8 @@ def _merges(request: Request) -> Tensor:
 def _states_of_patches(request: Request) -> Any:
     if "grid_thw" not in request.names:
         if isinstance(first_convolution := next(_convolutions(request), None), nn.Conv1d):
-            return request.noise(ROWS, first_convolution.in_channels, 3840)
+            channels = first_convolution.in_channels
+            return request.noise(ROWS, channels, 3840 if channels == 1 else 4)  # waves, or what makes them
         wide = int(request.find("hidden_size", "d_model", default=1))
         return request.noise(ROWS, _GRID, wide) if "hidden_states" in request.required else None
     pixels, grid = _patches(request)
@@ -189,7 +203,8 @@ PIXELS: dict[str, Callable[[Request], Any]] = {
     "pixel_values_videos": _videos,
     "hidden_states": _states_of_patches,
     "image_sizes": _sizes,
-    "image_grid_hw": _grid_sizes,
+    "image_grid_hw": lambda request: _grid_sizes(request) if request.kind == "nemotron_h_omni" else None,
+    "target_sizes": lambda request: _grid_sizes(request) if request.kind.endswith("_vision") else None,
     "flattened_patches": _flat,
     "prompt_pixel_values": _prompt,
     "high_res_pixel_values": _finer,

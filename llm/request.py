@@ -35,7 +35,7 @@ class Request:
         """The method that gives the features of a modality."""
         holders = (self.model, getattr(self.model, "base_model", None), getattr(self.model, "model", None))
         found = [f for h in holders if (f := getattr(h, f"get_{modality}_features", None)) is not None]
-        return next((f for f in found if _named(f)), None)  # a wrapper that passes everything on says nothing
+        return next((f for f in reversed(found) if _named(f)), None)  # a wrapper passes on what it does not name
 
     def lacks(self, *words: str) -> bool:
         """Whether the config names a part of these kinds and has none."""

@@ -54,6 +54,11 @@ def _hidden(request: Request) -> Tensor:
     return request.noise(ROWS, TOKENS, int(request.find("hidden_size", "d_model", "embed_dim")))
 
 
+def _context(request: Request) -> Tensor:
+    """States of several layers of the model that a small one assists, side by side."""
+    return _hidden(request).repeat(1, 1, len(request.find("target_layer_ids", default=[0])))
+
+
 def _if_required(name: str, maker: Callable[[Request], Any]) -> Callable[[Request], Any]:
     return lambda request: maker(request) if name in request.required or request.main == name else None
 
@@ -67,10 +72,8 @@ SERIES: dict[str, Callable[[Request], Any]] = {
     "past_values": _past,
     "states": _trajectory,
     "visual_feats": _visual_features,
+    "context_hidden_states": _context,
     "state": _if_required("state", lambda request: request.noise(ROWS, int(request.find("max_state_dim", default=8)))),
     "latents": _if_required("latents", lambda request: _hidden(request).transpose(1, 2)),
-    **{
-        name: _if_required(name, _hidden)
-        for name in ("inputs_embeds", "query_embeds", "noise_embeds", "context_hidden_states")
-    },
+    **{name: _if_required(name, _hidden) for name in ("inputs_embeds", "query_embeds", "noise_embeds")},
 }

@@ -48,7 +48,8 @@ def _input_ids(request: Request) -> Tensor | None:
     other = request.main in _OTHER or request.kind in ("pop2piano",)
     if request.config.is_encoder_decoder and other and "input_ids" not in request.required:
         return None
-    tokens = _tokens(request, _vocabulary(request, *_text_part(request)))
+    vocabulary = _vocabulary(request, *_text_part(request))
+    tokens = _tokens(request, min(vocabulary, 60) if request.kind in _BOOKS_LAST else vocabulary)
     books = request.find("num_codebooks") if request.kind in _BOOKS_LAST else None
     if books and request.kind.startswith("kyutai"):
         books += 1  # the text beside them
@@ -76,6 +77,10 @@ def _decoder_input_ids(request: Request) -> Tensor | None:
 
 def _ones(request: Request) -> Tensor:
     return torch.ones(ROWS, TOKENS, dtype=torch.long)
+
+
+def _wants_mask(request: Request) -> bool:
+    return "attention_mask" in request.required or request.kind in ("qwen2_audio", "pi0")
 
 
 def _text(request: Request) -> Tensor:
@@ -126,7 +131,7 @@ TEXTS: dict[str, Callable[[Request], Any]] = {
     "image_embeds_position_mask": _image_places,
     "image_attention_mask": lambda request: torch.ones(ROWS, TOKENS, 1) if request.kind == "idefics" else None,
     "encoder_hidden_states": _crossed,
-    "attention_mask": _if_required("attention_mask", _ones),
+    "attention_mask": lambda request: _ones(request) if _wants_mask(request) else None,
     "qformer_input_ids": _if_required("qformer_input_ids", _text),
     "classes_input_ids": _classes,
     "task_inputs": lambda request: request.whole(3, 100, ROWS, int(request.find("task_seq_len", default=77))),
@@ -162,7 +167,7 @@ def _features(request: Request, modality: str, made: dict[str, Any]) -> int:
         return 0
     taken = inspect.signature(run).parameters
     given = {name: made[name] for name in taken if name in made}
-    if modality == "audio":
+    if modality == "audio" and given:
         for name, parameter in taken.items():  # that the whole makes out of its own arguments
             if parameter.default is parameter.empty and name.endswith("mask") and name not in made:
                 given[name] = torch.ones(ROWS, next(iter(given.values())).shape[-1], dtype=torch.long)
@@ -170,8 +175,10 @@ def _features(request: Request, modality: str, made: dict[str, Any]) -> int:
         return 0
     if not any(torch.is_tensor(v) and v.is_floating_point() for v in given.values()):
         return 0
+    where = next(request.model.parameters()).device
     with torch.no_grad():
-        found = run(**given)
-    found = getattr(found, "pooler_output", found)
+        found = run(**{name: value.to(where) if torch.is_tensor(value) else value for name, value in given.items()})
+    pooled = getattr(found, "pooler_output", None)
+    found = getattr(found, "last_hidden_state", found) if pooled is None else pooled
     found = list(found) if isinstance(found, list | tuple) else [found]
     return sum(f.numel() // f.shape[-1] for f in found if torch.is_tensor(f))

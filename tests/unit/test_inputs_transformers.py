@@ -14,27 +14,9 @@ from mmpeft.llm.inputs import example_inputs
 from tests.zoo.hf import build, types
 
 KINDS = [
-    "bamba",
-    "bert",
-    "clip",
-    "detr",
-    "dinov2",
-    "gemma3",
-    "idefics3",
-    "llama",
-    "llava",
-    "mamba",
-    "mixtral",
-    "patchtst",
-    "qwen2_5_vl",
-    "sam",
-    "segformer",
-    "siglip2",
-    "t5",
-    "vjepa2",
-    "wav2vec2",
-    "whisper",
-]
+    "bamba", "bert", "clip", "detr", "dinov2", "gemma3", "idefics3", "llama", "llava", "mamba", "mixtral", "patchtst",
+    "qwen2_5_vl", "sam", "segformer", "siglip2", "t5", "vjepa2", "wav2vec2", "whisper",
+]  # fmt: skip
 
 
 def _run(model: nn.Module) -> set[str]:
@@ -86,9 +68,12 @@ def test_inputs_are_the_same_each_time() -> None:
 
 
 def test_precision_of_the_weights() -> None:
-    found = example_inputs(build("vit").to(torch.bfloat16))
+    model = build("llava").to(torch.bfloat16)
+    found = example_inputs(model)
     assert found is not None
     assert found[1]["pixel_values"].dtype == torch.bfloat16
+    with torch.no_grad():
+        assert model(**found[1]).logits.dtype == torch.bfloat16
 
 
 def test_other_models_have_no_example() -> None:

@@ -35,6 +35,7 @@ LIBRARIES = {
     "torchvision": ("tests.zoo.torchvision_models", "mmpeft.vision.inputs"),
     "diffusers": ("tests.zoo.diffusers_models", "mmpeft.diffusion.inputs"),
     "open_clip": ("tests.zoo.open_clip_models", "mmpeft.vla.inputs"),
+    "transformers": ("tests.zoo.hf", "mmpeft.llm.inputs"),
 }
 
 

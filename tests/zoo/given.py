@@ -9,8 +9,8 @@ from typing import Any
 AS_IS = {
     "align_vision_model", "efficientloftr", "efficientnet", "hgnet_v2", "pp_lcnet", "pp_lcnet_v3", "pp_lcnet_v4",
     "pp_ocrv5_mobile_det", "pp_ocrv5_mobile_rec", "pp_ocrv5_server_det", "pp_ocrv5_server_rec", "pp_ocrv6_small_det",
-    "pp_ocrv6_medium_det", "slanet", "superpoint", "textnet", "uvdoc", "uvdoc_backbone", "vitmatte", "edgetam_vision_model",
-    "gemma3n_vision", "timm_wrapper", "clap_audio_model", "xlstm",
+    "pp_ocrv6_medium_det", "slanet", "superpoint", "textnet", "uvdoc", "uvdoc_backbone", "vitmatte",
+    "edgetam_vision_model", "gemma3n_vision", "timm_wrapper", "clap_audio_model", "xlstm",
 }  # fmt: skip
 
 
@@ -29,14 +29,18 @@ def _shallow(new: dict[str, Any]) -> dict[str, Any]:
     return {**given, "depth": 2} if str(new.get("architecture", "")).startswith("vit_") else given
 
 
+def _small_resnet(new: dict[str, Any]) -> str:
+    """The smallest of timm's in place of the usual one."""
+    name = str(new.get("backbone") or "resnet")
+    return "resnet18" if name.startswith("resnet") else name
+
+
 def _text_width(new: dict[str, Any]) -> int:
     return int(new["text_width"])
 
 
 # What the class of a config is first made with.
 START: dict[str, dict[str, Any]] = {
-    "gemma4_assistant": {"text_config": {"model_type": "gemma4_text", "hidden_size_per_layer_input": 0}},
-    "gemma4_unified_assistant": {"text_config": {"model_type": "gemma4_text", "hidden_size_per_layer_input": 0}},
     "granite_speech": {"projector_config": {"model_type": "blip_2_qformer", "encoder_hidden_size": 1024}},
     "granite_speech_plus": {"projector_config": {"model_type": "blip_2_qformer", "encoder_hidden_size": 1024}},
     "ovis2": {"hidden_size": 4096},
@@ -118,10 +122,22 @@ GIVEN: dict[str, dict[str, Any]] = {
         "backbone_channel_list": [256, 128, 64, 32],
         "backbone_feature_sizes": [[16, 16], [8, 8], [4, 4]],
     },
-    "sam3_tracker": {"low_res_mask_size": 16},
+    "sam3_vision_model": {"backbone_feature_sizes": [[16, 16], [8, 8], [4, 4]]},
+    **{t: {"image_grid_pinpoints": [[56, 112], [112, 56], [112, 112]]} for t in ("llava_onevision",)},
+    "reformer": {"axial_pos_embds_dim": lambda new: [32, new["hidden_size"] - 32]},
+    "tvp": {"num_frames": 4},
+    "voxtral": {"audio_token_id": 24},
+    "zamba": {
+        "attention_hidden_size": _times("hidden_size", 2),
+        "attention_head_dim": lambda new: 2 * new["hidden_size"] // new["num_attention_heads"],
+    },
+    "clvp_encoder": {"vocab_size": 512},
+    "qwen3_asr_encoder": {"output_dim": lambda new: new["text_width"] or new["output_dim"]},
+    "shieldgemma2": {"yes_token_index": 20, "no_token_index": 21},
     "step3p5": {"sliding_window": 8},
     "t5gemma2_text": {"dropout_rate": 0.0},
-    "timm_backbone": {"backbone": "resnet18"},
+    "timm_backbone": {"backbone": _small_resnet},
+    "diffusion_gemma_text": {"num_experts": 4, "moe_intermediate_size": 48, "top_k_experts": 2},
     "vipllava": {"vision_feature_layers": [-1, -2, -3]},
     "voxtral_encoder": {"intermediate_size": _times("hidden_size", 4)},
     "xmod": {"default_language": "en_XX"},
@@ -134,6 +150,8 @@ GIVEN: dict[str, dict[str, Any]] = {
         "intermediate_size": _times("hidden_size", 4),
         "vision_output_dim": lambda new: new["projector_output_dim"],
     },
+    "granite_speech5_encoder": {"num_key_value_heads": 4},
+    "muse_spark": {"out_hidden_size": lambda new: 4 * new["widths"][1536]},
     "muse_glimmer": {"out_hidden_size": lambda new: 4 * new["widths"][1536]},
     "paddleocr_vl_text": {
         "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [8, 4, 4]}
@@ -143,6 +161,11 @@ GIVEN: dict[str, dict[str, Any]] = {
     "moonshine_streaming": {"num_key_value_heads": 4},
     "emu3_vqgan": {"codebook_size": 16, "base_channels": 32, "hidden_size": 128},
     "timm_wrapper": {"model_args": _shallow},
-    "omdet-turbo": {"apply_layernorm_after_vision_backbone": False, "encoder_in_channels": [128, 256, 512]},
     "neomme": {"head_dim": 32},
+    "edgetam_vision_model": {
+        "backbone_channel_list": [1024, 512, 256, 64],
+        "backbone_feature_sizes": [[16, 16], [8, 8], [4, 4]],
+    },
+    "gemma3n_audio": {"sscp_conv_channel_size": [128, 32]},
+    "depth_pro": {"patch_size": 56},
 }

@@ -16,83 +16,32 @@ from typing import Any
 from transformers import PreTrainedConfig
 
 from tests.zoo.given import AS_IS, GIVEN, START
+from tests.zoo.names import (
+    CHOSEN_COUNTS,
+    EXPERT_COUNTS,
+    EXPERTS,
+    FIXED,
+    HEAD_COUNTS,
+    HEAD_WIDTH,
+    HEADS,
+    KEY_VALUE_HEADS,
+    LAYER_COUNTS,
+    LAYERS,
+    MORE_WIDTHS,
+    NO_WIDTH,
+    PLACES,
+    POSITION_COUNTS,
+    POSITIONS,
+    QUERY_COUNTS,
+    SCANS,
+    TOKENS,
+    VOCABULARIES,
+    WHERE_NONE,
+    WIDTH,
+    WIDTH_OF_TEXT,
+)
 
-LAYERS, HEADS, KEY_VALUE_HEADS, EXPERTS = 4, 4, 2, 4
-POSITIONS = 1024
 _BASE = {f.name for f in fields(PreTrainedConfig)}
-
-_LAYERS = re.compile(
-    r"^(n|num|encoder|decoder|num_hidden|num_encoder|num_decoder|encoder_num(_hidden)?|decoder_num(_hidden)?|"
-    r"num_encoder_hidden|num_decoder_hidden|text_encoder_num|vision|num_sparse_(en|de)coder)_layers?$|^n_layers?$|^depth$|^layers$"
-    r"|^num_hidden_layers$|^num_\w+_layers$|^[lxr]_layers$|_layers$|^num_(\w+_)?blocks$|^depth$|_depth$"
-)
-_HEADS = re.compile(r"(^|_)n?_?heads?(_per_stage|_per_layer)?$|^num_heads$|_attention_heads?$")
-_HEAD_WIDTH = re.compile(
-    r"head_(dim|size|width)$|^d_kv$|^dim_head$|attention_head_size$|^kv_channels$|headdim$|d_head$"
-)
-_EXPERTS = re.compile(r"^(moe_)?(num|n)_(local_|routed_)?experts$")
-_CHOSEN = re.compile(
-    r"experts_per_tok(en)?$|^moe_top_?k$|^num_selected_experts$|^moe_k$|^top_?k_experts$|^num_experts_per_token"
-)
-_VOCAB = re.compile(r"(vocab_size|vocabulary_size|_vocab|num_embeddings|bigram_vocab_size)$")
-_TOKEN = re.compile(r"(token_ids?|token_index|_token|bos_id|eos_id|pad_id|_id|eos_ids?|start_id|end_id|_index)$")
-_WIDTH = re.compile(
-    r"(hidden_(size|dim|sizes|channels|dimension|size_global)|(^|_)d_model|n_embd|embed_dims?|_dims?|_size|_sizes|d_ff|n_inner|ffn|width|"
-    r"channels?|filters|(^|_)dim|units|mlp_dim|lora_rank|d_inner|d_latents|embedding_rank|_width|planes|_channels_?\w*|_dims_?\w*)$"
-)
-_NO_WIDTH = re.compile(
-    r"(vocab|image|img|patch|kernel|window|chunk|block|batch|codebook_size|type_|max_|buffer|context|num_channels|"
-    r"input_feat|state_size|fft|hop|sample|queue|cache|grid|crop|frame|memory_size|positions|tubelet|merge|pool|"
-    r"group|roi|rotary|^input_size|model_in|^in_channels|out_channels|audio_channels|tile|n_ctx|mel|expan|interp|reduction|"
-    r"conv_size|d_conv|rope_dim|mrope|stride|train_size|qk_rope|mask_size|^input_dim|step_dim|segment|feature_size|spatial|temporal|canvas|pos_embed_size|posemb)"
-)
-_POSITIONS = re.compile(
-    r"(max_(\w+_)?positions?(_embeddings)?|n_positions|n_ctx|max_seq_len|max_sequence_length|context_length|max_seqlen)$"
-)
-_QUERIES = re.compile(
-    r"^(num_queries|num_query_tokens|two_stage_num_proposals|num_object_queries|num_detection_tokens|n_queries)$"
-)
-_PLACES = re.compile(
-    r"(ind(ic|ex)e?s|index(es)?|_ids|_layers|_layer|_layer_ids|_blocks|_idx|layers|_features|_at|proj_layers)$"
-)
-_FIXED = {
-    "sliding_window": 8,
-    "n_group": 2,
-    "num_expert_group": 2,
-    "topk_group": 1,
-    "n_shared_experts": 1,
-    "num_shared_experts": 1,
-    "moe_num_shared_experts": 1,
-    "first_k_dense_replace": 1,
-    "index_topk": 8,
-    "num_nextn_predict_layers": 0,
-    "qk_nope_head_dim": 16,
-    "qk_rope_head_dim": 8,
-    "v_head_dim": 24,
-    "expert_layer_period": 2,
-    "attn_layer_period": 2,
-    "attn_layer_offset": 1,
-    "expert_layer_offset": 1,
-    "full_attention_interval": 2,
-    "num_codevectors_per_group": 20,
-    "max_source_positions": 64,
-    "rotary_dim": 8,
-    "n_groups": 2,
-    "mamba_n_groups": 2,
-    "num_kv_shared_layers": 2,
-    "mm_tokens_per_image": 4,
-    "use_mamba_kernels": False,
-}
-_WIDTHS = ("upsample_groups", "bottleneck_features")  # widths under other names
-_WHERE_NONE = {"num_key_value_heads": KEY_VALUE_HEADS, "vocab_size": 64, "num_experts_per_tok": 2, "head_dim": 16}
-_WIDTH_OF_TEXT = ("out_hidden_size", "text_hidden_size", "llm_hidden_size")
-# Heads, their width, and what times the hidden width they make.
-_SCANS = (
-    ("num_heads", "head_dim", "expand"),
-    ("mamba_n_heads", "mamba_d_head", "mamba_expand"),
-    ("mamba_num_heads", "mamba_head_dim", "expand"),
-    ("n_mamba_heads", "mamba_headdim", "mamba_expand"),
-)
 
 
 def configs(config: PreTrainedConfig) -> Iterator[PreTrainedConfig]:
@@ -113,14 +62,14 @@ def _numbers(value: Any) -> Iterator[int]:
 
 def _each(value: Any, change: Callable[[int], int]) -> Any:
     if isinstance(value, list | tuple):
-        return [_each(one, change) for one in value]
+        return type(value)(_each(one, change) for one in value)
     return change(value) if isinstance(value, int) and not isinstance(value, bool) else value
 
 
 def _is_width(name: str, value: Any) -> bool:
-    if name in _WIDTHS:
-        return isinstance(value, int)
-    if _HEAD_WIDTH.search(name) or _NO_WIDTH.search(name) or not _WIDTH.search(name):
+    if name in MORE_WIDTHS:
+        return bool(list(_numbers(value)))
+    if HEAD_WIDTH.search(name) or NO_WIDTH.search(name) or not WIDTH.search(name):
         return False
     found = list(_numbers(value))
     return bool(found) and all(n >= 16 for n in found)
@@ -169,9 +118,9 @@ class Shrinking:
                 if _is_width(name, value):
                     widths |= set(_numbers(value))
                     kept |= set(_numbers(value)) if config.model_type in AS_IS else set()
-                elif _VOCAB.search(name):
+                elif VOCABULARIES.search(name):
                     vocabularies |= {n for n in _numbers(value) if n > 400}
-                elif _TOKEN.search(name):
+                elif TOKENS.search(name):
                     tokens |= {n for n in _numbers(value) if n >= 100}
         self.widths = {n: n if n in kept else 32 * (i + 2) for i, n in enumerate(sorted(widths))}
         self.vocabularies = {n: 400 + 8 * i for i, n in enumerate(sorted(vocabularies))}
@@ -180,7 +129,7 @@ class Shrinking:
     def small(self, config: PreTrainedConfig, text_width: int | None = None) -> PreTrainedConfig:
         """The config with its numbers replaced; `text_width` is what a tower beside the text has to give."""
         kwargs = _explicit(config) if config.model_type in AS_IS else self._kwargs(config)
-        for name in _WIDTH_OF_TEXT:
+        for name in WIDTH_OF_TEXT:
             if text_width and getattr(config, name, None):
                 kwargs[name] = text_width
         given = self.given.get(config.model_type) or self.given.get(type(config).__name__, {})
@@ -197,7 +146,7 @@ class Shrinking:
 
     def _kwargs(self, config: PreTrainedConfig) -> dict[str, Any]:
         own = own_fields(config)
-        before = max((v for n, v in own.items() if _LAYERS.search(n) and isinstance(v, int)), default=0)
+        before = max((v for n, v in own.items() if LAYER_COUNTS.search(n) and isinstance(v, int)), default=0)
         kinds = max((len(set(v)) for n, v in own.items() if self._one_a_layer(v, before)), default=1)
         layers = max(LAYERS, 2 * kinds)
         new = _explicit(config)
@@ -209,7 +158,7 @@ class Shrinking:
                 new[name] = changed
         heads = new.get("num_attention_heads") or new.get("n_head") or new.get("num_heads") or HEADS
         self._heads_fit(own, new, heads)
-        for many, width, expand in _SCANS:
+        for many, width, expand in SCANS:
             if isinstance(own.get(many), int) and isinstance(own.get(width), int) and own.get(expand):
                 whole = int(own[expand] * new["hidden_size"])
                 new.update(
@@ -230,40 +179,40 @@ class Shrinking:
 
     def _change(self, name: str, value: Any, own: dict[str, Any], before: int, layers: int) -> Any:
         if value is None:
-            return _WHERE_NONE.get(name, MISSING)
-        if isinstance(value, PreTrainedConfig | dict | bool) and name not in _FIXED:
+            return WHERE_NONE.get(name, MISSING)
+        if isinstance(value, PreTrainedConfig | dict | bool) and name not in FIXED:
             return MISSING
-        if name in _FIXED:
-            fixed = _FIXED[name]
+        if name in FIXED:
+            fixed = FIXED[name]
             return fixed if isinstance(value, int) and (value or isinstance(fixed, bool)) else MISSING
         if isinstance(value, list | tuple) and len(value) == before > 4:
             return _pattern(name, list(value), layers)
-        if _TOKEN.search(name) and not _PLACES.search(name.replace("token_index", "").replace("token_ids", "")):
+        if TOKENS.search(name) and not PLACES.search(name.replace("token_index", "").replace("token_ids", "")):
             return _each(value, lambda n: self.tokens.get(n, n))
-        if _VOCAB.search(name):
+        if VOCABULARIES.search(name):
             return _each(value, lambda n: self.vocabularies.get(n, n))
-        if _EXPERTS.search(name):
+        if EXPERT_COUNTS.search(name):
             return _each(value, lambda n: min(n, EXPERTS))
-        if _CHOSEN.search(name):
+        if CHOSEN_COUNTS.search(name):
             return _each(value, lambda n: min(n, 2))
-        if _POSITIONS.search(name):
+        if POSITION_COUNTS.search(name):
             return _each(value, lambda n: min(n, POSITIONS))
-        if _QUERIES.search(name):
+        if QUERY_COUNTS.search(name):
             return min(value, 12)
         if name == "codebook_size":  # a power of two in most codecs
             return min(value, 64)
         if name == "window_size" and isinstance(value, int):
             return 2 if value <= 32 and ("patch_size" in own or "embed_dim" in own) else value
-        if _HEADS.search(name) and "dim" not in name:
+        if HEAD_COUNTS.search(name) and "dim" not in name:
             few = KEY_VALUE_HEADS if re.search(r"kv|key", name) and not own.get("kv_lora_rank") else HEADS
             return _each(value, lambda n: max((d for d in (1, 2, 4) if d <= min(n, few)), default=n))
-        if isinstance(value, int) and _LAYERS.search(name):
+        if isinstance(value, int) and LAYER_COUNTS.search(name):
             return layers if value == before else min(value, LAYERS if value > 4 else 2)
         if name in ("depths", "num_blocks", "stage_num_blocks", "blocks_per_stage", "layer_depths", "num_layers"):
             return _each(value, lambda n: min(n, 2))
         if _is_width(name, value):
             return _each(value, self.widths.__getitem__)
-        if _PLACES.search(name) and before:
+        if PLACES.search(name) and before:
             return self._places(value, before, layers)
         return self._picture(name, value, own)
 
@@ -296,14 +245,14 @@ class Shrinking:
         if isinstance(patch, list | tuple):
             patch = patch[0]
         side = 64 if staged or not isinstance(patch, int) or patch > 64 else max(4 * patch, 16)
-        side = 128 if name == "image_size" and isinstance(patch, int) and patch < 4 and "hidden_sizes" in own else side
+        side = 128 if isinstance(patch, int) and patch < 4 else side
         return _each(value, lambda n: min(n, side))
 
     @staticmethod
     def _heads_fit(own: dict[str, Any], new: dict[str, Any], heads: Any) -> None:
         """Widths of a head: a share of the hidden width where they were one."""
         for name, value in own.items():
-            if not _HEAD_WIDTH.search(name) or name in _FIXED or not isinstance(value, int) or isinstance(value, bool):
+            if not HEAD_WIDTH.search(name) or name in FIXED or not isinstance(value, int) or isinstance(value, bool):
                 continue
             hidden = next(
                 (n for n in ("hidden_size", "d_model", "n_embd", "embed_dim") if isinstance(own.get(n), int)), None
@@ -319,7 +268,7 @@ class Shrinking:
             if hidden and many * value == own[hidden] and isinstance(heads, int):
                 new[name] = new[hidden] // heads
             elif name == "qk_head_dim":
-                new[name] = _FIXED["qk_nope_head_dim"] + _FIXED["qk_rope_head_dim"]
+                new[name] = FIXED["qk_nope_head_dim"] + FIXED["qk_rope_head_dim"]
             else:
                 new[name] = min(value, 16 if "rope" in name else 32)
 
