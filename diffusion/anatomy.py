@@ -1,4 +1,4 @@
-"""What watching cannot see of diffusers' denoisers: customary names of towers, what speaks of time, which stream is which.
+"""What watching cannot see of diffusers' denoisers: names of towers, what speaks of time, which stream is which.
 
 Registered by class name, so that importing this file imports no diffusers. What is said here of a module is checked by
 running the models in `tests/unit/test_anatomy_diffusers.py`.

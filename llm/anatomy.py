@@ -71,7 +71,7 @@ def _headed(site: Site) -> Site:
 
 
 def _keys(model: nn.Module, site: Site, found: list[Site]) -> Site:
-    """Learned keys enter by the registry of attention functions, where the module asks it: before heads are repeated."""
+    """Learned keys enter by the registry of attention functions, where it is asked: before heads are repeated."""
     module = module_at(model, site.path)
     if not consults(module):
         around = site.refuse == "" and hasattr(module, "logit_scale")

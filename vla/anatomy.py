@@ -25,7 +25,7 @@ example_inputs(inputs.example_inputs)
 
 @note(f"{OPEN_CLIP}.model.CLIP", f"{OPEN_CLIP}.model.CustomTextCLIP", f"{OPEN_CLIP}.coca_model.CoCa")
 def pair(model: nn.Module, found: list[Site]) -> list[Site]:
-    """A pair of towers; CoCa's text decoder is a third, `decoder`, whose cross-attention blocks have their own depth."""
+    """A pair of towers; CoCa's text decoder is a third, `decoder`, with cross-attention blocks between the others."""
     named = [replace(site, tower=TOWERS.get(site.path.split(".")[0], "text")) for site in found]
     named = [replace(s, path=f"{s.path}.resblocks") if s.role == "stack" and s.tower == "decoder" else s for s in named]
     return [

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from mmpeft.sites.graph import JOINTS, Graph
-from mmpeft.sites.watch import PRODUCTS, SOFTMAX, Op
+from mmpeft.sites.record import PRODUCTS, SOFTMAX, Op
 
 
 @dataclass

@@ -76,23 +76,26 @@ def blocks(graph: Graph, modules: dict[str, nn.Module], subs: Iterable[Sublayer]
         if around:
             held.append(_choose(around, lists))
     paths = {path for path in held if not any(path.startswith(f"{other}.") for other in set(held))}
-    kinds = {(type(modules[path]), pattern(path)) for path in paths}
-    classes = {kind for kind, _ in kinds}
+    classes = {type(modules[path]) for path in paths}
+    forms = {pattern(path) for path in paths}
     for path, module in modules.items():
-        listed = pattern(path) in {form for _, form in kinds} and type(module) in classes
-        if listed or (type(module) in classes and lists.siblings(path)):
-            if not any(path.startswith(f"{other}.") or other.startswith(f"{path}.") for other in paths - {path}):
-                paths.add(path)
+        listed = pattern(path) in forms or lists.siblings(path)
+        if type(module) in classes and listed and not any(_is_within(path, other) for other in paths - {path}):
+            paths.add(path)
     return _ordered(graph, paths, list(modules))
 
 
 def _choose(around: list[str], lists: Lists) -> str:
     """The innermost member of a list, or of the list around it where the inner one holds the block's sub-layers."""
     inner = around[0]
-    if len(around) > 1 and not lists.is_alike(inner) and lists.is_alike(around[1]):
-        if len(lists.siblings(around[1])) > 1 and len(lists.siblings(inner)) <= 3:
-            return around[1]
-    return inner
+    if len(around) < 2 or lists.is_alike(inner) or not lists.is_alike(around[1]):
+        return inner
+    several = len(lists.siblings(around[1])) > 1 and len(lists.siblings(inner)) <= 3
+    return around[1] if several else inner
+
+
+def _is_within(one: str, other: str) -> bool:
+    return one.startswith(f"{other}.") or other.startswith(f"{one}.")
 
 
 def _ordered(graph: Graph, paths: set[str], order: list[str]) -> list[Block]:

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from mmpeft.sites.watch import PRODUCTS, SLICES, SOFTMAX, VIEWS, Call, Op, Record
+from mmpeft.sites.record import PRODUCTS, SLICES, SOFTMAX, VIEWS, Call, Op, Record
 
 SUMS = frozenset({"add", "sub", "index_add"})
 JOINTS = frozenset({"bmm", "mm", "baddbmm"})

@@ -7,7 +7,7 @@ from dataclasses import replace
 from mmpeft.sites.attention import Attention
 from mmpeft.sites.builder import Builder
 from mmpeft.sites.graph import Graph
-from mmpeft.sites.watch import Function
+from mmpeft.sites.record import Function
 
 OTHER = (
     "its attention is neither one scaled_dot_product_attention nor a softmax between two 4-D products, so that learned "

@@ -5,40 +5,13 @@ from __future__ import annotations
 from math import prod
 
 from mmpeft.sites.graph import Graph
+from mmpeft.sites.record import Op
 from mmpeft.sites.replay import channels
 from mmpeft.sites.streams import Sublayer
-from mmpeft.sites.watch import Op
 
-POINTWISE = frozenset(
-    [
-        "silu",
-        "gelu",
-        "relu",
-        "sigmoid",
-        "hardswish",
-        "hardsigmoid",
-        "leaky_relu",
-        "elu",
-        "celu",
-        "selu",
-        "mish",
-        "softplus",
-        "tanh",
-        "hardtanh",
-        "pow",
-        "square",
-        "threshold",
-        "erf",
-        "exp",
-        "softsign",
-        "log_sigmoid",
-        "_prelu_kernel",
-        "prelu",
-        "clamp",
-        "clamp_min",
-        "abs",
-    ]
-)
+POINTWISE = frozenset({"silu", "gelu", "relu", "sigmoid", "hardswish", "hardsigmoid", "leaky_relu", "elu", "celu"})
+POINTWISE |= {"selu", "mish", "softplus", "tanh", "hardtanh", "pow", "square", "threshold", "erf", "exp", "softsign"}
+POINTWISE |= {"log_sigmoid", "_prelu_kernel", "prelu", "clamp", "clamp_min", "abs"}
 """What makes a gate of one of two factors."""
 
 Assignment = dict[str, list[tuple[Op, list[int] | None]]]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -58,8 +59,8 @@ def noted(model: nn.Module, found: list[Site]) -> list[Site]:
         first = found.index(inside[0]) if inside else 0
         rest = [site for site in found if not _is_inside(site.path, path)]
         model_inside = model.get_submodule(path)
-        given = own(model_inside, [_moved(site, lambda p: p[len(path) + 1 :] if path else p) for site in inside])
-        back = [_moved(site, lambda p: f"{path}.{p}".rstrip(".") if path else p) for site in given]
+        given = own(model_inside, [_moved(site, partial(_below, path)) for site in inside])
+        back = [_moved(site, partial(_above, path)) for site in given]
         found = [*rest[:first], *back, *rest[first:]]
     return found
 
@@ -70,6 +71,14 @@ def _note_of(cls: type) -> Note | None:
 
 def _is_inside(path: str, around: str) -> bool:
     return not around or path == around or path.startswith(f"{around}.")
+
+
+def _below(around: str, path: str) -> str:
+    return path[len(around) + 1 :] if around else path
+
+
+def _above(around: str, path: str) -> str:
+    return f"{around}.{path}".strip(".")
 
 
 def _moved(site: Site, move: Callable[[str], str]) -> Site:

@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from mmpeft.functional.rows import Rows
 from mmpeft.sites.graph import Graph
-from mmpeft.sites.watch import PRODUCTS, SOFTMAX, Op
+from mmpeft.sites.record import PRODUCTS, SOFTMAX, Op
 
 _PLACE = ("device", "dtype", "layout", "pin_memory")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 
 from mmpeft.sites.graph import Graph
-from mmpeft.sites.watch import SOFTMAX, Call, Op
+from mmpeft.sites.record import SOFTMAX, Call, Op
 
 
 @dataclass
@@ -137,9 +137,9 @@ def shell(graph: Graph, sub: Sublayer) -> Shell | None:
         found.entry = entry.path
     assert found.call is not None
     found.shape = found.call.shapes[0]
-    found.out, given = _giver(graph, sub, found.call)
-    stream, read = _reader(graph, sub, found.call)
-    found.stream = stream if read == given else ""  # what is made of the one is added to the other
+    found.out, shape = _giver(graph, sub, found.call)
+    stream, taken = _reader(graph, sub, found.call)
+    found.stream = stream if taken == shape else ""  # what is made of the one is added to the other
     return found
 
 
@@ -158,7 +158,7 @@ def _reader(graph: Graph, sub: Sublayer, own: Call) -> tuple[str, tuple[int, ...
 
 
 def _giver(graph: Graph, sub: Sublayer, own: Call) -> tuple[str, tuple[int, ...]]:
-    """The last module that gives what is added, where it is another than the sub-layer; dropout gives what it is given."""
+    """The last module that gives what is added, and its shape; dropout gives what it is given and does not count."""
     branch = graph.root(sub.branch)
     behind = [call for call in graph.calls[own.index :] if own.last <= call.first and call.last <= sub.sum]
     giving = [call for call in behind if call.gives[:1] and graph.root(call.gives[0]) == branch]

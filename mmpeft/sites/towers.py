@@ -12,8 +12,9 @@ from mmpeft.sites.streams import Sublayer
 def name_towers(graph: Graph, subs: Iterable[Sublayer], found: list[Block]) -> None:
     """Give each block its tower and its depth in it.
 
-    Blocks under one module whose stream comes from the same arguments of the model are a tower: `text`, `image`, `video` or `audio` by
-    what those are. Two of one kind are told apart by where they stand; a stream that comes from none is `queries`.
+    Blocks under one module whose stream comes from the same arguments of the model are a tower: `text`, `image`,
+    `video` or `audio` by what those are. Two of one kind are told apart by where they stand; a stream that comes from
+    none is `queries`.
     """
     sums = {graph.root(sub.sum): sub.stream for sub in subs} | {sub.sum: sub.stream for sub in subs}
     origins: dict[str, frozenset[int]] = {}

@@ -6,12 +6,9 @@ flow depends on the data. It runs on a copy of the modules that shares their ten
 
 from __future__ import annotations
 
-import copy
 import inspect
-import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -24,127 +21,9 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from mmpeft.errors import SiteError
 from mmpeft.hosting.answers import multi_head
-from mmpeft.hosting.few_bits import packs
-from mmpeft.hosting.host import base_value, is_host, unmake_host
 from mmpeft.hosting.modules import own_modules, own_parameters
-
-PRODUCTS = frozenset(
-    {"mm", "addmm", "bmm", "baddbmm", "linear", "convolution", "_grouped_mm", "embedding", "addmv", "mv"}
-)
-SOFTMAX = frozenset({"_softmax", "softmax", "_safe_softmax"})
-VIEWS = frozenset(
-    [
-        "view",
-        "_unsafe_view",
-        "reshape",
-        "_reshape_alias",
-        "t",
-        "transpose",
-        "permute",
-        "expand",
-        "squeeze",
-        "unsqueeze",
-        "clone",
-        "contiguous",
-        "_to_copy",
-        "alias",
-        "detach",
-        "lift_fresh",
-        "flatten",
-        "unflatten",
-        "view_as",
-        "to",
-        "copy",
-    ]
-)
-"""What changes the shape, the layout or the type of a tensor and none of its values."""
-SLICES = frozenset({"slice", "select", "split", "split_with_sizes", "chunk", "unbind", "narrow", "as_strided"})
-SWAPS = frozenset({"t", "transpose", "permute"})
-
-
-@dataclass(frozen=True)
-class Use:
-    """How a product reads a parameter: its name, whether stored [in, out], and from which entry of its storage on."""
-
-    name: str
-    transposed: bool = False
-    derived: bool = False
-    """Computed from the parameter by more than views: standardised, normalised, looked up."""
-    offset: int = 0
-    shape: tuple[int, ...] = ()
-    """Of what the product reads."""
-
-
-@dataclass
-class Op:
-    """One operation: what it read (as operations), where it ran, and what it made."""
-
-    index: int
-    name: str
-    func: Any
-    args: Any
-    kwargs: dict[str, Any]
-    inputs: list[int]
-    call: int
-    """The innermost module call that was running."""
-    shape: tuple[int, ...]
-    static: bool
-    """Whether it depends on parameters and constants alone."""
-    weight: Use | None = None
-    """Of a product: the parameter in it."""
-    outs: list[int] = field(default_factory=list)
-    """Identities of the tensors it made."""
-    label: str = ""
-    """Of an input, the name of its argument; of a parameter, its own."""
-    is_floating: bool = True
-
-
-@dataclass
-class Call:
-    """One run of one module, and the operations in it: `first <= index < last`."""
-
-    index: int
-    path: str
-    parent: int
-    first: int
-    last: int = -1
-    reads: list[int] = field(default_factory=list)
-    """Operations whose results it was given."""
-    given: list[tuple[int, ...]] = field(default_factory=list)
-    """Their shapes."""
-    gives: list[int] = field(default_factory=list)
-    """Operations whose results it returned, in order."""
-    shapes: list[tuple[int, ...]] = field(default_factory=list)
-    """Of what it returned."""
-
-
-@dataclass(frozen=True)
-class Function:
-    """A call of a torch function that an attention may be made of: `first <= index < last`."""
-
-    name: str
-    first: int
-    last: int
-    shapes: list[tuple[int, ...]]
-    """Of the tensors that it was given."""
-    heads: int = 0
-    """Where it says how many."""
-
-
-@dataclass
-class Record:
-    """What was seen of one pass."""
-
-    ops: list[Op]
-    calls: list[Call]
-    functions: list[Function]
-    outputs: list[int]
-    """Operations whose results the model returned."""
-    alive: list[Any]
-    """Tensors are known by identity, which is unique while they live."""
-    real: bool = False
-    """Whether it ran on a real batch, of which some parts of the model may rest."""
-
+from mmpeft.sites.record import PRODUCTS, SLICES, SWAPS, VIEWS, Call, Function, Op, Record, Use
+from mmpeft.sites.shadow import cached_by, faked, shadow_of
 
 ATTENTION_FUNCTIONS = {
     F.scaled_dot_product_attention: "scaled_dot_product_attention",
@@ -200,7 +79,7 @@ class _Watching(TorchDispatchMode):
     """Records operations and knows which tensors are views of parameters."""
 
     def __init__(self, model: nn.Module) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.ops: list[Op] = []
         self.calls: list[Call] = []
         self.running: list[int] = []
@@ -274,7 +153,7 @@ class _Watching(TorchDispatchMode):
         swapped = use.transposed ^ (name in SWAPS)
         derived = use.derived or name not in VIEWS | SLICES
         for o in made:
-            self.uses[id(o)] = Use(use.name, swapped, derived, 0 if derived else o.storage_offset())
+            self.uses[id(o)] = Use(use.name, swapped, derived, 0 if derived else int(o.storage_offset()))
 
     def product(self, name: str, read: list[Tensor], uses: list[Use | None]) -> Use | None:
         """The parameter that a product multiplies by: of several the last."""
@@ -322,31 +201,17 @@ def _watch(model: nn.Module, args: Any, kwargs: Any, fake: FakeTensorMode | None
     def given(value: Any) -> Any:
         if not isinstance(value, Tensor):
             return value
-        return _faked(value, fake) if fake else value.detach().to(device)
+        return faked(value, fake) if fake else value.detach().to(device)
 
     args, kwargs = tree_map(given, (tuple(args), dict(kwargs)))
     with torch.no_grad(), _calls(shadow, seen), fake or nullcontext():
-        before = _cached(shadow)
+        before = cached_by(shadow)
         try:
             return _pass(shadow, seen, args, kwargs, real=fake is None)
         finally:
             for function, size in before.items():
                 if function.cache_info().currsize != size:  # it holds tensors of the watch, which are no one else's
                     function.cache_clear()
-
-
-def _cached(model: nn.Module) -> dict[Any, int]:
-    """Functions of the model's own code that keep what they gave, and how much."""
-    homes = {cls.__module__ for _, module in own_modules(model) for cls in type(module).__mro__}
-    found: dict[Any, int] = {}
-    for home in homes - {"torch.nn.modules.module", "builtins"}:
-        values = list(vars(sys.modules[home]).values()) if home in sys.modules else []
-        inner = [v for cls in values if isinstance(cls, type) and cls.__module__ == home for v in vars(cls).values()]
-        for value in (*values, *inner):
-            function = getattr(value, "__func__", value)
-            if hasattr(function, "cache_info") and hasattr(function, "cache_clear"):
-                found[function] = function.cache_info().currsize
-    return found
 
 
 def _pass(model: nn.Module, seen: _Watching, args: Any, kwargs: Any, real: bool) -> Record:
@@ -405,53 +270,3 @@ def _calls(model: nn.Module, seen: _Watching) -> Iterator[None]:
     finally:
         for hook in hooks:
             hook.remove()
-
-
-def shadow_of(model: nn.Module, fake: FakeTensorMode | None) -> nn.Module:
-    """The modules of a model as their library wrote them, in evaluation mode, on tensors without data or on its own.
-
-    The pass may leave anything behind in them: masks, caches, buffers that grow.
-    """
-    memo: dict[int, Any] = {}
-    for module in model.modules():
-        if packs(type(module)):
-            memo[id(module)] = _unpacked(module, fake)
-        for tensor in (*module._parameters.values(), *module._buffers.values()):
-            if tensor is not None and (fake or isinstance(tensor, nn.Parameter)):
-                memo[id(tensor)] = _faked(tensor, fake) if fake else tensor
-        for value in module.__dict__.values():
-            if type(value).__module__.startswith("mmpeft.") and not isinstance(value, nn.Module):
-                memo[id(value)] = value  # what is known of a tuned model is not the copy's
-            elif isinstance(value, Tensor) and fake:
-                memo[id(value)] = _faked(value, fake)
-    shadow: nn.Module = copy.deepcopy(model, memo)
-    for _, module in own_modules(shadow):
-        for hooks in (module._forward_hooks, module._forward_pre_hooks):
-            for key, hook in list(hooks.items()):
-                if not type(hook).__module__.startswith("torch.nn.utils"):  # which compute weights
-                    del hooks[key]
-        if is_host(module):
-            unmake_host(module)
-        module.__dict__.pop("forward", None)
-    shadow.eval()
-    for _, module in own_modules(shadow):
-        if isinstance(module, nn.MultiheadAttention | nn.TransformerEncoderLayer):
-            module.training = True  # in evaluation mode they take a fused path, which hides the products
-            if isinstance(module, nn.MultiheadAttention):
-                module.dropout = 0.0
-    return shadow
-
-
-def _faked(tensor: Tensor, fake: FakeTensorMode) -> Tensor:
-    """A tensor of the same shape and type without data, on the CPU: a model's tensors may be anywhere."""
-    with fake:
-        made = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cpu")
-        return nn.Parameter(made, requires_grad=False) if isinstance(tensor, nn.Parameter) else made
-
-
-def _unpacked(module: nn.Module, fake: FakeTensorMode | None) -> nn.Module:
-    """A linear in place of one whose weight is held in few bits."""
-    rows, columns = base_value(module, "weight").shape
-    bias = module._parameters.get("bias")
-    with fake or nullcontext():
-        return nn.Linear(columns, rows, bias is not None, dtype=torch.float32 if bias is None else bias.dtype)

@@ -1,0 +1,108 @@
+"""What stands outside sub-layers: embeddings, heads, what rests and what never runs."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from mmpeft.sites.blocks import around, parent, pattern
+from mmpeft.sites.builder import Builder, is_norm, is_projection
+from mmpeft.sites.graph import Graph
+from mmpeft.sites.record import Op
+from mmpeft.sites.replay import channels
+from mmpeft.sites.roles import Reading
+from mmpeft.sites.site import Site
+
+NOT_RUN = "the watched pass did not run it"
+
+
+def rest(reading: Reading) -> None:
+    """Products without a role of their own: outside blocks by their place, inside by their kind."""
+    graph = reading.graph
+    outputs = 0
+    for i in graph.record.outputs:
+        outputs |= graph.above(i)
+    for one in reading.attentions:
+        for name, sources in one.sources.items() if reading.block_of(graph.ops[one.center]) is None else ():
+            for source in sources:
+                if not is_projection(reading.owner(source)):  # one tensor for several uses
+                    reading.assign(source, "proj", channels(graph, source, one.operands[name]))
+    ends = _ends(reading)
+    last = max((graph.calls[b.first].last for b in reading.blocks.values() if b.first >= 0), default=0)
+    for op in graph.products:
+        assert op.weight is not None
+        if reading.is_assigned(op):
+            if reading.rest(op):
+                reading.assign(op, "proj")
+            continue
+        block = reading.block_of(op)
+        inputs = [o for o in graph.inputs if graph.is_above(o.index, op.index)]
+        if not outputs >> op.index & 1:
+            reading.assign(op, "dead")
+        elif inputs and all(len(o.shape) <= 1 for o in inputs):
+            reading.assign(op, "time")
+        elif op.name == "embedding":
+            words = bool(inputs) and block is None and graph.ops[graph.root(op.inputs[1])].name == "input"
+            reading.assign(op, "embed" if words else "table")
+        elif block is not None:
+            reading.assign(op, "conv" if op.name == "convolution" else "proj")
+        elif inputs and not (op.static or op.index > last or _is_behind_products(graph, op)):
+            reading.assign(op, "embed")
+        elif _is_head(reading, op, ends):
+            reading.assign(op, "head")
+        else:
+            reading.assign(op, "proj")
+
+
+def _is_behind_products(graph: Graph, op: Op) -> bool:
+    return bool(graph.above(op.index) & ~(1 << op.index) & graph.product_bits)
+
+
+def _is_head(reading: Reading, op: Op, ends: list[int]) -> bool:
+    """Whether a product reads what all towers give, and none comes behind it."""
+    graph = reading.graph
+    last = not any(p.index > op.index and graph.is_above(op.index, p.index) for p in graph.products)
+    return is_projection(reading.owner(op)) and last and all(graph.is_above(i, op.index) for i in ends)
+
+
+def _ends(reading: Reading) -> list[int]:
+    """The last result of each tower."""
+    found: dict[str, int] = {}
+    for block in reading.blocks.values():
+        call = reading.graph.calls[block.first]
+        if block.first >= 0 and call.gives:
+            found[block.tower] = max(found.get(block.tower, -1), call.gives[0])
+    return list(found.values())
+
+
+def finish(reading: Reading, builder: Builder) -> list[Site]:
+    """What rested takes after its siblings, what never runs is said to be dead; norms, and the order of the model."""
+    called = {call.path for call in reading.graph.calls}
+    covered = {site.path for site in builder.sites if site.kind in ("linear", "conv")}
+    read = {op.label for op in reading.graph.ops if op.name == "held"}
+    models: dict[str, list[Site]] = {}
+    for site in builder.sites:
+        if site.kind in ("linear", "conv"):
+            models.setdefault(pattern(site.path), []).append(site)
+    for path, module in reading.modules.items():
+        if path in covered or path in called or f"{path}.weight" in read:
+            continue
+        block = around(path, reading.blocks)
+        depth, builder.tower = (block.depth, block.tower) if block else (-1, reading.tower_of(path))
+        if is_projection(module):
+            alike = models.get(pattern(path), []) if _rests(reading, path, called) else []
+            first = alike[0].path if alike else ""
+            for site in alike:
+                if site.path == first:
+                    builder.sites.append(replace(site, path=path, depth=depth, tower=builder.tower))
+            if not alike:
+                builder.linear(path, "proj", depth, dead=True, refuse=NOT_RUN)
+        elif is_norm(module) and not _rests(reading, path, called):
+            builder.add(path, "norm", depth, kind="norm", dead=True, refuse=NOT_RUN)
+    return builder.finish()
+
+
+def _rests(reading: Reading, path: str, called: set[str]) -> bool:
+    """Whether a module is (in) the member of a list of which others ran: an expert that no word was routed to."""
+    while path and parent(path) not in called and path.rpartition(".")[2].isdigit() is False:
+        path = parent(path)
+    return any(other in called for other in called if parent(other) == parent(path) and pattern(other) == pattern(path))

@@ -1,0 +1,102 @@
+"""Sites of products by a parameter: how the backbone reads it, which rows serve the role, what is added to them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from mmpeft.functional.rows import Rows, count_rows
+from mmpeft.sites.blocks import around
+from mmpeft.sites.builder import Builder, is_projection
+from mmpeft.sites.graph import Graph
+from mmpeft.sites.mlp import width
+from mmpeft.sites.record import SLICES, VIEWS, Op
+from mmpeft.sites.replay import as_rows
+from mmpeft.sites.roles import Reading
+
+UNREAD = "nothing that the model returns depends on it"
+
+
+def projections(reading: Reading, builder: Builder) -> None:
+    """A site for each product by a parameter that can be tuned as a matrix."""
+    for name, own in reading.roles.items():
+        for (role, _), (op, used) in own.items():
+            _site(reading, builder, name, role, op, used)
+
+
+def _site(reading: Reading, builder: Builder, name: str, role: str, op: Op, used: set[int]) -> None:
+    assert op.weight is not None
+    path, _, tensor = name.rpartition(".")
+    module = reading.modules[path]
+    block = around(path, reading.blocks) or reading.block_of(op)
+    depth, builder.tower = (block.depth, block.tower) if block else (-1, reading.tower_of(path))
+    known: dict[str, Any] = {}
+    if role == "table":
+        return
+    if role == "dead":
+        role, known = "proj", {"dead": True, "refuse": UNREAD}
+    if op.name == "embedding":
+        builder.add(path, role, depth, kind="embedding", transposed=True, width=op.weight.shape[1], tensor=tensor)
+        return
+    parameter = module._parameters.get(tensor)
+    plain = is_projection(module) and tensor == "weight"
+    if parameter is None or ((parameter.dim() == 3 or op.weight.derived) and not plain):
+        return
+    apart = any(
+        by.call != op.call and reading.graph.ops[vector].shape[0] == width(op)
+        for vector, by, _ in _added_behind(reading.graph, op)
+    )
+    called = plain and reading.graph.path(op) == path and not op.weight.derived and not apart
+    rows = _rows(used, reading.rows(op))
+    if rows is Ellipsis:
+        rows, role = None, "proj"
+    if not called:
+        known |= {"via": "weight"}
+    if not called or (rows is not None and module._parameters.get("bias") is None):
+        known |= {"bias": _bias(reading.graph, op, rows)}
+    kind = "conv" if op.name == "convolution" else "linear"
+    builder.add(path, role, depth, kind=kind, rows=rows, tensor=tensor, transposed=op.weight.transposed, **known)
+
+
+def _rows(used: set[int], total: int) -> Any:
+    """The rows of a role; Ellipsis where they follow no period."""
+    try:
+        return as_rows(sorted(used), total)
+    except ValueError:
+        return Ellipsis
+
+
+def _bias(graph: Graph, op: Op, rows: Rows | None) -> str:
+    """The tensor that is added to a product's own rows."""
+    own = [i for i in op.inputs if len(graph.ops[i].shape) == 1 and graph.ops[i].static]
+    if not own:
+        size = width(op) if rows is None else count_rows(rows, width(op))
+        own = [i for i, _, _ in _added_behind(graph, op) if graph.ops[i].shape[0] in (size, width(op))]
+    if not own:
+        return ""
+    source = own[0]
+    made = graph.ops[graph.root(source)]
+    while made.name in SLICES:
+        made = graph.ops[graph.root(made.inputs[0])]
+    if made.name != "cat":
+        return made.label
+    start = 0
+    for i in made.inputs:
+        size = graph.ops[i].shape[0]
+        if rows is not None and rows[:2] == (start, start + size):
+            return graph.ops[graph.root(i)].label
+        start += size
+    return ""
+
+
+def _added_behind(graph: Graph, op: Op) -> list[tuple[int, Op, int]]:
+    """Vectors of the model's own that are added to a product or a slice of it: (vector, sum, what it is added to)."""
+    todo, found = [op.index], []
+    while todo:
+        index = todo.pop()
+        for user in (graph.ops[i] for i in graph.users[index]):
+            if user.name in ("add", "add_"):
+                vectors = [i for i in user.inputs if len(graph.ops[i].shape) == 1 and graph.ops[i].static]
+                found += [(i, user, index) for i in vectors[:1]]
+            elif user.name in VIEWS | SLICES:
+                todo.append(user.index)
+    return found

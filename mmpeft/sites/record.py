@@ -1,0 +1,101 @@
+"""What is recorded of one pass of a model: operations, runs of modules, and torch functions that attentions are made of."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+PRODUCTS = frozenset(
+    {"mm", "addmm", "bmm", "baddbmm", "linear", "convolution", "_grouped_mm", "embedding", "addmv", "mv"}
+)
+SOFTMAX = frozenset({"_softmax", "softmax", "_safe_softmax"})
+VIEWS = frozenset({"view", "_unsafe_view", "reshape", "_reshape_alias", "view_as", "flatten", "unflatten"})
+VIEWS |= {"t", "transpose", "permute", "expand", "squeeze", "unsqueeze", "alias", "detach", "lift_fresh"}
+VIEWS |= {"clone", "contiguous", "_to_copy", "to", "copy"}
+"""What changes the shape, the layout or the type of a tensor and none of its values."""
+SLICES = frozenset({"slice", "select", "split", "split_with_sizes", "chunk", "unbind", "narrow", "as_strided"})
+SWAPS = frozenset({"t", "transpose", "permute"})
+
+
+@dataclass(frozen=True)
+class Use:
+    """How a product reads a parameter: its name, whether stored [in, out], and from which entry of its storage on."""
+
+    name: str
+    transposed: bool = False
+    derived: bool = False
+    """Computed from the parameter by more than views: standardised, normalised, looked up."""
+    offset: int = 0
+    shape: tuple[int, ...] = ()
+    """Of what the product reads."""
+
+
+@dataclass
+class Op:
+    """One operation: what it read (as operations), where it ran, and what it made."""
+
+    index: int
+    name: str
+    func: Any
+    args: Any
+    kwargs: dict[str, Any]
+    inputs: list[int]
+    call: int
+    """The innermost module call that was running."""
+    shape: tuple[int, ...]
+    static: bool
+    """Whether it depends on parameters and constants alone."""
+    weight: Use | None = None
+    """Of a product: the parameter in it."""
+    outs: list[int] = field(default_factory=list)
+    """Identities of the tensors it made."""
+    label: str = ""
+    """Of an input, the name of its argument; of a parameter, its own."""
+    is_floating: bool = True
+
+
+@dataclass
+class Call:
+    """One run of one module, and the operations in it: `first <= index < last`."""
+
+    index: int
+    path: str
+    parent: int
+    first: int
+    last: int = -1
+    reads: list[int] = field(default_factory=list)
+    """Operations whose results it was given."""
+    given: list[tuple[int, ...]] = field(default_factory=list)
+    """Their shapes."""
+    gives: list[int] = field(default_factory=list)
+    """Operations whose results it returned, in order."""
+    shapes: list[tuple[int, ...]] = field(default_factory=list)
+    """Of what it returned."""
+
+
+@dataclass(frozen=True)
+class Function:
+    """A call of a torch function that an attention may be made of: `first <= index < last`."""
+
+    name: str
+    first: int
+    last: int
+    shapes: list[tuple[int, ...]]
+    """Of the tensors that it was given."""
+    heads: int = 0
+    """Where it says how many."""
+
+
+@dataclass
+class Record:
+    """What was seen of one pass."""
+
+    ops: list[Op]
+    calls: list[Call]
+    functions: list[Function]
+    outputs: list[int]
+    """Operations whose results the model returned."""
+    alive: list[Any]
+    """Tensors are known by identity, which is unique while they live."""
+    real: bool = False
+    """Whether it ran on a real batch, of which some parts of the model may rest."""

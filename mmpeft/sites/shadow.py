@@ -1,0 +1,80 @@
+"""A copy of a model's modules that can be run without the model noticing: on tensors without data, or on its own."""
+
+from __future__ import annotations
+
+import copy
+import sys
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from mmpeft.hosting.few_bits import packs
+from mmpeft.hosting.host import base_value, is_host, unmake_host
+from mmpeft.hosting.modules import own_modules
+
+
+def shadow_of(model: nn.Module, fake: FakeTensorMode | None) -> nn.Module:
+    """The modules of a model as their library wrote them, in evaluation mode, on tensors without data or on its own.
+
+    The pass may leave anything behind in them: masks, caches, buffers that grow.
+    """
+    memo: dict[int, Any] = {}
+    for module in model.modules():
+        if packs(type(module)):
+            memo[id(module)] = _unpacked(module, fake)
+        for tensor in (*module._parameters.values(), *module._buffers.values()):
+            if tensor is not None and (fake or isinstance(tensor, nn.Parameter)):
+                memo[id(tensor)] = faked(tensor, fake) if fake else tensor
+        for value in module.__dict__.values():
+            if type(value).__module__.startswith("mmpeft.") and not isinstance(value, nn.Module):
+                memo[id(value)] = value  # what is known of a tuned model is not the copy's
+            elif isinstance(value, Tensor) and fake:
+                memo[id(value)] = faked(value, fake)
+    shadow: nn.Module = copy.deepcopy(model, memo)
+    for _, module in own_modules(shadow):
+        for hooks in (module._forward_hooks, module._forward_pre_hooks):
+            for key, hook in list(hooks.items()):
+                if not type(hook).__module__.startswith("torch.nn.utils"):  # which compute weights
+                    del hooks[key]
+        if is_host(module):
+            unmake_host(module)
+        module.__dict__.pop("forward", None)
+    shadow.eval()
+    for _, module in own_modules(shadow):
+        if isinstance(module, nn.MultiheadAttention | nn.TransformerEncoderLayer):
+            module.training = True  # in evaluation mode they take a fused path, which hides the products
+            if isinstance(module, nn.MultiheadAttention):
+                module.dropout = 0.0
+    return shadow
+
+
+def faked(tensor: Tensor, fake: FakeTensorMode) -> Tensor:
+    """A tensor of the same shape and type without data, on the CPU: a model's tensors may be anywhere."""
+    with fake:
+        made = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cpu")
+        return nn.Parameter(made, requires_grad=False) if isinstance(tensor, nn.Parameter) else made
+
+
+def _unpacked(module: nn.Module, fake: FakeTensorMode | None) -> nn.Module:
+    """A linear in place of one whose weight is held in few bits."""
+    rows, columns = base_value(module, "weight").shape
+    bias = module._parameters.get("bias")
+    with fake or nullcontext():
+        return nn.Linear(columns, rows, bias is not None, dtype=torch.float32 if bias is None else bias.dtype)
+
+
+def cached_by(model: nn.Module) -> dict[Any, int]:
+    """Functions of the model's own code that keep what they gave, and how much."""
+    homes = {cls.__module__ for _, module in own_modules(model) for cls in type(module).__mro__}
+    found: dict[Any, int] = {}
+    for home in homes - {"torch.nn.modules.module", "builtins"}:
+        values = list(vars(sys.modules[home]).values()) if home in sys.modules else []
+        inner = [v for cls in values if isinstance(cls, type) and cls.__module__ == home for v in vars(cls).values()]
+        for value in (*values, *inner):
+            function = getattr(value, "__func__", value)
+            if hasattr(function, "cache_info") and hasattr(function, "cache_clear"):
+                found[function] = function.cache_info().currsize
+    return found

@@ -1,0 +1,107 @@
+"""The sub-layers of a residual stream as sites: attention, feed-forward networks, what mixes positions otherwise."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from mmpeft.sites.attention import Attention
+from mmpeft.sites.builder import Builder
+from mmpeft.sites.keys import keys_and_values
+from mmpeft.sites.mlp import feed_forward, is_pointwise, width
+from mmpeft.sites.record import Op
+from mmpeft.sites.replay import channels
+from mmpeft.sites.roles import Reading, channels_of
+from mmpeft.sites.streams import Sublayer, shell
+
+
+def sublayer(reading: Reading, builder: Builder, sub: Sublayer) -> None:
+    """Roles of a sub-layer's products, and the sub-layer itself."""
+    graph = reading.graph
+    op = graph.ops[sub.sum]
+    block = reading.block_of(op) or next((b for p in sub.products if (b := reading.block_of(p))), None)
+    if block is None and reading.blocks:
+        return  # a pooling head's own: outside blocks roles go by place
+    depth, builder.tower = (block.depth, block.tower) if block else (-1, "")
+    within = [a for a in reading.attentions if a.center in sub.indices]
+    role = "mixer"
+    for one in within:
+        queries, keys = (one.operands[name][0] for name in "qk")
+        across = not graph.is_above(sub.stream, keys) and graph.is_above(sub.stream, queries)
+        role = "cross" if across else "attn"
+        for name, sources in one.sources.items():
+            for source in sources:
+                if source.index in sub.indices or across or source.static:
+                    reading.assign(source, f"{role}.{name}", channels(graph, source, one.operands[name]))
+        for out in one.outs:
+            if out.index in sub.indices:
+                reading.assign(out, f"{role}.out")
+                _beside(reading, one, out, role)
+                _network_beside(reading, one, out)
+        keys_and_values(builder, graph, one, [a.center for a in reading.attentions], depth)
+    given = {p.index for p in sub.products if reading.is_assigned(p)}
+    network = None if within else feed_forward(graph, sub, given)
+    if network is not None:
+        for name, products in network.items():
+            for product, used in products:
+                reading.assign(product, name, used)
+        served = {p.index for products in network.values() for p, _ in products}
+        if all(p.index in served or p.name != "convolution" for p in sub.products):
+            role = "mlp"
+        else:  # a convolution before it: the network is a module inside the sub-layer
+            first = network["mlp.up"][0][0].index
+            sub = replace(sub, ops=[o for o in sub.ops if o.index >= first])
+            _shell(reading, builder, sub, "mlp", depth, inside=True)
+            return
+    elif not within:
+        _mixer(reading, sub)
+    _shell(reading, builder, sub, role, depth)
+
+
+def _beside(reading: Reading, one: Attention, out: Op, role: str) -> None:
+    """What else of a fused projection reaches the output projection: a gate on the attention, or a network."""
+    graph = reading.graph
+    for source in {op.index: op for sources in one.sources.values() for op in sources}.values():
+        rest = reading.rest(source)
+        for op in graph.between(one.value, out.index) if rest else ():
+            others = [
+                p for p in graph.read(op) if not graph.is_above(one.value, p[0]) and graph.is_above(source.index, p[0])
+            ]
+            for pair in others if op.name in ("mul", "cat") else ():
+                used = [i for i in channels(graph, source, pair) if i in rest]
+                reading.assign(source, f"{role}.gate" if op.name == "mul" else "mlp.up", used or None)
+                rest = reading.rest(source)
+
+
+def _network_beside(reading: Reading, one: Attention, out: Op) -> None:
+    """A product of its own that meets the attention in one output projection is the network beside it."""
+    graph = reading.graph
+    for op in graph.behind(graph.activations(out)[0]):
+        if not graph.is_above(one.value, op.index) and is_pointwise(op) and not reading.is_assigned(op):
+            reading.assign(op, "mlp.up")
+
+
+def _mixer(reading: Reading, sub: Sublayer) -> None:
+    """A sub-layer that is neither attention nor feed-forward network: what leads in and out."""
+    graph, linears = reading.graph, [p for p in sub.products if is_pointwise(p) and p.name != "convolution"]
+    if len(linears) > 1:
+        ends = [op for op in graph.behind(sub.branch) if op in linears]
+        for op in linears:
+            behind = [p for p in graph.behind(graph.activations(op)[0]) if p.index in sub.indices]
+            if op in ends:
+                reading.assign(op, "mixer.out")
+            elif not behind:
+                reading.assign(op, "mixer.in")
+
+
+def _shell(reading: Reading, builder: Builder, sub: Sublayer, role: str, depth: int, inside: bool = False) -> None:
+    found = shell(reading.graph, sub)
+    roles = {role for p in sub.products if p.weight for role, _ in reading.roles.get(p.weight.name, ())}
+    if found is None or not sub.products or sub.shared or (role != "mlp" and "mlp.up" in roles):
+        return
+    last = sub.products[-1]
+    size, dim = channels_of(found.shape, width(last), last.name == "convolution")
+    branch = reading.graph.ops[sub.branch]
+    if role == "mlp" and size not in branch.shape:  # it works on positions
+        role = "mixer"
+    known = {} if inside else {"stream": found.stream, "out": found.out, "entry": found.entry}
+    builder.add(found.path, role, depth, width=size, channel_dim=dim, **known)
