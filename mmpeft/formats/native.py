@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -29,6 +29,8 @@ from mmpeft.hosting.host import original_class
 from mmpeft.methods.base import Method
 from mmpeft.methods.saved import READERS, Adapter
 from mmpeft.methods.spec import from_spec, to_spec
+from mmpeft.sites import Site, remember, watched_sites
+from mmpeft.sites.stored import from_json, to_json
 from mmpeft.surgery.attached import Attached
 from mmpeft.surgery.attaching import attach
 from mmpeft.surgery.transaction import unchanged_on_error
@@ -67,11 +69,19 @@ def save(tuning: Attached, folder: str | Path, *, bake: bool = False) -> Path:
         "libraries": library_versions(),
     }
     write_atomic(file, data)
-    write_atomic(folder / MANIFEST, (json.dumps(manifest, indent=1, ensure_ascii=False) + "\n").encode())
+    write_atomic(folder / MANIFEST, _text(manifest, watched_sites(tuning.model)).encode())
     for stale in folder.glob("adapter-*.safetensors"):
         if stale != file:
             stale.unlink(missing_ok=True)
     return folder
+
+
+def _text(manifest: Mapping[str, Any], anatomy: Iterable[Site]) -> str:
+    """The manifest with one line for each site of the model that it was made for."""
+    lines = [json.dumps(to_json(site), separators=(",", ":"), ensure_ascii=False) for site in anatomy]
+    text = json.dumps({**manifest, "anatomy": []}, indent=1, ensure_ascii=False)
+    joined = ",\n  ".join(lines)
+    return f"{text.removesuffix('[]' + chr(10) + '}')}[\n  {joined}\n ]\n}}\n"
 
 
 def load(
@@ -84,9 +94,11 @@ def load(
     try:
         method = from_spec(manifest["method"])
         expected = Fingerprint.read(manifest["base"])
+        anatomy = [from_json(site) for site in manifest.get("anatomy") or ()]
     except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError) as error:
         made = manifest["libraries"].get("mmpeft", "?")
         raise AdapterFileError(f"{folder / MANIFEST} (written by mmpeft {made}): {error}") from error
+    remember(model, anatomy)
     with unchanged_on_error(model):
         tuning = _attach(model, method, name, f"the adapter in {folder}", manifest["base"]["class"], run)
         own = Fingerprint.of(model, tuning.placements) if check_base else None

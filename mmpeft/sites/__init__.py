@@ -1,6 +1,6 @@
 """Where a backbone can be tuned: found by watching the model run."""
 
-from mmpeft.sites.known import remember, sites, structure
+from mmpeft.sites.known import remember, sites, structure, watched_sites
 from mmpeft.sites.notes import example_inputs, inputs_of, note
 from mmpeft.sites.site import (
     ROLES,
@@ -38,4 +38,5 @@ __all__ = [
     "remember",
     "sites",
     "structure",
+    "watched_sites",
 ]

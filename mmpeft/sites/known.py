@@ -55,11 +55,21 @@ def structure(model: nn.Module, example: Any = None) -> list[Site]:
     return list(found)
 
 
+def watched_sites(model: nn.Module) -> list[Site]:
+    """Sites that were found by watching a model; none where an anatomy was written for it, or nobody has watched."""
+    if find_anatomy(model) is not None:
+        return []
+    last = _LAST.get(model)
+    return list(last[1]) if last is not None else list(_FOUND.get(signature(model), ()))
+
+
 def remember(model: nn.Module, found: Iterable[Site]) -> None:
     """Take sites that were found before, in another process, for those of a model that nobody has watched here."""
+    found = list(found)
     key = signature(model)
-    if find_anatomy(model) is None and key not in _FOUND:
-        _keep(model, key, signature(model, numbers=False), noted(model, list(found)))
+    paths = {path for path, _ in own_modules(model)}
+    if found and find_anatomy(model) is None and key not in _FOUND and all(site.path in paths for site in found):
+        _keep(model, key, signature(model, numbers=False), noted(model, found))
 
 
 def _keep(model: nn.Module, key: int, form: int, found: list[Site]) -> None:

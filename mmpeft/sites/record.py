@@ -1,4 +1,4 @@
-"""What is recorded of one pass of a model: operations, runs of modules, and torch functions that attentions are made of."""
+"""What is recorded of one pass of a model: operations, runs of modules, and the functions attentions are made of."""
 
 from __future__ import annotations
 

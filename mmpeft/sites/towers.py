@@ -13,8 +13,8 @@ def name_towers(graph: Graph, subs: Iterable[Sublayer], found: list[Block]) -> N
     """Give each block its tower and its depth in it.
 
     Blocks under one module whose stream comes from the same arguments of the model are a tower: `text`, `image`,
-    `video` or `audio` by what those are. Two of one kind are told apart by where they stand; a stream that comes from
-    none is `queries`.
+    `video`, `audio` or `sequence` by what those are. Two of one kind are told apart by where they stand; a stream that
+    comes from none is `queries`.
     """
     sums = {graph.root(sub.sum): sub.stream for sub in subs} | {sub.sum: sub.stream for sub in subs}
     origins: dict[str, frozenset[int]] = {}
@@ -76,7 +76,7 @@ def _kind(graph: Graph, origin: frozenset[int]) -> str:
     inputs = [graph.ops[i] for i in origin]
     if any(not op.is_floating and len(op.shape) == 2 for op in inputs):
         return "text"
-    for dims, name in ((5, "video"), (4, "image"), (3, "audio"), (2, "audio")):
+    for dims, name in ((5, "video"), (4, "image"), (3, "sequence"), (2, "audio")):
         if any(len(op.shape) == dims and op.is_floating for op in inputs):
             return name
     return "text" if inputs else "queries"
