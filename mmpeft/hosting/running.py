@@ -259,7 +259,8 @@ class Gate:
 
     def __init__(self) -> None:
         self._condition = threading.Condition()
-        self._passes: set[object] = set()
+        self._passes: dict[object, int] = {}
+        """Passes under way, and the thread of each."""
         self._changing: int | None = None
         self._depth = 0
 
@@ -268,12 +269,12 @@ class Gate:
         with self._condition:
             while self._changing is not None and self._changing != threading.get_ident():
                 self._condition.wait()
-            self._passes.add(running)
+            self._passes[running] = threading.get_ident()
 
     def leave(self, running: object) -> None:
         """End a pass, if it has begun."""
         with self._condition:
-            self._passes.discard(running)
+            self._passes.pop(running, None)
             if not self._passes:
                 self._condition.notify_all()
 
@@ -290,6 +291,8 @@ class Gate:
         own, begun = threading.get_ident(), False
         try:
             with self._condition:
+                if running is None:  # an interrupt may have come before a pass of this thread could say that it ended
+                    self._passes = {one: thread for one, thread in self._passes.items() if thread != own}
                 while self._changing not in (None, own) or (self._passes and self._changing != own):
                     self._condition.wait()
                 self._changing, self._depth, begun = own, self._depth + 1, True

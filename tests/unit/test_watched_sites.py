@@ -150,7 +150,7 @@ def test_every_method_attaches_and_loads_without_an_example(own: Own, tmp_path: 
     batch = torch.rand(2, 4, 5)
     method = mmpeft.LoRA(at="attn.{q,v}|mlp.*") + mmpeft.PTuningV2(tokens=2) + mmpeft.Houlsby() + mmpeft.BitFit()
     tuning = mmpeft.attach(own, method, example=batch, train_head=True)
-    tuning.liveness((batch, torch.tensor([0, 1])))
+    tuning.liveness(batch).check()
     with torch.no_grad():
         for parameter in tuning.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
