@@ -1,12 +1,8 @@
-"""Small random models of every type that transformers has.
-
-python -m tests.zoo.hf [pattern]     # which of them are built and run: tests.zoo.check transformers
-"""
+"""Small random models of every type that transformers has."""
 
 from __future__ import annotations
 
 import os
-import sys
 from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -17,7 +13,6 @@ import transformers
 from torch import nn
 from transformers.models.auto import configuration_auto, modeling_auto
 
-from tests.zoo import check
 from tests.zoo.shrink import small_config
 
 # The most complete class first. Where a type has both, a masked model is what its config describes.
@@ -72,8 +67,3 @@ def build(model_type: str) -> nn.Module:
         raise TypeError(f"{kind.__name__} has no forward pass: its parts are called one by one")
     torch.manual_seed(0)
     return kind(config).eval()
-
-
-if __name__ == "__main__":
-    sys.argv.insert(1, "transformers")
-    sys.exit(check.main())

@@ -111,8 +111,37 @@ SMALLEST = {
 }
 """The smallest variant of each family; counted where a newer timm has a family that is not listed."""
 
-CHEAPER: dict[str, dict[str, Any]] = {}
-"""What makes a family's smallest variant cheaper without changing how it is built."""
+CHEAPER: dict[str, dict[str, Any]] = {
+    **dict.fromkeys(
+        (
+            "beit", "cait", "convit", "deepseek_vit", "deit", "eva", "gemma4_vit", "naflexvit", "qwen3_vit", "tnt",
+            "visformer", "vision_transformer_hybrid", "vision_transformer_sam", "xcit",
+        ),
+        {"depth": 2},
+    ),
+    **dict.fromkeys(
+        (
+            "davit", "edgenext", "inception_next", "pvt_v2", "swin_transformer", "swin_transformer_v2",
+            "swin_transformer_v2_cr", "tiny_vit", "twins",
+        ),
+        {"depths": (1, 1, 2, 1)},
+    ),
+    **dict.fromkeys(("res2net", "senet", "sequencer", "sknet", "tresnet"), {"layers": (1, 1, 2, 1)}),
+}  # fmt: skip
+"""What makes a family's smallest variant shallow without changing how it is built."""
+
+SIDES: dict[str, int] = {
+    **dict.fromkeys(
+        (
+            "convmixer", "dpn", "efficientvim", "gemma4_vit", "hrnet", "lowformer", "metaformer", "mobilenetv5", "naflexvit",
+            "nextvit", "rdnet", "resnest", "resnetv2", "selecsls", "tresnet", "vgg", "xception_aligned",
+        ),
+        96,
+    ),
+    **dict.fromkeys(("inception_resnet_v2", "inception_v3", "inception_v4", "nasnet", "pnasnet", "xception"), 128),
+    "deepseek_vit": 126,
+}  # fmt: skip
+"""Smaller pictures for families that take any and are slow."""
 
 
 def names() -> list[str]:
@@ -123,7 +152,11 @@ def names() -> list[str]:
 def build(name: str) -> nn.Module:
     """The family's smallest model with random weights, the same in every call."""
     torch.manual_seed(0)
-    return timm.create_model(variant(name), pretrained=False, **CHEAPER.get(name, {}))  # type: ignore[no-any-return]
+    model: nn.Module = timm.create_model(variant(name), pretrained=False, **CHEAPER.get(name, {}))
+    if name in SIDES:
+        known = dict(model.pretrained_cfg)  # type: ignore[call-overload]
+        model.pretrained_cfg = {**known, "input_size": (3, SIDES[name], SIDES[name])}  # type: ignore[assignment]
+    return model
 
 
 @cache
