@@ -43,6 +43,7 @@ COMMANDS: dict[str, Command] = {
     "export-pipeline": Command(
         "mmpeft.diffusion.command:export_pipeline", "write a pipeline's adapter for other tools, or merged in"
     ),
+    "sites": Command("mmpeft.bench.anatomy.command:main", "show where a model can be tuned, and where a method would sit"),
     "methods": Command("mmpeft.cli:methods", "list the methods, or those a wildcard names: mmpeft methods '*lora*'"),
 }
 
@@ -58,6 +59,7 @@ Examples:
   mmpeft fit -c configs/vision/emoji.yaml -c configs/method/lora.yaml --ckpt_path last
   mmpeft predict -c configs/vision/emoji.yaml -c configs/method/lora.yaml --ckpt_path last
   mmpeft inspect adapter_folder pytorch_lora_weights.safetensors
+  mmpeft sites vit_base_patch16_224 --method 'LoRA(rank=8)' --picture sites.png
 
 `mmpeft <command> --help` lists a command's options; `--method.help LoRA` those of a method."""
 

@@ -8,7 +8,11 @@ from __future__ import annotations
 from importlib import import_module
 from typing import Any
 
+from mmpeft.sites.named import Library, add_library
 from mmpeft.vision import anatomy  # noqa: F401 - registers the anatomies
+
+add_library(Library("timm", "mmpeft.vision.named", domain="vision"))
+add_library(Library("torchvision", "mmpeft.vision.named_torchvision", domain="vision"))
 
 _HOME = {
     "create": "backbone",

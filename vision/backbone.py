@@ -83,7 +83,7 @@ def embedded_names() -> list[str]:
 
 def _registered(name: str, num_classes: int, pretrained: bool, kwargs: dict[str, Any]) -> nn.Module:
     if not name.startswith(("hf-hub:", "hf_hub:")):
-        _check_name(name)
+        check_name(name)
     if pretrained and re.fullmatch(r"vit_\w+_in21k", name):
         log.warning(
             "%s is timm's alias of %s.augreg_in21k; the published VTAB-1k and FGVC numbers belong to "
@@ -103,7 +103,7 @@ def _registered(name: str, num_classes: int, pretrained: bool, kwargs: dict[str,
         raise ConfigError(f"cannot load the pretrained weights of {name}: {reason}; {REMEDY}") from error
 
 
-def _check_name(name: str) -> None:
+def check_name(name: str) -> None:
     """Raise ConfigError with the nearest names unless timm knows the architecture and the tag."""
     if not timm.is_model(name):
         known = [*timm.list_models(), *timm.list_pretrained(), *(f"embedded:{own}" for own in embedded_names())]
@@ -128,7 +128,7 @@ def _local(path: Path, num_classes: int, pretrained: bool, kwargs: dict[str, Any
     weights = path if path.suffix == ".safetensors" else path / "model.safetensors"
     architecture = kwargs.pop("architecture", None)
     if architecture is not None:
-        _check_name(architecture)
+        check_name(architecture)
         return _timm_file(architecture, weights, num_classes, pretrained, kwargs)
     cards = [weights.with_suffix(".json"), weights.with_name("config.json")]
     card = next((card for card in cards if card.is_file()), None)

@@ -1,0 +1,97 @@
+"""Methods as a user writes them on a command line: a call as in Python, a name, or a YAML file."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from mmpeft.errors import ConfigError, nearest
+from mmpeft.methods import METHODS, Method
+from mmpeft.methods.spec import from_spec
+
+FORM = "expected a method such as LoRA, 'LoRA(rank=8, at=\"attn.*\") + BitFit()', or a YAML file that names one"
+
+
+def read_method(text: str) -> Method:
+    """The method that a text stands for; nothing in it is run.
+
+    Raises:
+        ConfigError: it is no method, or an unknown one, or a field is wrong.
+    """
+    path = Path(text)
+    if path.suffix in (".yaml", ".yml", ".json"):
+        if not path.is_file():
+            raise ConfigError(f"there is no file {text}; {FORM}")
+        try:
+            return from_spec(_spec(yaml.safe_load(path.read_text("utf-8")), text))
+        except yaml.YAMLError as error:
+            raise ConfigError(f"{text} is no YAML: {' '.join(str(error).split())}") from error
+    try:
+        tree = ast.parse(text.strip(), mode="eval").body
+    except SyntaxError as error:
+        raise ConfigError(f"cannot read the method {text!r}: {error.msg}; {FORM}") from error
+    found = _value(tree, text)
+    if not isinstance(found, Method):
+        raise ConfigError(f"{text!r} is no method; {FORM}")
+    return found
+
+
+def _spec(content: Any, text: str) -> dict[str, Any]:
+    """Data as `to_spec` writes them, of those or of a configuration with `class_path` and `init_args`."""
+    if isinstance(content, Mapping) and isinstance(content.get("method"), str | Mapping):
+        content = content["method"]
+    if isinstance(content, str):
+        return {"name": content.rpartition(".")[2]}
+    if isinstance(content, Mapping) and "class_path" in content:
+        own = {key: _inner(value, text) for key, value in (content.get("init_args") or {}).items()}
+        return {"name": str(content["class_path"]).rpartition(".")[2], **own}
+    if isinstance(content, Mapping) and "name" in content:
+        return dict(content)
+    raise ConfigError(f"{text} names no method; {FORM}")
+
+
+def _inner(value: Any, text: str) -> Any:
+    if isinstance(value, list):
+        return [_inner(item, text) for item in value]
+    return _spec(value, text) if isinstance(value, Mapping) and "class_path" in value else value
+
+
+def _value(node: ast.expr, text: str) -> Any:
+    """A method, or the value of one of its fields."""
+    if isinstance(node, ast.Name):
+        return from_spec({"name": node.id})
+    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
+        left, right = _value(node.left, text), _value(node.right, text)
+        if isinstance(left, Method) and isinstance(right, Method):
+            return left + right
+    if isinstance(node, ast.Call):
+        return _called(node, text)
+    if isinstance(node, ast.List | ast.Tuple):
+        return [_value(item, text) for item in node.elts]
+    try:
+        return ast.literal_eval(node)
+    except ValueError:
+        raise ConfigError(f"cannot read {ast.unparse(node)!r} in {text!r}; {FORM}") from None
+
+
+def _called(node: ast.Call, text: str) -> Method:
+    if any(keyword.arg is None for keyword in node.keywords):
+        raise ConfigError(f"cannot read ** in {text!r}; {FORM}")
+    given = [_value(argument, text) for argument in node.args]
+    named = {str(keyword.arg): _value(keyword.value, text) for keyword in node.keywords}
+    if isinstance(node.func, ast.Attribute) and node.func.attr == "where":
+        inner = _value(node.func.value, text)
+        if isinstance(inner, Method) and len(given) == 1 and isinstance(given[0], str) and not named:
+            return inner.where(given[0])
+    name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+    known = [field.name for field in fields(METHODS[name])] if name in METHODS else []
+    if len(given) > len(known) and name in METHODS:
+        raise ConfigError(f"{name} has {len(known)} fields ({', '.join(known)}), got {len(given)} values")
+    if name not in METHODS:
+        raise ConfigError(f"unknown method {name or ast.unparse(node.func)!r}.{nearest(name, METHODS)} {FORM}")
+    return from_spec({"name": name, **dict(zip(known, given)), **named})

@@ -1,0 +1,114 @@
+"""Models by name, for a look at their structure: what each library is asked, and which of them knows a name.
+
+A domain registers its library without importing it. Nothing is downloaded where a configuration will do, and weights are
+never read: where a model can be tuned does not depend on them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import nn
+
+from mmpeft.errors import ConfigError, nearest
+from mmpeft.sites.site import load_domains
+
+
+@dataclass(frozen=True)
+class Library:
+    """How to build the models of a library by name: `home` is the module that has `knows`, `names` and `build`."""
+
+    name: str
+    home: str
+    package: str = ""
+    """What must be installed; by default the library's own name."""
+    domain: str = ""
+    """The extra of this suite that installs it."""
+
+    def knows(self, name: str) -> bool:
+        """Whether a name without a prefix is one of this library's."""
+        return self.is_installed and bool(self._call("knows")(name))
+
+    def names(self) -> list[str]:
+        """Every name of its registry."""
+        return list(self._call("names")()) if self.is_installed else []
+
+    def build(self, name: str) -> nn.Module | tuple[nn.Module, Any]:
+        """The model on random weights, alone or with an example; a ConfigError where there is none of that name."""
+        if not self.is_installed:
+            raise ConfigError(f"{self.name}:{name} needs {self.name}: pip install 'mmpeft[{self.domain}]'")
+        built: nn.Module | tuple[nn.Module, Any] = self._call("build")(name)
+        return built
+
+    @property
+    def is_installed(self) -> bool:
+        return find_spec(self.package or self.name) is not None
+
+    def _call(self, function: str) -> Callable[..., Any]:
+        found: Callable[..., Any] = getattr(import_module(self.home), function)
+        return found
+
+
+_LIBRARIES: dict[str, Library] = {"python": Library("python", "mmpeft.sites.called", package="torch")}
+
+
+def add_library(library: Library) -> None:
+    """Have `find_named` ask a library; its name is the prefix."""
+    _LIBRARIES[library.name] = library
+
+
+@dataclass(frozen=True)
+class Named:
+    """A model that a library knows by name."""
+
+    library: Library
+    name: str
+
+    def build(self, *, empty: bool = True) -> tuple[nn.Module, Any]:
+        """The model in evaluation mode: `empty`, without memory for its weights, or on random ones.
+
+        With it comes an example of its inputs, where whoever builds it gives one, or None.
+        """
+        with torch.device("meta" if empty else "cpu"):
+            built = self.library.build(self.name)
+        model, example = built if isinstance(built, tuple) else (built, None)
+        return model.eval(), example
+
+
+def find_named(text: str) -> Named:
+    """The library that knows a name, which a prefix such as `timm:` decides.
+
+    Raises:
+        ConfigError: none knows it (the nearest names are said), or more than one.
+    """
+    load_domains()
+    prefix, colon, name = text.partition(":")
+    if colon and prefix in _LIBRARIES:
+        return Named(_LIBRARIES[prefix], name)
+    found = [library for library in _LIBRARIES.values() if library.knows(text)]
+    if len(found) > 1:
+        choices = " or ".join(f"{library.name}:{text}" for library in found)
+        raise ConfigError(f"{text!r} is a name of {' and of '.join(lib.name for lib in found)}: write {choices}")
+    if not found:
+        raise ConfigError(f"no library knows a model {text!r}.{_near(text)} {WAYS.format(', '.join(_LIBRARIES))}")
+    return Named(found[0], text)
+
+
+WAYS = (
+    "Expected a name of timm or open_clip, a type of model of transformers, a class of diffusers, a folder with a "
+    "configuration, embedded:<name>, or a call of your own as module:function; a prefix says whose it is: {}"
+)
+
+
+def _near(text: str) -> str:
+    """The nearest name of each library that has one, the best first."""
+    names: dict[str, str] = {}
+    for library in _LIBRARIES.values():
+        for name in library.names():
+            names.setdefault(name, library.name)
+    return nearest(text, names)
