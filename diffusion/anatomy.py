@@ -110,8 +110,7 @@ def _paired(site: Site, found: list[Site]) -> Site:
     if site.role not in ("block", "tokens"):
         return site
     alike = [s for s in found if s.role == "block" and pattern(s.path) == pattern(site.path)]
-    refuse = next((s.refuse for s in alike if s.refuse), "")
-    return replace(site, refuse=refuse) if site.role == "block" and refuse else site
+    return replace(site, refuse=PAIR) if site.role == "block" and any(s.refuse for s in alike) else site
 
 
 def _single(site: Site, found: list[Site]) -> list[Site]:

@@ -31,7 +31,9 @@ def names() -> list[str]:
     """Every denoiser that diffusers exports."""
     import diffusers
 
-    return sorted(name for name in dir(diffusers) if re.search(r"(UNet|Transformer|DiT)\w*(Model|\dD)$|Transformer2?D?$", name))
+    return sorted(
+        name for name in dir(diffusers) if re.search(r"(UNet|Transformer|DiT)\w*(Model|\dD)$|Transformer2?D?$", name)
+    )
 
 
 def build(name: str) -> nn.Module:
@@ -53,7 +55,9 @@ def build(name: str) -> nn.Module:
         try:
             return cls()
         except (TypeError, ValueError) as error:
-            raise ConfigError(f"{name} has no default configuration: {error}; give a folder with its {CONFIG}") from error
+            raise ConfigError(
+                f"{name} has no default configuration: {error}; give a folder with its {CONFIG}"
+            ) from error
     if re.fullmatch(r"[\w.-]+/[\w.-]+", name):
         return _from_hub(name)
     raise ConfigError(f"diffusers:{name} is no folder, no repository and no class of a model.{nearest(name, names())}")

@@ -3,7 +3,7 @@
 Importing this package registers the anatomies and does not load transformers.
 """
 
-from mmpeft.sites.named import Library, add_library
 from mmpeft.llm import anatomy, resizing  # noqa: F401 - registers the anatomies, and what is refused
+from mmpeft.sites.named import Library, add_library
 
 add_library(Library("transformers", "mmpeft.llm.named", domain="llm"))

@@ -43,7 +43,9 @@ COMMANDS: dict[str, Command] = {
     "export-pipeline": Command(
         "mmpeft.diffusion.command:export_pipeline", "write a pipeline's adapter for other tools, or merged in"
     ),
-    "sites": Command("mmpeft.bench.anatomy.command:main", "show where a model can be tuned, and where a method would sit"),
+    "sites": Command(
+        "mmpeft.bench.anatomy.command:main", "show where a model can be tuned, and where a method would sit"
+    ),
     "methods": Command("mmpeft.cli:methods", "list the methods, or those a wildcard names: mmpeft methods '*lora*'"),
 }
 

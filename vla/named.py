@@ -45,7 +45,9 @@ def build(name: str) -> nn.Module:
         return backbone.build(_random(config))
     except OSError as error:  # the configuration of a text tower that lies on the hub
         reason = " ".join(str(error).split())[:200]
-        raise ConfigError(f"open_clip:{name} takes a configuration from the hub, which does not answer: {reason}") from error
+        raise ConfigError(
+            f"open_clip:{name} takes a configuration from the hub, which does not answer: {reason}"
+        ) from error
 
 
 def _random(config: dict[str, Any]) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from types import FunctionType, MethodType
 from typing import Any
 from weakref import WeakKeyDictionary
 
+import torch
 from torch import Tensor, nn
 
 from mmpeft.errors import SiteError
@@ -82,14 +83,16 @@ def _keep(model: nn.Module, key: int, form: int, found: list[Site]) -> None:
 
 
 def _watched(model: nn.Module, example: Any) -> list[Site]:
-    given = inputs_of(model) if example is None else as_inputs(example)
+    with torch.device("cpu"):  # whatever the caller builds models on
+        given = inputs_of(model) if example is None else as_inputs(example)
     if given is None:
         name = qualified_name(original_class(model))
         raise SiteError(
             f"nothing is known of the inputs of {name}, and its sites are found by watching one pass: give a batch "
             "that it takes, attach(model, method, example=batch), a tensor, a tuple of arguments or a mapping"
         )
-    return noted(model, read(model, watch(model, *given)))
+    with torch.device("cpu"):
+        return noted(model, read(model, watch(model, *given)))
 
 
 def as_inputs(example: Any) -> Inputs:

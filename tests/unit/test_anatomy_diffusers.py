@@ -13,9 +13,9 @@ from diffusers import Transformer2DModel, UNet2DConditionModel
 from torch import Tensor, nn
 
 import mmpeft
-from mmpeft.diffusion.anatomy import PRESETS, denoiser
+from mmpeft.diffusion.anatomy import PRESETS
 from mmpeft.errors import Refused
-from mmpeft.sites import ROLES, Site
+from mmpeft.sites import ROLES, Site, structure
 from mmpeft.sites.selector import select
 from tests.matrix.example import Example
 from tests.matrix.families.diffusers import FAMILIES, SD3, SD_UNET, _build, _pixart_inputs
@@ -75,7 +75,7 @@ class Record:
 
 def check_structure(model: Any) -> list[Site]:
     """What holds without running the model; also for a model on the meta device."""
-    sites, modules = denoiser(model), dict(model.named_modules())
+    sites, modules = structure(model), dict(model.named_modules())
     assert len({(s.path, s.role, s.rows) for s in sites}) == len(sites), "a site is named twice"
     classes = {"linear": nn.Linear, "conv": nn.Conv2d, "embedding": nn.Embedding}
     parts: dict[str, list[Site]] = defaultdict(list)
@@ -110,7 +110,7 @@ def test_structure_and_depth(family: str) -> None:
 def test_every_module_is_called_and_every_row_counts(family: str) -> None:
     """Other values in the rows of a site change the output; of a refused one they change nothing."""
     model, batch, _ = ALL[family]()
-    record, sites = Record(model, batch), [s for s in denoiser(model) if s.kind != "module"]
+    record, sites = Record(model, batch), [s for s in structure(model) if s.kind != "module"]
     dead = {"sd3": {"attn.add_q_proj", "attn.norm_added_q"}, "sd3_plain": {"attn.add_q_proj"}}.get(family, set())
     assert {s.path for s in sites if s.refuse} == {f"transformer_blocks.2.{name}" for name in dead}
     with torch.no_grad():
@@ -130,7 +130,7 @@ def test_every_module_is_called_and_every_row_counts(family: str) -> None:
 def test_widths_entries_and_gates(family: str) -> None:
     """Also: `mlp.gate` rows are what the activation is applied to, and `mlp.up` rows are multiplied with that."""
     model, batch, _ = ALL[family]()
-    record, sites = Record(model, batch), denoiser(model)
+    record, sites = Record(model, batch), structure(model)
     beside = {"to_q": "to_v", "add_q_proj": "add_v_proj", "proj_mlp": "attn.to_q"}
     for site in sites:
         if site.kind == "norm":
@@ -152,7 +152,7 @@ def test_widths_entries_and_gates(family: str) -> None:
 def test_residual(family: str) -> None:
     """Between two `stream`s the residual stream grows by what sub-layers put out, times one gate for each channel."""
     model, batch, _ = ALL[family]()
-    record, sites = Record(model, batch), denoiser(model)
+    record, sites = Record(model, batch), structure(model)
     for block in (s for s in sites if s.role == "block"):
         subs = [s for s in sites if s.role in ("attn", "cross", "mlp") and s.path.startswith(f"{block.path}.")]
         start, end = record.input(block.path), record.output(block.path)
@@ -186,7 +186,7 @@ def test_residual(family: str) -> None:
 def test_methods_live(family: str) -> None:
     """What a user asks for first works, every tensor of it learns, and sites stay what they were."""
     model, batch, _ = ALL[family]()
-    before = denoiser(model)
+    before = structure(model)
     crossed, subs = "cross.q" in (roles := {s.role for s in before}), "|".join(sorted(roles & {"attn", "cross", "mlp"}))
     methods: list[mmpeft.Method] = [mmpeft.SSF(), mmpeft.Houlsby(at=subs), mmpeft.ParallelAdapter(at=subs)]
     methods += [mmpeft.LoRA(at=at) for at in ("attn.{q,v}|cross.{q,v}", "cross.*") if crossed]
@@ -200,7 +200,7 @@ def test_methods_live(family: str) -> None:
         methods, refused = [*methods, *refused.values()], {}
     for method in methods:
         (tuning := mmpeft.attach(model, method)).liveness(batch).check()
-        assert denoiser(model) == before, f"{method}: a second tuning sees other sites"
+        assert structure(model) == before, f"{method}: a second tuning sees other sites"
         tuning.detach()
     for reason, method in refused.items():
         with pytest.raises(Refused, match=reason):

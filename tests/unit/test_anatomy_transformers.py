@@ -12,7 +12,6 @@ import transformers as hf
 from torch import nn
 
 import mmpeft
-from mmpeft.errors import SiteError
 from mmpeft.functional.rows import put_rows, take_rows
 from mmpeft.methods.base import own_weight
 from mmpeft.sites import ROLES, Site, sites
@@ -119,9 +118,3 @@ def test_sublayers_add_to_the_stream(family: str) -> None:
         stream, out = calls[f"{site.stream}:in"], calls[f"{site.out or site.path}:out"]
         assert stream[-1] == out[-1] == site.width, site
         assert stream[:2] == out[:2], site
-
-
-def test_an_unknown_layout_is_refused() -> None:
-    config = hf.MambaConfig(hidden_size=16, num_hidden_layers=1, vocab_size=20, state_size=4)
-    with pytest.raises(SiteError, match="no block of a known layout"):
-        sites(hf.MambaModel(config))

@@ -40,4 +40,8 @@ def _whole(sites: list[Site], op: Op) -> bool:
 def _listed(rows: Rows, total: int) -> set[int]:
     start, stop, *period = rows
     step = period[0] if period else max(total, 1)
-    return {i + shift for shift in range(0, total, step) for i in range(start, stop)} if period else set(range(start, stop))
+    return (
+        {i + shift for shift in range(0, total, step) for i in range(start, stop)}
+        if period
+        else set(range(start, stop))
+    )

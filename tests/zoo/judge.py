@@ -137,7 +137,9 @@ class Trial:
         """Every floating tensor that a pass gives, with the same random numbers each time."""
         torch.manual_seed(0)
         args, kwargs = copy.deepcopy(self.inputs)
-        return [t for t in tree_leaves(_opened(model(*args, **kwargs))) if isinstance(t, Tensor) and t.is_floating_point()]
+        return [
+            t for t in tree_leaves(_opened(model(*args, **kwargs))) if isinstance(t, Tensor) and t.is_floating_point()
+        ]
 
     @torch.no_grad()
     def answer(self, model: nn.Module) -> list[Tensor]:

@@ -49,8 +49,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("model", metavar="MODEL", help="see below; a prefix such as timm: says whose name it is")
-    parser.add_argument("--method", default="", help="where this would sit: LoRA, 'LoRA(rank=8) + BitFit()', a YAML file")
-    parser.add_argument("--at", default="", metavar="SELECTOR", help="only these sites, for the method too: 'attn.{q,v}'")
+    parser.add_argument(
+        "--method", default="", help="where this would sit: LoRA, 'LoRA(rank=8) + BitFit()', a YAML file"
+    )
+    parser.add_argument(
+        "--at", default="", metavar="SELECTOR", help="only these sites, for the method too: 'attn.{q,v}'"
+    )
     parser.add_argument("--picture", type=Path, metavar="FILE.png", help="draw the model, the method's sites marked")
     parser.add_argument("--json", action="store_true", help="every site as JSON in place of tables")
     options = parser.parse_args(list(sys.argv[1:] if argv is None else argv)[1:])
@@ -96,7 +100,9 @@ def _looked_at(
 def _data(name: str, model: nn.Module, shown: Sequence[Site], seconds: float, fitted: Fit | None) -> dict[str, Any]:
     """Everything as plain data."""
     keys = ("path", "role", "tower", "depth", "kind", "rows", "via", "tensor", "refuse", "dead")
-    listed = [{**{key: getattr(s, key) for key in keys}, "shape": shape_of(model, s)} for s in shown if s.role != "param"]
+    listed = [
+        {**{key: getattr(s, key) for key in keys}, "shape": shape_of(model, s)} for s in shown if s.role != "param"
+    ]
     data: dict[str, Any] = {"model": name, "class": type(model).__name__, "seconds": round(seconds, 3), "sites": listed}
     data["parameters"] = sum(p.numel() for p in model.parameters())
     data["tensors"] = [site.path for site in shown if site.role == "param"]

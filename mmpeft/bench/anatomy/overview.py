@@ -192,7 +192,9 @@ def _lines(model: nn.Module, blocks: Sequence[tuple[str, Iterable[Site]]]) -> li
             if site.kind in TENSORS and site.tensor != "weight":
                 path = f"{path}.{site.tensor}".lstrip(".")
             via = "weight" if site.via == "weight" else ""
-            groups.setdefault((site.role, pattern(path), site.kind, via, site.refuse, site.dead), []).append((path, site))
+            groups.setdefault((site.role, pattern(path), site.kind, via, site.refuse, site.dead), []).append(
+                (path, site)
+            )
     found = []
     for (role, _, *rest), same in groups.items():
         sites = tuple(site for _, site in same)

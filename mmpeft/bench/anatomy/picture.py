@@ -105,7 +105,12 @@ class Column:
 
     @property
     def height(self) -> float:
-        return 0.5 + sum(_stack(self.before)) + sum(_fold_height(b) + 0.22 for _, b, _ in self.folds) + sum(_stack(self.behind))
+        return (
+            0.5
+            + sum(_stack(self.before))
+            + sum(_fold_height(b) + 0.22 for _, b, _ in self.folds)
+            + sum(_stack(self.behind))
+        )
 
 
 def _stack(boxes: Iterable[Box]) -> list[float]:
@@ -165,7 +170,9 @@ class _Drawing:
                 box = boxes.setdefault("rest", Box("rest", ""))
             box.lines.insert(0 if owner != "rest" else len(box.lines), line)
         for kind, box in boxes.items():
-            box.trained = self.count(line for line in lines if line.role == kind or (line.role == "kv" and kind == self._kv(line, subs)))
+            box.trained = self.count(
+                line for line in lines if line.role == kind or (line.role == "kv" and kind == self._kv(line, subs))
+            )
             self.kinds.update(dict.fromkeys(line.role.partition(".")[0] for line in box.lines))
         return list(boxes.values())
 
@@ -230,7 +237,16 @@ class _Drawing:
 
     def _draw_box(self, axes: Any, box: Box, x: float, y: float, width: float) -> None:
         color = COLORS.get(box.kind, "#8C8C8C")
-        self._frame(axes, x, y, width, box.height, "white", color if box.kind != "rest" else "#AAAAAA", 2.2 if box.trained else 1.0)
+        self._frame(
+            axes,
+            x,
+            y,
+            width,
+            box.height,
+            "white",
+            color if box.kind != "rest" else "#AAAAAA",
+            2.2 if box.trained else 1.0,
+        )
         title = box.title or ("beside them" if box.kind == "rest" and width < WIDE else "")
         axes.text(x + PAD, y + 0.15, title, fontsize=8.5, va="center", color=color, fontweight="bold")
         if box.trained:
@@ -244,7 +260,18 @@ class _Drawing:
         trained = self.count([line])
         color = COLORS.get(line.role.partition(".")[0], "#8C8C8C")
         dark = not self.is_marked or bool(trained)
-        self._frame(axes, x, y, width, HIGH, color, "black" if trained else color, 2.0 if trained else 0.8, 1.0 if dark else 0.22, 0.05)
+        self._frame(
+            axes,
+            x,
+            y,
+            width,
+            HIGH,
+            color,
+            "black" if trained else color,
+            2.0 if trained else 0.8,
+            1.0 if dark else 0.22,
+            0.05,
+        )
         ink = "white" if dark and line.role != "norm" else "#333333"
         style = {"ha": "center", "va": "center", "color": ink, "clip_on": True}
         name = line.role + (f" ×{line.count}" if line.count > 1 else "")
@@ -277,7 +304,9 @@ class _Drawing:
         """The order of the blocks: a cell each, with the letter of its kind."""
         if len(column.folds) < 2:
             return
-        order = sorted((site_order, n) for n, (fold, _, _) in enumerate(column.folds) for site_order in _orders(fold, n, column))
+        order = sorted(
+            (site_order, n) for n, (fold, _, _) in enumerate(column.folds) for site_order in _orders(fold, n, column)
+        )
         high = min(0.24, (bottom - top) / len(order))
         for place, (_, number) in enumerate(order):
             y = top + place * high
@@ -298,7 +327,9 @@ class _Drawing:
             if source is not None:
                 other = self.places[source]
                 start, end = (other[1], left + PAD) if other[1] <= left else (other[0], left + WIDE - PAD)
-                axes.annotate("", (end, y), (start, other[3] - 0.1), arrowprops={**arrow, "connectionstyle": "arc3,rad=0.0"})
+                axes.annotate(
+                    "", (end, y), (start, other[3] - 0.1), arrowprops={**arrow, "connectionstyle": "arc3,rad=0.0"}
+                )
             elif key is not None:
                 axes.annotate("", (left + WIDE - PAD, y), (left + WIDE + 0.42, y), arrowprops=arrow)
 
@@ -308,7 +339,11 @@ class _Drawing:
             other.tower.name
             for other in self.columns
             if other is not column
-            and any(line.role == "block" and wide & {s[0] for s in line.shapes if s} for f, _, _ in other.folds for line in f.lines)
+            and any(
+                line.role == "block" and wide & {s[0] for s in line.shapes if s}
+                for f, _, _ in other.folds
+                for line in f.lines
+            )
         ]
         return found[0] if found else None
 
@@ -319,12 +354,16 @@ class _Drawing:
         kinds = [kind for kind in COLORS if kind in self.kinds]
         handles: list[Any] = [Patch(facecolor=COLORS[kind], label=NAMES[kind]) for kind in kinds]
         if self.is_marked:
-            handles.append(Patch(facecolor="white", edgecolor="black", linewidth=2, label="trained, +parameters in all"))
+            handles.append(
+                Patch(facecolor="white", edgecolor="black", linewidth=2, label="trained, +parameters in all")
+            )
         if self.crossings:
             label = "keys and values from elsewhere"
             handles.append(Line2D([], [], color=COLORS["cross"], linewidth=1.8, marker="<", markersize=5, label=label))
         columns = max(2, int(width / 1.75))
-        axes.legend(handles=handles, loc="lower left", bbox_to_anchor=(0.02, 0.0), ncols=columns, fontsize=8.5, frameon=False)
+        axes.legend(
+            handles=handles, loc="lower left", bbox_to_anchor=(0.02, 0.0), ncols=columns, fontsize=8.5, frameon=False
+        )
 
 
 def _orders(fold: Fold, number: int, column: Column) -> list[tuple[int, int]]:
