@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from mmpeft.controllers.base import Controller
 from mmpeft.controllers.scores import Loss, default_loss
-from mmpeft.errors import ConfigError, Refused, nearest
+from mmpeft.errors import ConfigError, Refused, SiteError, nearest
 from mmpeft.functional.rows import count_rows
 from mmpeft.hosting.host import base_value
 from mmpeft.hosting.modules import module_at
@@ -169,6 +169,8 @@ class Sited(Method):
     at: Selector = ""
     takes: ClassVar[tuple[Kind, ...]] = ()
     """Kinds of site the method can work on; empty for any."""
+    elsewhere: ClassVar[tuple[str, ...]] = ()
+    """Where the method goes by default in a model that has none of its paper's sites; the first that matches."""
 
     def chosen(self, available: list[Site]) -> list[Site]:
         """The sites of this method in a model; a default selector may match in part, a user's may not.
@@ -179,7 +181,7 @@ class Sited(Method):
             SiteError: nothing matches. Refused: a site says why it cannot be tuned, or is of the wrong kind.
         """
         default = next(f.default for f in fields(self) if f.name == "at")
-        found = select(available, self.at, every=self.at != default)
+        found = self._selected(available, self.at == default)
         name = type(self).__name__
         if self.at == default:
             usable = [site for site in found if not site.refuse and (not self.takes or site.kind in self.takes)]
@@ -193,6 +195,22 @@ class Sited(Method):
                     f"which is of kind {site.kind!r}"
                 )
         return found
+
+    def _selected(self, available: list[Site], by_default: bool) -> list[Site]:
+        """What `at` names; by default what its alternatives name where the model has none of those sites."""
+        if not by_default:
+            return select(available, self.at)
+        for at in (self.at, *self.elsewhere):
+            try:
+                return select(available, at, every=False)
+            except SiteError:
+                continue
+        return select(available, self.at, every=False)
+
+
+WEIGHTS = "{attn.*,cross.*,mlp.*,mixer.*,expert.*,conv,proj}"
+PRODUCTS = (f"{WEIGHTS} & depth>=0", WEIGHTS)
+"""Every product inside blocks, or in a model without blocks all between its embedding and its head."""
 
 
 @dataclass(frozen=True)

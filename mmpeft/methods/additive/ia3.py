@@ -7,7 +7,7 @@ from typing import ClassVar, Literal
 
 from torch import nn
 
-from mmpeft.methods.base import SiteMethod, fan, own_weight, register
+from mmpeft.methods.base import PRODUCTS, SiteMethod, fan, own_weight, register
 from mmpeft.methods.shared.rescaling import place_rescale
 from mmpeft.parts.base import Placement
 from mmpeft.sites import Kind, Selector, Site
@@ -23,6 +23,7 @@ class IA3(SiteMethod):
 
     at: Selector = "{attn.k,attn.v,cross.k,cross.v,mlp.down}"
     takes: ClassVar[tuple[Kind, ...]] = ("linear",)
+    elsewhere: ClassVar[tuple[str, ...]] = PRODUCTS
 
     def build(self, model: nn.Module, site: Site) -> Placement:
         side: Literal["input", "output"] = "input" if site.role == "mlp.down" else "output"

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from mmpeft.errors import ConfigError
 from mmpeft.hosting.modules import module_at
-from mmpeft.methods.base import Sited, fan, own_weight, positive, rate, register
+from mmpeft.methods.base import PRODUCTS, Sited, fan, own_weight, positive, rate, register
 from mmpeft.parts import Delta, Factor, LowRank
 from mmpeft.parts.base import Hook, Placement
 from mmpeft.parts.delta import hook_kind
@@ -38,6 +38,7 @@ class LoRA(Sited):
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
 
     takes: ClassVar[tuple[Kind, ...]] = ("linear", "conv", "embedding")
+    elsewhere: ClassVar[tuple[str, ...]] = PRODUCTS
     magnitude: ClassVar[bool] = False
     matrices: ClassVar[int] = 1
     """Products `B A` in one update."""

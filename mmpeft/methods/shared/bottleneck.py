@@ -35,6 +35,7 @@ class Bottleneck(SiteMethod):
     dropout: float = 0.0
 
     takes: ClassVar[tuple[Kind, ...]] = ("module",)
+    elsewhere: ClassVar[tuple[str, ...]] = ("mixer", "block")
     source: ClassVar[Source] = "output"
     init: ClassVar[Init] = "lora"
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import nn
 
 from mmpeft.errors import ConfigError, Refused
 from mmpeft.functional.kron import balanced_factor
 from mmpeft.hosting.modules import module_at
-from mmpeft.methods.base import Method, SiteMethod, fan, own_weight
+from mmpeft.methods.base import PRODUCTS, Method, SiteMethod, fan, own_weight
 from mmpeft.parts import Delta, Factor
 from mmpeft.parts.base import Hook, Placement
 from mmpeft.parts.delta import hook_kind
@@ -25,6 +26,8 @@ class Kronecker(SiteMethod):
     """
 
     left: Sequence[int] = ()
+
+    elsewhere: ClassVar[tuple[str, ...]] = PRODUCTS
 
     def __post_init__(self) -> None:
         if self.left and (len(self.left) != 2 or min(self.left) < 1):
