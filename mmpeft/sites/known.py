@@ -46,10 +46,14 @@ def structure(model: nn.Module, example: Any = None) -> list[Site]:
     written = find_anatomy(model)
     if written is not None:
         return written(model)
-    key, form = signature(model), signature(model, numbers=False)
+    key = signature(model)
     with _LOCK:
-        last = _LAST.get(model)
-        found = _FOUND.get(key) or (last[1] if last is not None and last[0] == form else None)
+        last, found = _LAST.get(model), _FOUND.get(key)
+    if found is not None and last is not None and last[1] is found:
+        return list(found)
+    form = signature(model, numbers=False)
+    if found is None and last is not None and last[0] == form:
+        found = last[1]
     if found is None:
         found = _watched(model, example)
     _keep(model, key, form, found)

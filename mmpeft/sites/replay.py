@@ -40,6 +40,8 @@ def _form(graph: Graph, source: Op, between: list[Op]) -> list[Any]:
     return found
 
 
+@torch.inference_mode(False)
+@torch.enable_grad()
 def _replay(graph: Graph, source: Op, target: tuple[int, int], between: list[Op]) -> list[int]:
     generator = torch.Generator().manual_seed(0)
     values: dict[int, Tensor] = {}
@@ -59,8 +61,7 @@ def _replay(graph: Graph, source: Op, target: tuple[int, int], between: list[Op]
             return list(range(source.shape[1 if source.name == "convolution" else -1]))
         kwargs = {key: value for key, value in op.kwargs.items() if key not in _PLACE}
         arguments, kwargs = tree_map(real, (op.args, kwargs))
-        with torch.enable_grad():
-            made = [o for o in tree_leaves(op.func(*arguments, **kwargs)) if isinstance(o, Tensor)]
+        made = [o for o in tree_leaves(op.func(*arguments, **kwargs)) if isinstance(o, Tensor)]
         for key, value in zip(op.outs, made):
             values[key] = value
     result = values[target[1]] if between else start

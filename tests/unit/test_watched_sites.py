@@ -174,6 +174,16 @@ def test_example_that_does_not_fit_shows_the_models_own_error(own: Own) -> None:
         mmpeft.attach(own, mmpeft.LoRA(), example=torch.rand(2, 4, 7))
 
 
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode, lambda: torch.device("meta")])
+def test_sites_are_the_same_in_any_context(own: Own, context: Callable[[], Any]) -> None:
+    batch = torch.rand(2, 4, 5)
+    with context():
+        found = structure(own, batch)
+    finding._FOUND.clear()
+    finding._LAST.clear()
+    assert found == structure(own, batch)
+
+
 def test_a_model_that_counts_its_passes_is_the_same_model(own: Own) -> None:
     first = structure(own, torch.rand(2, 4, 5))
     own(torch.rand(2, 4, 5))
