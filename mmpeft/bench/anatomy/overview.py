@@ -141,8 +141,9 @@ def _outside(own: Sequence[Site], structural: Sequence[Site]) -> tuple[list[Site
     """Sites outside blocks: those in front, as the model holds them, and the rest."""
     tower = own[0].tower if own else ""
     first = next((i for i, site in enumerate(structural) if site.role == "block" and site.tower == tower), 0)
-    early = {id(site) for site in structural[:first]}
-    before = [s for s in own if s.role in ("embed", "time", "stack") or (id(s) in early and s.role == "norm")]
+    stacks = tuple(f"{site.path}." for site in own if site.role == "stack")
+    early = {id(s) for s in structural[:first] if s.role == "norm" and not s.path.startswith(stacks)}
+    before = [site for site in own if site.role in ("embed", "time", "stack") or id(site) in early]
     return before, [site for site in own if site not in before]
 
 
