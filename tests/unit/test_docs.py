@@ -37,4 +37,5 @@ def test_any_model_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys:
     printed = capsys.readouterr().out.splitlines()
     assert len(promised) == 2
     assert all(line in printed for line in promised)
-    assert mmpeft.load(space["Net"](), "out/").report().trainable > 0
+    space["tuning"].detach()
+    assert mmpeft.load(space["model"], "out/").report().trainable > 0
