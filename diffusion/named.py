@@ -17,7 +17,7 @@ DENOISERS = ("transformer", "unet", "prior")
 
 
 def knows(name: str) -> bool:
-    """A pipeline's folder (its denoiser), a model's, the name of a class such as `UNet2DConditionModel`, or embedded."""
+    """A folder of a pipeline (its denoiser) or of a model, a class such as `UNet2DConditionModel`, or `embedded:`."""
     if name.startswith("embedded:"):
         return (WEIGHTS / name.removeprefix("embedded:") / INDEX).is_file()
     path = Path(name).expanduser()

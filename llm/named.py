@@ -46,9 +46,8 @@ def build(name: str) -> nn.Module:
 
     file = config_of(name)
     if file is None and name not in names() and not _is_repository(name):
-        raise ConfigError(
-            f"transformers:{name} is no folder with a {CONFIG}, no repository and no type of model.{nearest(name, names())}"
-        )
+        hint = nearest(name, names())
+        raise ConfigError(f"transformers:{name}: no folder with a {CONFIG}, no repository and no type of model.{hint}")
     try:
         if file is None and name in names():
             config: Any = transformers.AutoConfig.for_model(name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Callable
 from importlib import import_module
@@ -39,7 +40,8 @@ def build(name: str) -> nn.Module | tuple[nn.Module, Any]:
     module, _, function = name.partition(":")
     try:
         call: Callable[[], Any] = getattr(import_module(module), function)
-    except (ImportError, AttributeError, ValueError) as error:
+        inspect.signature(call).bind()
+    except (ImportError, AttributeError, TypeError, ValueError) as error:
         raise ConfigError(f"{name!r}: {error}; expected {FORM}") from error
     built = call()
     model = built[0] if isinstance(built, tuple) and len(built) == 2 else built

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from mmpeft.errors import SiteError
 from mmpeft.hosting.host import original_class
 from mmpeft.hosting.modules import own_modules
-from mmpeft.sites.notes import Inputs, inputs_of, noted
+from mmpeft.sites.notes import Inputs, inputs_of, note_of, noted
 from mmpeft.sites.reading import read
 from mmpeft.sites.site import Site, find_anatomy, param_sites, qualified_name
 from mmpeft.sites.watch import watch
@@ -107,7 +107,7 @@ def as_inputs(example: Any) -> Inputs:
 
 
 def signature(model: nn.Module, numbers: bool = True) -> int:
-    """A number that models of the same make share: classes, shapes of parameters and plain attributes of all modules.
+    """A number that models of the same make share: classes, notes on them, shapes of parameters and plain attributes.
 
     Without `numbers`, attributes that are numbers or tensors are left out, and buffers.
     """
@@ -123,7 +123,8 @@ def signature(model: nn.Module, numbers: bool = True) -> int:
             if numbers
             or not (value is None or (isinstance(value, int | float | Tensor) and not isinstance(value, bool)))
         )
-        parts.append((path, original_class(module), shapes, plain))
+        cls = original_class(module)
+        parts.append((path, cls, note_of(cls), shapes, plain))
     return hash(tuple(parts))
 
 

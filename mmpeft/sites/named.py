@@ -1,7 +1,7 @@
-"""Models by name, for a look at their structure: what each library is asked, and which of them knows a name.
+"""Models by name, for a look at their structure: which library knows a name, and how it is built.
 
-A domain registers its library without importing it. Nothing is downloaded where a configuration will do, and weights are
-never read: where a model can be tuned does not depend on them.
+A domain registers its library without importing it. Weights are never read: where a model can be tuned does not depend
+on them.
 """
 
 from __future__ import annotations

@@ -51,7 +51,7 @@ def noted(model: nn.Module, found: list[Site]) -> list[Site]:
     load_domains()
     notes: list[tuple[str, Note]] = []
     for path, module in own_modules(model):
-        own = _note_of(type(module))
+        own = note_of(type(module))
         if own is not None and not any(own is other and _is_inside(path, around) for around, other in notes):
             notes.append((path, own))
     for path, own in reversed(notes):
@@ -65,7 +65,8 @@ def noted(model: nn.Module, found: list[Site]) -> list[Site]:
     return found
 
 
-def _note_of(cls: type) -> Note | None:
+def note_of(cls: type) -> Note | None:
+    """The note on models of a class, or of one that it derives from."""
     return next((_NOTES[name] for base in cls.__mro__ if (name := qualified_name(base)) in _NOTES), None)
 
 

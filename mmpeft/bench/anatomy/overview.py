@@ -74,11 +74,12 @@ class Fold:
 
 @dataclass(frozen=True)
 class Tower:
-    """Blocks along one stream, in the order of their first, and the sites of the tower outside them."""
+    """Blocks along one stream, in the order of their first, and the sites of the tower before and behind them."""
 
     name: str
+    before: tuple[Line, ...]
     folds: tuple[Fold, ...]
-    around: tuple[Line, ...]
+    behind: tuple[Line, ...]
     parameters: int
 
     @property
@@ -91,7 +92,7 @@ class Tower:
 
     @property
     def lines(self) -> tuple[Line, ...]:
-        return (*self.around, *(line for fold in self.folds for line in fold.lines))
+        return (*self.before, *(line for fold in self.folds for line in fold.lines), *self.behind)
 
 
 @dataclass(frozen=True)
@@ -127,12 +128,23 @@ def overview(name: str, model: nn.Module, found: Sequence[Site], seconds: float,
     owners = towers_of_tensors(found)
     towers = []
     for tower, blocks in by_tower.items():
-        around = _lines(model, [("", blocks.pop((-1, ""), []))])
+        before, behind = _outside(blocks.pop((-1, ""), []), structural)
         parameters = sum(size for tensor, size in sizes.items() if owners.get(tensor, "") == tower)
-        towers.append(Tower(tower, tuple(_folds(model, blocks)), tuple(around), parameters))
+        outside = [tuple(_lines(model, [("", own)])) for own in (before, behind)]
+        towers.append(Tower(tower, outside[0], tuple(_folds(model, blocks)), outside[1], parameters))
     rest, small = _uncovered(model, structural)
     towers.sort(key=lambda tower: not tower.folds)
     return Overview(name, original_class(model).__name__, sum(sizes.values()), seconds, tuple(towers), rest, small)
+
+
+def _outside(own: Sequence[Site], structural: Sequence[Site]) -> tuple[list[Site], list[Site]]:
+    """Sites outside blocks: those in front, as the model holds them, and the rest."""
+    tower = own[0].tower if own else ""
+    first = next((i for i, site in enumerate(structural) if site.role == "block" and site.tower == tower), 0)
+    stacks = tuple(f"{site.path}." for site in own if site.role == "stack")
+    early = {id(s) for s in structural[:first] if s.role == "norm" and not s.path.startswith(stacks)}
+    before = [site for site in own if site.role in ("embed", "time", "stack") or id(site) in early]
+    return before, [site for site in own if site not in before]
 
 
 def _blocks(structural: Sequence[Site]) -> Callable[[Site], tuple[int, str]]:
@@ -185,22 +197,23 @@ def _folds(model: nn.Module, blocks: dict[tuple[int, str], list[Site]]) -> Itera
 
 def _lines(model: nn.Module, blocks: Sequence[tuple[str, Iterable[Site]]]) -> list[Line]:
     """The sites of blocks that are alike, in the order of the first block."""
-    groups: dict[tuple[object, ...], list[tuple[str, Site]]] = {}
+    groups: dict[tuple[str, str, str, str, str, bool], list[tuple[str, Site]]] = {}
     for block, own in blocks:
+        own = list(own)
+        streams = {site.stream for site in own}
         for site in own:
             path = site.path[len(block) + 1 :] if block and f"{site.path}.".startswith(f"{block}.") else site.path
             if site.kind in TENSORS and site.tensor != "weight":
                 path = f"{path}.{site.tensor}".lstrip(".")
             via = "weight" if site.via == "weight" else ""
-            groups.setdefault((site.role, pattern(path), site.kind, via, site.refuse, site.dead), []).append(
-                (path, site)
-            )
+            form = path if site.path in streams else pattern(path)  # each norm before a sub-layer is its own
+            groups.setdefault((site.role, form, site.kind, via, site.refuse, site.dead), []).append((path, site))
     found = []
-    for (role, _, *rest), same in groups.items():
+    for (role, _, kind, via, refuse, dead), same in groups.items():
         sites = tuple(site for _, site in same)
         shapes = tuple(shape_of(model, site) for site in sites)
         path = common(path for path, _ in same)
-        found.append(Line(role, path, *rest, len(same) // len(blocks), sites, shapes))  # type: ignore[arg-type]
+        found.append(Line(role, path, kind, via, refuse, dead, len(same) // len(blocks), sites, shapes))
     return found
 
 
@@ -232,8 +245,7 @@ def _uncovered(
     groups: dict[tuple[str, tuple[int, ...]], int] = {}
     small = 0
     for name, tensor in _tensors(model).items():
-        owner, _, own = name.rpartition(".")
-        if name in known or owner in norms:
+        if name in known or name.rpartition(".")[0] in norms:
             continue
         if tensor.dim() > 1:
             key = (pattern(name), tuple(tensor.shape))

@@ -19,7 +19,7 @@ from mmpeft.functional.rows import Rows
 def tables(found: Overview, fitted: Fit | None = None) -> Group:
     """Towers, then the sites of each, what is refused or left out, and where a method would sit."""
     shown: list[RenderableType] = [_towers(found)]
-    shown += [_sites(tower) for tower in found.towers if tower.folds or tower.around]
+    shown += [_sites(tower) for tower in found.towers if tower.lines]
     shown += _left_out(found)
     if fitted is not None:
         shown.append(_fit(fitted))
@@ -69,9 +69,8 @@ COLUMNS = ("role", "path", "shape", "rows", "via", "refused")
 def _sites(tower: Tower) -> Group:
     """The sites of a tower: what stands before the blocks, blocks that are alike, and the rest."""
     reasons = list(dict.fromkeys(line.refuse for line in tower.lines if line.refuse))
-    first = [line for line in tower.around if line.role in ("embed", "time", "stack")]
-    parts = [("", first), *((f"{f.title}  {f.path}", f.lines) for f in tower.folds)]
-    parts.append(("outside blocks", [line for line in tower.around if line not in first]))
+    parts = [("", tower.before), *((f"{f.title}  {f.path}", f.lines) for f in tower.folds)]
+    parts.append(("outside blocks", tower.behind))
     cells = [(title, [_cells(line, reasons) for line in lines]) for title, lines in parts if lines]
     every = [COLUMNS, *(row for _, rows in cells for row in rows)]
     used = [i for i in range(len(COLUMNS)) if any(row[i] for row in every[1:])]
