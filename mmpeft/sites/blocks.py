@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -76,6 +77,7 @@ def blocks(graph: Graph, modules: dict[str, nn.Module], subs: Iterable[Sublayer]
         if around:
             held.append(_choose(around, lists))
     paths = {path for path in held if not any(path.startswith(f"{other}.") for other in set(held))}
+    paths = paths or repeated(graph, modules)
     classes = {type(modules[path]) for path in paths}
     forms = {pattern(path) for path in paths}
     for path, module in modules.items():
@@ -83,6 +85,17 @@ def blocks(graph: Graph, modules: dict[str, nn.Module], subs: Iterable[Sublayer]
         if type(module) in classes and listed and not any(_is_within(path, other) for other in paths - {path}):
             paths.add(path)
     return _ordered(graph, paths, list(modules))
+
+
+def repeated(graph: Graph, modules: dict[str, nn.Module]) -> set[str]:
+    """Of a model without residual sums: the outermost modules of which there are several of a class, with products."""
+    products = Counter(call.path for op in graph.products for call in graph.around(op.index))
+    held = [path for path, count in products.items() if path and count > 1]
+    kinds = Counter(type(modules[path]) for path in held)
+    own = [p for p in held if kinds[type(modules[p])] > 1 and not type(modules[p]).__module__.startswith("torch.nn.")]
+    forms = {pattern(path) for path in own}
+    own += [path for path in held if pattern(path) in forms and path not in own]
+    return {path for path in own if not any(path.startswith(f"{other}.") for other in own)}
 
 
 def _choose(around: list[str], lists: Lists) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from functools import cached_property
 from typing import Any
@@ -144,6 +144,14 @@ class Graph:
         wanted = list(ops)
         first, last = min(wanted), max(wanted)
         return (call for call in self.around(wanted[0]) if call.first <= first and last < call.last)
+
+    @cached_property
+    def _runs(self) -> Counter[tuple[str, int]]:
+        return Counter((call.path, call.parent) for call in self.calls)
+
+    def runs_once(self, call: Call) -> bool:
+        """Whether a module runs no second time within the run of the module around it."""
+        return self._runs[call.path, call.parent] == 1
 
     def path(self, op: Op) -> str:
         """The innermost module that was running."""

@@ -7,12 +7,17 @@ from dataclasses import replace
 from mmpeft.sites.attention import Attention
 from mmpeft.sites.builder import Builder
 from mmpeft.sites.graph import Graph
-from mmpeft.sites.record import Function
+from mmpeft.sites.record import VIEWS, Function, Op
 
 OTHER = (
     "its attention is neither one scaled_dot_product_attention nor a softmax between two 4-D products, so that learned "
     "keys have no way in; where the model has a choice of implementations, take sdpa or eager"
 )
+MIXED = (
+    "between its scores and its values it does more than a softmax (heads are mixed, positions weighed), in which learned "
+    "keys would have no part"
+)
+UNEQUAL = "its keys and values are of different widths; learned ones are of one"
 SEVERAL = "it computes several attentions in one pass, and learned keys would enter only one"
 
 
@@ -22,9 +27,30 @@ def keys_and_values(builder: Builder, graph: Graph, one: Attention, centers: lis
     heads, width = _shape(graph, one)
     held = next((i for i, s in enumerate(builder.sites) if s.role == "kv" and s.path == call.path), None)
     if held is None:
-        builder.add(call.path, "kv", depth, heads=heads, width=width, refuse="" if heads else OTHER)
+        why = OTHER if not heads else _refusal(graph, one)
+        builder.add(call.path, "kv", depth, heads=heads, width=width, refuse=why)
     elif sum(call.first <= other < call.last for other in centers) > 1:
         builder.sites[held] = replace(builder.sites[held], refuse=SEVERAL)
+
+
+def _refusal(graph: Graph, one: Attention) -> str:
+    """Why learned keys and values do not fit in an attention although there is a way in."""
+    before = graph.between(one.score, one.center)[:-1]
+    behind = graph.between(one.center, one.value)[:-1]
+    if not all(_follows(graph, op) for op in before) or any(op.name not in VIEWS for op in behind):
+        return MIXED
+    (_, first), (_, second) = graph.shapes(graph.ops[one.score])[-2:]
+    shares, values = (shape for _, shape in graph.shapes(graph.ops[one.value])[-2:])
+    if shares[-2:] != graph.ops[one.score].shape[-2:] or first[-1] != second[-2]:
+        return OTHER  # the product is written the other way round
+    return UNEQUAL if first[-1] != values[-1] else ""
+
+
+def _follows(graph: Graph, op: Op) -> bool:
+    """Whether what is done to scores can be done to those of learned keys too: nothing that says anything of single keys."""
+    if op.name in ("mul", "div"):
+        return all(shape[-1:] in ((), (1,)) for _, shape in graph.shapes(op) if shape != op.shape)
+    return op.name in VIEWS | {"add", "sub", "tanh", "masked_fill", "where"}
 
 
 def _shape(graph: Graph, one: Attention) -> tuple[int, int]:

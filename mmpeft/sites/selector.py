@@ -11,7 +11,7 @@ from mmpeft.sites.site import Predicate, Selector, Site
 
 _OPERATORS = {">=": ge, "<=": le, "==": eq, "!=": ne, ">": gt, "<": lt, "=": eq}
 _CONDITION = re.compile(r"^(\w+)\s*(>=|<=|==|!=|=|>|<)\s*(.+)$")
-_FIELDS = ("depth", "tower", "path", "kind")
+_FIELDS = ("depth", "tower", "path", "kind", "role")
 
 
 def _split(text: str, separators: str) -> list[str]:

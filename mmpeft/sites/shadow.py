@@ -41,7 +41,8 @@ def shadow_of(model: nn.Module, fake: FakeTensorMode | None) -> nn.Module:
                     del hooks[key]
         if is_host(module):
             unmake_host(module)
-        module.__dict__.pop("forward", None)
+        if type(module).forward is not nn.Module.forward:  # else the class chose one for each of its instances
+            module.__dict__.pop("forward", None)
     shadow.eval()
     for _, module in own_modules(shadow):
         if isinstance(module, nn.MultiheadAttention | nn.TransformerEncoderLayer):

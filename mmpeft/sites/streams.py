@@ -152,7 +152,7 @@ def _reader(graph: Graph, sub: Sublayer, own: Call) -> tuple[str, tuple[int, ...
         if call.index < own.index and call.last >= own.last:
             continue  # around the whole sub-layer
         begins = call.last <= sub.sum and call.reads and graph.root(call.reads[0]) == sub.stream
-        if begins and sub.indices & set(call.gives):
+        if begins and sub.indices & set(call.gives) and graph.runs_once(call):
             return call.path, call.given[0]
     return "", ()
 
@@ -162,5 +162,5 @@ def _giver(graph: Graph, sub: Sublayer, own: Call) -> tuple[str, tuple[int, ...]
     branch = graph.root(sub.branch)
     behind = [call for call in graph.calls[own.index :] if own.last <= call.first and call.last <= sub.sum]
     giving = [call for call in behind if call.gives[:1] and graph.root(call.gives[0]) == branch]
-    kept = [call for call in giving if call.path not in graph.dropouts]
+    kept = [call for call in giving if call.path not in graph.dropouts and graph.runs_once(call)]
     return (kept[-1].path, kept[-1].shapes[0]) if kept else ("", own.shapes[0])

@@ -130,18 +130,20 @@ CHEAPER: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 """What makes a family's smallest variant shallow without changing how it is built."""
 
+SIDE = 96
+"""Of a picture for families that take any."""
 SIDES: dict[str, int] = {
-    **dict.fromkeys(
-        (
-            "convmixer", "dpn", "efficientvim", "gemma4_vit", "hrnet", "lowformer", "metaformer", "mobilenetv5", "naflexvit",
-            "nextvit", "rdnet", "resnest", "resnetv2", "selecsls", "tresnet", "vgg", "xception_aligned",
-        ),
-        96,
-    ),
     **dict.fromkeys(("inception_resnet_v2", "inception_v3", "inception_v4", "nasnet", "pnasnet", "xception"), 128),
+    "byoanet": 256,
+    "davit": 112,
     "deepseek_vit": 126,
-}  # fmt: skip
-"""Smaller pictures for families that take any and are slow."""
+    "focalnet": 112,
+    "hieradet_sam2": 224,
+    "mobilenetv5": 128,
+    "qwen3_vit": 128,
+    "tiny_vit": 112,
+}
+"""Other sides that suit a family's windows, grids or pools."""
 
 
 def names() -> list[str]:
@@ -153,9 +155,10 @@ def build(name: str) -> nn.Module:
     """The family's smallest model with random weights, the same in every call."""
     torch.manual_seed(0)
     model: nn.Module = timm.create_model(variant(name), pretrained=False, **CHEAPER.get(name, {}))
-    if name in SIDES:
-        known = dict(model.pretrained_cfg)  # type: ignore[call-overload]
-        model.pretrained_cfg = {**known, "input_size": (3, SIDES[name], SIDES[name])}  # type: ignore[assignment]
+    known: dict[str, Any] = dict(model.pretrained_cfg)  # type: ignore[call-overload]
+    if not known.get("fixed_input_size"):
+        side = min(SIDES.get(name, SIDE), known["input_size"][-1])
+        model.pretrained_cfg = {**known, "input_size": (3, side, side)}  # type: ignore[assignment]
     return model
 
 
