@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from mmpeft.errors import Refused
 from mmpeft.parts.base import Part
-from mmpeft.parts.stacks import Stack, StackPart
+from mmpeft.parts.stacks import Stack
 from mmpeft.parts.tuned import Traced, Tuned
 
 NATIVE = (nn.MultiheadAttention, nn.modules.linear.NonDynamicallyQuantizableLinear)
@@ -31,13 +31,13 @@ def answered(host: nn.Module, name: str, base: Any, parts: Sequence[Part]) -> An
     if weighs and outer and all(part.answers for part in outer):
         dynamo, transformed = torch.compiler.is_compiling(), torch._C._are_functorch_transforms_active()
         traced = dynamo or transformed or torch._C._get_tracing_state() is not None
-        if all(isinstance(part, StackPart) for part in outer):
+        if all(part.stacked for part in outer):
             if traced and any(part.needs_input for part in outer):
                 raise Refused(
                     "a traced pass reads the values of experts' weights, which know of no dropout: set it to 0"
                 )
             if not traced and base.dim() == 3:
-                return Stack.read(host, name, base, tuple(part for part in outer if isinstance(part, StackPart)))
+                return Stack.read(host, name, base, tuple(outer))
         elif any(part.needs_input for part in outer):
             kind = Traced if torch.compiler.is_dynamo_compiling() else Tuned
             return kind.read(host, name, base, tuple(outer))

@@ -12,14 +12,14 @@ from torch import Tensor, nn
 
 from mmpeft.functional.low_rank import low_rank_row_norms, squared_row_norms
 from mmpeft.functional.rows import Rows, count_rows, put_rows, take_rows
-from mmpeft.parts.base import cast, trainable_dtype
+from mmpeft.parts.base import Part, cast, trainable_dtype
 from mmpeft.parts.delta import Delta
 from mmpeft.parts.factors import LowRank, like_options
+from mmpeft.parts.product import Inner, StackReading
 from mmpeft.parts.rescale import Rescale
-from mmpeft.parts.stacks import Inner, StackPart, StackReading
 
 
-class ExpertsDelta(StackPart):
+class ExpertsDelta(Part):
     """`W_e ← g_e ⊙ (W_e + s B_e A_e)` on rows `rows` of every expert, with `g_e = m_e / ‖W_e + s B_e A_e‖` (DoRA) or 1.
 
     `A` is [experts, r, i] and `B` [experts, o, r], or [r, i] and [o, r] where all experts share one update; they start
@@ -52,6 +52,14 @@ class ExpertsDelta(StackPart):
         if magnitude:
             square = squared_row_norms(take_rows(weight, rows, -2))
             self.magnitude = nn.Parameter(square.sqrt().to(trainable_dtype(weight.dtype)))
+
+    @property
+    def stacked(self) -> bool:
+        return True
+
+    @property
+    def answers(self) -> bool:
+        return True
 
     @property
     def needs_input(self) -> bool:
@@ -132,7 +140,7 @@ class _OneDelta(Delta):
         return self.length / norms.to(self.length.dtype)
 
 
-class ExpertsRescale(StackPart):
+class ExpertsRescale(Part):
     """`y_e ← γ_e ⊙ y_e` on rows `rows` of what comes out of every expert's matrix, or `x_e ← γ_e ⊙ x_e` on its input.
 
     What an expert adds to its rows, its own of `bias_owner` [experts, o], is scaled as well.
@@ -154,6 +162,14 @@ class ExpertsRescale(StackPart):
         self.rows = rows if side == "output" else None
         size = weight.shape[-1] if side == "input" else count_rows(rows, weight.shape[-2])
         self.gamma = nn.Parameter(torch.ones(len(weight), size, **like_options(weight)))
+
+    @property
+    def stacked(self) -> bool:
+        return True
+
+    @property
+    def answers(self) -> bool:
+        return True
 
     def one(self, expert: int) -> Rescale:
         return _OneRescale(self, expert)

@@ -11,46 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from mmpeft.functional.rows import Rows
 from mmpeft.hosting.weights import ANSWERS, Seen, Weight, Wrapper
 from mmpeft.parts.base import Part, cast
+from mmpeft.parts.product import Apply, Inner, StackReading
 from mmpeft.parts.tuned import Tuned, in_graph
-
-Run = Callable[[Tensor, Tensor], Tensor]
-Inner = Callable[[Tensor], Tensor]
-
-
-class StackReading(NamedTuple):
-    """One product by the matrices of a frozen stack.
-
-    `weight` [experts, o, i] are all of them. `apply(x, kernel)` is the same product by another stack, or by one matrix
-    for all. `spread(vectors)` lays a vector of each expert along what goes in or comes out, whose channels are in
-    dimension `channel`.
-    """
-
-    weight: Tensor
-    apply: Run
-    spread: Callable[[Tensor], Tensor]
-    channel: int
-
-
-class StackPart(Part):
-    """A part that answers for a stack of weights."""
-
-    rows: Rows | None
-    transposed: bool
-
-    @property
-    def answers(self) -> bool:
-        return True
-
-    def one(self, expert: int) -> Part:
-        """A part that does to the matrix of one expert what this one does to the stack."""
-        raise NotImplementedError
-
-    def through_stack(self, reading: StackReading, inner: Inner, x: Tensor) -> Tensor:
-        """`inner(x)`, the product by the stack, with the effect of the part."""
-        raise NotImplementedError
 
 
 class Stack(Wrapper):
@@ -63,12 +27,12 @@ class Stack(Wrapper):
     host: nn.Module
     attribute: str
     base: Tensor
-    parts: tuple[StackPart, ...]
+    parts: tuple[Part, ...]
     picked: Tensor | None
     swapped: bool
 
     @classmethod
-    def read(cls, host: nn.Module, attribute: str, base: Tensor, parts: tuple[StackPart, ...]) -> Tensor:
+    def read(cls, host: nn.Module, attribute: str, base: Tensor, parts: tuple[Part, ...]) -> Tensor:
         facts = {"host": host, "attribute": attribute, "base": base, "parts": parts, "picked": None, "swapped": False}
         return in_graph(_Made(facts, base.dtype))
 
@@ -81,7 +45,7 @@ class Stack(Wrapper):
     @property
     def transposed(self) -> bool:
         """Whether it is stored as matrices [i, o]."""
-        return self.parts[0].transposed
+        return bool(getattr(self.parts[0], "transposed", False))
 
     def formed(self) -> Tensor:
         if self.picked is None:
@@ -99,7 +63,7 @@ class Stack(Wrapper):
         found = cast(Tuned.read(self.host, self.attribute, self.base[expert], parts), self.seen.dtype)
         return found.t() if self.swapped else found
 
-    def times_all(self, x: Any, run: Run, left: bool, experts: Tensor | None = None) -> Any:
+    def times_all(self, x: Any, run: Apply, left: bool, experts: Tensor | None = None) -> Any:
         """`run(x, matrices)`, multiplied from the `left` or not; `experts` are those of the rows of x, if in groups."""
         turned = self.transposed != self.swapped
         if not isinstance(x, Tensor) or isinstance(x, Weight) or x.dim() < 2 or left == turned:
