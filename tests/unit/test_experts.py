@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
+import mmpeft
 from mmpeft import attach
+from mmpeft.errors import Refused
 from mmpeft.functional.rows import put_rows, take_rows
 from mmpeft.llm.inputs import example_inputs
-from mmpeft.methods import IA3, DoRA, Full, LoRA
+from mmpeft.methods import IA3, AdaLoRA, DoRA, Full, KronA, LoHa, LoRA
 from mmpeft.sites import Site, sites
 from mmpeft.surgery.attached import Attached
 from mmpeft.surgery.liveness import liveness
@@ -152,3 +156,183 @@ def formed(plain: nn.Module, tuning: Attached) -> Tensor:
     args, kwargs = example_inputs(plain)
     out: Tensor = torch.func.functional_call(plain, weights, args, kwargs).logits
     return out
+
+
+class Expert(nn.Module):
+    def __init__(self, width: int, inner: int) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(width, inner), nn.Linear(inner, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(F.gelu(self.first(x)))  # type: ignore[no-any-return]
+
+
+class Mixed(nn.Module):
+    """Words go to the best of a list of experts, and all through one that is shared."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.choose = nn.Linear(width, 6)
+        self.members = nn.ModuleList(Expert(width, 24) for _ in range(6))
+        self.common = Expert(width, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        flat = x.flatten(0, 1)
+        best, index = self.choose(flat).softmax(-1).max(-1)
+        out = torch.zeros_like(flat)
+        for number, member in enumerate(self.members):
+            words = (index == number).nonzero().flatten()
+            if len(words):
+                out.index_add_(0, words, member(flat[words]) * best[words, None])
+        return self.common(x) + out.view_as(x)
+
+
+class Block(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm, self.mixed = nn.LayerNorm(width), Mixed(width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.mixed(self.norm(x))  # type: ignore[no-any-return]
+
+
+class Own(nn.Module):
+    def __init__(self, width: int = 32) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Block(width) for _ in range(2))
+        self.head = nn.Linear(width, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x.mean(1))  # type: ignore[no-any-return]
+
+
+def test_a_list_of_experts_of_which_some_rest() -> None:
+    model = Own().eval()
+    with torch.no_grad():
+        model.blocks[0].mixed.choose.bias[3] = -100.0  # type: ignore[union-attr,index]
+    x = torch.randn(2, 9, 32)
+    found = sites(model, x)
+    own = {(s.path, s.role) for s in found if s.kind == "linear"}
+    for block in range(2):
+        at = f"blocks.{block}.mixed"
+        assert (f"{at}.choose", "router") in own
+        assert {(f"{at}.common.first", "mlp.up"), (f"{at}.common.last", "mlp.down")} <= own
+        for number in range(6):
+            assert {
+                (f"{at}.members.{number}.first", "expert.up"),
+                (f"{at}.members.{number}.last", "expert.down"),
+            } <= own
+    assert [s.path for s in found if s.role == "mlp"] == ["blocks.0.mixed", "blocks.1.mixed"]
+    base = model(x)
+    tuning = attach(model, LoRA(at="expert.*", rank=2), example=x)
+    assert torch.equal(model(x), base)
+    dead = liveness(tuning, x).dead
+    assert dead
+    assert all(".members." in name for name in dead)
+    assert any("blocks.0.mixed.members.3." in name for name in dead)
+    assert not any("choose" in name for name in dead)
+
+
+@pytest.mark.parametrize("name", ["each", "shared", "dora", "ia3"])
+def test_saved_and_loaded(name: str, tmp_path: Path) -> None:
+    model = mixture("gpt_oss", "grouped_mm")
+    tuning = attach(model, METHODS[name])
+    move(tuning)
+    expected = run(model).detach()
+    tuning.save(tmp_path / "adapter")
+    again = mixture("gpt_oss", "eager")
+    mmpeft.load(again, tmp_path / "adapter")
+    assert torch.allclose(run(again), expected, atol=2e-4)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_several_tunings_at_once(way: str) -> None:
+    model, base = mixture("mixtral", way), run(mixture("mixtral")).detach()
+    one = attach(model, LoRA(at="expert.*", rank=2), "one")
+    two = attach(model, LoRA(at="expert.{gate,down}", rank=3), "two")
+    move(one)
+    move(two)
+    with torch.no_grad():
+        with mmpeft.use(model, "one"):
+            first = run(model)
+        with mmpeft.use(model, "two"):
+            second = run(model)
+        with mmpeft.use(model, mmpeft.Together(("one", "two"))):
+            both = run(model)
+        with mmpeft.use(model, mmpeft.Together(("one", "two"), (1.0, 0.0))):
+            alone = run(model)
+        with mmpeft.use(model, None):
+            assert torch.allclose(run(model), base, atol=1e-4)
+    with pytest.raises(Refused, match="unit"), mmpeft.use(model, mmpeft.Together(("one", "two"), unit=("one",))):
+        run(model)
+    assert min(float((a - b).abs().max()) for a, b in ((first, second), (first, both), (second, both))) > 0.1
+    assert torch.allclose(alone, first, atol=1e-4)
+    if way == "batched_mm":  # which keeps the words of a row together
+        with torch.no_grad(), mmpeft.use(model, ["one", "two"]):
+            assert torch.allclose(run(model), torch.cat([first[:1], second[1:]]), atol=1e-4)
+    else:
+        with pytest.raises(Refused, match="do not stay apart"), mmpeft.use(model, ["one", "two"]):
+            run(model)
+
+
+def test_of_one_expert_no_more_than_its_own_weight_is_formed() -> None:
+    model = mixture("mixtral")
+    site = next(s for s in kinds(model) if s.role == "expert.down")
+    tuning = attach(model, DoRA(at="expert.*", rank=2))
+    move(tuning)
+    host, sizes = model.get_submodule(site.path), []
+
+    class Sizes(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            out = func(*args, **(kwargs or {}))
+            made = isinstance(out, Tensor) and out._base is None and not func.is_view
+            sizes.append(out.numel() if made else 0)
+            return out
+
+    with torch.no_grad(), Sizes():
+        F.linear(torch.randn(3, host.down_proj.shape[2]), host.down_proj[1])
+    assert max(sizes) <= host.down_proj[1].numel()
+
+
+@pytest.mark.parametrize(
+    ("way", "dtype"), [*((way, torch.bfloat16) for way in WAYS), *((way, torch.float64) for way in WAYS[:2])]
+)
+def test_other_types(way: str, dtype: torch.dtype) -> None:
+    model = mixture("mixtral", way).to(dtype)
+    base = run(model).detach()
+    tuning = attach(model, LoRA(at="expert.*", rank=3))
+    assert torch.equal(run(model), base)
+    move(tuning)
+    tuned = run(model)
+    assert tuned.dtype == dtype
+    tuned.float().square().mean().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in tuning.parameters())
+
+
+def test_compiled() -> None:
+    model = mixture("mixtral", "batched_mm")
+    tuning = attach(model, DoRA(at="expert.*", rank=3))
+    move(tuning)
+    expected = run(model)
+    found = torch.compile(model, backend="aot_eager")(**example_inputs(model)[1]).logits
+    assert torch.allclose(found, expected, atol=1e-4)
+    own, other = (torch.autograd.grad(y.square().mean(), list(tuning.parameters())) for y in (expected, found))
+    assert all(torch.allclose(a, b, atol=1e-3 * float(a.abs().max())) for a, b in zip(own, other))
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_dropout_is_of_what_enters_the_update(way: str) -> None:
+    model = mixture("mixtral", way)
+    tuning = attach(model, LoRA(at="expert.*", rank=3, dropout=0.5))
+    move(tuning)
+    assert torch.equal(run(model), run(model))
+    model.train()
+    assert not torch.allclose(run(model), run(model), atol=1e-3)
+
+
+@pytest.mark.parametrize("method", [AdaLoRA(at="expert.up"), LoHa(at="expert.up"), KronA(at="expert.up")])
+def test_methods_without_stacks_say_so(method: Any) -> None:
+    with pytest.raises(Refused, match="kind 'experts'"):
+        attach(mixture("mixtral"), method)
