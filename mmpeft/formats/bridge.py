@@ -8,9 +8,18 @@ import torch
 from torch import Tensor, nn
 
 from mmpeft.errors import AdapterFileError, ConfigError, Refused, SiteError
-from mmpeft.formats import peft_prompts
+from mmpeft.formats import peft_experts, peft_prompts
 from mmpeft.formats.content import Content, Layer, Scaling
-from mmpeft.formats.low_rank import check_paths, fit_layers, layers_of, method_for, selector, set_pieces, tunable_sites
+from mmpeft.formats.low_rank import (
+    check_paths,
+    fit_layers,
+    fit_stacks,
+    layers_of,
+    method_for,
+    selector,
+    set_pieces,
+    tunable_sites,
+)
 from mmpeft.formats.peft import targeted
 from mmpeft.functional.rows import put_rows, take_rows
 from mmpeft.hosting.host import base_value
@@ -19,7 +28,7 @@ from mmpeft.methods.additive.ia3 import IA3
 from mmpeft.methods.base import Method, own_weight
 from mmpeft.methods.compose import Union
 from mmpeft.methods.selective.full import Full
-from mmpeft.parts import Delta, Mask, Rescale
+from mmpeft.parts import Delta, ExpertsDelta, Mask, Rescale
 from mmpeft.parts.base import Placement
 from mmpeft.sites import Site, sites
 from mmpeft.surgery.attached import Attached
@@ -45,22 +54,25 @@ def content_of(tuning: Attached, format: str) -> Content:
         whole = _whole_modules(tuning.model, masks)
         return Content(format, whole=whole, learned=peft_prompts.learned_of(tuning.model, learned, whole))
     layers = layers_of(tuning)
+    stacks = peft_experts.tensors_of(tuning.model, tuning.placements) if format == "peft" else None
     for placement in tuning.placements:
         _check_part(placement, format)
-    if not layers and not scales:
+    if not layers and not scales and stacks is None:
         raise Refused(
             f"{tuning.method} has no low-rank update or (IA)³ vector, and {format} files hold nothing else alone"
         )
-    if layers and scales:
+    if (layers or stacks) and scales:
         raise Refused(f"{tuning.method} has both low-rank updates and (IA)³ vectors; a {format} file holds one of them")
     whole = _whole_modules(tuning.model, masks) if masks else {}
     rates = {p.part.dropout for p in tuning.placements if isinstance(p.part, Delta) and not p.part.lookup}
     dropout = rates.pop() if len(rates) == 1 else 0.0
-    return Content(format, layers, _scalings(tuning.model, scales), whole, dropout)
+    return Content(format, layers, _scalings(tuning.model, scales), whole, dropout, stacks=stacks)
 
 
 def _check_part(placement: Placement, format: str) -> None:
     part, where = placement.part, placement.home or "the model"
+    if isinstance(part, ExpertsDelta) and format == "peft":
+        return
     if not isinstance(part, Delta | Mask | Rescale) or (isinstance(part, Rescale) and part.beta is not None):
         raise Refused(f"{type(part).__name__} at {where} exists in no exchange format; use tuning.save()")
     if isinstance(part, Rescale | Mask) and format != "peft":
@@ -138,6 +150,7 @@ def attach_content(model: nn.Module, content: Content, name: str, where: object)
     content.check(where)
     with unchanged_on_error(model):
         pieces = fit_layers(model, content.layers, where)
+        pieces += fit_stacks(model, content.stacks, where) if content.stacks else []
         vectors = _fit_scalings(model, content.scalings, where)
         tensors = _fit_whole(model, content.whole, where)
         _check_complete(model, content, where)
@@ -197,7 +210,7 @@ def _fit_scalings(model: nn.Module, scalings: Sequence[Scaling], where: object) 
     found: list[tuple[Site, Tensor]] = []
     for scaling in scalings:
         own = known[scaling.path]
-        inner = own[0].role == "mlp.down"
+        inner = own[0].role in IA3.inner
         if inner != (scaling.side == "input"):
             raise AdapterFileError(
                 f"{where}: the vector of {scaling.path} acts on its {scaling.side}; IA3 acts on the "

@@ -15,6 +15,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from mmpeft.errors import AdapterFileError
+from mmpeft.formats.peft_experts import StackTensors
 from mmpeft.hosting.values import finite, unfit
 
 PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
@@ -98,6 +99,8 @@ class Content:
     modules: tuple[str, ...] = ()
     """Names of modules that the file says it saves whole, where the model has them."""
     learned: Learned | None = None
+    stacks: StackTensors | None = None
+    """Updates of the stacked weights of experts."""
     others: dict[str, str] = field(default_factory=dict)
     """Module path → the factor (LoHa, LoKr, …) that is recognised and cannot be loaded."""
 
@@ -105,6 +108,7 @@ class Content:
     def method(self) -> str:
         """`LoRA`, `DoRA`, `IA3`, or what else the layers are, joined by `+`."""
         names = {layer.factor or ("LoRA" if layer.magnitude is None else "DoRA") for layer in self.layers}
+        names |= {"LoRA"} if self.stacks else set()
         names |= set(self.others.values()) | ({"IA3"} if self.scalings else set())
         names |= {self.learned.kind} if self.learned else set()
         return "+".join(sorted(names)) or "none"
@@ -119,6 +123,7 @@ class Content:
             found.update({f"{layer.path}.{name}": t for name, t in halves.items() if t is not None})
         found.update({scaling.path: scaling.gamma for scaling in self.scalings})
         found.update({f"{path}.{name}": t for path, own in self.whole.items() for name, t in own.items()})
+        found.update(self.stacks.tensors() if self.stacks else {})
         found.update({self.learned.kind: self.learned.tensor} if self.learned else {})
         check_values(found, where)
 

@@ -173,6 +173,8 @@ def convert(
         raise Refused(
             f"{src} holds {'(IA)³ vectors' if content.scalings else 'whole modules'}; {format} has no key for them"
         )
+    if content.stacks:
+        raise Refused(f"{src} holds updates of experts, whose tensors only a model tells: load it and export() that")
     if format in ("peft", "comfy") and len(content.components) > 1:
         raise Refused(f"{src} holds layers of {content.components}; a {format} adapter is for one model")
     if prefix and len(content.components) == 1:

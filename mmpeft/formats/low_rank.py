@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from mmpeft.errors import AdapterFileError, Refused, nearest
+from mmpeft.formats import peft_experts
 from mmpeft.formats.content import Layer
 from mmpeft.formats.lycoris_out import layer_from
 from mmpeft.functional.rows import put_rows, take_rows
@@ -19,7 +20,7 @@ from mmpeft.methods.base import Method, own_weight
 from mmpeft.methods.compose import Union
 from mmpeft.methods.reparameterized.dora import DoRA
 from mmpeft.methods.reparameterized.lora import LoRA
-from mmpeft.parts import Delta, LowRank
+from mmpeft.parts import Delta, ExpertsDelta, LowRank
 from mmpeft.parts.base import Placement
 from mmpeft.sites import Site, sites
 from mmpeft.surgery.attached import Attached
@@ -119,6 +120,10 @@ class Piece:
     alpha: float
     magnitude: Tensor | None
 
+    @property
+    def rank(self) -> int:
+        return self.down.shape[-2]
+
 
 def fit_layers(model: nn.Module, layers: Sequence[Layer], where: object) -> list[Piece]:
     """Cut layers to the sites of a model; the model is not changed.
@@ -130,6 +135,32 @@ def fit_layers(model: nn.Module, layers: Sequence[Layer], where: object) -> list
     check_paths(model, [layer.path for layer in layers], by_path, where)
     signed = [layer if layer.scale >= 0 else layer.baked() for layer in layers]
     return [piece for layer in signed for piece in _cut(model, layer, by_path[layer.path], where)]
+
+
+def fit_stacks(model: nn.Module, found: peft_experts.StackTensors, where: object) -> list[Piece]:
+    """Cut updates of experts to the sites of a model.
+
+    Raises:
+        AdapterFileError: a parameter without a site, or of another shape.
+    """
+    known: dict[tuple[str, str], list[Site]] = {}
+    for site in sites(model):
+        if site.kind == "experts" and not site.refuse:
+            known.setdefault((site.path, site.tensor), []).append(site)
+    pieces = []
+    for layer in peft_experts.fit(model, found, where):
+        own = known.get((layer.path, layer.tensor), [])
+        if not own:
+            raise AdapterFileError(f"{where}: {layer.name} is no stack of experts in {type(model).__name__}")
+        turned = own[0].transposed
+        down, up = (layer.up.mT, layer.down.mT) if turned else (layer.down, layer.up)
+        for site in own:
+            rows = take_rows(up, site.rows, -2)
+            keep = (rows != 0).flatten(0, 1).any(0) | (up == 0).flatten(0, 1).all(0)
+            if keep.any():
+                rank = int(keep.sum())
+                pieces.append(Piece(site, down[:, keep], rows[:, :, keep], layer.scale * rank, None))
+    return pieces
 
 
 def tunable_sites(model: nn.Module, kinds: tuple[str, ...]) -> dict[str, list[Site]]:
@@ -222,8 +253,8 @@ def method_for(model: nn.Module, pieces: Sequence[Piece], dropout: float = 0.0) 
         (DoRA, [piece for piece in pieces if piece.magnitude is not None]),
     ):
         if own:
-            (rank, alpha), _ = Counter((len(p.down), p.alpha) for p in own).most_common(1)[0]
-            ranks = _pattern([(p.site, len(p.down)) for p in own], rank, available)
+            (rank, alpha), _ = Counter((p.rank, p.alpha) for p in own).most_common(1)[0]
+            ranks = _pattern([(p.site, p.rank) for p in own], rank, available)
             alphas = _pattern([(p.site, p.alpha) for p in own], alpha, available)
             at = selector([p.site for p in own], available)
             patterns = {"rank_pattern": ranks, "alpha_pattern": alphas}
@@ -249,13 +280,19 @@ def selector(chosen: Sequence[Site], available: Sequence[Site]) -> str:
 @torch.no_grad()
 def set_pieces(placements: Sequence[Placement], pieces: Sequence[Piece]) -> None:
     """Put the tensors of pieces into the parts that `method_for` placed."""
-    wanted = {(piece.site.path, piece.site.rows): piece for piece in pieces}
+    stacks = {(p.site.path, p.site.tensor, p.site.rows): p for p in pieces if p.site.kind == "experts"}
+    wanted = {(piece.site.path, piece.site.rows): piece for piece in pieces if piece.site.kind != "experts"}
     for placement in placements:
         part = placement.part
-        if isinstance(part, Delta):
+        if isinstance(part, ExpertsDelta):
+            stack = stacks.pop((placement.home, placement.hooks[0].name, part.rows))
+            part.A.copy_(stack.down)
+            part.B.copy_(stack.up)
+        elif isinstance(part, Delta):
             piece = wanted.pop((placement.home, part.rows))
             for own, value in zip(part.pair(), (piece.down, piece.up)):
                 own.copy_(value)
             if part.magnitude is not None and piece.magnitude is not None:
                 part.magnitude.copy_(piece.magnitude)
     assert not wanted
+    assert not stacks

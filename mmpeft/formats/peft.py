@@ -18,7 +18,7 @@ from typing import Any
 from torch import Tensor
 
 from mmpeft.errors import AdapterFileError, Refused, nearest
-from mmpeft.formats import peft_prompts
+from mmpeft.formats import peft_experts, peft_prompts
 from mmpeft.formats.content import PICKLED, Content, Layer, Scaling, assemble, dump_tensors, read_json, read_tensors
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -50,7 +50,6 @@ FOREIGN_OPTIONS = {
     "use_bdlora": "another factor (BD-LoRA)",
     "use_qalora": "pooled inputs (QA-LoRA)",
     "layer_replication": "a base with repeated layers",
-    "target_parameters": "updates of bare parameters",
     "trainable_token_indices": "trained rows of an embedding",
     "lora_bias": "a bias inside the update",
 }
@@ -91,6 +90,9 @@ def read_folder(folder: Path) -> Content:
         return Content("peft", learned=learned, whole=whole, modules=modules if whole else ())
     _check_options(config, folder / CONFIG)
     slots, rest = split(tensors, folder / WEIGHTS)
+    named = config.get("target_modules") or ()
+    stacked = [p for p in slots if peft_experts.is_stack(p, config, named == "all-linear" or targeted(named, p))]
+    stacks = peft_experts.taken(slots, stacked, config, folder / WEIGHTS)
     lookups = {key.removeprefix(PREFIX).removesuffix(EMBEDDING) for key in tensors if key.endswith(EMBEDDING)}
     tables = [
         f"{path}.base_layer.weight" for path in lookups if rest.pop(f"{path}.base_layer.weight", None) is not None
@@ -98,7 +100,13 @@ def read_folder(folder: Path) -> Content:
     modules = tuple(config.get("modules_to_save") or ())
     whole = _whole(rest, modules, folder / WEIGHTS)
     notes = tuple(f"holds a copy of the base's table, which is not read: {name}" for name in tables)
-    told: dict[str, Any] = {"whole": whole, "modules": modules, "targets": _targets(config), "notes": notes}
+    told: dict[str, Any] = {
+        "whole": whole,
+        "modules": modules,
+        "targets": _targets(config),
+        "notes": notes,
+        "stacks": stacks,
+    }
     expected = {"gamma"} if kind == "IA3" else {"down", "up", "magnitude"}
     for path, own in slots.items():
         if not set(own) <= expected:
@@ -106,7 +114,7 @@ def read_folder(folder: Path) -> Content:
                 f"{folder}: {CONFIG} says {kind}, {path} has {sorted(set(own) - expected)}; the files belong to "
                 "different adapters"
             )
-    if not slots:
+    if not slots and stacks is None:
         raise AdapterFileError(f"{folder / WEIGHTS} holds no layer of a {kind} adapter")
     if kind == "IA3":
         scalings = [_scaling(path, own["gamma"], config, folder) for path, own in slots.items()]
@@ -266,7 +274,14 @@ def folder_files(content: Content, modules: Collection[str] = (), base_name: str
             )
     else:
         config |= {"peft_type": "LORA", "bias": "none", "init_lora_weights": True, "use_rslora": False}
-        config |= lora_fields(layers) | {"lora_dropout": content.dropout}
+        ranks = {layer.path: layer.rank for layer in layers}
+        if content.stacks is not None:
+            ranks |= content.stacks.config["ranks"]
+            config[peft_experts.OPTION] = content.stacks.config[peft_experts.OPTION]
+            tensors |= {f"{PREFIX}{name}": tensor for name, tensor in content.stacks.tensors().items()}
+        dropout = content.dropout if content.stacks is None else 0.0  # PEFT has none beside updates of parameters
+        config |= rank_fields(ranks) | {"lora_dropout": dropout}
+        config["use_dora"] = any(layer.magnitude is not None for layer in layers)
         tensors |= lora_tensors(layers, PREFIX)
     text = json.dumps(config, indent=2, sort_keys=True) + "\n"
     return {WEIGHTS: dump_tensors(tensors, {"format": "pt"}), CONFIG: text.encode()}
@@ -274,10 +289,15 @@ def folder_files(content: Content, modules: Collection[str] = (), base_name: str
 
 def lora_fields(layers: Collection[Layer]) -> dict[str, Any]:
     """Rank, alpha, their patterns and `use_dora` of baked layers, as a LoraConfig has them."""
-    rank, _ = Counter(layer.rank for layer in layers).most_common(1)[0]
-    ranks = {f"^{re.escape(layer.path)}": layer.rank for layer in layers if layer.rank != rank}
     dora = any(layer.magnitude is not None for layer in layers)
-    return {"r": rank, "lora_alpha": rank, "rank_pattern": ranks, "alpha_pattern": dict(ranks), "use_dora": dora}
+    return rank_fields({layer.path: layer.rank for layer in layers}) | {"use_dora": dora}
+
+
+def rank_fields(ranks: Mapping[str, int]) -> dict[str, Any]:
+    """Rank, alpha and their patterns for what has these ranks and its scale in the tensors."""
+    rank, _ = Counter(ranks.values()).most_common(1)[0]
+    others = {f"^{re.escape(name)}": own for name, own in ranks.items() if own != rank}
+    return {"r": rank, "lora_alpha": rank, "rank_pattern": others, "alpha_pattern": dict(others)}
 
 
 def lora_tensors(layers: Collection[Layer], prefix: str) -> dict[str, Tensor]:

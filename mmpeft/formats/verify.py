@@ -66,6 +66,8 @@ def expected(content: Content) -> dict[str, Tensor]:
         found[f"ΔW of {name}"] = delta_weights([replace(layer, magnitude=None)])[layer.path]
         if layer.magnitude is not None:
             found[f"magnitude of {name}"] = layer.magnitude
+    if content.stacks is not None:
+        found |= {f"{name} of experts": tensor for name, tensor in content.stacks.tensors().items()}
     if content.learned is not None:
         found["learned tokens"] = content.learned.tensor
     found |= {f"vector on {x.path}'s {x.side}": x.gamma for x in content.scalings}
@@ -201,13 +203,16 @@ def by_diffusers(model: nn.Module, file: Path, component: str, content: Content)
 def _adapters(model: nn.Module, name: str) -> dict[str, Tensor]:
     """The tensors of one adapter that peft holds in a model, under the keys of `expected`."""
     from peft.tuners.ia3.layer import IA3Layer
-    from peft.tuners.lora.layer import LoraLayer
+    from peft.tuners.lora.layer import LoraLayer, ParamWrapper
     from peft.tuners.lycoris_utils import LycorisLayer
     from peft.utils.other import ModulesToSaveWrapper
 
     found: dict[str, Tensor] = {}
     for path, module in model.named_modules():
-        if isinstance(module, LoraLayer) and name in module.scaling:
+        if isinstance(module, ParamWrapper) and name in module.scaling:
+            for half, own in (("A", module.lora_A[name]), ("B", module.lora_B[name])):
+                found[f"{path}.lora_{half}.weight of experts"] = own.weight
+        elif isinstance(module, LoraLayer) and name in module.scaling:
             delta = module.get_delta_weight(name)
             turned = getattr(module, "fan_in_fan_out", False) or name in module.lora_embedding_A
             found[f"ΔW of {path}"] = delta.T if turned else delta

@@ -266,14 +266,15 @@ def identity(model: nn.Module, path: str) -> Hashable:
 
 
 def own_weight(model: nn.Module, site: Site) -> Tensor:
-    """The weight [o, i, ...] of a linear, convolution or embedding site, all rows of it."""
+    """The weight [o, i, ...] of a linear, convolution or embedding site, all rows of it; of experts [experts, o, i]."""
     weight = tensor_of(model, f"{site.path}.{site.tensor}")
-    return weight.t() if site.transposed else weight
+    return weight.mT if site.transposed else weight
 
 
 def fan(model: nn.Module, site: Site) -> tuple[int, int]:
-    """(output rows, inputs per row) of a linear or convolution site, its `rows` slice alone."""
+    """(output rows, inputs per row) of a linear or convolution site or of each expert, its `rows` slice alone."""
     weight = own_weight(model, site)
+    weight = weight[0] if site.kind == "experts" else weight
     return count_rows(site.rows, len(weight)), weight[0].numel()
 
 

@@ -4,6 +4,7 @@ from mmpeft.parts.base import Hook, Part, Placement
 from mmpeft.parts.branch import Branch
 from mmpeft.parts.context import Context
 from mmpeft.parts.delta import Delta
+from mmpeft.parts.experts import ExpertsDelta, ExpertsRescale
 from mmpeft.parts.factors import DiagonalLowRank, Factor, Hadamard, KhatriRao, Kron, LowRank, LowRankKron, NestedLowRank
 from mmpeft.parts.mask import Mask
 from mmpeft.parts.prefix import GatedPrefix, Prefix
@@ -18,6 +19,8 @@ __all__ = [
     "Context",
     "Delta",
     "DiagonalLowRank",
+    "ExpertsDelta",
+    "ExpertsRescale",
     "Factor",
     "GatedPrefix",
     "Hadamard",

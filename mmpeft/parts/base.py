@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from mmpeft.errors import Refused
 from mmpeft.hosting.offload import Hooked
-from mmpeft.parts.product import Inner, Reading
+from mmpeft.parts.product import Inner, Reading, StackReading
 
 HookKind = Literal["enter", "exit", "call", "read", "around"]
 Call = Callable[[nn.Module, Tensor], Tensor]
@@ -46,6 +46,19 @@ class Part(nn.Module):
     def answers(self) -> bool:
         """Whether `through` tells what the part does to the product by a weight that it reads."""
         return False
+
+    @property
+    def stacked(self) -> bool:
+        """Whether it answers for a stack of weights, by `one` and `through_stack`."""
+        return False
+
+    def one(self, expert: int) -> Part:
+        """A part that does to the matrix of one expert what this one does to a stack."""
+        raise NotImplementedError
+
+    def through_stack(self, reading: StackReading, inner: Inner, x: Tensor) -> Tensor:
+        """`inner(x)`, the product by a stack, with the effect of the part."""
+        raise NotImplementedError
 
     @property
     def needs_input(self) -> bool:

@@ -35,6 +35,20 @@ class Reading(NamedTuple):
         return self.stop - self.start != len(self.weight)
 
 
+class StackReading(NamedTuple):
+    """One product by the matrices of a frozen stack.
+
+    `weight` [experts, o, i] are all of them. `apply(x, kernel)` is the same product by another stack, or by one matrix
+    for all. `spread(vectors)` lays a vector of each expert along what goes in or comes out, whose channels are in
+    dimension `channel`.
+    """
+
+    weight: Tensor
+    apply: Apply
+    spread: Callable[[Tensor], Tensor]
+    channel: int
+
+
 def through(parts: Sequence[nn.Module], reading: Reading, inner: Inner, x: Tensor) -> Tensor:
     """`x` through a product and the parts around it, the innermost part first."""
     for part in parts:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from mmpeft.errors import Refused
 from mmpeft.parts.base import Hook, Part
-from mmpeft.parts.product import Inner, Reading
+from mmpeft.parts.product import Inner, Reading, StackReading
 
 
 class Scaled(Part):
@@ -36,6 +36,16 @@ class Scaled(Part):
     @property
     def needs_input(self) -> bool:
         return self._of[0].needs_input
+
+    @property
+    def stacked(self) -> bool:
+        return self._of[0].stacked
+
+    def one(self, expert: int) -> Part:
+        return Scaled(self._of[0].one(expert), self.strength)
+
+    def through_stack(self, reading: StackReading, inner: Inner, x: Tensor) -> Tensor:
+        return self._between(inner(x), self._of[0].through_stack(reading, inner, x))
 
     @property
     def transposed(self) -> bool:

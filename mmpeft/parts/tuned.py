@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -17,33 +17,6 @@ from mmpeft.parts.delta import Delta, stored_in
 from mmpeft.parts.factors import LowRank
 from mmpeft.parts.linear import multiply
 from mmpeft.parts.product import Reading, like, through
-
-NATIVE = (nn.MultiheadAttention, nn.modules.linear.NonDynamicallyQuantizableLinear)
-"""Modules whose weights, if plain, enter a kernel of their own without gradients: a tuned one keeps to it."""
-
-
-def answered(host: nn.Module, name: str, base: Any, parts: Sequence[Part]) -> Any:
-    """What code finds that reads an attribute of `host` for which `parts` answer, the innermost first.
-
-    A weight that parts change by what they do to its product answers as such. Where a graph is traced it is a formed
-    one, which any compiler understands, unless it depends on what it is multiplied by.
-    """
-    first = next((i for i, part in enumerate(parts) if part.answers), len(parts))
-    outer = parts[first:]
-    for part in parts[:first]:
-        base = part.read(host, name, base)
-    weighs = isinstance(base, Tensor) and base.dim() > 1 and base.is_floating_point()
-    if weighs and outer and all(part.answers for part in outer):
-        dynamo, transformed = torch.compiler.is_compiling(), torch._C._are_functorch_transforms_active()
-        traced = dynamo or transformed or torch._C._get_tracing_state() is not None
-        if any(part.needs_input for part in outer):
-            kind = Traced if torch.compiler.is_dynamo_compiling() else Tuned
-            return kind.read(host, name, base, tuple(outer))
-        if not (traced or (isinstance(host, NATIVE) and not torch.is_grad_enabled() and not host.training)):
-            return Tuned.read(host, name, base, tuple(outer))
-    for part in outer:
-        base = part.read(host, name, base)
-    return base
 
 
 class TunedWeight(Weight):
@@ -112,11 +85,11 @@ class Tuned(TunedWeight, Wrapper):
         shape, dtype = (base.full, base.seen.dtype) if isinstance(base, FewBits) else (base.shape, base.dtype)
         full = shape[::-1] if turned else shape
         facts = {"host": host, "attribute": attribute, "base": base, "parts": parts, "turned": turned}
-        return _in_graph(_Made(cls, full, Seen(0, full[0], dtype, turned), base.device, facts))
+        return in_graph(_Made(cls, full, Seen(0, full[0], dtype, turned), base.device, facts))
 
     def again(self, seen: Seen) -> Any:
         facts = {name: self.__dict__[name] for name in ("host", "attribute", "base", "parts", "turned")}
-        return _in_graph(_Made(type(self), self.full, seen, self.place, facts))
+        return in_graph(_Made(type(self), self.full, seen, self.place, facts))
 
 
 class Traced(TunedWeight):
@@ -155,7 +128,17 @@ class _Made(NamedTuple):
         return found
 
 
-def _in_graph(made: _Made) -> Tensor:
+class Maker(Protocol):
+    """Makes a weight that answers, again and again; `facts` has its `parts` and its `base`."""
+
+    @property
+    def facts(self) -> dict[str, Any]: ...
+
+    def __call__(self) -> Weight: ...
+
+
+def in_graph(made: Maker) -> Tensor:
+    """A weight with a place in the graph, if gradients may reach anything that it depends on."""
     if torch.is_grad_enabled() and not (torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()):
         inputs = [t for part in made.facts["parts"] for t in part.tensors() if t.requires_grad]
         if made.facts["base"].requires_grad:
@@ -173,7 +156,7 @@ class _Differentiable(Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, made: _Made, *inputs: Tensor) -> Tensor:
+    def forward(ctx: Any, made: Maker, *inputs: Tensor) -> Tensor:
         ctx.made = made
         ctx.save_for_backward(*inputs)
         return made()

@@ -40,7 +40,8 @@ class Graph:
         """What an operation reads, a product's own weight and bias left out."""
         if op.weight is None:
             return op.inputs
-        return [i for i in op.inputs if not self.ops[i].static] or self._static_operand(op)
+        moving = [i for i in op.inputs if not self.ops[i].static and i != op.held]
+        return moving or self._static_operand(op)
 
     def _static_operand(self, op: Op) -> list[int]:
         """Of a product of constants by a weight: the constants."""

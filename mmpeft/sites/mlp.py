@@ -31,12 +31,12 @@ def _groups(op: Op) -> int:
 
 def width(op: Op) -> int:
     """Output channels of a product."""
-    return op.shape[1] if op.name == "convolution" else op.shape[-1]
+    return op.shape[op.channel]
 
 
 def which(op: Op) -> int:
     """Which of the tensors that a product reads is what it multiplies."""
-    return 1 if op.name in ("addmm", "baddbmm") else 0
+    return 1 if op.name in ("addmm", "baddbmm") or (op.weight is not None and op.weight.left) else 0
 
 
 def positions(op: Op) -> int:
@@ -70,19 +70,21 @@ def feed_forward(graph: Graph, sub: Sublayer, given: set[int]) -> Assignment | N
         }
     if any(op.index in given for op in first):
         return None
-    found: Assignment = {"mlp.down": [(end, None)], "mlp.up": [(op, None) for op in first]}
+    found: Assignment = {"mlp.down": [(end, None)], **up_and_gate(graph, first, through, "mlp")}
     if middle:
         found["conv"] = [(op, None) for op in middle]
-    if len(first) == 1:
-        halves = _halves(graph, first[0], through)
-        if halves is not None:
-            found["mlp.up"], found["mlp.gate"] = [(first[0], halves[0])], [(first[0], halves[1])]
-    elif len(first) == 2:
-        gate = _gate(graph, first, through)
-        if gate is not None:
-            found["mlp.up"] = [(op, None) for op in first if op is not gate]
-            found["mlp.gate"] = [(gate, None)]
     return found
+
+
+def up_and_gate(graph: Graph, first: list[Op], end: int, part: str) -> Assignment:
+    """Which products (or channels of one) lead up to a result, and which gate it: roles `<part>.up` and `.gate`."""
+    up, gate = f"{part}.up", f"{part}.gate"
+    if len(first) == 1 and (halves := _halves(graph, first[0], end)) is not None:
+        return {up: [(first[0], halves[0])], gate: [(first[0], halves[1])]}
+    gating = _gate(graph, first, end) if len(first) == 2 else None
+    if gating is None:
+        return {up: [(op, None) for op in first]}
+    return {up: [(op, None) for op in first if op is not gating], gate: [(gating, None)]}
 
 
 def _halves(graph: Graph, source: Op, end: int) -> tuple[list[int], list[int]] | None:

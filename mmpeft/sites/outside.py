@@ -6,12 +6,17 @@ from dataclasses import replace
 
 from mmpeft.sites.blocks import around, parent, pattern
 from mmpeft.sites.builder import Builder, is_norm, is_projection
+from mmpeft.sites.experts import experts, is_stacked
 from mmpeft.sites.graph import Graph
 from mmpeft.sites.record import Op
 from mmpeft.sites.replay import channels
 from mmpeft.sites.roles import Reading
 from mmpeft.sites.site import Site
+from mmpeft.sites.streams import Sublayer
+from mmpeft.sites.sublayers import mixed
 
+LEVELS = 2
+"""Modules around experts among which their router is."""
 NOT_RUN = "the watched pass did not run it"
 
 
@@ -26,6 +31,9 @@ def rest(reading: Reading) -> None:
             for source in sources:
                 if not is_projection(reading.owner(source)):  # one tensor for several uses
                     reading.assign(source, "proj", channels(graph, source, one.operands[name]))
+    for op in graph.products:
+        if is_stacked(op) and not reading.is_assigned(op):
+            _without_stream(reading, op)
     ends = _ends(reading)
     last = max((graph.calls[b.first].last for b in reading.blocks.values() if b.first >= 0), default=0)
     for op in graph.products:
@@ -51,6 +59,19 @@ def rest(reading: Reading) -> None:
             reading.assign(op, "head")
         else:
             reading.assign(op, "proj")
+
+
+def _without_stream(reading: Reading, op: Op) -> None:
+    """Roles of experts outside the sub-layers of a stream: with what runs in the nearest module that has a router."""
+    assert op.weight is not None
+    owner = op.weight.name.rpartition(".")[0]
+    around = [call for call in reading.graph.around(op.index) if call.path != owner][:LEVELS]
+    subs = [Sublayer(c.last, c.first, op.index, reading.graph.ops[c.first : c.last]) for c in around]
+    found = [(sub, experts(reading.graph, sub, reading.modules)) for sub in subs]
+    mixtures = [one for one in found if one[1]]
+    chosen = next((one for one in mixtures if one[1] and one[1]["router"]), mixtures[0] if mixtures else None)
+    if chosen is not None:
+        mixed(reading, chosen[0])
 
 
 def _is_behind_products(graph: Graph, op: Op) -> bool:
@@ -98,7 +119,24 @@ def finish(reading: Reading, builder: Builder) -> list[Site]:
                 builder.linear(path, "proj", depth, dead=True, refuse=NOT_RUN)
         elif is_norm(module) and not _rests(reading, path, called):
             builder.add(path, "norm", depth, kind="norm", dead=True, refuse=NOT_RUN)
+    _resting_stacks(reading, builder)
     return builder.finish()
+
+
+def _resting_stacks(reading: Reading, builder: Builder) -> None:
+    """Experts of which no word was sent to any are sites as those of their like."""
+    known: dict[tuple[str, type], dict[str, list[Site]]] = {}
+    for site in builder.sites:
+        if site.kind == "experts":
+            own = known.setdefault((pattern(site.path), type(reading.modules[site.path])), {})
+            own.setdefault(site.path, []).append(site)
+    for path, module in reading.modules.items():
+        alike = known.get((pattern(path), type(module)), {})
+        if alike and path not in alike:
+            block = around(path, reading.blocks)
+            depth, tower = (block.depth, block.tower) if block else (-1, reading.tower_of(path))
+            for site in next(iter(alike.values())):
+                builder.sites.append(replace(site, path=path, depth=depth, tower=tower))
 
 
 def _rests(reading: Reading, path: str, called: set[str]) -> bool:

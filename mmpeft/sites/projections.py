@@ -7,6 +7,7 @@ from typing import Any
 from mmpeft.functional.rows import Rows, count_rows
 from mmpeft.sites.blocks import around
 from mmpeft.sites.builder import Builder, is_projection
+from mmpeft.sites.experts import bias_of, is_stacked
 from mmpeft.sites.graph import Graph
 from mmpeft.sites.mlp import width
 from mmpeft.sites.record import SLICES, VIEWS, Op
@@ -39,7 +40,7 @@ def _site(reading: Reading, builder: Builder, name: str, role: str, op: Op, used
         return
     parameter = module._parameters.get(tensor)
     plain = is_projection(module) and tensor == "weight"
-    if parameter is None or ((parameter.dim() == 3 or op.weight.derived) and not plain):
+    if parameter is None or (((parameter.dim() == 3 and not is_stacked(op)) or op.weight.derived) and not plain):
         return
     apart = any(
         by.call != op.call and reading.graph.ops[vector].shape[0] == width(op)
@@ -52,8 +53,8 @@ def _site(reading: Reading, builder: Builder, name: str, role: str, op: Op, used
     if not called:
         known |= {"via": "weight"}
     if not called or (rows is not None and module._parameters.get("bias") is None):
-        known |= {"bias": _bias(reading.graph, op, rows)}
-    kind = "conv" if op.name == "convolution" else "linear"
+        known |= {"bias": bias_of(reading.graph, op) if is_stacked(op) else _bias(reading.graph, op, rows)}
+    kind = "conv" if op.name == "convolution" else "experts" if is_stacked(op) else "linear"
     builder.add(path, role, depth, kind=kind, rows=rows, tensor=tensor, transposed=op.weight.transposed, **known)
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from torch import Tensor
+
 PRODUCTS = frozenset(
     {"mm", "addmm", "bmm", "baddbmm", "linear", "convolution", "_grouped_mm", "embedding", "addmv", "mv"}
 )
@@ -14,6 +16,12 @@ VIEWS |= {"t", "transpose", "permute", "expand", "squeeze", "unsqueeze", "alias"
 VIEWS |= {"clone", "contiguous", "_to_copy", "to", "copy"}
 """What changes the shape, the layout or the type of a tensor and none of its values."""
 SLICES = frozenset({"slice", "select", "split", "split_with_sizes", "chunk", "unbind", "narrow", "as_strided"})
+PICKS = frozenset({"index", "index_select"})
+"""What takes entries of a tensor by numbers that were computed."""
+BLANKS = frozenset(
+    {"zeros_like", "ones_like", "empty_like", "full_like", "new_zeros", "new_ones", "new_empty", "new_full"}
+)
+"""What takes the shape of a tensor and none of its values."""
 SWAPS = frozenset({"t", "transpose", "permute"})
 
 
@@ -28,6 +36,10 @@ class Use:
     offset: int = 0
     shape: tuple[int, ...] = ()
     """Of what the product reads."""
+    stacked: bool = False
+    """One matrix of many, or all of them: the parameter has three dimensions."""
+    left: bool = False
+    """Multiplied from the left, so that the channels of the result are its second to last dimension."""
 
 
 @dataclass
@@ -47,11 +59,18 @@ class Op:
     """Whether it depends on parameters and constants alone."""
     weight: Use | None = None
     """Of a product: the parameter in it."""
+    held: int = -1
+    """Of a product: the operation whose result that is."""
     outs: list[int] = field(default_factory=list)
     """Identities of the tensors it made."""
     label: str = ""
     """Of an input, the name of its argument; of a parameter, its own."""
     is_floating: bool = True
+
+    @property
+    def channel(self) -> int:
+        """Where a product has its channels."""
+        return 1 if self.name == "convolution" else -2 if self.weight and self.weight.left else -1
 
 
 @dataclass
@@ -99,3 +118,23 @@ class Record:
     """Tensors are known by identity, which is unique while they live."""
     real: bool = False
     """Whether it ran on a real batch, of which some parts of the model may rest."""
+
+
+def looks(name: str, args: Any) -> bool:
+    """Whether an operation on a stack gives its matrices: views, or entries along the first dimension."""
+    if name == "index":
+        return args[1][0] is not None and not any(isinstance(index, Tensor) for index in args[1][1:])
+    return name in VIEWS or (name == "index_select" and args[1] == 0)
+
+
+def swaps(name: str, dims: int, args: Any) -> bool:
+    """Whether a change of the order of dimensions swaps the last two."""
+    order = list(range(dims))
+    if name == "permute":
+        order = [d % dims for d in args[1]]
+    elif name == "transpose":
+        one, other = (d % dims for d in args[1:3])
+        order[one], order[other] = order[other], order[one]
+    else:
+        order.reverse()
+    return order.index(dims - 2) > order.index(dims - 1)

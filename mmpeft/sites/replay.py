@@ -23,7 +23,7 @@ def channels(graph: Graph, source: Op, target: tuple[int, int]) -> list[int]:
     """Output channels of a product that go into a tensor, named by the operation that made it and its identity."""
     between = graph.between(source.index, target[0])
     which = graph.which(target)
-    key = (source.shape, source.name, which, *_form(graph, source, between))
+    key = (source.shape, source.name, source.channel, which, *_form(graph, source, between))
     if key not in graph.replayed:
         graph.replayed[key] = _replay(graph, source, target, between)
     return graph.replayed[key]
@@ -55,22 +55,21 @@ def _replay(graph: Graph, source: Op, target: tuple[int, int], between: list[Op]
         return values[id(value)]
 
     start = (torch.rand(source.shape, generator=generator) + 0.5).requires_grad_()
-    values[source.outs[0]] = start
+    values[source.outs[0]] = begun = start.clone()  # which may be changed in place
     for op in between:
         if op.func is None or (op.name in PRODUCTS | SOFTMAX and op.index != target[0]):
-            return list(range(source.shape[1 if source.name == "convolution" else -1]))
+            return list(range(source.shape[source.channel]))
         kwargs = {key: value for key, value in op.kwargs.items() if key not in _PLACE}
         arguments, kwargs = tree_map(real, (op.args, kwargs))
         made = [o for o in tree_leaves(op.func(*arguments, **kwargs)) if isinstance(o, Tensor)]
         for key, value in zip(op.outs, made):
             values[key] = value
-    result = values[target[1]] if between else start
+    result = values[target[1]] if between else begun
     if not result.requires_grad:
         return []
     weights = torch.rand(result.shape, generator=generator)
     (gradient,) = torch.autograd.grad((result * weights).sum(), start)
-    channel = 1 if source.name == "convolution" else -1
-    used = gradient.movedim(channel, -1).flatten(0, -2).abs().sum(0) > 0
+    used = gradient.movedim(source.channel, -1).flatten(0, -2).abs().sum(0) > 0
     return used.nonzero().flatten().tolist()
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from math import prod
 
 from torch import nn
 
 from mmpeft.sites.attention import Attention
 from mmpeft.sites.blocks import Block, around, parent
+from mmpeft.sites.experts import is_stacked
 from mmpeft.sites.graph import Graph
 from mmpeft.sites.mlp import width
 from mmpeft.sites.record import Op
@@ -35,15 +37,25 @@ class Reading:
         assert op.weight is not None
         path, _, tensor = op.weight.name.rpartition(".")
         parameter = self.modules[path]._parameters.get(tensor)
+        if parameter is not None and is_stacked(op):
+            return int(parameter.shape[-1 if op.weight.transposed else -2])
         if parameter is None or op.weight.derived or parameter.dim() != len(op.weight.shape):
             return width(op)
         return int(parameter.shape[1 if op.weight.transposed else 0])
+
+    def first(self, op: Op) -> int:
+        """The row of its parameter, or of its matrix in a stack, at which what a product reads begins."""
+        assert op.weight is not None
+        if self.rows(op) == width(op):
+            return 0
+        tensor = self.owner(op)._parameters[op.weight.name.rpartition(".")[2]] if is_stacked(op) else None
+        return first_row(op, None if tensor is None else tuple(tensor.shape))
 
     def assign(self, op: Op, role: str, used: list[int] | None = None) -> None:
         """Give a product (or some of its channels) a role; the first role of a row stays."""
         assert op.weight is not None
         own = self.roles.setdefault(op.weight.name, {})
-        first = first_row(op) if self.rows(op) != width(op) else 0
+        first = self.first(op)
         wanted = {first + i for i in (range(width(op)) if used is None else used)}
         left = wanted - set().union(*(taken for _, taken in own.values()))
         if left:
@@ -53,7 +65,7 @@ class Reading:
     def rest(self, op: Op) -> set[int]:
         """Rows that a product reads and that have no role yet."""
         assert op.weight is not None
-        first = first_row(op) if self.rows(op) != width(op) else 0
+        first = self.first(op)
         own = self.roles.get(op.weight.name, {})
         return set(range(first, first + width(op))) - set().union(*(taken for _, taken in own.values()))
 
@@ -72,9 +84,12 @@ class Reading:
         return around(self.graph.path(op), self.blocks)
 
 
-def first_row(op: Op) -> int:
-    """Of a product by a part of a parameter, the row at which that begins."""
+def first_row(op: Op, stack: tuple[int, ...] | None = None) -> int:
+    """Of a product by a part of a parameter, or of a matrix in a `stack` of that shape, the row at which it begins."""
     assert op.weight is not None
+    if stack is not None:
+        within = op.weight.offset % prod(stack[-2:])
+        return within % stack[-1] if op.weight.transposed else within // stack[-1]
     columns = op.weight.shape[-1 if op.name in ("linear", "convolution") else 0]
     return op.weight.offset // max(1, columns)
 

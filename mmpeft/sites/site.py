@@ -16,7 +16,7 @@ from torch import nn
 from mmpeft.functional.rows import Rows
 from mmpeft.hosting.modules import own_parameters
 
-Kind = Literal["linear", "conv", "embedding", "norm", "module", "param"]
+Kind = Literal["linear", "conv", "embedding", "experts", "norm", "module", "param"]
 Via = Literal["call", "weight"]
 
 ROLES: dict[str, str] = {
@@ -32,6 +32,10 @@ ROLES: dict[str, str] = {
     "mlp.up": "first projection of the feed-forward network",
     "mlp.gate": "gate projection of a gated feed-forward network",
     "mlp.down": "last projection of the feed-forward network",
+    "expert.up": "first projection of the experts in a mixture",
+    "expert.gate": "gate projection of the experts in a mixture",
+    "expert.down": "last projection of the experts in a mixture",
+    "router": "projection that chooses experts for each word, or weighs them",
     "mixer.in": "first projection of a sub-layer that mixes positions by other means",
     "mixer.out": "last projection of such a sub-layer",
     "conv": "convolution inside a block",
@@ -80,7 +84,8 @@ class Site:
 
     `path` names the module (or, for role `param`, the tensor). `rows` is the slice of output rows this site
     owns in a fused projection. `via="weight"` marks a linear whose weight (`tensor`) the backbone reads
-    directly, so that the effective weight is adapted rather than the call; `transposed` one stored [i, o].
+    directly, so that the effective weight is adapted rather than the call; `transposed` one stored [i, o]. A site of
+    kind `experts` is a stack of weights [experts, o, i] in one tensor, of which `rows` and `transposed` hold each.
     `width` is the number of channels that flow through a sub-layer, `inputs` that of what enters a block where it is
     another one, and `channel_dim` says where they are.
     `stream` names the module whose input is the residual stream a sub-layer branches from, `out` the module

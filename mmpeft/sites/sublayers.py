@@ -6,8 +6,9 @@ from dataclasses import replace
 
 from mmpeft.sites.attention import Attention
 from mmpeft.sites.builder import Builder
+from mmpeft.sites.experts import experts
 from mmpeft.sites.keys import keys_and_values
-from mmpeft.sites.mlp import feed_forward, is_pointwise, width
+from mmpeft.sites.mlp import Assignment, feed_forward, is_pointwise, width
 from mmpeft.sites.record import Op
 from mmpeft.sites.replay import channels
 from mmpeft.sites.roles import Reading, channels_of
@@ -38,12 +39,14 @@ def sublayer(reading: Reading, builder: Builder, sub: Sublayer) -> None:
                 _beside(reading, one, out, role)
                 _network_beside(reading, one, out)
         keys_and_values(builder, graph, one, [a.center for a in reading.attentions], depth)
+    mixture = not within and mixed(reading, sub)
     given = {p.index for p in sub.products if reading.is_assigned(p)}
     network = None if within else feed_forward(graph, sub, given)
-    if network is not None:
-        for name, products in network.items():
-            for product, used in products:
-                reading.assign(product, name, used)
+    if mixture:
+        role = "mlp"
+        _assign(reading, network or {})  # what every word passes through
+    elif network is not None:
+        _assign(reading, network)
         served = {p.index for products in network.values() for p, _ in products}
         if all(p.index in served or p.name != "convolution" for p in sub.products):
             role = "mlp"
@@ -55,6 +58,19 @@ def sublayer(reading: Reading, builder: Builder, sub: Sublayer) -> None:
     elif not within:
         _mixer(reading, sub)
     _shell(reading, builder, sub, role, depth)
+
+
+def mixed(reading: Reading, sub: Sublayer) -> bool:
+    """Give the products of a mixture of experts their roles; whether there is one."""
+    found = experts(reading.graph, sub, reading.modules)
+    _assign(reading, found or {})
+    return found is not None
+
+
+def _assign(reading: Reading, found: Assignment) -> None:
+    for role, products in found.items():
+        for product, used in products:
+            reading.assign(product, role, used)
 
 
 def _beside(reading: Reading, one: Attention, out: Op, role: str) -> None:

@@ -22,7 +22,21 @@ from torch.utils._pytree import tree_leaves, tree_map
 from mmpeft.errors import SiteError
 from mmpeft.hosting.answers import multi_head
 from mmpeft.hosting.modules import own_modules, own_parameters
-from mmpeft.sites.record import PRODUCTS, SLICES, SWAPS, VIEWS, Call, Function, Op, Record, Use
+from mmpeft.sites.record import (
+    BLANKS,
+    PICKS,
+    PRODUCTS,
+    SLICES,
+    SWAPS,
+    VIEWS,
+    Call,
+    Function,
+    Op,
+    Record,
+    Use,
+    looks,
+    swaps,
+)
 from mmpeft.sites.shadow import cached_by, faked, shadow_of
 
 ATTENTION_FUNCTIONS = {
@@ -90,7 +104,7 @@ class _Watching(TorchDispatchMode):
         """Every name of every parameter: one that two modules share has two."""
         for name, tensor in [*own_parameters(model), *model.named_buffers()]:
             self.names.setdefault(id(tensor), []).append(name)
-            self.uses.setdefault(id(tensor), Use(name))
+            self.uses.setdefault(id(tensor), Use(name, stacked=tensor.dim() == 3))
         self.aliases = {names[0]: names for names in self.names.values() if len(names) > 1}
 
     def add(self, name: str, tensors: list[Tensor], static: bool, label: str = "") -> Op:
@@ -117,20 +131,24 @@ class _Watching(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         read = [a for a in tree_leaves((args, kwargs)) if isinstance(a, Tensor)]
-        inputs = [self.source(a) for a in read]
-        out = func(*args, **kwargs)
         name = func.overloadpacket.__name__
+        inputs = [] if name in BLANKS else [self.source(a) for a in read]
+        out = func(*args, **kwargs)
         name = name[:-1] if name.endswith("_") and not name.startswith("_") else name
+        name = "_grouped_mm" if "grouped_mm" in name else name  # libraries have their own beside torch's
         made = [o for o in tree_leaves(out) if isinstance(o, Tensor)]
         static = all(self.ops[i].static for i in inputs)
         shape = tuple(made[0].shape) if made else ()
         op = Op(len(self.ops), name, func, args, kwargs, inputs, self.running[-1], shape, static)
         uses = [self.uses.get(id(a)) for a in read]
         if name in PRODUCTS:
-            op.weight = self.product(name, read, uses)
+            op.weight, held = self.product(name, read, uses)
+            op.held = inputs[held] if op.weight else -1
             static = op.static = static and name != "embedding"
         elif static and (known := self.only(read, uses)):
-            self.derive(name, known, made)
+            self.derive(name, known, made, read, args)
+        elif (picked := uses[0] if uses else None) and picked.stacked and looks(name, args):
+            self.derive(name, picked, made, read, args)  # of each word, the matrix that it is sent to
         self.ops.append(op)
         for o in made:
             self.made[id(o)] = op.index
@@ -148,27 +166,33 @@ class _Watching(TorchDispatchMode):
         alone = all(use or tensor.numel() == 1 for use, tensor in zip(uses, read))
         return known[0] if known and alone else None
 
-    def derive(self, name: str, use: Use, made: list[Tensor]) -> None:
+    def derive(self, name: str, use: Use, made: list[Tensor], read: list[Tensor], args: Any) -> None:
         """Tensors made of a parameter are uses of it too."""
-        swapped = use.transposed ^ (name in SWAPS)
-        derived = use.derived or name not in VIEWS | SLICES
+        swapped = use.transposed ^ (name in SWAPS and (not use.stacked or swaps(name, read[0].dim(), args)))
+        derived = use.derived or name not in VIEWS | SLICES | PICKS
         for o in made:
-            self.uses[id(o)] = Use(use.name, swapped, derived, 0 if derived else int(o.storage_offset()))
+            offset = 0 if derived else int(o.storage_offset())
+            self.uses[id(o)] = Use(use.name, swapped, derived, offset, stacked=use.stacked)
 
-    def product(self, name: str, read: list[Tensor], uses: list[Use | None]) -> Use | None:
-        """The parameter that a product multiplies by: of several the last."""
-        held = [(u, a) for a, u in zip(read, uses) if u and a.dim() > 1]
+    def product(self, name: str, read: list[Tensor], uses: list[Use | None]) -> tuple[Use | None, int]:
+        """The parameter that a product multiplies by, and which of what it reads that is: of several the last."""
+        held = [i for i, (a, u) in enumerate(zip(read, uses)) if u and a.dim() > 1]
         if name == "embedding":
             held = held[:1]
         if not held:
-            return None
-        use, tensor = held[-1]
+            return None, -1
+        which = held[-1]
+        use, tensor = uses[which], read[which]
+        assert use is not None
         plain = name in ("convolution", "linear", "embedding")
+        left = use.stacked and not plain and which == (1 if name in ("addmm", "baddbmm") else 0)
+        plain |= left
         stored = use.transposed if plain else not use.transposed
         path = self.calls[self.running[-1]].path
         own = next((n for n in self.aliases.get(use.name, ()) if n.rpartition(".")[0] == path), use.name)
         repeated = name == "bmm" and tensor.stride(0) == 0  # one matrix for every row of the batch
-        return Use(own, stored, use.derived, use.offset, tuple(tensor.shape[1 if repeated else 0 :]))
+        shape = tuple(tensor.shape[1 if repeated else 0 :])
+        return Use(own, stored, use.derived, use.offset, shape, use.stacked, left), which
 
 
 def watch(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Record:

@@ -12,11 +12,11 @@ from mmpeft.hosting.host import multiplies
 from mmpeft.hosting.modules import SEAT
 from mmpeft.hosting.recompute import recompute_around
 from mmpeft.hosting.running import Planned
+from mmpeft.parts.answered import answered
 from mmpeft.parts.base import Hook, Part, Placement
 from mmpeft.parts.delta import Delta
 from mmpeft.parts.scaled import Scaled
 from mmpeft.parts.slots import Slots, slotted
-from mmpeft.parts.tuned import answered
 from mmpeft.surgery.mixture import Mixture
 from mmpeft.surgery.routing import RowPart, Rows, row_groups
 from mmpeft.surgery.state import State, state_with

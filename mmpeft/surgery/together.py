@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from mmpeft.errors import ConfigError, Refused
-from mmpeft.parts import Context, Delta, Factor, LowRank
+from mmpeft.parts import Context, Delta, ExpertsDelta, Factor, LowRank
 from mmpeft.parts.base import Hook, Part
 from mmpeft.parts.scaled import Scaled
 
@@ -144,6 +144,8 @@ def weighted(part: Part, weight: float | Tensor, unit: bool) -> Part:
     if not (unit or isinstance(weight, Tensor) or weight != 1):
         return part
     reason = not_linear(part)
+    if isinstance(part, ExpertsDelta):
+        reason = reason or "updates of experts take plain numbers as weights, and no unit"
     if reason and (unit or isinstance(weight, Tensor)):
         raise Refused(f"{type(part).__name__} cannot be weighted in a sum: {reason}")
     if reason:
@@ -155,7 +157,7 @@ def weighted(part: Part, weight: float | Tensor, unit: bool) -> Part:
 
 def not_linear(part: Part) -> str:
     """Why a part is no sum `W + Σ w_i ΔW_i`; empty when it is one."""
-    if not isinstance(part, Delta):
+    if not isinstance(part, Delta | ExpertsDelta):
         return part.unmergeable or "it does not add to the result of a frozen weight"
     gained = part.magnitude is not None
     return "the gain of DoRA multiplies the whole row, base and other updates included" if gained else ""

@@ -181,7 +181,7 @@ def test_patterns_set_ranks_and_scales() -> None:
         (
             lambda: mmpeft.attach(Toy(), mmpeft.LoRA(at="block")),
             Refused,
-            "linear or conv or embedding sites.*kind 'module'",
+            "linear or conv or embedding or experts sites.*kind 'module'",
         ),
         (lambda: mmpeft.attach(Toy(), mmpeft.AdaptFormer()), SiteError, "roles here: .*attn.q ×2"),
         (lambda: mmpeft.attach(Toy(), mmpeft.LoRA(at="mlp.gate")), SiteError, "'mlp.gate'"),

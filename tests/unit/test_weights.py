@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from mmpeft.errors import Refused
 from mmpeft.hosting.weights import Weight
 from mmpeft.parts import Delta, Hadamard, Kron, LowRank, Rescale
+from mmpeft.parts.answered import answered
 from mmpeft.parts.product import FUSED_FROM
-from mmpeft.parts.tuned import answered
 from tests.support.formed import Formed
 
 O, I = 12, 8  # noqa: E741

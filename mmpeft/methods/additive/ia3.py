@@ -18,17 +18,21 @@ from mmpeft.sites import Kind, Selector, Site
 class IA3(SiteMethod):
     """`K ← l_k ⊙ K`, `V ← l_v ⊙ V`, `inner ← l_ff ⊙ inner`, all vectors starting at 1.
 
-    `l_ff` acts on the input of `mlp.down`. Weight decay must be off: it pulls the vectors to 0, not to 1.
+    `l_ff` acts on the input of `mlp.down` and `expert.down`, where each expert has its own. Weight decay must be off:
+    it pulls the vectors to 0, not to 1.
     """
 
-    at: Selector = "{attn.k,attn.v,cross.k,cross.v,mlp.down}"
-    takes: ClassVar[tuple[Kind, ...]] = ("linear",)
+    at: Selector = "{attn.k,attn.v,cross.k,cross.v,mlp.down,expert.down}"
+    takes: ClassVar[tuple[Kind, ...]] = ("linear", "experts")
     elsewhere: ClassVar[tuple[str, ...]] = PRODUCTS
+    inner: ClassVar[tuple[str, ...]] = ("mlp.down", "expert.down")
+    """Roles whose input is scaled, not the output."""
 
     def build(self, model: nn.Module, site: Site) -> Placement:
-        side: Literal["input", "output"] = "input" if site.role == "mlp.down" else "output"
+        side: Literal["input", "output"] = "input" if site.role in self.inner else "output"
         return place_rescale("ia3", model, site, own_weight(model, site), side=side, shift=False)
 
     def count_at(self, model: nn.Module, site: Site) -> int:
         rows, columns = fan(model, site)
-        return columns if site.role == "mlp.down" else rows
+        experts = len(own_weight(model, site)) if site.kind == "experts" else 1
+        return experts * (columns if site.role in self.inner else rows)

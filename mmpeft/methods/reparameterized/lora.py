@@ -1,18 +1,18 @@
-"""LoRA: low-rank updates of linears, convolutions and embeddings."""
+"""LoRA: low-rank updates of linears, convolutions, embeddings and stacks of experts."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from torch import Tensor, nn
 
 from mmpeft.errors import ConfigError
 from mmpeft.hosting.modules import module_at
 from mmpeft.methods.base import PRODUCTS, Sited, fan, own_weight, positive, rate, register
-from mmpeft.parts import Delta, Factor, LowRank
+from mmpeft.parts import Delta, ExpertsDelta, Factor, LowRank
 from mmpeft.parts.base import Hook, Placement
 from mmpeft.parts.delta import hook_kind
 from mmpeft.sites import Kind, Selector, Site
@@ -26,7 +26,8 @@ class LoRA(Sited):
 
     `rank_pattern` and `alpha_pattern` map selectors to values for the sites they match, the last match
     winning: `LoRA(rank=8, rank_pattern={"mlp.* & depth>=6": 16})`. The words an embedding looks up are not dropped.
-    Parameters: `r (i + o)` a site.
+    Of experts whose weights are one tensor `each` has its own A and B, or a pair is `shared` by all of them.
+    Parameters: `r (i + o)` a site, that for each expert.
     """
 
     at: Selector = "attn.{q,v}"
@@ -36,8 +37,9 @@ class LoRA(Sited):
     rslora: bool = False
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+    experts: Literal["each", "shared"] = "each"
 
-    takes: ClassVar[tuple[Kind, ...]] = ("linear", "conv", "embedding")
+    takes: ClassVar[tuple[Kind, ...]] = ("linear", "conv", "embedding", "experts")
     elsewhere: ClassVar[tuple[str, ...]] = PRODUCTS
     magnitude: ClassVar[bool] = False
     matrices: ClassVar[int] = 1
@@ -50,6 +52,8 @@ class LoRA(Sited):
     def __post_init__(self) -> None:
         positive(self, rank=self.rank, alpha=self.alpha, **{f"rank of {k!r}": v for k, v in self.rank_pattern.items()})
         rate(self, dropout=self.dropout)
+        if self.experts not in ("each", "shared"):
+            raise ConfigError(f"{type(self).__name__}: experts must be 'each' or 'shared', got {self.experts!r}")
 
     def sized(self, available: list[Site]) -> list[tuple[Site, int, float]]:
         """Every chosen site with its rank and its scale."""
@@ -63,7 +67,9 @@ class LoRA(Sited):
         return [self._one(model, *sized) for sized in self.sized(available)]
 
     def _one(self, model: nn.Module, site: Site, rank: int, scale: float) -> Placement:
-        name = type(self).__name__
+        key = f"{type(self).__name__.lower()}_{site.label}"
+        if site.kind == "experts":
+            return self._stacked(model, site, rank, scale, key)
         module = module_at(model, site.path)
         grouped = getattr(module, "groups", 1) > 1
         lookup = site.kind == "embedding"
@@ -75,7 +81,12 @@ class LoRA(Sited):
         else:
             hook = Hook(site.path, hook_kind(site.kind, factor))
         part = Delta(weight, factor, scale, site.rows, dropout, self.magnitude, site.transposed, lookup)
-        return Placement(part, site.path, f"{name.lower()}_{site.label}", (hook,), site.role)
+        return Placement(part, site.path, key, (hook,), site.role)
+
+    def _stacked(self, model: nn.Module, site: Site, rank: int, scale: float, key: str) -> Placement:
+        shared, own = self.experts == "shared", (site.rows, self.dropout, self.magnitude, site.transposed)
+        part = ExpertsDelta(own_weight(model, site), rank, scale, *own, shared)
+        return Placement(part, site.path, key, (Hook(site.path, "read", site.tensor),), site.role)
 
     def factor(self, rows: int, columns: int, rank: int, like: Tensor, lookup: bool) -> Factor:
         """What the update of one site is made of."""
@@ -85,7 +96,9 @@ class LoRA(Sited):
         total = 0
         for site, rank, _ in self.sized(available):
             rows, columns = fan(model, site)
-            total += self.matrices * rank * (rows + columns) + (rows if self.magnitude else 0)
+            experts = len(own_weight(model, site)) if site.kind == "experts" else 1
+            pairs = 1 if self.experts == "shared" else experts
+            total += self.matrices * rank * (rows + columns) * pairs + (rows * experts if self.magnitude else 0)
         return total
 
 

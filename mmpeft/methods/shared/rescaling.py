@@ -7,7 +7,7 @@ from typing import Literal
 from torch import Tensor, nn
 
 from mmpeft.errors import Refused
-from mmpeft.parts import Rescale
+from mmpeft.parts import ExpertsRescale, Rescale
 from mmpeft.parts.base import Hook, Placement
 from mmpeft.sites import Site
 
@@ -28,7 +28,10 @@ def place_rescale(
     else:
         width, rows = len(like), site.rows
         channel = 1 if site.kind == "conv" else site.channel_dim
-    bias_home, _, bias_name = site.bias.rpartition(".")
+    bias_name = site.bias.rpartition(".")[2]
+    if site.kind == "experts":
+        part: Rescale | ExpertsRescale = ExpertsRescale(like, side, site.rows, bias_name, site.transposed)
+        return Placement(part, site.path, f"{key}_{site.label}", _read(site, side), site.role)
     part = Rescale(
         width,
         like,
@@ -46,7 +49,12 @@ def place_rescale(
             raise Refused(
                 f"a shift at {site}: the backbone reads the weight directly and adds no bias that could hold it"
             )
-        hooks = (Hook(site.path, "read", site.tensor),)
-        if site.bias and side == "output":
-            hooks += (Hook(bias_home, "read", bias_name),)
+        hooks = _read(site, side)
     return Placement(part, site.path, f"{key}_{site.label}", hooks, site.role)
+
+
+def _read(site: Site, side: Literal["input", "output"]) -> tuple[Hook, ...]:
+    """Where the backbone reads the weight itself: that, and the bias that it adds."""
+    home, _, name = site.bias.rpartition(".")
+    bias = (Hook(home, "read", name),) if site.bias and side == "output" else ()
+    return (Hook(site.path, "read", site.tensor), *bias)
