@@ -1,4 +1,4 @@
-"""How long it takes to find a model's sites, and what memory: one watch each, of models on the meta device or of random weights.
+"""How long it takes to find a model's sites, and what memory: one watch each, on random weights or the meta device.
 
 python -m benchmarks.watch
 """
@@ -58,9 +58,8 @@ def main() -> None:
         structure(model)
         again = time.perf_counter()
         grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
-        print(
-            f"{name:24} {size / 1e6:10,.0f} M {len(found):6} {first - start:9.2f} {1e3 * (again - first):10.1f} {grown:17.0f}"
-        )
+        times = f"{first - start:9.2f} {1e3 * (again - first):10.1f}"
+        print(f"{name:24} {size / 1e6:10,.0f} M {len(found):6} {times} {grown:17.0f}")
 
 
 if __name__ == "__main__":

@@ -87,7 +87,7 @@ def _keep(model: nn.Module, key: int, form: int, found: list[Site]) -> None:
 
 
 def _watched(model: nn.Module, example: Any) -> list[Site]:
-    with torch.device("cpu"):  # whatever the caller builds models on
+    with torch.inference_mode(False), torch.device("cpu"):  # whatever the caller is in
         given = inputs_of(model) if example is None else as_inputs(example)
     if given is None:
         name = qualified_name(original_class(model))
@@ -95,7 +95,7 @@ def _watched(model: nn.Module, example: Any) -> list[Site]:
             f"nothing is known of the inputs of {name}, and its sites are found by watching one pass: give a batch "
             "that it takes, attach(model, method, example=batch), a tensor, a tuple of arguments or a mapping"
         )
-    with torch.device("cpu"):
+    with torch.inference_mode(False), torch.device("cpu"):
         return noted(model, read(model, watch(model, *given)))
 
 

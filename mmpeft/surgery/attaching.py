@@ -13,6 +13,7 @@ from mmpeft.controllers.scores import Loss, default_loss
 from mmpeft.errors import ConfigError, DataError, FreshHeadWarning, MovedBuffersWarning, Refused, SiteError
 from mmpeft.hosting.few_bits import guard, packs
 from mmpeft.hosting.forward import Seat
+from mmpeft.hosting.fused_layers import close_layers, open_layers
 from mmpeft.hosting.host import base_value, make_host, unmake_host
 from mmpeft.hosting.modules import CHILD, module_at, own_modules, own_parameters
 from mmpeft.hosting.offload import check_stored, check_values, know
@@ -172,6 +173,7 @@ def _install(model: nn.Module, state: State, name: str, placements: list[Placeme
                 names.add("weight")
     for path in frozen_statistics(model):
         reads.setdefault(path, set()).add(MODE)
+    open_layers(model, reads, state.fused)
     for path, names in reads.items():
         host(model, state, path, frozenset(names))
     for placement in placements:
@@ -246,6 +248,7 @@ def _detach(model: nn.Module, state: State, name: str) -> list[str]:
             unmake_host(state.hosts.pop(path))
         state.replan()
         return []
+    close_layers(model, state.fused)
     moved = moved_buffers(model, state.buffers)
     for module in state.hosts.values():
         unmake_host(module)

@@ -49,6 +49,8 @@ class State:
     merged: dict[str, list[tuple[str, str, Tensor | None]]] = field(default_factory=dict)
     """Originals `(host, attribute, tensor)` replaced by each merged tuning, in the order of merging."""
     controllers: dict[str, Controllers] = field(default_factory=dict)
+    fused: dict[str, int] = field(default_factory=dict)
+    """What fused layers around hosts said of their activation."""
     seats: int = 0
     """The number of the host that was made last."""
 

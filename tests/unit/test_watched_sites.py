@@ -200,6 +200,24 @@ def test_adapter_with_a_site_of_another_kind_is_refused(own: Own, tmp_path: Path
         mmpeft.load(Own(), tmp_path)
 
 
+@pytest.mark.parametrize("method", [mmpeft.LoRA(at="mlp.*"), mmpeft.Houlsby(), mmpeft.IA3(at="mlp.down")])
+def test_layers_that_torch_fuses_run_their_parts(method: mmpeft.methods.base.Method) -> None:
+    """In evaluation `nn.TransformerEncoderLayer` reads the weights past its modules; detached it does so again."""
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
+    model = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False).eval()
+    batch = torch.rand(2, 5, 16)
+    plain = model(batch)
+    tuning = mmpeft.attach(model, method, example=batch)
+    with torch.no_grad():
+        for parameter in tuning.parameters():
+            parameter.add_(0.5)
+        assert not torch.allclose(model(batch), plain, atol=1e-3)
+    tuning.detach()
+    assert model.layers[0].activation_relu_or_gelu == 1
+    assert torch.equal(model(batch), plain)
+
+
 class Branching(Own):
     """Its control flow depends on the data."""
 

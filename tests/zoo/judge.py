@@ -197,7 +197,11 @@ class Trial:
         dead = [placement for placement in dead if placement not in rests]
         found: dict[str, Any] = {"state": "ok", "parts": len(tuning.placements), "rests": len(rests)}
         if dead:
-            return {**found, "state": "FAIL", "why": f"{len(dead)} of {len(tuning.placements)} parts have a tensor without a gradient: {_named(dead)}"}
+            return {
+                **found,
+                "state": "FAIL",
+                "why": f"{len(dead)} of {len(tuning.placements)} parts get no gradient: {_named(dead)}",
+            }
         tuned = self.answer(model)
         if distance(tuned, self.plain) == 0:
             return {**found, "state": "FAIL", "why": "it changes nothing"}
