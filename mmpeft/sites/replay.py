@@ -55,7 +55,8 @@ def _replay(graph: Graph, source: Op, target: tuple[int, int], between: list[Op]
         return values[id(value)]
 
     start = (torch.rand(source.shape, generator=generator) + 0.5).requires_grad_()
-    values[source.outs[0]] = begun = start.clone()  # which may be changed in place
+    with torch.enable_grad():
+        values[source.outs[0]] = begun = start.clone()  # which may be changed in place
     for op in between:
         if op.func is None or (op.name in PRODUCTS | SOFTMAX and op.index != target[0]):
             return list(range(source.shape[source.channel]))
@@ -68,7 +69,7 @@ def _replay(graph: Graph, source: Op, target: tuple[int, int], between: list[Op]
     if not result.requires_grad:
         return []
     weights = torch.rand(result.shape, generator=generator)
-    (gradient,) = torch.autograd.grad((result * weights).sum(), start)
+    (gradient,) = torch.autograd.grad(result, start, weights)
     used = gradient.movedim(source.channel, -1).flatten(0, -2).abs().sum(0) > 0
     return used.nonzero().flatten().tolist()
 

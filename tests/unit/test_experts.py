@@ -73,6 +73,14 @@ def test_every_way_of_computing_gives_the_same_sites(model_type: str) -> None:
     assert all(site.via == "weight" and site.depth >= 0 for site in found[0] if site.kind == "experts")
 
 
+def test_rows_are_found_without_gradients_too() -> None:
+    model = build("mixtral")
+    model.register_buffer("of_another_make", torch.zeros(3))  # so that no earlier watch serves it
+    with torch.no_grad():
+        found = sites(model)
+    assert {"attn.q", "attn.k", "attn.v", "expert.up", "expert.gate", "expert.down"} <= {site.role for site in found}
+
+
 @pytest.mark.parametrize(
     ("model_type", "rows", "transposed"),
     [
