@@ -7,6 +7,7 @@ flow depends on the data. It runs on a copy of the modules that shares their ten
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._ops import HigherOrderOperator
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -78,6 +80,8 @@ class _Functions(TorchFunctionMode):
 class _Watching(TorchDispatchMode):
     """Records operations and knows which tensors are views of parameters."""
 
+    supports_higher_order_operators = True
+
     def __init__(self, model: nn.Module) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.ops: list[Op] = []
@@ -116,6 +120,8 @@ class _Watching(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if isinstance(func, HigherOrderOperator):
+            return self.higher(func, args)
         read = [a for a in tree_leaves((args, kwargs)) if isinstance(a, Tensor)]
         inputs = [self.source(a) for a in read]
         out = func(*args, **kwargs)
@@ -127,7 +133,7 @@ class _Watching(TorchDispatchMode):
         op = Op(len(self.ops), name, func, args, kwargs, inputs, self.running[-1], shape, static)
         uses = [self.uses.get(id(a)) for a in read]
         if name in PRODUCTS:
-            op.weight = self.product(name, read, uses)
+            op.weight = self.product(name, args, read, uses)
             static = op.static = static and name != "embedding"
         elif static and (known := self.only(read, uses)):
             self.derive(name, known, made)
@@ -142,6 +148,15 @@ class _Watching(TorchDispatchMode):
         self.alive += read
         return out
 
+    def higher(self, func: HigherOrderOperator, args: Any) -> Any:
+        """What takes other functions and has no rule for fake tensors: flex_attention, written out as any attention."""
+        if func.name() != "flex_attention":
+            raise NotImplementedError(f"{func.name()} under the watch")
+        query, key, value, _, _, scale, *_ = args
+        with self:
+            mixed = _attention(query, key, value, scale=scale, enable_gqa=query.shape[1] != key.shape[1])
+        return mixed, mixed.new_empty(mixed.shape[:-1]), mixed.new_empty(mixed.shape[:-1])
+
     def only(self, read: list[Tensor], uses: list[Use | None]) -> Use | None:
         """The first of the model's own tensors, where an operation reads nothing else but single numbers."""
         known = [use for use in uses if use]
@@ -155,7 +170,7 @@ class _Watching(TorchDispatchMode):
         for o in made:
             self.uses[id(o)] = Use(use.name, swapped, derived, 0 if derived else int(o.storage_offset()))
 
-    def product(self, name: str, read: list[Tensor], uses: list[Use | None]) -> Use | None:
+    def product(self, name: str, args: Any, read: list[Tensor], uses: list[Use | None]) -> Use | None:
         """The parameter that a product multiplies by: of several the last."""
         held = [(u, a) for a, u in zip(read, uses) if u and a.dim() > 1]
         if name == "embedding":
@@ -165,6 +180,7 @@ class _Watching(TorchDispatchMode):
         use, tensor = held[-1]
         plain = name in ("convolution", "linear", "embedding")
         stored = use.transposed if plain else not use.transposed
+        stored |= name == "convolution" and bool(args[6])  # a transposed one keeps [in, out, ...]
         path = self.calls[self.running[-1]].path
         own = next((n for n in self.aliases.get(use.name, ()) if n.rpartition(".")[0] == path), use.name)
         repeated = name == "bmm" and tensor.stride(0) == 0  # one matrix for every row of the batch
@@ -214,13 +230,28 @@ def _watch(model: nn.Module, args: Any, kwargs: Any, fake: FakeTensorMode | None
                     function.cache_clear()
 
 
+@contextmanager
+def _flex_uncompiled() -> Iterator[None]:
+    """flex_attention compiles itself, which no mode sees through, unless it is told that somebody debugs it."""
+    module: Any = sys.modules.get("torch.nn.attention.flex_attention")
+    name = "_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG"
+    before = getattr(module, name, False)
+    if module is not None:
+        setattr(module, name, True)
+    try:
+        yield
+    finally:
+        if module is not None:
+            setattr(module, name, before)
+
+
 def _pass(model: nn.Module, seen: _Watching, args: Any, kwargs: Any, real: bool) -> Record:
     for label, value in {**dict(zip(_arguments(model), args)), **kwargs}.items():
         for tensor in tree_leaves(value):
             if isinstance(tensor, Tensor):
                 seen.add("input", [tensor], False, label)
     functions = _Functions(seen)
-    with functions, seen:
+    with _flex_uncompiled(), functions, seen:
         output = model(*args, **kwargs)
     outputs = [seen.made[id(t)] for t in tree_leaves(_opened(output)) if isinstance(t, Tensor) and id(t) in seen.made]
     return Record(seen.ops, seen.calls, functions.found, outputs, [seen.alive, args, kwargs, output], real)
