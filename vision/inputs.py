@@ -83,8 +83,9 @@ def _torchvision_size(model: Any, cls: type[nn.Module]) -> tuple[int, int]:
 def _clip_size(model: Any) -> tuple[int, int, int]:
     """Frames, height and width of a clip."""
     positions = getattr(model, "pos_encoding", None)
-    if positions is None:  # 16 frames are what S3D's pools need at least
-        return 16, 112, 112
+    if positions is None:  # S3D's pools need at least 16 frames of full size
+        side = SIDE if any(isinstance(m, nn.AvgPool3d) for m in model.modules()) else 112
+        return 16, side, side
     stride = next(m.stride for m in model.modules() if isinstance(m, nn.Conv3d))  # MViT counts its positions
     size = (positions.temporal_size, *positions.spatial_size)
     frames, height, width = (int(n) * int(s) for n, s in zip(size, stride))

@@ -16,6 +16,11 @@ def count_rows(rows: Rows | None, total: int) -> int:
     return (rows[1] - rows[0]) * repeats
 
 
+def turned(weight: Tensor) -> Tensor:
+    """A weight stored [in, out, ...] as [out, in, ...], or back."""
+    return weight.t() if weight.dim() == 2 else weight.transpose(0, 1)
+
+
 def take_rows(tensor: Tensor, rows: Rows | None, dim: int = 0) -> Tensor:
     """The owned slice of `tensor` along `dim`; a view where the rows are contiguous."""
     if rows is None:

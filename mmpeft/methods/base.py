@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from mmpeft.controllers.base import Controller
 from mmpeft.controllers.scores import Loss, default_loss
 from mmpeft.errors import ConfigError, Refused, SiteError, nearest
-from mmpeft.functional.rows import count_rows
+from mmpeft.functional.rows import count_rows, turned
 from mmpeft.hosting.host import base_value
 from mmpeft.hosting.modules import module_at
 from mmpeft.hosting.offload import fetched, same_tensor
@@ -268,7 +268,9 @@ def identity(model: nn.Module, path: str) -> Hashable:
 def own_weight(model: nn.Module, site: Site) -> Tensor:
     """The weight [o, i, ...] of a linear, convolution or embedding site, all rows of it; of experts [experts, o, i]."""
     weight = tensor_of(model, f"{site.path}.{site.tensor}")
-    return weight.mT if site.transposed else weight
+    if not site.transposed:
+        return weight
+    return weight.mT if site.kind == "experts" else turned(weight)
 
 
 def fan(model: nn.Module, site: Site) -> tuple[int, int]:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from mmpeft.errors import ConfigError
 from mmpeft.functional.fused import Update
 from mmpeft.functional.low_rank import low_rank_row_norms, squared_row_norms
-from mmpeft.functional.rows import Rows, cut_rows, put_rows, take_rows
+from mmpeft.functional.rows import Rows, cut_rows, put_rows, take_rows, turned
 from mmpeft.hosting.few_bits import FewBits, dense, viewed
 from mmpeft.hosting.host import original_class
 from mmpeft.hosting.unchanged import Kept
@@ -145,7 +145,7 @@ class Delta(Part):
 
     def read(self, host: nn.Module, name: str, base: Tensor) -> Tensor:
         """The effective weight, in the base's type and layout."""
-        return self.on(base.t(), base).t() if self.transposed else self.on(base)
+        return turned(self.on(turned(base), base)) if self.transposed else self.on(base)
 
     def on(self, weight: Tensor, stored: Tensor | None = None) -> Tensor:
         """The effective weight of a weight [o, i, ...], kept as `stored`."""
@@ -200,7 +200,7 @@ class Delta(Part):
     def reading(self, host: nn.Module) -> Reading:
         """The product that a host's own forward makes."""
         base = own_weight(host)
-        weight = base.t() if self.transposed else base
+        weight = turned(base) if self.transposed else base
         bias: Tensor | None = None if self.lookup else host.bias  # type: ignore[assignment]
         groups = int(getattr(host, "groups", 1))
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from mmpeft.errors import Refused
 from mmpeft.functional.pointwise import along
-from mmpeft.functional.rows import Rows, count_rows, cut_rows, put_rows, take_rows
+from mmpeft.functional.rows import Rows, count_rows, cut_rows, put_rows, take_rows, turned
 from mmpeft.parts.base import Hook, Part, cast, trainable_dtype
 from mmpeft.parts.product import Inner, Reading
 
@@ -82,14 +82,14 @@ class Rescale(Part):
         if name == self.bias_name:
             fused = self.rows if len(base) != len(self.gamma) else None
             return put_rows(base, self.rescaled(take_rows(base, fused), 0), fused)
-        weight = base.t() if self.transposed else base
+        weight = turned(base) if self.transposed else base
         own = take_rows(weight, self.rows)
         if self.side == "input":
             tuned = own * cast(self.gamma, base.dtype)
         else:
             tuned = own * cast(self.gamma, base.dtype).view(-1, *[1] * (own.dim() - 1))
         whole = put_rows(weight, tuned, self.rows)
-        return whole.t() if self.transposed else whole
+        return turned(whole) if self.transposed else whole
 
     def fold(self, host: nn.Module, hook: Hook, params: dict[str, Tensor | None]) -> None:
         if hook.kind == "read":

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch import nn
+
 from mmpeft.functional.rows import Rows, count_rows
 from mmpeft.sites.blocks import around
 from mmpeft.sites.builder import Builder, is_projection
@@ -14,6 +16,8 @@ from mmpeft.sites.record import SLICES, VIEWS, Op
 from mmpeft.sites.replay import as_rows
 from mmpeft.sites.roles import Reading
 
+DERIVED = "the pass multiplies by entries that it looks up or computes from this table: it is no matrix of a product"
+STACKED = "it holds several matrices, of which each position or head takes its own"
 UNREAD = "nothing that the model returns depends on it"
 
 
@@ -40,7 +44,11 @@ def _site(reading: Reading, builder: Builder, name: str, role: str, op: Op, used
         return
     parameter = module._parameters.get(tensor)
     plain = is_projection(module) and tensor == "weight"
-    if parameter is None or (((parameter.dim() == 3 and not is_stacked(op)) or op.weight.derived) and not plain):
+    if parameter is None:
+        return
+    why = "" if plain or is_stacked(op) else _no_matrix(op, parameter)
+    if why:
+        builder.add(path, role, depth, kind="param", tensor=tensor, **{"refuse": why, **known})
         return
     apart = any(
         by.call != op.call and reading.graph.ops[vector].shape[0] == width(op)
@@ -56,6 +64,15 @@ def _site(reading: Reading, builder: Builder, name: str, role: str, op: Op, used
         known |= {"bias": bias_of(reading.graph, op) if is_stacked(op) else _bias(reading.graph, op, rows)}
     kind = "conv" if op.name == "convolution" else "experts" if is_stacked(op) else "linear"
     builder.add(path, role, depth, kind=kind, rows=rows, tensor=tensor, transposed=op.weight.transposed, **known)
+
+
+def _no_matrix(op: Op, parameter: nn.Parameter) -> str:
+    """Why a parameter cannot be tuned as a matrix although the pass multiplies by (what is made of) it."""
+    assert op.weight is not None
+    own, read = tuple(parameter.shape), op.weight.shape
+    if op.weight.derived and sorted(own) != sorted(read):
+        return DERIVED
+    return STACKED if parameter.dim() != 2 and op.name != "convolution" else ""
 
 
 def _rows(used: set[int], total: int) -> Any:

@@ -40,7 +40,7 @@ def _home(path: str) -> str:
     names = pattern(path).split(".")
     first = next((i for i, name in enumerate(names) if name.endswith("#")), len(names))
     own = first - 1 if names[first : first + 1] == ["#"] else first
-    return ".".join(names[: max(0, own)])
+    return ".".join(names[: max(0, min(own, len(names) - 1))])
 
 
 def _is_same(graph: Graph, key: tuple[frozenset[int], str], origin: frozenset[int], home: str) -> bool:

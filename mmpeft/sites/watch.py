@@ -7,6 +7,7 @@ flow depends on the data. It runs on a copy of the modules that shares their ten
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._ops import HigherOrderOperator
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -92,6 +94,8 @@ class _Functions(TorchFunctionMode):
 class _Watching(TorchDispatchMode):
     """Records operations and knows which tensors are views of parameters."""
 
+    supports_higher_order_operators = True
+
     def __init__(self, model: nn.Module) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.ops: list[Op] = []
@@ -130,6 +134,8 @@ class _Watching(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if isinstance(func, HigherOrderOperator):
+            return self.higher(func, args)
         read = [a for a in tree_leaves((args, kwargs)) if isinstance(a, Tensor)]
         name = func.overloadpacket.__name__
         inputs = [] if name in BLANKS else [self.source(a) for a in read]
@@ -142,7 +148,7 @@ class _Watching(TorchDispatchMode):
         op = Op(len(self.ops), name, func, args, kwargs, inputs, self.running[-1], shape, static)
         uses = [self.uses.get(id(a)) for a in read]
         if name in PRODUCTS:
-            op.weight, held = self.product(name, read, uses)
+            op.weight, held = self.product(name, args, read, uses)
             op.held = inputs[held] if op.weight else -1
             static = op.static = static and name != "embedding"
         elif static and (known := self.only(read, uses)):
@@ -160,6 +166,15 @@ class _Watching(TorchDispatchMode):
         self.alive += read
         return out
 
+    def higher(self, func: HigherOrderOperator, args: Any) -> Any:
+        """What takes other functions and has no rule for fake tensors: flex_attention, written out as any attention."""
+        if func.name() != "flex_attention":
+            raise NotImplementedError(f"{func.name()} under the watch")
+        query, key, value, _, _, scale, *_ = args
+        with self:
+            mixed = _attention(query, key, value, scale=scale, enable_gqa=query.shape[1] != key.shape[1])
+        return mixed, mixed.new_empty(mixed.shape[:-1]), mixed.new_empty(mixed.shape[:-1])
+
     def only(self, read: list[Tensor], uses: list[Use | None]) -> Use | None:
         """The first of the model's own tensors, where an operation reads nothing else but single numbers."""
         known = [use for use in uses if use]
@@ -174,7 +189,7 @@ class _Watching(TorchDispatchMode):
             offset = 0 if derived else int(o.storage_offset())
             self.uses[id(o)] = Use(use.name, swapped, derived, offset, stacked=use.stacked)
 
-    def product(self, name: str, read: list[Tensor], uses: list[Use | None]) -> tuple[Use | None, int]:
+    def product(self, name: str, args: Any, read: list[Tensor], uses: list[Use | None]) -> tuple[Use | None, int]:
         """The parameter that a product multiplies by, and which of what it reads that is: of several the last."""
         held = [i for i, (a, u) in enumerate(zip(read, uses)) if u and a.dim() > 1]
         if name == "embedding":
@@ -188,6 +203,7 @@ class _Watching(TorchDispatchMode):
         left = use.stacked and not plain and which == (1 if name in ("addmm", "baddbmm") else 0)
         plain |= left
         stored = use.transposed if plain else not use.transposed
+        stored |= name == "convolution" and bool(args[6])  # a transposed one keeps [in, out, ...]
         path = self.calls[self.running[-1]].path
         own = next((n for n in self.aliases.get(use.name, ()) if n.rpartition(".")[0] == path), use.name)
         repeated = name == "bmm" and tensor.stride(0) == 0  # one matrix for every row of the batch
@@ -238,13 +254,28 @@ def _watch(model: nn.Module, args: Any, kwargs: Any, fake: FakeTensorMode | None
                     function.cache_clear()
 
 
+@contextmanager
+def _flex_uncompiled() -> Iterator[None]:
+    """flex_attention compiles itself, which no mode sees through, unless it is told that somebody debugs it."""
+    module: Any = sys.modules.get("torch.nn.attention.flex_attention")
+    name = "_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG"
+    before = getattr(module, name, False)
+    if module is not None:
+        setattr(module, name, True)
+    try:
+        yield
+    finally:
+        if module is not None:
+            setattr(module, name, before)
+
+
 def _pass(model: nn.Module, seen: _Watching, args: Any, kwargs: Any, real: bool) -> Record:
     for label, value in {**dict(zip(_arguments(model), args)), **kwargs}.items():
         for tensor in tree_leaves(value):
             if isinstance(tensor, Tensor):
                 seen.add("input", [tensor], False, label)
     functions = _Functions(seen)
-    with functions, seen:
+    with _flex_uncompiled(), functions, seen:
         output = model(*args, **kwargs)
     outputs = [seen.made[id(t)] for t in tree_leaves(_opened(output)) if isinstance(t, Tensor) and id(t) in seen.made]
     return Record(seen.ops, seen.calls, functions.found, outputs, [seen.alive, args, kwargs, output], real)

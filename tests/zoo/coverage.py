@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Collection
 from typing import Any
 
 from mmpeft.functional.rows import Rows
@@ -10,13 +11,14 @@ from mmpeft.sites import Site
 from mmpeft.sites.record import Op, Record
 
 
-def coverage(record: Record, found: list[Site]) -> dict[str, Any]:
+def coverage(record: Record, found: list[Site], parameters: Collection[str]) -> dict[str, Any]:
     """Products of a pass (look-ups apart), how many are left out and why, and those that no site speaks of."""
     own: dict[str, list[Site]] = {}
     for site in found:
         if site.kind in ("linear", "conv") or site.refuse:
             own.setdefault(f"{site.path}.{site.tensor}".lstrip("."), []).append(site)
     products = {op.weight.name: op for op in record.ops if op.weight is not None and op.name != "embedding"}
+    products = {name: op for name, op in products.items() if name in parameters}
     left: Counter[str] = Counter()
     missed = []
     for name, op in products.items():

@@ -96,7 +96,7 @@ def judge(library: str, name: str, only: tuple[str, ...] = ()) -> dict[str, Any]
         return row
     row |= {"sites": sum(site.kind != "module" for site in found), "kinds": Counter(site.role for site in found)}
     row |= {"blocks": row["kinds"].get("block", 0), "towers": sorted({site.tower for site in found} - {""})}
-    row |= coverage(record, found)
+    row |= coverage(record, found, dict(model.named_parameters(remove_duplicate=False)))
     del record
     trial = Trial(lambda: alive(models.build(name)), model, inputs)
     try:

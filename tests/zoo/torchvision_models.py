@@ -30,6 +30,8 @@ def build(name: str) -> nn.Module:
     parts: dict[str, Any] = {"weights": None}
     if any(word in name for word in ("rcnn", "retinanet", "fcos", "ssd", "fcn", "deeplab", "lraspp")):
         parts["weights_backbone"] = None
+    if any(word in name for word in ("rcnn", "retinanet", "fcos")):
+        parts |= {"min_size": 96, "max_size": 128}
     if name in ("googlenet", "inception_v3"):
         parts["init_weights"] = False  # its truncated normal takes half a minute
     return torchvision.models.get_model(name, **parts)  # type: ignore[no-any-return]

@@ -35,7 +35,7 @@ class Bottleneck(SiteMethod):
     dropout: float = 0.0
 
     takes: ClassVar[tuple[Kind, ...]] = ("module",)
-    elsewhere: ClassVar[tuple[str, ...]] = ("mixer", "block")
+    elsewhere: ClassVar[tuple[str, ...]] = ("mixer",)
     source: ClassVar[Source] = "output"
     init: ClassVar[Init] = "lora"
 
