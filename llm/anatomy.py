@@ -21,6 +21,7 @@ from mmpeft.llm.prompting import arguments, prompts
 from mmpeft.llm.rotary import shifted
 from mmpeft.parts.attention import attend
 from mmpeft.sites import Connect, Site, example_inputs, note
+from mmpeft.sites.builder import weight_shape
 
 TEXT = "positions and the attention mask are made before the blocks; tokens put in between would have neither"
 HEADS = {"lm_head", "embed_out", "score", "classifier", "qa_outputs", "cls", "classification_head"}
@@ -82,7 +83,7 @@ def _keys(model: nn.Module, site: Site, found: list[Site]) -> Site:
     if keys is None or not head:
         return replace(site, connect=Connect("config", view, shift=shifted))
     weight: Any = module_at(model, keys.path)
-    total = int(weight.nf if hasattr(weight, "nf") else weight.out_features)
+    total = int(weight_shape(weight)[1 if keys.transposed else 0])
     heads = count_rows(keys.rows, total) // head
     return replace(site, width=head, heads=heads, refuse="", connect=Connect("config", view, shift=shifted))
 

@@ -32,11 +32,12 @@ def sublayer(reading: Reading, builder: Builder, sub: Sublayer) -> None:
             for source in sources:
                 if source.index in sub.indices or across or source.static:
                     reading.assign(source, f"{role}.{name}", channels(graph, source, one.operands[name]))
+    for one in within:
         for out in one.outs:
             if out.index in sub.indices:
                 reading.assign(out, f"{role}.out")
                 _beside(reading, one, out, role)
-                _network_beside(reading, one, out)
+                _another_beside(reading, one, out, role)
         keys_and_values(builder, graph, one, [a.center for a in reading.attentions], depth)
     given = {p.index for p in sub.products if reading.is_assigned(p)}
     network = None if within else feed_forward(graph, sub, given)
@@ -72,12 +73,14 @@ def _beside(reading: Reading, one: Attention, out: Op, role: str) -> None:
                 rest = reading.rest(source)
 
 
-def _network_beside(reading: Reading, one: Attention, out: Op) -> None:
-    """A product of its own that meets the attention in one output projection is the network beside it."""
+def _another_beside(reading: Reading, one: Attention, out: Op, role: str) -> None:
+    """A product of its own that meets the attention on the way to one output projection: a gate, or a network."""
     graph = reading.graph
     for op in graph.behind(graph.activations(out)[0]):
         if not graph.is_above(one.value, op.index) and is_pointwise(op) and not reading.is_assigned(op):
-            reading.assign(op, "mlp.up")
+            way = graph.between(one.value, out.index)
+            meeting = next((o for o in way if graph.is_above(op.index, o.index)), out)
+            reading.assign(op, f"{role}.gate" if meeting.name == "mul" else "mlp.up")
 
 
 def _mixer(reading: Reading, sub: Sublayer) -> None:
