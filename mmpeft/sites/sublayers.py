@@ -27,6 +27,7 @@ def sublayer(reading: Reading, builder: Builder, sub: Sublayer) -> None:
     for one in within:
         queries, keys = (one.operands[name][0] for name in "qk")
         across = not graph.is_above(sub.stream, keys) and graph.is_above(sub.stream, queries)
+        across = across and not _are_of_another(reading, one)
         role = "cross" if across else "attn"
         for name, sources in one.sources.items():
             for source in sources:
@@ -56,6 +57,12 @@ def sublayer(reading: Reading, builder: Builder, sub: Sublayer) -> None:
     elif not within:
         _mixer(reading, sub)
     _shell(reading, builder, sub, role, depth)
+
+
+def _are_of_another(reading: Reading, one: Attention) -> bool:
+    """Whether keys are those that a self-attention before it has made: layers may share them."""
+    roles = [set(reading.roles.get(op.weight.name, ())) for op in one.sources["k"] if op.weight]
+    return bool(roles) and all(("attn.k", 0) in own for own in roles)
 
 
 def _beside(reading: Reading, one: Attention, out: Op, role: str) -> None:
