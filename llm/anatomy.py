@@ -21,6 +21,7 @@ from mmpeft.llm.prompting import arguments, prompts
 from mmpeft.llm.rotary import shifted
 from mmpeft.parts.attention import attend
 from mmpeft.sites import Connect, Site, example_inputs, note
+from mmpeft.sites.builder import weight_shape
 
 TEXT = "positions and the attention mask are made before the blocks; tokens put in between would have neither"
 HEADS = {"lm_head", "embed_out", "score", "classifier", "qa_outputs", "cls", "classification_head"}
@@ -39,23 +40,34 @@ example_inputs(inputs.example_inputs)
 @note("transformers.modeling_utils.PreTrainedModel")
 def transformer(model: nn.Module, found: list[Site]) -> list[Site]:
     """Any model of transformers."""
-    towers = {site.tower for site in found if site.role == "block"}
-    found = [replace(site, tower=_tower(model, site, towers)) for site in found]
+    names = _towers(model, found)
+    found = [replace(site, tower=names.get(site.tower, _tower(model, site))) for site in found]
     found = [_headed(site) for site in found if not _is_beside(site)]
     found = [_keys(model, site, found) if site.role == "kv" else site for site in found]
     return prompts(model, _tokens(model, found))
 
 
-def _tower(model: nn.Module, site: Site, towers: set[str]) -> str:
-    """`encoder` and `decoder` of a sequence-to-sequence model, `text` beside an image without a head, else `lm`."""
+def _towers(model: nn.Module, found: list[Site]) -> dict[str, str]:
+    """How a tower is called: of several that would be called the same, the one nearest to the root."""
+    first = {site.tower: site for site in reversed(found) if site.role == "block"}
+    names: dict[str, str] = {}
+    for site in sorted(first.values(), key=lambda site: site.path.count(".")):
+        name = _tower(model, site)
+        names[site.tower] = site.tower if name in (*names.values(), "") else name
+    if set(names) == {"text"} and not str(model.config.model_type).endswith("_text_model"):
+        names = {"text": "lm" if names["text"] == "text" else names["text"]}
+    return names
+
+
+def _tower(model: nn.Module, site: Site) -> str:
+    """`encoder` and `decoder` of a sequence-to-sequence model, `image` and `text` of two towers so named."""
     config: Any = model.config
     names = site.path.split(".")
     if getattr(config, "is_encoder_decoder", False):
         return next((name for name in names if name in ("encoder", "decoder")), "")
     if "vision_model" in names or "text_model" in names:
         return "image" if "vision_model" in names else "text"
-    alone = towers <= {"text"} and not str(config.model_type).endswith("_text_model")
-    return "lm" if site.tower == "text" and alone else site.tower
+    return site.tower
 
 
 def _is_beside(site: Site) -> bool:
@@ -82,8 +94,11 @@ def _keys(model: nn.Module, site: Site, found: list[Site]) -> Site:
     if keys is None or not head:
         return replace(site, connect=Connect("config", view, shift=shifted))
     weight: Any = module_at(model, keys.path)
-    total = int(weight.nf if hasattr(weight, "nf") else weight.out_features)
+    total = int(weight_shape(weight)[1 if keys.transposed else 0])
     heads = count_rows(keys.rows, total) // head
+    groups = getattr(module, "num_key_value_groups", 1)
+    if site.heads and heads not in (site.heads, site.heads // groups):  # several projections make the keys (MLA)
+        head, heads = site.width, site.heads // groups
     return replace(site, width=head, heads=heads, refuse="", connect=Connect("config", view, shift=shifted))
 
 

@@ -31,8 +31,10 @@ class Attention:
 
 def attentions(graph: Graph, residual: frozenset[int]) -> list[Attention]:
     """Every attention of a pass; `residual` are the sums behind which another sub-layer begins."""
-    centers = [op for op in graph.ops if op.name in SOFTMAX and not op.static]
-    found = [one for op in centers if (one := _soft(graph, op)) is not None]
+    centers = [op for op in graph.ops if op.name in SOFTMAX]
+    known = [one for op in centers if (one := _soft(graph, op)) is not None]
+    # queries that begin as the model's own constants attend to one another by projections all the same
+    found = [one for one in known if not graph.ops[one.center].static or all(one.sources.values())]
     for one in found:
         one.outs = outs(graph, one.value, residual)
     return found

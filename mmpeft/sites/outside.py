@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from mmpeft.sites.attention import Attention
 from mmpeft.sites.blocks import around, parent, pattern
 from mmpeft.sites.builder import Builder, is_norm, is_projection
 from mmpeft.sites.experts import experts, is_stacked
@@ -27,6 +28,8 @@ def rest(reading: Reading) -> None:
     for i in graph.record.outputs:
         outputs |= graph.above(i)
     for one in reading.attentions:
+        if reading.block_of(graph.ops[one.center]) is not None:
+            _in_block(reading, one)
         for name, sources in one.sources.items() if reading.block_of(graph.ops[one.center]) is None else ():
             for source in sources:
                 if not is_projection(reading.owner(source)):  # one tensor for several uses
@@ -72,6 +75,22 @@ def _without_stream(reading: Reading, op: Op) -> None:
     chosen = next((one for one in mixtures if one[1] and one[1]["router"]), mixtures[0] if mixtures else None)
     if chosen is not None:
         mixed(reading, chosen[0])
+
+
+def _in_block(reading: Reading, one: Attention) -> None:
+    """Roles of an attention in a block that is added to no stream: the first one of queries that begin as zeros."""
+    graph = reading.graph
+    if any(reading.is_assigned(op) for sources in one.sources.values() for op in sources):
+        return
+    roots = {name: {graph.root(i) for op in one.sources[name] for i in graph.activations(op)} for name in "qk"}
+    role = "attn" if roots["q"] & roots["k"] else "cross"
+    for name, sources in one.sources.items():
+        for source in sources:
+            if reading.block_of(source) is not None:
+                reading.assign(source, f"{role}.{name}", channels(graph, source, one.operands[name]))
+    for out in one.outs:
+        if reading.block_of(out) is not None and not reading.is_assigned(out):
+            reading.assign(out, f"{role}.out")
 
 
 def _is_behind_products(graph: Graph, op: Op) -> bool:

@@ -39,12 +39,8 @@ class Reading:
         parameter = self.modules[path]._parameters.get(tensor)
         if parameter is not None and is_stacked(op):
             return int(parameter.shape[-1 if op.weight.transposed else -2])
-        if (
-            op.name == "convolution"
-            or parameter is None
-            or op.weight.derived
-            or parameter.dim() != len(op.weight.shape)
-        ):
+        other = parameter is None or op.weight.derived or parameter.dim() != len(op.weight.shape)
+        if parameter is None or other or op.name == "convolution":
             return width(op)
         return int(parameter.shape[1 if op.weight.transposed else 0])
 

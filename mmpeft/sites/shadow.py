@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mmpeft.hosting.few_bits import packs
-from mmpeft.hosting.host import base_value, is_host, unmake_host
+from mmpeft.hosting.host import base_value, is_host, original_class, unmake_host
 from mmpeft.hosting.modules import own_modules
 
 
@@ -37,7 +37,7 @@ def shadow_of(model: nn.Module, fake: FakeTensorMode | None) -> nn.Module:
     for _, module in own_modules(shadow):
         for hooks in (module._forward_hooks, module._forward_pre_hooks):
             for key, hook in list(hooks.items()):
-                if not type(hook).__module__.startswith("torch.nn.utils"):  # which compute weights
+                if not _is_own(hook, original_class(module)):
                     del hooks[key]
         if is_host(module):
             unmake_host(module)
@@ -50,6 +50,13 @@ def shadow_of(model: nn.Module, fake: FakeTensorMode | None) -> nn.Module:
             if isinstance(module, nn.MultiheadAttention):
                 module.dropout = 0.0
     return shadow
+
+
+def _is_own(hook: Any, cls: type) -> bool:
+    """Whether a hook is a part of the module: it computes a weight, or its library gathers results by it."""
+    home = getattr(hook, "__module__", type(hook).__module__)
+    library = cls.__module__.partition(".")[0]
+    return home.startswith("torch.nn.utils") or library == home.partition(".")[0] != "__main__"
 
 
 def faked(tensor: Tensor, fake: FakeTensorMode) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
 from mmpeft.sites.graph import Graph
@@ -38,7 +39,7 @@ def sublayers(graph: Graph) -> list[Sublayer]:
             own = _residual(graph, op, found)
             if own is not None:
                 found[op.index] = own
-    proper = _outer(graph, list(found.values()))
+    proper = _outer(graph, _streaming(graph, list(found.values())))
     return [piece for sub in proper for piece in _pieces(graph, sub)]
 
 
@@ -49,8 +50,7 @@ def _residual(graph: Graph, op: Op, known: dict[int, Sublayer]) -> Sublayer | No
         terms = terms[:1] + terms[-1:]
     if len(terms) != 2 or terms[0] == terms[1]:
         return None
-    for stream, branch in (terms, terms[::-1]):
-        root = graph.root(stream)
+    for stream, branch, root in _roots(graph, terms):
         above = known.get(root)
         if not graph.is_above(root, branch) and above is not None:  # x + attention(x) + mlp(x)
             root = graph.root(above.stream)
@@ -60,6 +60,43 @@ def _residual(graph: Graph, op: Op, known: dict[int, Sublayer]) -> Sublayer | No
         if any((o.weight is not None and not o.static) or o.name in SOFTMAX for o in between):
             return Sublayer(op.index, root, branch, between)
     return None
+
+
+def _roots(graph: Graph, terms: list[int]) -> Iterator[tuple[int, int, int]]:
+    """Each term as the stream beside the other as the branch, and the result that the stream is a view of.
+
+    Where neither is one, of which the stream is a scaled or shifted copy.
+    """
+    pairs = [(terms[0], terms[1]), (terms[1], terms[0])]
+    yield from ((stream, branch, graph.root(stream)) for stream, branch in pairs)
+    for stream, branch in pairs:
+        root = graph.root(stream)
+        while graph.ops[root].name in ("mul", "add") and len(moving := _moving(graph, root)) == 1:
+            root = graph.root(moving[0])
+        if root != graph.root(stream):
+            yield stream, branch, root
+
+
+def _moving(graph: Graph, index: int) -> list[int]:
+    return [i for i in graph.ops[index].inputs if not graph.ops[i].static]
+
+
+def _streaming(graph: Graph, found: list[Sublayer]) -> list[Sublayer]:
+    """Without sums of a stream and positions, which look alike where positions went into the stream before.
+
+    What is added to is then the branch: it goes on as the stream around the sum, or came there from elsewhere.
+    """
+    inside = {sub.sum: sub.indices for sub in found}
+    around: dict[int, list[Sublayer]] = {}
+    for sub in found:
+        around.setdefault(sub.stream, []).append(sub)
+    kept: list[Sublayer] = []
+    for sub in found:
+        own = inside[sub.sum]
+        goes_on = any(sub.sum in inside[o.sum] for o in around.get(graph.root(sub.branch), ()))
+        if not goes_on and not any(o.sum in own and o.stream not in own and o.stream != sub.stream for o in kept):
+            kept.append(sub)
+    return kept
 
 
 def _outer(graph: Graph, found: list[Sublayer]) -> list[Sublayer]:

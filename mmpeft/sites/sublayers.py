@@ -28,16 +28,18 @@ def sublayer(reading: Reading, builder: Builder, sub: Sublayer) -> None:
     for one in within:
         queries, keys = (one.operands[name][0] for name in "qk")
         across = not graph.is_above(sub.stream, keys) and graph.is_above(sub.stream, queries)
+        across = across and not _are_of_another(reading, one)
         role = "cross" if across else "attn"
         for name, sources in one.sources.items():
             for source in sources:
                 if source.index in sub.indices or across or source.static:
                     reading.assign(source, f"{role}.{name}", channels(graph, source, one.operands[name]))
+    for one in within:
         for out in one.outs:
             if out.index in sub.indices:
                 reading.assign(out, f"{role}.out")
                 _beside(reading, one, out, role)
-                _network_beside(reading, one, out)
+                _another_beside(reading, one, out, role)
         keys_and_values(builder, graph, one, [a.center for a in reading.attentions], depth)
     mixture = not within and mixed(reading, sub)
     given = {p.index for p in sub.products if reading.is_assigned(p)}
@@ -73,6 +75,12 @@ def _assign(reading: Reading, found: Assignment) -> None:
             reading.assign(product, role, used)
 
 
+def _are_of_another(reading: Reading, one: Attention) -> bool:
+    """Whether keys are those that a self-attention before it has made: layers may share them."""
+    roles = [set(reading.roles.get(op.weight.name, ())) for op in one.sources["k"] if op.weight]
+    return bool(roles) and all(("attn.k", 0) in own for own in roles)
+
+
 def _beside(reading: Reading, one: Attention, out: Op, role: str) -> None:
     """What else of a fused projection reaches the output projection: a gate on the attention, or a network."""
     graph = reading.graph
@@ -88,12 +96,14 @@ def _beside(reading: Reading, one: Attention, out: Op, role: str) -> None:
                 rest = reading.rest(source)
 
 
-def _network_beside(reading: Reading, one: Attention, out: Op) -> None:
-    """A product of its own that meets the attention in one output projection is the network beside it."""
+def _another_beside(reading: Reading, one: Attention, out: Op, role: str) -> None:
+    """A product of its own that meets the attention on the way to one output projection: a gate, or a network."""
     graph = reading.graph
     for op in graph.behind(graph.activations(out)[0]):
         if not graph.is_above(one.value, op.index) and is_pointwise(op) and not reading.is_assigned(op):
-            reading.assign(op, "mlp.up")
+            way = graph.between(one.value, out.index)
+            meeting = next((o for o in way if graph.is_above(op.index, o.index)), out)
+            reading.assign(op, f"{role}.gate" if meeting.name == "mul" else "mlp.up")
 
 
 def _mixer(reading: Reading, sub: Sublayer) -> None:

@@ -6,7 +6,16 @@ from collections.abc import Iterable
 
 from mmpeft.sites.blocks import Block, pattern
 from mmpeft.sites.graph import Graph
+from mmpeft.sites.record import Op
 from mmpeft.sites.streams import Sublayer
+
+NAMES = {
+    "video": ("video",),
+    "image": ("pixel", "image", "grid_thw"),
+    "audio": ("audio", "speech", "wave", "input_features", "input_values"),
+}
+"""What the name of an argument says of it."""
+NOT_WORDS = ("grid", "pixel", "image", "video", "audio", "mask", "aspect", "position")
 
 
 def name_towers(graph: Graph, subs: Iterable[Sublayer], found: list[Block]) -> None:
@@ -26,11 +35,14 @@ def name_towers(graph: Graph, subs: Iterable[Sublayer], found: list[Block]) -> N
         key = next((k for k in groups if _is_same(graph, k, origins[form], _home(block.path))), None)
         groups.setdefault(key or (origins[form], _home(block.path)), []).append(block)
     kinds = {key: _kind(graph, key[0]) for key in groups}
+    taken: set[str] = set()
     for key, own in groups.items():
         name = kinds[key]
         alike = [other for other in groups if kinds[other] == name and other != key]
         if alike:
             name = _distinct(own[0].path, groups[alike[0]][0].path) or name
+        name = _unused(name, own[0].path, taken)
+        taken.add(name)
         for depth, block in enumerate(own):
             block.tower, block.depth = name, depth
 
@@ -72,16 +84,35 @@ def _origins(graph: Graph, sums: dict[int, int], block: Block) -> frozenset[int]
 
 
 def _kind(graph: Graph, origin: frozenset[int]) -> str:
-    """What the arguments are; sizes of the batch first."""
+    """What the arguments are, by their names, or by their shapes: sizes of the batch first."""
     inputs = [graph.ops[i] for i in origin]
-    if any(not op.is_floating and len(op.shape) == 2 for op in inputs):
+    if any(_is_text(op) for op in inputs):
         return "text"
+    data = [op for op in inputs if op.is_floating]
+    for known in (data, graph.inputs if any(len(op.shape) in (2, 3) for op in data) else []):
+        for name, words in NAMES.items():
+            if any(word in op.label.lower() for op in known for word in words):
+                return name
     for dims, name in ((5, "video"), (4, "image"), (3, "sequence"), (2, "audio")):
-        if any(len(op.shape) == dims and op.is_floating for op in inputs):
+        if any(len(op.shape) == dims for op in data):
             return name
     return "text" if inputs else "queries"
+
+
+def _is_text(op: Op) -> bool:
+    plain = not op.is_floating and len(op.shape) == 2
+    return plain and not any(word in op.label.lower() for word in NOT_WORDS)
 
 
 def _distinct(path: str, other: str) -> str:
     """The first name in which a path differs from another."""
     return next((a for a, b in zip(path.split("."), other.split(".")) if a != b and not a.isdigit()), "")
+
+
+def _unused(name: str, path: str, taken: set[str]) -> str:
+    """The name, with as much of the path behind it as tells it from others."""
+    for part in (p for p in path.split(".") if not p.isdigit() and p != name):
+        if name not in taken:
+            break
+        name = part if part not in taken and len(part) > 3 and part != "model" else f"{name}_{part}"
+    return name

@@ -10,6 +10,7 @@ import inspect
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from functools import partial, wraps
 from typing import Any
 
 import torch
@@ -294,33 +295,45 @@ def _arguments(model: nn.Module) -> list[str]:
 
 @contextmanager
 def _calls(model: nn.Module, seen: _Watching) -> Iterator[None]:
-    """Every module says when it begins and when it ends."""
+    """Every module says when it begins and when it ends, also one of which only the `forward` is called."""
     hooks = []
 
-    def before(path: str) -> Any:
-        def begin(module: nn.Module, args: Any, kwargs: Any) -> None:
-            parent = seen.running[-1] if seen.running else -1
-            call = Call(len(seen.calls), path, parent, len(seen.ops))
-            tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
-            call.reads = [seen.source(t) for t in tensors]
-            call.given = [tuple(t.shape) for t in tensors]
-            call.first = len(seen.ops)
-            seen.calls.append(call)
-            seen.running.append(call.index)
+    def begin(path: str, args: Any, kwargs: Any) -> None:
+        parent = seen.running[-1] if seen.running else -1
+        call = Call(len(seen.calls), path, parent, len(seen.ops))
+        tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        call.reads = [seen.source(t) for t in tensors]
+        call.given = [tuple(t.shape) for t in tensors]
+        call.first = len(seen.ops)
+        seen.calls.append(call)
+        seen.running.append(call.index)
 
-        return begin
-
-    def end(module: nn.Module, args: Any, output: Any) -> None:
+    def end(output: Any) -> None:
         call = seen.calls[seen.running.pop()]
         call.last = len(seen.ops)
         tensors = [t for t in tree_leaves(_opened(output)) if isinstance(t, Tensor)]
         call.gives = [seen.source(t) for t in tensors]
         call.shapes = [tuple(t.shape) for t in tensors]
 
+    def direct(path: str, forward: Any) -> Any:
+        @wraps(forward)
+        def run(*args: Any, **kwargs: Any) -> Any:
+            if seen.running and seen.calls[seen.running[-1]].path == path:
+                return forward(*args, **kwargs)
+            begin(path, args, kwargs)
+            output = forward(*args, **kwargs)
+            end(output)
+            return output
+
+        return run
+
     try:
         for path, module in own_modules(model):
-            hooks.append(module.register_forward_pre_hook(before(path), prepend=True, with_kwargs=True))
-            hooks.append(module.register_forward_hook(end))
+            before = partial(lambda path, module, args, kwargs: begin(path, args, kwargs), path)
+            hooks.append(module.register_forward_pre_hook(before, prepend=True, with_kwargs=True))
+            hooks.append(module.register_forward_hook(lambda module, args, output: end(output)))
+            if not isinstance(module, torch.jit.ScriptModule):
+                module.forward = direct(path, module.forward)
         yield
     finally:
         for hook in hooks:

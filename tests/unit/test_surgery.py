@@ -183,7 +183,7 @@ def test_patterns_set_ranks_and_scales() -> None:
             Refused,
             "linear or conv or embedding or experts sites.*kind 'module'",
         ),
-        (lambda: mmpeft.attach(Toy(), mmpeft.AdaptFormer()), SiteError, "roles here: .*attn.q ×2"),
+        (lambda: mmpeft.attach(Toy(), mmpeft.PTuningV2()), SiteError, "roles here: .*attn.q ×2"),
         (lambda: mmpeft.attach(Toy(), mmpeft.LoRA(at="mlp.gate")), SiteError, "'mlp.gate'"),
         (lambda: mmpeft.attach(Toy(), mmpeft.LastBlocks(blocks=3)), ConfigError, "has 2 blocks"),
         (lambda: mmpeft.attach(Toy(), mmpeft.Full() + mmpeft.BitFit()), ConfigError, "trained by both Full and BitFit"),

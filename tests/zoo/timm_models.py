@@ -111,23 +111,20 @@ SMALLEST = {
 }
 """The smallest variant of each family; counted where a newer timm has a family that is not listed."""
 
-CHEAPER: dict[str, dict[str, Any]] = {
-    **dict.fromkeys(
-        (
-            "beit", "cait", "convit", "deepseek_vit", "deit", "eva", "gemma4_vit", "naflexvit", "qwen3_vit", "tnt",
-            "visformer", "vision_transformer_hybrid", "vision_transformer_sam", "xcit",
-        ),
-        {"depth": 2},
+SHALLOW: dict[tuple[str, object], tuple[str, ...]] = {
+    ("depth", 2): (
+        "beit", "cait", "convit", "deepseek_vit", "deit", "eva", "gemma4_vit", "naflexvit", "qwen3_vit", "tnt",
+        "visformer", "vision_transformer_hybrid", "vision_transformer_sam", "xcit",
     ),
-    **dict.fromkeys(
-        (
-            "davit", "edgenext", "inception_next", "pvt_v2", "swin_transformer", "swin_transformer_v2",
-            "swin_transformer_v2_cr", "tiny_vit", "twins",
-        ),
-        {"depths": (1, 1, 2, 1)},
+    ("depths", (1, 1, 2, 1)): (
+        "davit", "edgenext", "inception_next", "pvt_v2", "swin_transformer", "swin_transformer_v2",
+        "swin_transformer_v2_cr", "tiny_vit", "twins",
     ),
-    **dict.fromkeys(("res2net", "senet", "sequencer", "sknet", "tresnet"), {"layers": (1, 1, 2, 1)}),
+    ("layers", (1, 1, 2, 1)): ("res2net", "senet", "sequencer", "sknet", "tresnet"),
 }  # fmt: skip
+CHEAPER: dict[str, dict[str, Any]] = {
+    family: {name: value} for (name, value), families in SHALLOW.items() for family in families
+}
 """What makes a family's smallest variant shallow without changing how it is built."""
 
 SIDE = 96
