@@ -14,8 +14,8 @@ OTHER = (
     "keys have no way in; where the model has a choice of implementations, take sdpa or eager"
 )
 MIXED = (
-    "between its scores and its values it does more than a softmax (heads are mixed, positions weighed), in which learned "
-    "keys would have no part"
+    "between its scores and its values it does more than a softmax (heads are mixed, positions weighed), in which "
+    "learned keys would have no part"
 )
 UNEQUAL = "its keys and values are of different widths; learned ones are of one"
 SEVERAL = "it computes several attentions in one pass, and learned keys would enter only one"
@@ -47,7 +47,7 @@ def _refusal(graph: Graph, one: Attention) -> str:
 
 
 def _follows(graph: Graph, op: Op) -> bool:
-    """Whether what is done to scores can be done to those of learned keys too: nothing that says anything of single keys."""
+    """Whether what is done to scores can be done to those of learned keys: it says nothing of single keys."""
     if op.name in ("mul", "div"):
         return all(shape[-1:] in ((), (1,)) for _, shape in graph.shapes(op) if shape != op.shape)
     return op.name in VIEWS | {"add", "sub", "tanh", "masked_fill", "where"}

@@ -35,7 +35,12 @@ class Reading:
         assert op.weight is not None
         path, _, tensor = op.weight.name.rpartition(".")
         parameter = self.modules[path]._parameters.get(tensor)
-        if op.name == "convolution" or parameter is None or op.weight.derived or parameter.dim() != len(op.weight.shape):
+        if (
+            op.name == "convolution"
+            or parameter is None
+            or op.weight.derived
+            or parameter.dim() != len(op.weight.shape)
+        ):
             return width(op)
         return int(parameter.shape[1 if op.weight.transposed else 0])
 

@@ -42,6 +42,9 @@ SHUT = 1e-2
 RANK = 2
 
 
+METHODS = ("LoRA", "DoRA", "BitFit", "IA3", "Houlsby", "AdaptFormer", "PTuningV2", "LastBlocks")
+
+
 def methods(found: list[Site]) -> dict[str, Method]:
     """The methods that are tried, LoRA and DoRA at every projection inside blocks."""
     everywhere = all_projections(found)
@@ -197,7 +200,11 @@ class Trial:
         dead = [placement for placement in dead if placement not in rests]
         found: dict[str, Any] = {"state": "ok", "parts": len(tuning.placements), "rests": len(rests)}
         if dead:
-            return {**found, "state": "FAIL", "why": f"{len(dead)} of {len(tuning.placements)} parts have a tensor without a gradient: {_named(dead)}"}
+            return {
+                **found,
+                "state": "FAIL",
+                "why": f"{len(dead)} of {len(tuning.placements)} parts have tensors without gradient: {_named(dead)}",
+            }
         tuned = self.answer(model)
         if distance(tuned, self.plain) == 0:
             return {**found, "state": "FAIL", "why": "it changes nothing"}

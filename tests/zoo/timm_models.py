@@ -111,23 +111,20 @@ SMALLEST = {
 }
 """The smallest variant of each family; counted where a newer timm has a family that is not listed."""
 
+_DEPTH = (
+    "beit", "cait", "convit", "deepseek_vit", "deit", "eva", "gemma4_vit", "naflexvit", "qwen3_vit", "tnt", "visformer",
+    "vision_transformer_hybrid", "vision_transformer_sam", "xcit",
+)  # fmt: skip
+_DEPTHS = (
+    "davit", "edgenext", "inception_next", "pvt_v2", "swin_transformer", "swin_transformer_v2",
+    "swin_transformer_v2_cr", "tiny_vit", "twins",
+)  # fmt: skip
+_LAYERS = ("res2net", "senet", "sequencer", "sknet", "tresnet")
 CHEAPER: dict[str, dict[str, Any]] = {
-    **dict.fromkeys(
-        (
-            "beit", "cait", "convit", "deepseek_vit", "deit", "eva", "gemma4_vit", "naflexvit", "qwen3_vit", "tnt",
-            "visformer", "vision_transformer_hybrid", "vision_transformer_sam", "xcit",
-        ),
-        {"depth": 2},
-    ),
-    **dict.fromkeys(
-        (
-            "davit", "edgenext", "inception_next", "pvt_v2", "swin_transformer", "swin_transformer_v2",
-            "swin_transformer_v2_cr", "tiny_vit", "twins",
-        ),
-        {"depths": (1, 1, 2, 1)},
-    ),
-    **dict.fromkeys(("res2net", "senet", "sequencer", "sknet", "tresnet"), {"layers": (1, 1, 2, 1)}),
-}  # fmt: skip
+    **{name: {"depth": 2} for name in _DEPTH},
+    **{name: {"depths": (1, 1, 2, 1)} for name in _DEPTHS},
+    **{name: {"layers": (1, 1, 2, 1)} for name in _LAYERS},
+}
 """What makes a family's smallest variant shallow without changing how it is built."""
 
 SIDE = 96
