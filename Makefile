@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 WORKERS ?= 2
 SHARE := $(if $(SEED),--share-seed $(SEED))
 
-.PHONY: demo demo-style test test-all lint docs bench clean
+.PHONY: demo demo-style test test-all lint docs zoo bench clean
 
 demo: $(STAMP)  ## adapt a pretrained ViT to a drawing style it never saw, by six methods; a table and a plot
 	$(BIN)/mmpeft compare -c configs/vision/demo.yaml --out runs/demo
@@ -30,6 +30,10 @@ lint: $(STAMP)
 docs: $(STAMP)  ## regenerate the tables in docs/
 	$(BIN)/python -m tests.matrix.table
 	$(BIN)/python -m tests.compat.table
+
+zoo: $(STAMP)  ## judge every model of the libraries, those in outputs/zoo already left out, and write docs/zoo.md
+	$(BIN)/python -m tests.zoo.run --jobs $(WORKERS)
+	$(BIN)/python -m tests.zoo.table
 
 bench: $(STAMP)  ## step time, memory and call cost beside HF PEFT
 	$(BIN)/python benchmarks/beside_peft.py

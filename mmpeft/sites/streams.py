@@ -50,7 +50,7 @@ def _residual(graph: Graph, op: Op, known: dict[int, Sublayer]) -> Sublayer | No
         terms = terms[:1] + terms[-1:]
     if len(terms) != 2 or terms[0] == terms[1]:
         return None
-    for stream, branch, root in _roots(graph, terms):
+    for _, branch, root in _roots(graph, terms):
         above = known.get(root)
         if not graph.is_above(root, branch) and above is not None:  # x + attention(x) + mlp(x)
             root = graph.root(above.stream)

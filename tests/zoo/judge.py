@@ -42,6 +42,9 @@ SHUT = 1e-2
 RANK = 2
 
 
+METHODS = ("LoRA", "DoRA", "BitFit", "IA3", "Houlsby", "AdaptFormer", "PTuningV2", "LastBlocks")
+
+
 def methods(found: list[Site]) -> dict[str, Method]:
     """The methods that are tried, LoRA and DoRA at every projection inside blocks."""
     everywhere = all_projections(found)
@@ -200,7 +203,7 @@ class Trial:
             return {
                 **found,
                 "state": "FAIL",
-                "why": f"{len(dead)} of {len(tuning.placements)} parts get no gradient: {_named(dead)}",
+                "why": f"{len(dead)} of {len(tuning.placements)} parts have tensors without gradient: {_named(dead)}",
             }
         tuned = self.answer(model)
         if distance(tuned, self.plain) == 0:

@@ -111,19 +111,19 @@ SMALLEST = {
 }
 """The smallest variant of each family; counted where a newer timm has a family that is not listed."""
 
-SHALLOW: dict[tuple[str, object], tuple[str, ...]] = {
-    ("depth", 2): (
-        "beit", "cait", "convit", "deepseek_vit", "deit", "eva", "gemma4_vit", "naflexvit", "qwen3_vit", "tnt",
-        "visformer", "vision_transformer_hybrid", "vision_transformer_sam", "xcit",
-    ),
-    ("depths", (1, 1, 2, 1)): (
-        "davit", "edgenext", "inception_next", "pvt_v2", "swin_transformer", "swin_transformer_v2",
-        "swin_transformer_v2_cr", "tiny_vit", "twins",
-    ),
-    ("layers", (1, 1, 2, 1)): ("res2net", "senet", "sequencer", "sknet", "tresnet"),
-}  # fmt: skip
+_DEPTH = (
+    "beit", "cait", "convit", "deepseek_vit", "deit", "eva", "gemma4_vit", "naflexvit", "qwen3_vit", "tnt", "visformer",
+    "vision_transformer_hybrid", "vision_transformer_sam", "xcit",
+)  # fmt: skip
+_DEPTHS = (
+    "davit", "edgenext", "inception_next", "pvt_v2", "swin_transformer", "swin_transformer_v2",
+    "swin_transformer_v2_cr", "tiny_vit", "twins",
+)  # fmt: skip
+_LAYERS = ("res2net", "senet", "sequencer", "sknet", "tresnet")
 CHEAPER: dict[str, dict[str, Any]] = {
-    family: {name: value} for (name, value), families in SHALLOW.items() for family in families
+    **{name: {"depth": 2} for name in _DEPTH},
+    **{name: {"depths": (1, 1, 2, 1)} for name in _DEPTHS},
+    **{name: {"layers": (1, 1, 2, 1)} for name in _LAYERS},
 }
 """What makes a family's smallest variant shallow without changing how it is built."""
 
