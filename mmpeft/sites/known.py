@@ -138,7 +138,7 @@ def _plain(value: Any, known: dict[int, Any], depth: int = 0) -> Any:
     if value is None or isinstance(value, bool | int | float | str | bytes | type):
         return value
     if isinstance(value, FunctionType | MethodType):
-        return value.__qualname__
+        return getattr(value, "__qualname__", type(value).__qualname__)
     if isinstance(value, Tensor):
         return (tuple(value.shape), value.dtype)
     if isinstance(value, nn.Module) or depth > 4:

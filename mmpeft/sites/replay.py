@@ -6,6 +6,8 @@ result has a gradient in it.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from random import Random
 from typing import Any
 
 import torch
@@ -41,37 +43,76 @@ def _form(graph: Graph, source: Op, between: list[Op]) -> list[Any]:
 
 
 @torch.inference_mode(False)
-@torch.enable_grad()
+@torch.no_grad()
 def _replay(graph: Graph, source: Op, target: tuple[int, int], between: list[Op]) -> list[int]:
-    generator = torch.Generator().manual_seed(0)
-    values: dict[int, Tensor] = {}
+    total = source.shape[source.channel]
+    if any(op.func is None or (op.name in PRODUCTS | SOFTMAX and op.index != target[0]) for op in between):
+        return list(range(total))
 
-    def real(value: Any) -> Any:
-        if not isinstance(value, Tensor):
-            return value
-        if id(value) not in values:
-            constant = getattr(value, "constant", None)  # an index that the model wrote down keeps its value
-            values[id(value)] = _random(value, generator) if constant is None else constant
-        return values[id(value)]
+    def reach(first: int, last: int) -> bool:
+        """Whether any of the channels `first <= c < last` goes into the result: no number becomes none there."""
+        generator = torch.Generator().manual_seed(0)
+        start = torch.rand(source.shape, generator=generator) + 0.5
+        start.movedim(source.channel, -1)[..., first:last] = float("nan")
+        values = {source.outs[0]: start}
 
-    start = (torch.rand(source.shape, generator=generator) + 0.5).requires_grad_()
-    with torch.enable_grad():
-        values[source.outs[0]] = begun = start.clone()  # which may be changed in place
-    for op in between:
-        if op.func is None or (op.name in PRODUCTS | SOFTMAX and op.index != target[0]):
-            return list(range(source.shape[source.channel]))
-        kwargs = {key: value for key, value in op.kwargs.items() if key not in _PLACE}
-        arguments, kwargs = tree_map(real, (op.args, kwargs))
-        made = [o for o in tree_leaves(op.func(*arguments, **kwargs)) if isinstance(o, Tensor)]
-        for key, value in zip(op.outs, made):
-            values[key] = value
-    result = values[target[1]] if between else begun
-    if not result.requires_grad:
+        def real(value: Any) -> Any:
+            if not isinstance(value, Tensor):
+                return value
+            if id(value) not in values:
+                constant = getattr(value, "constant", None)  # an index that the model wrote down keeps its value
+                values[id(value)] = _random(value, generator) if constant is None else constant
+            return values[id(value)]
+
+        for op in between:
+            kwargs = {key: value for key, value in op.kwargs.items() if key not in _PLACE}
+            arguments, kwargs = tree_map(real, (op.args, kwargs))
+            made = [o for o in tree_leaves(op.func(*arguments, **kwargs)) if isinstance(o, Tensor)]
+            values.update(zip(op.outs, made))
+        return bool(values[target[1]].isnan().any())
+
+    return _used(total, reach)
+
+
+def _used(total: int, reach: Callable[[int, int], bool]) -> list[int]:
+    """The channels that reach a result, by few questions: runs that come again are checked at random places.
+
+    No gradient is asked for: a process that has run a backward pass cannot fork others that do.
+    """
+    if total <= 64:
+        return [c for c in range(total) if reach(c, c + 1)]
+    if not reach(0, total):
         return []
-    weights = torch.rand(result.shape, generator=generator)
-    (gradient,) = torch.autograd.grad(result, start, weights)
-    used = gradient.movedim(source.channel, -1).flatten(0, -2).abs().sum(0) > 0
-    return used.nonzero().flatten().tolist()
+    start = _least(0, total, lambda end: reach(0, end)) - 1
+    stop = _least(start, total, lambda end: not _is_used(start, end, reach)) - 1
+    if _is_used(start, total, reach):
+        stop = total
+    used = range(start, stop)
+    again = _least(stop, total, lambda end: reach(stop, end)) - 1 if stop < total and reach(stop, total) else total
+    period = again - start
+    found = set(used)
+    if again < total:
+        found = {c for first in range(start, total, period) for c in range(first, min(total, first + stop - start))}
+    draw = Random(0)
+    asked = {0, total - 1, start, stop - 1, *(draw.randrange(total) for _ in range(24))}
+    if all(reach(c, c + 1) == (c in found) for c in asked):
+        return sorted(found)
+    return [c for c in range(total) if reach(c, c + 1)]
+
+
+def _least(low: int, high: int, holds: Callable[[int], bool]) -> int:
+    """The least number above `low` for which something holds that holds for all from there on."""
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if holds(middle) else (middle, high)
+    return high
+
+
+def _is_used(first: int, last: int, reach: Callable[[int, int], bool]) -> bool:
+    """Whether all of some channels are used, by the ends and some between."""
+    draw = Random(last)
+    asked = {first, last - 1, *(draw.randrange(first, last) for _ in range(5))}
+    return all(reach(c, c + 1) for c in asked)
 
 
 def _random(value: Tensor, generator: torch.Generator) -> Tensor:
