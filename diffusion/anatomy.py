@@ -30,6 +30,7 @@ PRESETS = {
 MAPS = "the blocks work on maps; there is no token sequence to put prompts into"
 PAIR = "the block takes and returns two streams, image and context; a single tensor does not hold its tokens"
 DEAD = "its output is discarded: after the last block nothing reads the context stream"
+PROCESSOR = "set AttnProcessor2_0, or the model's own default, before attaching"
 FUSED = "its projections are fused into another one; call the model's unfuse_qkv_projections() before attaching"
 
 STAGES = ("down_blocks", "mid_block", "up_blocks")
@@ -69,6 +70,8 @@ def _named(model: nn.Module, site: Site) -> Site:
     fused = site.kind == "linear" and names[-1] in ("to_qkv", "to_kv", "to_added_qkv")
     if fused:
         return replace(site, refuse=FUSED)
+    if site.role == "kv" and site.refuse:
+        return replace(site, refuse=f"{site.refuse} ({PROCESSOR})")
     if _rests(model, names):
         return replace(site, role="proj", dead=True, refuse=DEAD)
     if site.role == "block" and site.channel_dim == 1 and names[-2] != "attentions":

@@ -14,16 +14,17 @@ import torch.nn.functional as F
 from torch import nn
 
 from mmpeft.functional.rows import count_rows
-from mmpeft.hosting.modules import module_at, own_parameters
+from mmpeft.hosting.modules import module_at, own_modules, own_parameters
 from mmpeft.llm import inputs
 from mmpeft.llm.attention import consults, view
 from mmpeft.llm.prompting import arguments, prompts
 from mmpeft.llm.rotary import shifted
 from mmpeft.parts.attention import attend
-from mmpeft.sites import Connect, Site, example_inputs, note
+from mmpeft.sites import Connect, Site, example_inputs, note, prepares
 from mmpeft.sites.builder import weight_shape
 
 TEXT = "positions and the attention mask are made before the blocks; tokens put in between would have neither"
+SPARSE = "long texts are attended to block-sparse, by the number of keys; set attention_type='original_full'"
 HEADS = {"lm_head", "embed_out", "score", "classifier", "qa_outputs", "cls", "classification_head"}
 HEAD = ("head_dim", "attention_head_size", "head_size", "key_value_proj_dim")
 BESIDE_WORDS = ("token_type", "position")
@@ -35,6 +36,15 @@ cosine = partial(attend, keyed=partial(F.normalize, dim=-1))
 """For scores that are cosines: learned keys are normalised as the module's own are (Swin V2)."""
 
 example_inputs(inputs.example_inputs)
+
+
+@prepares
+def open_kernels(shadow: nn.Module) -> None:
+    """Attention by products in place of a kernel that compiles or is compiled: flex and flash attention."""
+    for _, module in own_modules(shadow):
+        config: Any = module.__dict__.get("config")
+        if str(getattr(config, "_attn_implementation", "")).startswith("flex"):
+            config._attn_implementation = "sdpa"
 
 
 @note("transformers.modeling_utils.PreTrainedModel")
@@ -67,7 +77,7 @@ def _tower(model: nn.Module, site: Site) -> str:
         return next((name for name in names if name in ("encoder", "decoder")), "")
     if "vision_model" in names or "text_model" in names:
         return "image" if "vision_model" in names else "text"
-    return site.tower
+    return "lm" if site.tower == "text" and "language_model" in names else site.tower
 
 
 def _is_beside(site: Site) -> bool:
@@ -85,6 +95,8 @@ def _headed(site: Site) -> Site:
 def _keys(model: nn.Module, site: Site, found: list[Site]) -> Site:
     """Learned keys enter by the registry of attention functions, where it is asked: before heads are repeated."""
     module = module_at(model, site.path)
+    if getattr(model.config, "attention_type", "") == "block_sparse":
+        return replace(site, refuse=SPARSE)
     if not consults(module):
         around = site.refuse == "" and hasattr(module, "logit_scale")
         return replace(site, connect=Connect("", cosine if around else attend))

@@ -29,6 +29,9 @@ def example_inputs(model: nn.Module) -> tuple[tuple[Any, ...], dict[str, Any]] |
             values = value if isinstance(value, dict) else {name: value}
             made.update({k: _as_weights(model, v) for k, v in values.items() if k in request.names and v is not None})
     place_features(request, made)
+    config: Any = model.config
+    if getattr(config, "add_cross_attention", False) and "encoder_hidden_states" in request.names:
+        made.setdefault("encoder_hidden_states", _as_weights(model, torch.rand(2, 4, config.hidden_size)))
     return (), made
 
 

@@ -1,7 +1,7 @@
 """Where a backbone can be tuned: found by watching the model run."""
 
 from mmpeft.sites.known import remember, sites, structure, watched_sites
-from mmpeft.sites.notes import example_inputs, inputs_of, note
+from mmpeft.sites.notes import example_inputs, inputs_of, note, prepares
 from mmpeft.sites.site import (
     ROLES,
     Anatomy,
@@ -34,6 +34,7 @@ __all__ = [
     "load_domains",
     "note",
     "param_sites",
+    "prepares",
     "qualified_name",
     "remember",
     "sites",

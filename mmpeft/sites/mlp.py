@@ -20,7 +20,7 @@ Assignment = dict[str, list[tuple[Op, list[int] | None]]]
 
 def is_pointwise(op: Op) -> bool:
     """Whether a product acts on every position alone: a linear, or a convolution of size one."""
-    if op.weight is None or op.name == "embedding" or op.weight.derived:
+    if op.weight is None or op.name == "embedding" or (op.weight.derived and op.name == "bmm"):
         return False
     return op.name != "convolution" or (prod(op.weight.shape[2:]) == 1 and _groups(op) == 1)
 

@@ -18,6 +18,7 @@ Examples = Callable[[nn.Module], Inputs | None]
 
 _NOTES: dict[str, Note] = {}
 _EXAMPLES: list[Examples] = []
+_PREPARES: list[Callable[[nn.Module], None]] = []
 _PATHS = ("path", "bias", "stream", "out", "entry", "prefix_reader")
 
 
@@ -38,6 +39,18 @@ def example_inputs(function: Examples) -> Examples:
     """Register what gives example inputs `(args, kwargs)` for the models of a library, and None for others."""
     _EXAMPLES.append(function)
     return function
+
+
+def prepares(function: Callable[[nn.Module], None]) -> Callable[[nn.Module], None]:
+    """Register what a copy of a model needs before it is watched: another implementation of what a kernel hides."""
+    _PREPARES.append(function)
+    return function
+
+
+def prepare(shadow: nn.Module) -> None:
+    """Do all that domains ask for to a copy that is to be watched."""
+    for function in _PREPARES:
+        function(shadow)
 
 
 def inputs_of(model: nn.Module) -> Inputs | None:

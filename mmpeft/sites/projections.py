@@ -30,7 +30,7 @@ def projections(reading: Reading, builder: Builder) -> None:
 
 def _site(reading: Reading, builder: Builder, name: str, role: str, op: Op, used: set[int]) -> None:
     assert op.weight is not None
-    path, _, tensor = name.rpartition(".")
+    path, tensor, computed = _owner(reading, op, name)
     module = reading.modules[path]
     block = around(path, reading.blocks) or reading.block_of(op)
     depth, builder.tower = (block.depth, block.tower) if block else (-1, reading.tower_of(path))
@@ -44,9 +44,9 @@ def _site(reading: Reading, builder: Builder, name: str, role: str, op: Op, used
         return
     parameter = module._parameters.get(tensor)
     plain = is_projection(module) and tensor == "weight"
-    if parameter is None:
+    if parameter is None and not computed:
         return
-    why = "" if plain or is_stacked(op) else _no_matrix(op, parameter)
+    why = "" if plain or is_stacked(op) else _no_matrix(op, parameter)  # type: ignore[arg-type]
     if why:
         builder.add(path, role, depth, kind="param", tensor=tensor, **{"refuse": why, **known})
         return
@@ -54,7 +54,8 @@ def _site(reading: Reading, builder: Builder, name: str, role: str, op: Op, used
         by.call != op.call and reading.graph.ops[vector].shape[0] == width(op)
         for vector, by, _ in _added_behind(reading.graph, op)
     )
-    called = plain and reading.graph.path(op) == path and not op.weight.derived and not apart
+    own = computed or not op.weight.derived
+    called = plain and own and not apart and reading.graph.path(op) == path
     rows = _rows(used, reading.rows(op))
     if rows is Ellipsis:
         rows, role = None, "proj"
@@ -64,6 +65,17 @@ def _site(reading: Reading, builder: Builder, name: str, role: str, op: Op, used
         known |= {"bias": bias_of(reading.graph, op) if is_stacked(op) else _bias(reading.graph, op, rows)}
     kind = "conv" if op.name == "convolution" else "experts" if is_stacked(op) else "linear"
     builder.add(path, role, depth, kind=kind, rows=rows, tensor=tensor, transposed=op.weight.transposed, **known)
+
+
+def _owner(reading: Reading, op: Op, name: str) -> tuple[str, str, bool]:
+    """(module, tensor) of a product's weight, and whether a parametrisation computes it from the tensors it keeps."""
+    path, _, tensor = name.rpartition(".")
+    outer = path.removesuffix(".parametrizations.weight")
+    assert op.weight is not None
+    kept = outer != path or (tensor.startswith("weight_") and "weight" not in reading.modules[path]._parameters)
+    if op.weight.derived and kept and is_projection(reading.modules[outer]):
+        return outer, "weight", True
+    return path, tensor, False
 
 
 def _no_matrix(op: Op, parameter: nn.Parameter) -> str:

@@ -25,6 +25,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from mmpeft.errors import SiteError
 from mmpeft.hosting.answers import multi_head
 from mmpeft.hosting.modules import own_modules, own_parameters
+from mmpeft.sites.notes import prepare
 from mmpeft.sites.record import (
     BLANKS,
     PICKS,
@@ -236,6 +237,7 @@ def watch(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) ->
 
 def _watch(model: nn.Module, args: Any, kwargs: Any, fake: FakeTensorMode | None) -> Record:
     shadow = shadow_of(model, fake)
+    prepare(shadow)
     seen = _Watching(shadow)
     device = next((p.device for p in shadow.parameters()), torch.device("cpu"))
 

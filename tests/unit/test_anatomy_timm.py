@@ -371,18 +371,17 @@ def test_sites_are_the_same_in_a_tuned_model(family: str) -> None:
     assert sites_of(model) == before
 
 
-def test_standardised_convolutions_are_refused() -> None:
+def test_standardised_convolutions_are_tuned_by_their_weight() -> None:
     """A hybrid's stem standardises its weights; its group norms keep channels in front."""
     model = timm.create_model("vit_small_r26_s32_224", num_classes=3)
-    sites = check_structure(model)
+    sites = structure(model)
     standard = {p for p, m in model.named_modules() if isinstance(m, StdConv2d) or type(m).__name__ == "StdConv2dSame"}
     assert standard
-    assert {s.path for s in sites if s.refuse} == standard
+    assert {s.path for s in sites if s.via == "weight"} == standard
     norms = {s.path: s.channel_dim for s in sites if s.kind == "norm"}
     assert norms["patch_embed.backbone.stem.norm"] == 1
     assert norms["blocks.0.norm1"] == -1
-    with pytest.raises(mmpeft.errors.Refused, match="standardises"):
-        mmpeft.attach(model, mmpeft.LoRA(rank=2, at="proj"))
+    assert standard <= {p.home for p in mmpeft.attach(model, mmpeft.LoRA(rank=2, at="{proj,embed}")).placements}
 
 
 NAMED = {

@@ -23,7 +23,7 @@ r = torch.randn
 GOOD_AND_BAD = [
     (low_rank.low_rank_apply, (r(3, 4), r(2, 4), r(5, 2), 1.0), (r(3, 4), r(2, 4), r(5, 3), 1.0)),
     (low_rank.low_rank_delta, (r(2, 4), r(5, 2), 1.0), (r(2, 4), r(5, 3), 1.0)),
-    (low_rank.squared_row_norms, (r(5, 4),), (r(5, 4, 1),)),
+    (low_rank.squared_row_norms, (r(5, 4),), (r(5),)),
     (low_rank.low_rank_row_norms, (r(5, 4), r(5), r(2, 4), r(5, 2), 1.0), (r(5, 4), r(4), r(2, 4), r(5, 2), 1.0)),
     (
         pointwise.bottleneck,

@@ -50,6 +50,7 @@ class KronAB(Kronecker):
     """
 
     at: Selector = "mlp"
+    elsewhere: ClassVar[tuple[str, ...]] = ()
     scale: float = 1.0
     residual: Literal["none", "learned"] = "none"
 
