@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from mmpeft.hosting.few_bits import packs
+from mmpeft.hosting.few_bits import FewBits, packs
 from mmpeft.hosting.host import base_value, is_host, original_class, unmake_host
 from mmpeft.hosting.modules import own_modules
 
@@ -23,7 +23,7 @@ def shadow_of(model: nn.Module, fake: FakeTensorMode | None) -> nn.Module:
     """
     memo: dict[int, Any] = {}
     for module in model.modules():
-        if packs(type(module)):
+        if packs(type(module)) or _holds_few_bits(module):
             memo[id(module)] = _unpacked(module, fake)
         for tensor in (*module._parameters.values(), *module._buffers.values()):
             if tensor is not None and (fake or isinstance(tensor, nn.Parameter)):
@@ -64,6 +64,10 @@ def faked(tensor: Tensor, fake: FakeTensorMode) -> Tensor:
     with fake:
         made = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cpu")
         return nn.Parameter(made, requires_grad=False) if isinstance(tensor, nn.Parameter) else made
+
+
+def _holds_few_bits(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear) and isinstance(base_value(module, "weight"), FewBits)
 
 
 def _unpacked(module: nn.Module, fake: FakeTensorMode | None) -> nn.Module:

@@ -220,7 +220,7 @@ def watch(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) ->
         SiteError: the model does not run on the example; the message has the model's own error.
     """
     try:
-        return _watch(model, args, kwargs, FakeTensorMode(allow_non_fake_inputs=True))
+        return _watch(model, args, kwargs, _WithoutData(allow_non_fake_inputs=True))
     except Exception as error:  # it looks at its data, or cannot run on this example at all
         failed = error
     if not any(p.is_meta for p in model.parameters()):
@@ -233,6 +233,16 @@ def watch(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) ->
         f"tuned ({type(failed).__name__}: {str(failed).strip().partition(chr(10))[0]}). Give a batch that it takes: "
         "attach(model, method, example=batch)"
     ) from failed
+
+
+class _WithoutData(FakeTensorMode):
+    """Tensors without data, all on the CPU.
+
+    The mode must not install torch's stand-in for a missing GPU: after the next backward pass, with threads for that,
+    the process could not fork others that run one.
+    """
+
+    avoid_device_init = False  # type: ignore[assignment]
 
 
 def _watch(model: nn.Module, args: Any, kwargs: Any, fake: FakeTensorMode | None) -> Record:

@@ -48,7 +48,7 @@ REFUSED = {
     **{("LST", family): "two streams" for family in ("sd3", "flux")},
     **{(method, "vit_parallel"): NO_SUBLAYER for method in ("KronAB", "Compacter*", "UniPELT", "MAM")},
     **{(method, "unet2d"): "'mlp' .*matches no site" for method in ("KronAB", "CompacterPlus", "UniPELT", "MAM")},
-    ("UniPELT", "convnext"): "'attn.q' .*matches no site",
+    ("UniPELT", "convnext"): "'kv' .*matches no site",
     ("MAM", "convnext"): "'kv' .*matches no site",
     ("AdapterPlus", "sd3"): "two streams",
     ("AdapterPlus", "flux"): "two streams",
