@@ -27,6 +27,8 @@ example_inputs(inputs.example_inputs)
 def pair(model: nn.Module, found: list[Site]) -> list[Site]:
     """A pair of towers; CoCa's text decoder is a third, `decoder`, with cross-attention blocks between the others."""
     named = [replace(site, tower=TOWERS.get(site.path.split(".")[0], "text")) for site in found]
+    # what takes the text of an inner model is not what takes this one's
+    named = [replace(site, connect=None) if site.kind == "embedding" else site for site in named]
     named = [replace(s, path=f"{s.path}.resblocks") if s.role == "stack" and s.tower == "decoder" else s for s in named]
     return [
         replace(s, depth=int(s.path.split(".")[2])) if s.tower == "decoder" and s.depth >= 0 else s
