@@ -40,7 +40,7 @@ example_inputs(inputs.example_inputs)
 
 @prepares
 def open_kernels(shadow: nn.Module) -> None:
-    """Attention by products in place of a kernel that compiles or is compiled: flex and flash attention."""
+    """Attention by products in place of flex attention, a kernel that compiles itself."""
     for _, module in own_modules(shadow):
         config: Any = module.__dict__.get("config")
         if str(getattr(config, "_attn_implementation", "")).startswith("flex"):

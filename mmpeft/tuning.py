@@ -42,13 +42,15 @@ def attach(
     tunings may live on one model under different names; the newest one is in use, unless `run` is False. While other
     threads run the model, `attach` waits for their passes.
 
-    `example` (a tensor, a tuple of arguments or a mapping of keyword arguments) proves that a forward pass comes by
-    the parts: one pass without gradients. `tuning.liveness(batch)` proves that each of them learns.
+    `example` (a tensor, a tuple of arguments or a mapping of keyword arguments) says what a model takes whose library
+    the suite does not know: its sites are found by watching a pass. It also proves that a pass comes by the parts.
+    `tuning.liveness(batch)` proves that each of them learns.
 
     After any exception, an interrupt included, the model is bit for bit what it was.
 
     Raises:
-        SiteError: the model's class is unknown, a selector matches nothing, or the example's pass goes past parts.
+        SiteError: nothing is known of the model's inputs, a selector matches nothing, or the example's pass goes past
+            parts.
         Refused: the method cannot work on a selected site, or the model is sharded already; the message has the reason.
         ConfigError: the name is taken or no identifier, or the argument is no method.
     """

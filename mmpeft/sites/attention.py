@@ -1,7 +1,4 @@
-"""Attentions in a recorded pass: a softmax between two products, and the projections around it.
-
-Without a softmax (linear attention), two products of activations that follow one another.
-"""
+"""Attentions in a recorded pass: a softmax between two products, and the projections around it."""
 
 from __future__ import annotations
 
@@ -16,7 +13,7 @@ class Attention:
     """One attention: the products of its queries, keys and values, and those that read what it gives."""
 
     center: int
-    """The softmax; without one, the last of its products."""
+    """The softmax."""
     value: int
     """The product with the values."""
     score: int
@@ -25,8 +22,8 @@ class Attention:
     """Of `q`, `k` and `v`, the tensor that enters the attention: the operation that made it, and its identity."""
     sources: dict[str, list[Op]]
     """Of each, the nearest products by a weight."""
-    soft: bool = True
     outs: list[Op] = field(default_factory=list)
+    """The nearest products by a weight that read what it gives, within its sub-layer."""
 
 
 def attentions(graph: Graph, residual: frozenset[int]) -> list[Attention]:
@@ -36,24 +33,8 @@ def attentions(graph: Graph, residual: frozenset[int]) -> list[Attention]:
     # queries that begin as the model's own constants attend to one another by projections all the same
     found = [one for one in known if not graph.ops[one.center].static or all(one.sources.values())]
     for one in found:
-        one.outs = outs(graph, one.value, residual)
+        one.outs = graph.ahead(one.value, residual)
     return found
-
-
-def outs(graph: Graph, value: int, residual: frozenset[int]) -> list[Op]:
-    """The nearest products by a weight that read what an attention gives, within its sub-layer."""
-    todo, seen, found = list(graph.users[value]), set(), []
-    while todo:
-        i = todo.pop(0)
-        if i in seen or i in residual:
-            continue
-        seen.add(i)
-        op = graph.ops[i]
-        if op.weight is not None:
-            found.append(op)
-        elif op.name not in PRODUCTS | SOFTMAX:
-            todo += graph.users[i]
-    return sorted(found, key=lambda op: op.index)
 
 
 def _joint(op: Op) -> bool:

@@ -10,9 +10,8 @@ from typing import Any
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from mmpeft.sites.record import PRODUCTS, SLICES, SOFTMAX, VIEWS, Call, Op, Record
+from mmpeft.sites.record import PRODUCTS, SOFTMAX, VIEWS, Call, Op, Record
 
-SUMS = frozenset({"add", "sub", "index_add"})
 JOINTS = frozenset({"bmm", "mm", "baddbmm"})
 """Products that may be of two activations."""
 
@@ -81,13 +80,11 @@ class Graph:
 
     def read(self, op: Op) -> list[tuple[int, int]]:
         """(operation, identity) of each tensor that an operation reads: one operation may make several."""
-        tensors = [a for a in tree_leaves((op.args, op.kwargs)) if isinstance(a, Tensor)]
-        return [(i, id(t)) for i, t in zip(op.inputs, tensors)]
+        return [(i, id(t)) for i, t in zip(op.inputs, _tensors(op))]
 
     def shapes(self, op: Op) -> list[tuple[int, tuple[int, ...]]]:
         """(operation, shape) of each tensor that an operation reads."""
-        tensors = [a for a in tree_leaves((op.args, op.kwargs)) if isinstance(a, Tensor)]
-        return [(i, tuple(t.shape)) for i, t in zip(op.inputs, tensors)]
+        return [(i, tuple(t.shape)) for i, t in zip(op.inputs, _tensors(op))]
 
     def which(self, tensor: tuple[int, int]) -> int:
         """Which of the results of an operation a tensor is; -1 for one that it changed in place through a view."""
@@ -100,24 +97,16 @@ class Graph:
             op = self.ops[op].inputs[0]
         return op
 
-    def behind(self, start: int, stop: Callable[[Op], bool] | None = None) -> list[Op]:
+    def behind(self, start: int) -> list[Op]:
         """The nearest weight products that a result comes from, not past other products or a softmax."""
-        todo, seen, found = [start], set(), []
-        while todo:
-            i = todo.pop()
-            if i in seen:
-                continue
-            seen.add(i)
-            op = self.ops[i]
-            if op.weight is not None:
-                found.append(op)
-            elif op.name not in PRODUCTS | SOFTMAX and not (stop and stop(op)):
-                todo += op.inputs
-        return sorted(found, key=lambda op: op.index)
+        return self._nearest([start], lambda i: self.ops[i].inputs, frozenset())
 
-    def ahead(self, start: int) -> list[Op]:
-        """The nearest weight products that a result goes into, not past other products."""
-        todo, seen, found = list(self.users[start]), set(), []
+    def ahead(self, start: int, until: frozenset[int] = frozenset()) -> list[Op]:
+        """The nearest weight products that a result goes into, not past others, nor into the results `until`."""
+        return self._nearest(self.users[start], lambda i: self.users[i], until)
+
+    def _nearest(self, start: list[int], onward: Callable[[int], list[int]], until: frozenset[int]) -> list[Op]:
+        todo, seen, found = list(start), set(until), []
         while todo:
             i = todo.pop()
             if i in seen:
@@ -127,7 +116,7 @@ class Graph:
             if op.weight is not None:
                 found.append(op)
             elif op.name not in PRODUCTS | SOFTMAX:
-                todo += self.users[i]
+                todo += onward(i)
         return sorted(found, key=lambda op: op.index)
 
     # -- modules --------------------------------------------------------------------------------------------
@@ -159,6 +148,5 @@ class Graph:
         return self.calls[op.call].path
 
 
-def is_shape(op: Op) -> bool:
-    """Whether an operation moves values and computes none."""
-    return op.name in VIEWS | SLICES | {"cat", "roll", "_to_copy", "constant_pad_nd", "pad", "index", "stack"}
+def _tensors(op: Op) -> list[Tensor]:
+    return [a for a in tree_leaves((op.args, op.kwargs)) if isinstance(a, Tensor)]

@@ -1,7 +1,7 @@
 """Which channels of a projection reach a result: what lies between is run again on random numbers.
 
 Any reshape, split, rotation, norm or interleaving of heads is followed without knowing it: a channel is used if the
-result has a gradient in it.
+result is no number where the channel is none.
 """
 
 from __future__ import annotations

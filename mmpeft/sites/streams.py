@@ -50,7 +50,7 @@ def _residual(graph: Graph, op: Op, known: dict[int, Sublayer]) -> Sublayer | No
         terms = terms[:1] + terms[-1:]
     if len(terms) != 2 or terms[0] == terms[1]:
         return None
-    for _, branch, root in _roots(graph, terms):
+    for branch, root in _roots(graph, terms):
         above = known.get(root)
         if not graph.is_above(root, branch) and above is not None:  # x + attention(x) + mlp(x)
             root = graph.root(above.stream)
@@ -62,19 +62,19 @@ def _residual(graph: Graph, op: Op, known: dict[int, Sublayer]) -> Sublayer | No
     return None
 
 
-def _roots(graph: Graph, terms: list[int]) -> Iterator[tuple[int, int, int]]:
-    """Each term as the stream beside the other as the branch, and the result that the stream is a view of.
+def _roots(graph: Graph, terms: list[int]) -> Iterator[tuple[int, int]]:
+    """Each term as the branch, and the result that the other, as the stream, is a view of.
 
     Where neither is one, of which the stream is a scaled or shifted copy.
     """
     pairs = [(terms[0], terms[1]), (terms[1], terms[0])]
-    yield from ((stream, branch, graph.root(stream)) for stream, branch in pairs)
+    yield from ((branch, graph.root(stream)) for stream, branch in pairs)
     for stream, branch in pairs:
         root = graph.root(stream)
         while graph.ops[root].name in ("mul", "add") and len(moving := _moving(graph, root)) == 1:
             root = graph.root(moving[0])
         if root != graph.root(stream):
-            yield stream, branch, root
+            yield branch, root
 
 
 def _moving(graph: Graph, index: int) -> list[int]:
@@ -168,10 +168,9 @@ def shell(graph: Graph, sub: Sublayer) -> Shell | None:
         found.path, found.call = giving[-1].path, giving[-1]
         first = [call for call in graph.around(products[0]) if not call.first <= sub.sum < call.last]
         given = [call for call in first if call.reads and graph.is_above(sub.stream, call.reads[0])]
-        entry = given[-1] if given else None
-        if entry is None:
+        if not given:
             return None
-        found.entry = entry.path
+        found.entry = given[-1].path
     assert found.call is not None
     found.shape = found.call.shapes[0]
     found.out, shape = _giver(graph, sub, found.call)
