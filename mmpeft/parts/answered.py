@@ -21,14 +21,16 @@ def answered(host: nn.Module, name: str, base: Any, parts: Sequence[Part]) -> An
     """What code finds that reads an attribute of `host` for which `parts` answer, the innermost first.
 
     A weight that parts change by what they do to its product answers as such. Where a graph is traced it is a formed
-    one, which any compiler understands, unless it depends on what it is multiplied by.
+    one, which any compiler understands, unless it depends on what it is multiplied by. A transposed convolution finds
+    the formed one always.
     """
     first = next((i for i, part in enumerate(parts) if part.answers), len(parts))
     outer = parts[first:]
     for part in parts[:first]:
         base = part.read(host, name, base)
     weighs = isinstance(base, Tensor) and base.dim() > 1 and base.is_floating_point()
-    if weighs and outer and all(part.answers for part in outer):
+    kernel = weighs and base.dim() > 2 and any(getattr(part, "transposed", False) for part in outer)
+    if weighs and not kernel and outer and all(part.answers for part in outer):
         dynamo, transformed = torch.compiler.is_compiling(), torch._C._are_functorch_transforms_active()
         traced = dynamo or transformed or torch._C._get_tracing_state() is not None
         if all(part.stacked for part in outer):

@@ -27,7 +27,7 @@ from mmpeft.sites.reading import read
 from mmpeft.sites.watch import watch
 from tests.support.invariants import perturb
 from tests.zoo.beside import peft_lora
-from tests.zoo.coverage import coverage
+from tests.zoo.coverage import PRODUCTS, coverage
 
 LIBRARIES = {
     "timm": "tests.zoo.timm_models",
@@ -46,7 +46,7 @@ METHODS = ("LoRA", "DoRA", "BitFit", "IA3", "Houlsby", "AdaptFormer", "PTuningV2
 
 
 def methods(found: list[Site]) -> dict[str, Method]:
-    """The methods that are tried, LoRA and DoRA at every projection inside blocks."""
+    """The methods that are tried, LoRA and DoRA at every product inside blocks."""
     everywhere = all_projections(found)
     return {
         "LoRA": mmpeft.LoRA(at=everywhere, rank=RANK),
@@ -61,8 +61,8 @@ def methods(found: list[Site]) -> dict[str, Method]:
 
 
 def all_projections(found: list[Site]) -> str:
-    """A selector of every linear and convolution inside blocks that can be tuned; of all where there are no blocks."""
-    usable = [s for s in found if s.kind in ("linear", "conv") and s.role not in ("head", "embed", "time")]
+    """A selector of every product inside blocks that can be tuned; of all where there are no blocks."""
+    usable = [s for s in found if s.kind in PRODUCTS and s.role not in ("head", "embed", "time")]
     usable = [s for s in usable if s.depth >= 0] or usable
     refused = dict.fromkeys(s.path for s in usable if s.refuse)
     inside = "depth>=0 & " if any(s.depth >= 0 for s in usable) else ""

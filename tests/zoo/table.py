@@ -24,7 +24,7 @@ stands in the core; sites are found by watching one pass.
 parameter in the pass (look-ups apart); *all* says that each is a site, *−n* that n are left out with a reason,
 **n missed** that nothing speaks of them. A method is ● if it is attached, every part gets a gradient, it is saved,
 loaded and merged with the same outputs (1e-4), ○ if it cannot be merged, **FAIL** with a note, or the number of the
-note that says why it is refused. LoRA and DoRA sit at every linear and convolution inside blocks. **PEFT**: layers
+note that says why it is refused. LoRA and DoRA sit at every linear, convolution and stack of experts inside blocks. **PEFT**: layers
 that get a gradient, of those that HF PEFT's LoRA wraps (every linear and ungrouped convolution by name).
 
 """
