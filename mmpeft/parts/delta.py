@@ -51,8 +51,8 @@ class Delta(Part):
         super().__init__()
         if dropout and transposed and weight.dim() > 2:
             raise ConfigError(
-                f"dropout={dropout} does not reach transposed convolutions, whose weight is read: set it to 0, or leave "
-                "them out of at="
+                f"dropout={dropout} does not reach transposed convolutions, whose weight is read: set it to 0, or "
+                "leave them out of at="
             )
         self.rows, self.scale, self.dropout, self.transposed, self.lookup = rows, scale, dropout, transposed, lookup
         self.factor = factor
