@@ -126,7 +126,7 @@ def _pixels(request: Request) -> Any:
         return request.noise(ROWS * _GRID * _GRID, channels * patch * patch)
     if kind == "fuyu":
         return request.noise(ROWS, _GRID * _GRID, channels * patch * patch)
-    if kind.startswith("minicpm") and kind.endswith("_vision"):  # patches side by side
+    if kind.startswith("minicpm") and "target_sizes" in names:  # patches side by side
         return request.noise(1, channels, patch, ROWS * _GRID * _GRID * patch)
     if kind in _FRAMES:
         return request.noise(ROWS, 4, channels, high, wide)
@@ -204,7 +204,7 @@ PIXELS: dict[str, Callable[[Request], Any]] = {
     "hidden_states": _states_of_patches,
     "image_sizes": _sizes,
     "image_grid_hw": lambda request: _grid_sizes(request) if request.kind == "nemotron_h_omni" else None,
-    "target_sizes": lambda request: _grid_sizes(request) if request.kind.endswith("_vision") else None,
+    "target_sizes": lambda request: _grid_sizes(request) if request.kind.startswith("minicpm") else None,
     "flattened_patches": _flat,
     "prompt_pixel_values": _prompt,
     "high_res_pixel_values": _finer,

@@ -94,6 +94,8 @@ GIVEN: dict[str, dict[str, Any]] = {
     "lilt": {"hidden_size": 192},
     "longcat_flash": {"head_dim": 8},
     "lw_detr": {"projector_scale_factors": [2.0, 0.5]},
+    "minicpmv4_6": {"image_token_id": 5, "video_token_id": 6, "insert_layer_id": 1},
+    "minicpmv4_6_vision": {"insert_layer_id": 1},
     "mllama_vision_model": {
         "vision_output_dim": lambda new: new["hidden_size"] * (1 + len(new["intermediate_layers_indices"]))
     },
