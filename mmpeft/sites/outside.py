@@ -32,7 +32,7 @@ def rest(reading: Reading) -> None:
             _in_block(reading, one)
         for name, sources in one.sources.items() if reading.block_of(graph.ops[one.center]) is None else ():
             for source in sources:
-                if not is_projection(reading.owner(source)):  # one tensor for several uses
+                if outputs >> source.index & 1 and not is_projection(reading.owner(source)):  # one tensor, several uses
                     reading.assign(source, "proj", channels(graph, source, one.operands[name]))
     for op in graph.products:
         if is_stacked(op) and not reading.is_assigned(op):
