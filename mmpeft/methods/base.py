@@ -181,11 +181,8 @@ class Sited(Method):
             SiteError: nothing matches. Refused: a site says why it cannot be tuned, or is of the wrong kind.
         """
         default = next(f.default for f in fields(self) if f.name == "at")
-        found = self._selected(available, self.at == default)
+        found = self._by_default(available) if self.at == default else select(available, self.at)
         name = type(self).__name__
-        if self.at == default:
-            usable = [site for site in found if not site.refuse and (not self.takes or site.kind in self.takes)]
-            found = usable or found
         for site in found:
             if site.refuse:
                 raise Refused(f"{name} at {site}: {site.refuse}")
@@ -196,15 +193,16 @@ class Sited(Method):
                 )
         return found
 
-    def _selected(self, available: list[Site], by_default: bool) -> list[Site]:
-        """What `at` names; by default what its alternatives name where the model has none of those sites."""
-        if not by_default:
-            return select(available, self.at)
+    def _by_default(self, available: list[Site]) -> list[Site]:
+        """What the default names, or one of its alternatives where the model has none of those sites; the usable ones."""
         for at in (self.at, *self.elsewhere):
             try:
-                return select(available, at, every=False)
+                found = select(available, at, every=False)
             except SiteError:
                 continue
+            usable = [site for site in found if not site.refuse and (not self.takes or site.kind in self.takes)]
+            if usable or at == self.at:
+                return usable or found
         return select(available, self.at, every=False)
 
 

@@ -32,6 +32,8 @@ def build(name: str) -> nn.Module:
         parts["weights_backbone"] = None
     if any(word in name for word in ("rcnn", "retinanet", "fcos")):
         parts |= {"min_size": 96, "max_size": 128}
+    if any(word in name for word in ("rcnn", "retinanet", "fcos", "ssd")):  # random weights are sure of nothing
+        parts["box_score_thresh" if "rcnn" in name else "score_thresh"] = 0.0
     if name in ("googlenet", "inception_v3"):
         parts["init_weights"] = False  # its truncated normal takes half a minute
     return torchvision.models.get_model(name, **parts)  # type: ignore[no-any-return]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from tests.matrix.example import Example
-from tests.matrix.families import diffusers, few_bits, open_clip, timm, transformers
+from tests.matrix.families import diffusers, few_bits, lot, open_clip, timm, transformers
 
 LIBRARIES: dict[str, dict[str, Callable[[], Example]]] = {
     "timm": timm.FAMILIES,
@@ -13,6 +13,7 @@ LIBRARIES: dict[str, dict[str, Callable[[], Example]]] = {
     "diffusers": diffusers.FAMILIES,
     "transformers": transformers.FAMILIES,
     "a Llama in few bits": few_bits.FAMILIES,
+    "drawn by lot": lot.FAMILIES,
 }
 FAMILIES: dict[str, Callable[[], Example]] = {
     name: build for families in LIBRARIES.values() for name, build in families.items()

@@ -26,12 +26,12 @@ from tests.zoo import hf as hf_models
 PIXELS = 32
 
 
-def _pictures(build: Callable[[], nn.Module], scale: float = 1.0) -> Example:
+def _pictures(build: Callable[[], nn.Module], size: int = PIXELS) -> Example:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = build().eval()
-        enliven(model, scale)
-        return Example(model, torch.randn(BATCH, 3, PIXELS, PIXELS))
+        enliven(model)
+        return Example(model, torch.randn(BATCH, 3, size, size))
 
 
 def _named(build: Callable[[str], nn.Module], name: str) -> Example:
@@ -40,9 +40,10 @@ def _named(build: Callable[[str], nn.Module], name: str) -> Example:
         model = build(name).eval()
         enliven(model)
         inputs = inputs_of(model)
-        assert inputs is not None and not inputs[0]
+        assert inputs is not None
+        assert not inputs[0]
         torch.manual_seed(0)
-        return Example(model, {name: _more(value) for name, value in inputs[1].items()})
+        return Example(model, {key: _more(value) for key, value in inputs[1].items()})
 
 
 def _more(value: Any) -> Any:
@@ -59,13 +60,17 @@ def _tnt() -> nn.Module:
 
 def _mobilevit() -> nn.Module:
     config = hf.MobileViTV2Config(
-        image_size=PIXELS,
+        image_size=2 * PIXELS,
         width_multiplier=0.25,
         n_attn_blocks=(1, 1, 1),
         base_attn_unit_dims=(64, 64, 64),
         num_labels=5,
     )
-    return hf.MobileViTV2ForImageClassification(config)
+    model = hf.MobileViTV2ForImageClassification(config)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):  # which start shut
+            nn.init.ones_(module.weight)
+    return model
 
 
 FAMILIES = copies(
@@ -73,7 +78,7 @@ FAMILIES = copies(
         "tnt": partial(_pictures, _tnt),
         "resnet": partial(_pictures, lambda: ResNet(BasicBlock, [1, 2, 1, 1], num_classes=5)),
         "helios": partial(_named, diffusers_models.build, "HeliosTransformer3DModel"),
-        "mobilevitv2": partial(_pictures, _mobilevit),
+        "mobilevitv2": partial(_pictures, _mobilevit, 2 * PIXELS),
         "t5gemma2_encoder": partial(_named, hf_models.build, "t5gemma2_encoder"),
     }
 )
