@@ -194,7 +194,7 @@ class Sited(Method):
         return found
 
     def _by_default(self, available: list[Site]) -> list[Site]:
-        """What the default names, or one of its alternatives where the model has none of those sites; the usable ones."""
+        """The usable sites that the default names, or one of its alternatives where the model has none of those."""
         for at in (self.at, *self.elsewhere):
             try:
                 found = select(available, at, every=False)

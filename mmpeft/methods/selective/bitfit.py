@@ -9,7 +9,7 @@ from typing import ClassVar
 from torch import nn
 
 from mmpeft.hosting.modules import module_at
-from mmpeft.methods.base import register, tensor_of
+from mmpeft.methods.base import identity, register, tensor_of
 from mmpeft.methods.shared.tensors import TensorMethod, elements, tied, train_tensors
 from mmpeft.parts import Mask
 from mmpeft.parts.base import Hook, Placement
@@ -30,11 +30,13 @@ class BitFit(TensorMethod):
     created_roles: ClassVar[tuple[str, ...]] = ("attn", "cross", "mlp")
 
     def tensors(self, model: nn.Module, available: list[Site]) -> Iterable[Site]:
-        heads = {site.path for site in available if site.role == "head"}
-        for site in available:
-            owner, _, name = site.path.rpartition(".")
-            vector = site.role == "param" and (name == "bias" or name.endswith("_bias")) and owner not in heads
-            if vector and model.get_parameter(site.path).dim() == 1:
+        heads = tuple(site.path + "." for site in available if site.role == "head")
+        params = [site for site in available if site.role == "param"]
+        left = {identity(model, site.path) for site in params if heads and site.path.startswith(heads)}
+        for site in params:
+            name = site.path.rpartition(".")[2]
+            vector = (name == "bias" or name.endswith("_bias")) and model.get_parameter(site.path).dim() == 1
+            if vector and identity(model, site.path) not in left:  # BERT's has a second name
                 yield site
 
     def missing(self, model: nn.Module, available: list[Site]) -> list[Site]:
