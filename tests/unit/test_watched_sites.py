@@ -51,7 +51,7 @@ def line(site: Site) -> str:
     known: dict[str, Any] = {
         field.name: getattr(site, field.name)
         for field in dataclasses.fields(site)
-        if field.name not in ("path", "role", "connect", "refuse") and getattr(site, field.name) != field.default
+        if field.name not in ("path", "role", "connect", "refuse", "below") and getattr(site, field.name) != field.default
     }
     if site.refuse:
         known["refused"] = True
