@@ -25,7 +25,7 @@ def name_towers(graph: Graph, subs: Iterable[Sublayer], found: list[Block]) -> N
 
     Blocks under one module whose stream comes from the same arguments of the model are a tower: `text`, `image`,
     `video`, `audio` or `sequence` by what those are. Two of one kind are told apart by where they stand; a stream that
-    comes from none is `queries`.
+    comes from none is `queries`. What did not run is called as its module is.
     """
     sums = {graph.root(sub.sum): sub.stream for sub in subs} | {sub.sum: sub.stream for sub in subs}
     origins: dict[str, frozenset[int]] = {}
@@ -37,6 +37,8 @@ def name_towers(graph: Graph, subs: Iterable[Sublayer], found: list[Block]) -> N
         key = next((k for k in groups if _is_same(graph, k, origins[form], _home(block.path))), None)
         groups.setdefault(key or (origins[form], _home(block.path)), []).append(block)
     kinds = {key: _kind(graph, key[0]) for key in groups}
+    rested = (key for key, own in groups.items() if all(block.first < 0 for block in own))
+    kinds |= {key: key[1].rpartition(".")[2] or kinds[key] for key in rested}
     taken: set[str] = set()
     for key, own in groups.items():
         name = kinds[key]

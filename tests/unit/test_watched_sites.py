@@ -39,6 +39,9 @@ CHANGED = {
     "hf_clip": " tower=lm",  # the projections of a pair of towers are of neither
 }
 
+APART = ("path", "role", "connect", "refuse", "below")
+"""What is written in another way, or was not said: whether a tower is below others."""
+
 
 @cache
 def builders() -> dict[str, Callable[[], Example]]:
@@ -51,7 +54,7 @@ def line(site: Site) -> str:
     known: dict[str, Any] = {
         field.name: getattr(site, field.name)
         for field in dataclasses.fields(site)
-        if field.name not in ("path", "role", "connect", "refuse", "below") and getattr(site, field.name) != field.default
+        if field.name not in APART and getattr(site, field.name) != field.default
     }
     if site.refuse:
         known["refused"] = True
