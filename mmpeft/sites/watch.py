@@ -262,8 +262,8 @@ def _watch(model: nn.Module, args: Any, kwargs: Any, fake: FakeTensorMode | None
         try:
             return _pass(shadow, seen, args, kwargs, real=fake is None)
         finally:
-            for function, size in before.items():
-                if function.cache_info().currsize != size:  # it holds tensors of the watch, which are no one else's
+            for function, misses in before.items():
+                if function.cache_info().misses != misses:  # it holds tensors of the watch, which are no one else's
                     function.cache_clear()
 
 

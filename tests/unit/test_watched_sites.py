@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Callable
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -242,3 +242,33 @@ def test_tensors_of_a_watch_stay_in_no_cache() -> None:
     batch = torch.rand(1, 3, 224, 224)
     sites(model)
     assert torch.isfinite(model.eval()(batch)).all()
+
+
+def _keeping(function: Callable[..., Any]) -> Callable[..., Any]:
+    """What keeps one result, inside a plain function."""
+    kept = lru_cache(maxsize=1)(function)
+
+    def call(*args: Any) -> Any:
+        return kept(*args)
+
+    return call
+
+
+@_keeping
+def _ramp(length: int) -> Tensor:
+    return torch.arange(length) / length
+
+
+class Ramped(Own):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x + _ramp(x.shape[-1]))
+
+
+@pytest.mark.parametrize("first", [False, True])
+def test_tensors_of_a_watch_stay_in_no_wrapped_cache(first: bool) -> None:
+    """Whether the cache, which holds one result, was filled before the watch or by it."""
+    model, batch = Ramped(), torch.rand(2, 4, 5)
+    if first:
+        _ramp(7)
+    sites(model, batch)
+    assert type(model(batch)) is Tensor
