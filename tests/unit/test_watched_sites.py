@@ -264,6 +264,7 @@ class Ramped(Own):
         return super().forward(x + _ramp(x.shape[-1]))
 
 
+@pytest.mark.usefixtures("own")
 @pytest.mark.parametrize("first", [False, True])
 def test_tensors_of_a_watch_stay_in_no_wrapped_cache(first: bool) -> None:
     """Whether the cache, which holds one result, was filled before the watch or by it."""
