@@ -34,11 +34,12 @@ def name_towers(graph: Graph, subs: Iterable[Sublayer], found: list[Block]) -> N
         form = pattern(block.path)
         if form not in origins or (block.first >= 0 and not origins[form]):
             origins[form] = _origins(graph, sums, block)
+    for block in found:
+        form = pattern(block.path)
         key = next((k for k in groups if _is_same(graph, k, origins[form], _home(block.path))), None)
         groups.setdefault(key or (origins[form], _home(block.path)), []).append(block)
     kinds = {key: _kind(graph, key[0]) for key in groups}
-    rested = (key for key, own in groups.items() if all(block.first < 0 for block in own))
-    kinds |= {key: key[1].rpartition(".")[2] or kinds[key] for key in rested}
+    kinds |= {key: _called(key[1], own[0]) for key, own in groups.items() if all(block.first < 0 for block in own)}
     taken: set[str] = set()
     for key, own in groups.items():
         name = kinds[key]
@@ -52,6 +53,12 @@ def name_towers(graph: Graph, subs: Iterable[Sublayer], found: list[Block]) -> N
     below = _below(graph, groups.values())
     for block in found:
         block.below = block.tower in below
+
+
+def _called(home: str, block: Block) -> str:
+    """The name of the module that blocks stand in."""
+    first = block.path.partition(".")[0]
+    return next((name for name in home.split(".")[::-1] if name not in ("", "model")), first)
 
 
 def _below(graph: Graph, towers: Iterable[list[Block]]) -> set[str]:

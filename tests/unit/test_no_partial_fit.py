@@ -26,17 +26,10 @@ TOWERS: dict[str, dict[str, int]] = {
     "mllama": {"image": 4, "global_transformer": 4, "lm": 4},
     "blip": {"image": 4, "text": 4},
     "qwen2_vl": {"image": 4, "lm": 4},
-    "qwen3_vl": {"image": 4, "lm": 4},
     "internvl": {"image": 4, "lm": 4},
-    "squeezebert": {"lm": 4},
-    "zaya": {"lm": 4},
     "detr": {"backbone": 8, "encoder": 4, "decoder": 4},
-    "maskformer": {"image": 8, "queries": 4},
     "timesformer": {"image": 4},
     "groupvit": {"text": 4, "image": 6},
-    "lfm3_vl": {"image": 4, "lm": 6},
-    "seamless_m4t_v2": {"text_encoder": 4, "text_decoder": 4},
-    "voxtral": {"audio": 4, "lm": 4},
 }
 """Blocks of each tower; the last one is the one that the output comes from."""
 
