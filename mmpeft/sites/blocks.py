@@ -97,12 +97,13 @@ def repeated(graph: Graph, modules: dict[str, nn.Module]) -> set[str]:
     Those that hold several, or the members of a list where none does.
     """
     products = Counter(call.path for op in graph.products for call in graph.around(op.index))
-    own: list[str] = []
     for least in (2, 1):
         held = [path for path, count in products.items() if path and count >= least]
         held = held if least > 1 else [path for path in held if pattern(path).endswith("#")]
         kinds = Counter(type(modules[path]) for path in held)
-        own = own or [p for p in held if kinds[type(modules[p])] > 1 and not _is_of_torch(modules[p])]
+        own = [p for p in held if kinds[type(modules[p])] > 1 and not _is_of_torch(modules[p])]
+        if own:
+            break
     forms = {pattern(path) for path in own}
     own += [path for path in held if pattern(path) in forms and path not in own]
     return {path for path in own if not any(path.startswith(f"{other}.") for other in own)}
