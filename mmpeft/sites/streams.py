@@ -56,10 +56,20 @@ def _residual(graph: Graph, op: Op, known: dict[int, Sublayer]) -> Sublayer | No
             root = graph.root(above.stream)
         if root == branch or not graph.is_above(root, branch) or graph.root(branch) == root:
             continue
-        between = graph.between(root, branch)
+        between = _learning(graph, root, branch)
         if any((o.weight is not None and not o.static) or o.name in SOFTMAX for o in between):
             return Sublayer(op.index, root, branch, between)
     return None
+
+
+def _learning(graph: Graph, start: int, end: int) -> list[Op]:
+    """Operations on a way from one result to another by which a gradient comes back: masks and choices hand on none."""
+    between = graph.between(start, end)
+    reached = {end}
+    for op in reversed(between):
+        if op.index in reached:
+            reached.update(i for i in graph.activations(op) if graph.ops[i].is_floating)
+    return [op for op in between if op.index in reached]
 
 
 def _roots(graph: Graph, terms: list[int], known: dict[int, Sublayer]) -> Iterator[tuple[int, int]]:

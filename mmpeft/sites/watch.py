@@ -148,6 +148,7 @@ class _Watching(TorchDispatchMode):
         static = all(self.ops[i].static for i in inputs)
         shape = tuple(made[0].shape) if made else ()
         op = Op(len(self.ops), name, func, args, kwargs, inputs, self.running[-1], shape, static)
+        op.is_floating = not made or made[0].is_floating_point() or made[0].is_complex()
         uses = [self.uses.get(id(a)) for a in read]
         if name in PRODUCTS:
             op.weight, held = self.product(name, args, read, uses)
