@@ -110,11 +110,14 @@ def repeated(graph: Graph, modules: dict[str, nn.Module]) -> set[str]:
 
 
 def _alike(held: dict[str, str], modules: dict[str, nn.Module]) -> Iterator[str]:
-    """What was chosen around each holder of sums, or the holder itself where it is of the class of another choice."""
+    """What was chosen around each holder of sums, or its only holder where that is of the class of another choice."""
+    count = Counter(held.values())
     classes = {type(modules[path]) for path in held.values()}
     for holder, path in held.items():
-        inner = holder != path and type(modules[holder]) in classes and not _is_of_torch(modules[holder])
-        yield holder if inner else path
+        inner = type(modules[holder])
+        alone = count[path] == 1 and not any(other.startswith(f"{path}.") for other in held.values())
+        alone &= inner in classes and not _is_of_torch(modules[holder])
+        yield holder if alone else path
 
 
 def _is_stage(path: str, chosen: set[str], lists: Lists) -> bool:
