@@ -61,7 +61,8 @@ def _towers(model: nn.Module, found: list[Site]) -> dict[str, str]:
     """How a tower is called: of several that would be called the same, the one nearest to the root."""
     first = {site.tower: site for site in reversed(found) if site.role == "block"}
     names: dict[str, str] = {}
-    for site in sorted(first.values(), key=lambda site: site.path.count(".")):
+    place = {site.tower: i for i, site in enumerate(found) if site is first.get(site.tower)}
+    for site in sorted(first.values(), key=lambda site: (site.path.count("."), place[site.tower])):
         name = _tower(model, site)
         names[site.tower] = site.tower if name in (*names.values(), "") else name
     if set(names) == {"text"} and not str(model.config.model_type).endswith("_text_model"):

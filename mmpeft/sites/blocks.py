@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from torch import nn
@@ -22,6 +22,8 @@ class Block:
     tower: str = ""
     first: int = -1
     """The first call of it; -1 where it did not run."""
+    below: bool = False
+    """Whether what its tower gives goes into another tower, or nowhere."""
 
 
 def pattern(path: str) -> str:
@@ -69,14 +71,16 @@ class Lists:
 def blocks(graph: Graph, modules: dict[str, nn.Module], subs: Iterable[Sublayer]) -> list[Block]:
     """Every block, in the order in which they ran; those that rested take the place of their list."""
     lists = Lists(modules)
-    held = []
+    held: dict[str, str] = {}
     for sub in subs:
         inside = [op.index for op in sub.products] or [op.index for op in sub.ops]
         holder = next(graph.holding([*inside, sub.sum]), None)
         around = lists.around(holder.path) if holder is not None else []
-        if around:
-            held.append(_choose(around, lists))
-    paths = {path for path in held if not any(path.startswith(f"{other}.") for other in set(held))}
+        if holder is not None and around:
+            held[holder.path] = _choose(around, lists)
+    chosen = set(_alike(held, modules))
+    chosen -= {path for path in chosen if _is_stage(path, chosen, lists)}
+    paths = {path for path in chosen if not any(path.startswith(f"{other}.") for other in chosen)}
     paths = paths or repeated(graph, modules)
     classes = {type(modules[path]) for path in paths}
     forms = {pattern(path) for path in paths}
@@ -88,14 +92,42 @@ def blocks(graph: Graph, modules: dict[str, nn.Module], subs: Iterable[Sublayer]
 
 
 def repeated(graph: Graph, modules: dict[str, nn.Module]) -> set[str]:
-    """Of a model without residual sums: the outermost modules of which there are several of a class, with products."""
+    """Of a model without residual sums: the outermost modules of which there are several of a class, with products.
+
+    Those that hold several, or the members of a list where none does.
+    """
     products = Counter(call.path for op in graph.products for call in graph.around(op.index))
-    held = [path for path, count in products.items() if path and count > 1]
-    kinds = Counter(type(modules[path]) for path in held)
-    own = [p for p in held if kinds[type(modules[p])] > 1 and not type(modules[p]).__module__.startswith("torch.nn.")]
+    for least in (2, 1):
+        held = [path for path, count in products.items() if path and count >= least]
+        held = held if least > 1 else [path for path in held if pattern(path).endswith("#")]
+        kinds = Counter(type(modules[path]) for path in held)
+        own = [p for p in held if kinds[type(modules[p])] > 1 and not _is_of_torch(modules[p])]
+        if own:
+            break
     forms = {pattern(path) for path in own}
     own += [path for path in held if pattern(path) in forms and path not in own]
     return {path for path in own if not any(path.startswith(f"{other}.") for other in own)}
+
+
+def _alike(held: dict[str, str], modules: dict[str, nn.Module]) -> Iterator[str]:
+    """What was chosen around each holder of sums, or its only holder where that is of the class of another choice."""
+    count = Counter(held.values())
+    classes = {type(modules[path]) for path in held.values()}
+    for holder, path in held.items():
+        inner = type(modules[holder])
+        alone = count[path] == 1 and not any(other.startswith(f"{path}.") for other in held.values())
+        alone &= inner in classes and not _is_of_torch(modules[holder])
+        yield holder if alone else path
+
+
+def _is_stage(path: str, chosen: set[str], lists: Lists) -> bool:
+    """Whether a module holds blocks and a sum of its own that not all of its kind have: it pools them, for example."""
+    alike = [other for other in lists.siblings(path) if any(p.startswith(f"{other}.") for p in chosen)]
+    return path in alike and any(other not in chosen for other in alike)
+
+
+def _is_of_torch(module: nn.Module) -> bool:
+    return type(module).__module__.startswith("torch.nn.")
 
 
 def _choose(around: list[str], lists: Lists) -> str:

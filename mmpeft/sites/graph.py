@@ -92,10 +92,22 @@ class Graph:
         return outs.index(tensor[1]) if tensor[1] in outs else -1
 
     def root(self, op: int) -> int:
-        """The result of which this one is another view."""
+        """The result of which this one is another view; of the same slice taken twice the first."""
         while self.ops[op].name in VIEWS and self.ops[op].inputs:
             op = self.ops[op].inputs[0]
-        return op
+        return self._slices.get(op, op)
+
+    @cached_property
+    def _slices(self) -> dict[int, int]:
+        """Of each slice, the first one of the same result."""
+        first: dict[Any, int] = {}
+        found: dict[int, int] = {}
+        for op in self.ops:
+            if op.name in ("slice", "select"):
+                made = self.read(op)[0]
+                key = (op.name, found.get(made[0], made[0]), self.which(made), op.args[1:])
+                found[op.index] = first.setdefault(key, op.index)
+        return found
 
     def behind(self, start: int) -> list[Op]:
         """The nearest weight products that a result comes from, not past other products or a softmax."""

@@ -64,14 +64,14 @@ def _block(reading: Reading, builder: Builder, block: Block) -> None:
     alike = next((b for b in reading.blocks.values() if b.first >= 0 and _alike(reading, b, block)), block)
     call = reading.graph.calls[block.first if block.first >= 0 else alike.first]
     inside = [p for p in reading.graph.products if call.first <= p.index < call.last]
-    known: dict[str, Any] = {}
+    known: dict[str, Any] = {"below": True} if block.below else {}
     size = 0
     if inside and call.shapes:
         spatial = any(p.name == "convolution" for p in inside)
         size, dim = channels_of(call.shapes[0], width(inside[-1]), spatial)
         before = reading.graph.ops[call.reads[0]].shape if call.reads else ()
         entering = before[dim] if len(before) == len(call.shapes[0]) else size
-        known = {"channel_dim": dim if dim == 1 else -1, **({"inputs": entering} if entering != size else {})}
+        known |= {"channel_dim": dim if dim == 1 else -1, **({"inputs": entering} if entering != size else {})}
     sums = {reading.graph.root(sub.sum) for sub in reading.subs}
     if len({reading.graph.root(i) for i in call.gives} & sums) > 1:
         known["refuse"] = PAIR

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import sys
 from contextlib import nullcontext
+from types import CellType, FunctionType
 from typing import Any
 
 import torch
@@ -79,14 +80,21 @@ def _unpacked(module: nn.Module, fake: FakeTensorMode | None) -> nn.Module:
 
 
 def cached_by(model: nn.Module) -> dict[Any, int]:
-    """Functions of the model's own code that keep what they gave, and how much."""
+    """Functions of the model's own code that keep what they gave, and how often they had to make it."""
     homes = {cls.__module__ for _, module in own_modules(model) for cls in type(module).__mro__}
     found: dict[Any, int] = {}
     for home in homes - {"torch.nn.modules.module", "builtins"}:
         values = list(vars(sys.modules[home]).values()) if home in sys.modules else []
         inner = [v for cls in values if isinstance(cls, type) and cls.__module__ == home for v in vars(cls).values()]
-        for value in (*values, *inner):
-            function = getattr(value, "__func__", value)
-            if hasattr(function, "cache_info") and hasattr(function, "cache_clear"):
-                found[function] = function.cache_info().currsize
+        for function in map(_cached, (*values, *inner)):
+            if function is not None:
+                found[function] = function.cache_info().misses
     return found
+
+
+def _cached(value: Any) -> Any:
+    """The function that keeps what it gave: the value itself, or what a plain function around it calls."""
+    function = getattr(value, "__func__", value)
+    cells = (function.__closure__ or ()) if isinstance(function, FunctionType) else ()
+    held = [function, *(cell.cell_contents for cell in cells if cell != CellType())]
+    return next((one for one in held if hasattr(one, "cache_info") and hasattr(one, "cache_clear")), None)

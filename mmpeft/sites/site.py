@@ -93,7 +93,8 @@ class Site:
     `bias` names the tensor added to this site's output when it is not the module's own bias. `prefix` counts
     the tokens before the patches; `prefix_reader` names a module that keeps that count itself. A `kv` site has
     `heads` of `width` features in its keys and values, and `connect` says how a part gets at them. Nothing reads
-    the output of a `dead` module, so that its tensors are no sites either. A non-empty `refuse` is the reason why
+    the output of a `dead` module, so that its tensors are no sites either. A block is `below` others if
+    what its tower gives goes into another tower, or nowhere. A non-empty `refuse` is the reason why
     the site exists in the architecture and cannot be tuned.
     """
 
@@ -118,6 +119,7 @@ class Site:
     heads: int = 0
     connect: Connect | None = None
     dead: bool = False
+    below: bool = False
     refuse: str = ""
 
     @property

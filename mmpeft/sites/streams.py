@@ -35,7 +35,7 @@ def sublayers(graph: Graph) -> list[Sublayer]:
     """Every sub-layer of every residual stream, in order; a sum of two parallel ones gives both."""
     found: dict[int, Sublayer] = {}
     for op in graph.ops:
-        if op.name in ("add", "addcmul") and not op.static:
+        if op.name in ("add", "addcmul"):
             own = _residual(graph, op, found)
             if own is not None:
                 found[op.index] = own
@@ -50,22 +50,32 @@ def _residual(graph: Graph, op: Op, known: dict[int, Sublayer]) -> Sublayer | No
         terms = terms[:1] + terms[-1:]
     if len(terms) != 2 or terms[0] == terms[1]:
         return None
-    for branch, root in _roots(graph, terms):
+    for branch, root in _roots(graph, terms, known):
         above = known.get(root)
         if not graph.is_above(root, branch) and above is not None:  # x + attention(x) + mlp(x)
             root = graph.root(above.stream)
         if root == branch or not graph.is_above(root, branch) or graph.root(branch) == root:
             continue
-        between = graph.between(root, branch)
+        between = _learning(graph, root, branch)
         if any((o.weight is not None and not o.static) or o.name in SOFTMAX for o in between):
             return Sublayer(op.index, root, branch, between)
     return None
 
 
-def _roots(graph: Graph, terms: list[int]) -> Iterator[tuple[int, int]]:
+def _learning(graph: Graph, start: int, end: int) -> list[Op]:
+    """Operations on a way from one result to another by which a gradient comes back: masks and choices hand on none."""
+    between = graph.between(start, end)
+    reached = {end}
+    for op in reversed(between):
+        if op.index in reached:
+            reached.update(i for i in graph.activations(op) if graph.ops[i].is_floating)
+    return [op for op in between if op.index in reached]
+
+
+def _roots(graph: Graph, terms: list[int], known: dict[int, Sublayer]) -> Iterator[tuple[int, int]]:
     """Each term as the branch, and the result that the other, as the stream, is a view of.
 
-    Where neither is one, of which the stream is a scaled or shifted copy.
+    Where neither is one, of which the stream is a scaled or shifted copy, or a known sum that more tokens were put to.
     """
     pairs = [(terms[0], terms[1]), (terms[1], terms[0])]
     yield from ((branch, graph.root(stream)) for stream, branch in pairs)
@@ -75,6 +85,8 @@ def _roots(graph: Graph, terms: list[int]) -> Iterator[tuple[int, int]]:
             root = graph.root(moving[0])
         if root != graph.root(stream):
             yield branch, root
+        elif graph.ops[root].name == "cat":
+            yield from ((branch, i) for i in map(graph.root, graph.ops[root].inputs) if i in known)
 
 
 def _moving(graph: Graph, index: int) -> list[int]:

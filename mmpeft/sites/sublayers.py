@@ -100,7 +100,7 @@ def _another_beside(reading: Reading, one: Attention, out: Op, role: str) -> Non
     """A product of its own that meets the attention on the way to one output projection: a gate, or a network."""
     graph = reading.graph
     for op in graph.behind(graph.activations(out)[0]):
-        if not graph.is_above(one.value, op.index) and is_pointwise(op) and not reading.is_assigned(op):
+        if not graph.is_above(one.center, op.index) and is_pointwise(op) and not reading.is_assigned(op):
             way = graph.between(one.value, out.index)
             meeting = next((o for o in way if graph.is_above(op.index, o.index)), out)
             reading.assign(op, f"{role}.gate" if meeting.name == "mul" else "mlp.up")

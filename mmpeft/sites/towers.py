@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import reduce
+from operator import or_
 
 from mmpeft.sites.blocks import Block, pattern
 from mmpeft.sites.graph import Graph
@@ -11,7 +13,7 @@ from mmpeft.sites.streams import Sublayer
 
 NAMES = {
     "video": ("video",),
-    "image": ("pixel", "image", "grid_thw"),
+    "image": ("pixel", "image", "visual", "grid_thw"),
     "audio": ("audio", "speech", "wave", "input_features", "input_values"),
 }
 """What the name of an argument says of it."""
@@ -23,7 +25,7 @@ def name_towers(graph: Graph, subs: Iterable[Sublayer], found: list[Block]) -> N
 
     Blocks under one module whose stream comes from the same arguments of the model are a tower: `text`, `image`,
     `video`, `audio` or `sequence` by what those are. Two of one kind are told apart by where they stand; a stream that
-    comes from none is `queries`.
+    comes from none is `queries`. What did not run is called as its module is.
     """
     sums = {graph.root(sub.sum): sub.stream for sub in subs} | {sub.sum: sub.stream for sub in subs}
     origins: dict[str, frozenset[int]] = {}
@@ -32,9 +34,12 @@ def name_towers(graph: Graph, subs: Iterable[Sublayer], found: list[Block]) -> N
         form = pattern(block.path)
         if form not in origins or (block.first >= 0 and not origins[form]):
             origins[form] = _origins(graph, sums, block)
+    for block in found:
+        form = pattern(block.path)
         key = next((k for k in groups if _is_same(graph, k, origins[form], _home(block.path))), None)
         groups.setdefault(key or (origins[form], _home(block.path)), []).append(block)
     kinds = {key: _kind(graph, key[0]) for key in groups}
+    kinds |= {key: _called(key[1], own[0]) for key, own in groups.items() if all(block.first < 0 for block in own)}
     taken: set[str] = set()
     for key, own in groups.items():
         name = kinds[key]
@@ -45,6 +50,43 @@ def name_towers(graph: Graph, subs: Iterable[Sublayer], found: list[Block]) -> N
         taken.add(name)
         for depth, block in enumerate(own):
             block.tower, block.depth = name, depth
+    below = _below(graph, groups.values())
+    for block in found:
+        block.below = block.tower in below
+
+
+def _called(home: str, block: Block) -> str:
+    """The name of the module that blocks stand in."""
+    first = block.path.partition(".")[0]
+    return next((name for name in home.split(".")[::-1] if name not in ("", "model")), first)
+
+
+def _below(graph: Graph, towers: Iterable[list[Block]]) -> set[str]:
+    """Towers that give what another one reads, which gives them nothing at its end, or that no output comes from."""
+    reads: dict[str, int] = {}
+    gives: dict[str, int] = {}
+    ends: dict[str, int] = {}
+    for own in towers:
+        calls = [graph.calls[block.first] for block in own if block.first >= 0]
+        name = own[0].tower
+        reads[name] = _bits(graph.above(i) for call in calls for i in call.reads)
+        reads[name] |= _bits(graph.above(call.last - 1) for call in calls)  # what a module has kept for its blocks
+        gives[name] = _bits(1 << i for call in calls for i in call.gives)
+        ends[name] = _bits(1 << i for call in calls[-1:] for i in call.gives)
+
+    def goes_into(one: str, other: str) -> bool:
+        return bool(gives[one] & reads[other]) and not ends[other] & reads[one]
+
+    outputs = _bits(graph.above(i) for i in graph.record.outputs)
+    below = {name for name in gives if not gives[name] & outputs}
+    below |= {
+        one for one in gives for other in gives if one != other and goes_into(one, other) and not goes_into(other, one)
+    }
+    return below if below != set(gives) else set()
+
+
+def _bits(found: Iterable[int]) -> int:
+    return reduce(or_, found, 0)
 
 
 def _home(path: str) -> str:

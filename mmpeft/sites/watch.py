@@ -148,6 +148,7 @@ class _Watching(TorchDispatchMode):
         static = all(self.ops[i].static for i in inputs)
         shape = tuple(made[0].shape) if made else ()
         op = Op(len(self.ops), name, func, args, kwargs, inputs, self.running[-1], shape, static)
+        op.is_floating = not made or made[0].is_floating_point() or made[0].is_complex()
         uses = [self.uses.get(id(a)) for a in read]
         if name in PRODUCTS:
             op.weight, held = self.product(name, args, read, uses)
@@ -262,8 +263,8 @@ def _watch(model: nn.Module, args: Any, kwargs: Any, fake: FakeTensorMode | None
         try:
             return _pass(shadow, seen, args, kwargs, real=fake is None)
         finally:
-            for function, size in before.items():
-                if function.cache_info().currsize != size:  # it holds tensors of the watch, which are no one else's
+            for function, misses in before.items():
+                if function.cache_info().misses != misses:  # it holds tensors of the watch, which are no one else's
                     function.cache_clear()
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Callable
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,9 @@ CHANGED = {
     "hf_clip": " tower=lm",  # the projections of a pair of towers are of neither
 }
 
+APART = ("path", "role", "connect", "refuse", "below")
+"""What is written in another way, or was not said: whether a tower is below others."""
+
 
 @cache
 def builders() -> dict[str, Callable[[], Example]]:
@@ -51,7 +54,7 @@ def line(site: Site) -> str:
     known: dict[str, Any] = {
         field.name: getattr(site, field.name)
         for field in dataclasses.fields(site)
-        if field.name not in ("path", "role", "connect", "refuse") and getattr(site, field.name) != field.default
+        if field.name not in APART and getattr(site, field.name) != field.default
     }
     if site.refuse:
         known["refused"] = True
@@ -239,3 +242,34 @@ def test_tensors_of_a_watch_stay_in_no_cache() -> None:
     batch = torch.rand(1, 3, 224, 224)
     sites(model)
     assert torch.isfinite(model.eval()(batch)).all()
+
+
+def _keeping(function: Callable[..., Any]) -> Callable[..., Any]:
+    """What keeps one result, inside a plain function."""
+    kept = lru_cache(maxsize=1)(function)
+
+    def call(*args: Any) -> Any:
+        return kept(*args)
+
+    return call
+
+
+@_keeping
+def _ramp(length: int) -> Tensor:
+    return torch.arange(length) / length
+
+
+class Ramped(Own):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x + _ramp(x.shape[-1]))
+
+
+@pytest.mark.usefixtures("own")
+@pytest.mark.parametrize("first", [False, True])
+def test_tensors_of_a_watch_stay_in_no_wrapped_cache(first: bool) -> None:
+    """Whether the cache, which holds one result, was filled before the watch or by it."""
+    model, batch = Ramped(), torch.rand(2, 4, 5)
+    if first:
+        _ramp(7)
+    sites(model, batch)
+    assert type(model(batch)) is Tensor
