@@ -185,7 +185,7 @@ class _Watching(TorchDispatchMode):
 
     def derive(self, name: str, use: Use, made: list[Tensor], read: list[Tensor], args: Any) -> None:
         """Tensors made of a parameter are uses of it too."""
-        swapped = use.transposed ^ (name in SWAPS and (not use.stacked or swaps(name, read[0].dim(), args)))
+        swapped = use.transposed ^ (name in SWAPS and swaps(name, tuple(read[0].shape), args, use.stacked))
         derived = use.derived or name not in VIEWS | SLICES | PICKS
         for o in made:
             offset = 0 if derived else int(o.storage_offset())
@@ -201,8 +201,8 @@ class _Watching(TorchDispatchMode):
         which = held[-1]
         use, tensor = uses[which], read[which]
         assert use is not None
-        plain = name in ("convolution", "linear", "embedding")
-        left = use.stacked and not plain and which == (1 if name in ("addmm", "baddbmm") else 0)
+        plain = name in ("convolution", "linear", "embedding", "mv", "addmv")
+        left = not plain and which == (1 if name in ("addmm", "baddbmm") else 0)
         plain |= left
         stored = use.transposed if plain else not use.transposed
         stored |= name == "convolution" and bool(args[6])  # a transposed one keeps [in, out, ...]
