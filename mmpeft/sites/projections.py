@@ -125,7 +125,7 @@ def _added_behind(graph: Graph, op: Op) -> list[tuple[int, Op, int]]:
     while todo:
         index = todo.pop()
         for user in (graph.ops[i] for i in graph.users[index]):
-            if user.name == "add" and len(graph.users[index]) == 1:  # else it is used without them too
+            if user.name == "add" and _is_alone(graph, user, index):  # else it is used without them too
                 vectors = [i for i in user.inputs if graph.ops[i].static and _is_vector(graph, op, i)]
                 found += [(i, user, index) for i in vectors[:1]]
             elif user.name in VIEWS | SLICES:
@@ -137,3 +137,9 @@ def _is_vector(graph: Graph, op: Op, index: int) -> bool:
     """Whether a tensor has one number for each channel of a product: along its last dimension, or where it has them."""
     shape = graph.ops[index].shape
     return len(shape) == 1 or (op.channel == -2 and len(shape) > 1 and prod(shape) == shape[-2])
+
+
+def _is_alone(graph: Graph, user: Op, index: int) -> bool:
+    """Whether no other operation reads the tensor that one reads of a result."""
+    own = {pair for pair in graph.read(user) if pair[0] == index}
+    return all(other == user.index or not own & set(graph.read(graph.ops[other])) for other in graph.users[index])
