@@ -27,6 +27,8 @@ class Graph:
         self.calls: list[Call] = record.calls
         self.replayed: dict[Any, list[int]] = {}
         """Channels that were found by replay, by what lies between."""
+        self.spreads: dict[Any, Tensor | None] = {}
+        """The same of where some entries arrive."""
         self.inputs = [op for op in self.ops if op.name == "input"]
         self._above: list[int] = []
         for op in self.ops:

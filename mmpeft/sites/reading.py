@@ -13,6 +13,7 @@ from mmpeft.sites.attention import attentions
 from mmpeft.sites.blocks import Block, blocks
 from mmpeft.sites.builder import Builder
 from mmpeft.sites.graph import Graph
+from mmpeft.sites.linear import linear_attentions
 from mmpeft.sites.mlp import width
 from mmpeft.sites.outside import finish, rest
 from mmpeft.sites.projections import projections
@@ -42,7 +43,8 @@ def read(model: nn.Module, record: Record) -> list[Site]:
     subs = sublayers(graph)
     found = {block.path: block for block in blocks(graph, modules, subs)}
     residual = frozenset(sub.sum for sub in subs)
-    reading = Reading(graph, modules, subs, attentions(graph, residual), found)
+    known = attentions(graph, residual)
+    reading = Reading(graph, modules, subs, [*known, *linear_attentions(graph, subs, known)], found)
     name_towers(reading.graph, reading.subs, list(found.values()))
     builder = _Builder(model, reading.tower_of(""))
     builder.tower_of = reading.tower_of
