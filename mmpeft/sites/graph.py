@@ -103,6 +103,19 @@ class Graph:
         """The nearest weight products that a result comes from, not past other products or a softmax."""
         return self._nearest([start], lambda i: self.ops[i].inputs, frozenset())
 
+    def mixes_behind(self, start: int) -> bool:
+        """Whether products of activations, or a softmax, are among the nearest products that a result comes from."""
+        todo, seen = [start], set()
+        while todo:
+            op = self.ops[todo.pop()]
+            if op.index in seen or op.weight is not None:
+                continue
+            seen.add(op.index)
+            if op.name in PRODUCTS | SOFTMAX and not op.static:
+                return True
+            todo += op.inputs
+        return False
+
     def ahead(self, start: int, until: frozenset[int] = frozenset()) -> list[Op]:
         """The nearest weight products that a result goes into, not past others, nor into the results `until`."""
         return self._nearest(self.users[start], lambda i: self.users[i], until)

@@ -40,12 +40,21 @@ def _linear(graph: Graph, sub: Sublayer, residual: frozenset[int]) -> Attention 
                 last = first, second
     if last is None or len(known) < 3:
         return None
+    if _is_scan(graph, sub, known["v"][0]):
+        return None
     first, second = last
     operands = {name: known[name][0] for name in "kvq"}  # queries last: they may be known only as scores
     sources = {name: known[name][1] for name in "kvq"}
     return Attention(
         first.index, second.index, first.index, operands, sources, graph.ahead(second.index, residual), soft=False
     )
+
+
+def _is_scan(graph: Graph, sub: Sublayer, values: Operand) -> bool:
+    """Whether one step size decays the state and weighs what enters it, as in a state space model."""
+    decays = [graph.read(op)[0] for op in sub.ops if op.name in DECAYS and not op.static]
+    steps = [_rows(graph, pair, _behind(graph, pair, sub.indices)) for pair in decays]
+    return bool(steps) and any(_rows(graph, values, _behind(graph, values, sub.indices)) & own for own in steps)
 
 
 def _is_moving(graph: Graph, op: Op) -> bool:
@@ -106,11 +115,19 @@ def _roles(graph: Graph, first: Op, second: Op, inside: frozenset[int]) -> Found
 
 
 def _rows(graph: Graph, operand: Operand, sources: list[Op]) -> set[tuple[str, int]]:
-    return {(op.weight.name, c) for op in sources if op.weight for c in channels(graph, op, operand)}
+    return {(op.weight.name, c) for op in sources if op.weight for c in channels(graph, op, operand, DECAYS)}
 
 
 def _sources(graph: Graph, operand: Operand, inside: frozenset[int]) -> list[Op]:
-    """The nearest products behind a factor, gates of whole heads left out; convolutions in groups pass on."""
+    """The nearest products behind a factor, gates of whole heads left out."""
+    found = _behind(graph, operand, inside)
+    sizes = {op.index: len(channels(graph, op, operand, DECAYS)) for op in found}
+    most = max(sizes.values(), default=0)
+    return [op for op in found if 2 * sizes[op.index] >= most]
+
+
+def _behind(graph: Graph, operand: Operand, inside: frozenset[int]) -> list[Op]:
+    """The nearest products behind a tensor; convolutions in groups pass on."""
     todo, seen, found = [operand[0]], set(), []
     while todo:
         i = todo.pop()
@@ -122,6 +139,4 @@ def _sources(graph: Graph, operand: Operand, inside: frozenset[int]) -> list[Op]
             found.append(op)
         elif op.weight is not None or op.name not in PRODUCTS:
             todo += graph.activations(op)
-    sizes = {op.index: len(channels(graph, op, operand)) for op in found}
-    most = max(sizes.values(), default=0)
-    return sorted((op for op in found if 2 * sizes[op.index] >= most), key=lambda op: op.index)
+    return sorted(found, key=lambda op: op.index)

@@ -21,7 +21,7 @@ from mmpeft.sites.record import Record
 from mmpeft.sites.roles import Reading, channels_of
 from mmpeft.sites.site import Site
 from mmpeft.sites.streams import sublayers
-from mmpeft.sites.sublayers import sublayer
+from mmpeft.sites.sublayers import apart, sublayer
 from mmpeft.sites.towers import name_towers
 
 PAIR = "the block takes and returns two streams; a single tensor does not hold its tokens"
@@ -40,7 +40,7 @@ def read(model: nn.Module, record: Record) -> list[Site]:
     """The sites of a model, from what was seen of one pass; named tensors (role `param`) are not among them."""
     modules = dict(own_modules(model))
     graph = Graph(record, frozenset(path for path, module in modules.items() if isinstance(module, nn.Dropout)))
-    subs = sublayers(graph)
+    subs = apart(graph, sublayers(graph))
     found = {block.path: block for block in blocks(graph, modules, subs)}
     residual = frozenset(sub.sum for sub in subs)
     known = attentions(graph, residual)
@@ -69,10 +69,12 @@ def _block(reading: Reading, builder: Builder, block: Block) -> None:
     known: dict[str, Any] = {}
     size = 0
     if inside and call.shapes:
-        spatial = any(p.name == "convolution" for p in inside)
-        size, dim = channels_of(call.shapes[0], width(inside[-1]), spatial)
+        shape = call.shapes[0]
+        last = next((p for p in reversed(inside) if width(p) > 1 and width(p) in shape), inside[-1])
+        spatial = any(p.name == "convolution" for p in (inside if len(shape) > 3 else [last]))
+        size, dim = channels_of(shape, width(last), spatial)
         before = reading.graph.ops[call.reads[0]].shape if call.reads else ()
-        entering = before[dim] if len(before) == len(call.shapes[0]) else size
+        entering = before[dim] if len(before) == len(shape) else size
         known = {"channel_dim": dim if dim == 1 else -1, **({"inputs": entering} if entering != size else {})}
     sums = {reading.graph.root(sub.sum) for sub in reading.subs}
     if len({reading.graph.root(i) for i in call.gives} & sums) > 1:

@@ -24,13 +24,18 @@ STATISTICS |= {"_adaptive_avg_pool2d"}
 """What norms divide by, and gates of whole channels are made of."""
 
 
-def channels(graph: Graph, source: Op, target: tuple[int, int]) -> list[int]:
-    """Output channels of a product that go into a tensor, named by the operation that made it and its identity."""
+def channels(
+    graph: Graph, source: Op, target: tuple[int, int], without: frozenset[str] = frozenset()
+) -> list[int]:
+    """Output channels of a product that go into a tensor, named by the operation that made it and its identity.
+
+    Ways through operations named in `without` do not count.
+    """
     between = graph.between(source.index, target[0])
     which = graph.which(target)
-    key = (source.shape, source.name, source.channel, which, *_form(graph, source, between))
+    key = (without, source.shape, source.name, source.channel, which, *_form(graph, source, between))
     if key not in graph.replayed:
-        graph.replayed[key] = _replay(graph, source, target, between)
+        graph.replayed[key] = _replay(graph, source, target, [op for op in between if op.name not in without])
     return graph.replayed[key]
 
 

@@ -8,11 +8,23 @@ from mmpeft.sites.attention import Attention
 from mmpeft.sites.builder import Builder
 from mmpeft.sites.experts import experts
 from mmpeft.sites.keys import keys_and_values
-from mmpeft.sites.mlp import Assignment, feed_forward, is_pointwise, width
+from mmpeft.sites.mlp import Assignment, feed_forward, is_pointwise, networks, width
 from mmpeft.sites.record import Op
 from mmpeft.sites.replay import channels
 from mmpeft.sites.roles import Reading, channels_of
 from mmpeft.sites.streams import Sublayer, shell
+
+
+def apart(graph: Graph, subs: list[Sublayer]) -> list[Sublayer]:
+    """Sub-layers without those that they read: what is added to a stream on the way into another is its own."""
+    found = []
+    for sub in subs:
+        inner = [o for o in subs if o.sum != sub.sum and o.stream == sub.stream and o.sum in sub.indices]
+        if inner:
+            start = max(o.sum for o in inner)
+            sub = replace(sub, stream=start, ops=graph.between(start, sub.branch))
+        found.append(sub)
+    return [sub for sub in found if sub.ops]
 
 
 def sublayer(reading: Reading, builder: Builder, sub: Sublayer) -> None:
@@ -44,6 +56,7 @@ def sublayer(reading: Reading, builder: Builder, sub: Sublayer) -> None:
     mixture = not within and mixed(reading, sub)
     given = {p.index for p in sub.products if reading.is_assigned(p)}
     network = None if within else feed_forward(graph, sub, given)
+    _assign(reading, networks(graph, sub, given) if within else {})
     if mixture:
         role = "mlp"
         _assign(reading, network or {})  # what every word passes through
