@@ -41,7 +41,7 @@ def read(model: nn.Module, record: Record) -> list[Site]:
     modules = dict(own_modules(model))
     graph = Graph(record, frozenset(path for path, module in modules.items() if isinstance(module, nn.Dropout)))
     subs = apart(graph, sublayers(graph))
-    found = {block.path: block for block in blocks(graph, modules, subs)}
+    found = _outermost(graph, {block.path: block for block in blocks(graph, modules, subs)})
     residual = frozenset(sub.sum for sub in subs)
     known = attentions(graph, residual)
     reading = Reading(graph, modules, subs, [*known, *linear_attentions(graph, subs, known)], found)
@@ -59,6 +59,18 @@ def read(model: nn.Module, record: Record) -> list[Site]:
         builder.add(path, "stack")
     builder.tower = reading.tower_of("")
     return finish(reading, builder)
+
+
+def _outermost(graph: Graph, found: dict[str, Block]) -> dict[str, Block]:
+    """Without what only runs inside other blocks, which share it: an encoding of positions."""
+    alone: dict[str, bool] = {}
+    for call in graph.calls:
+        if call.path in found:
+            index = call.parent
+            while index >= 0 and graph.calls[index].path not in found:
+                index = graph.calls[index].parent
+            alone[call.path] = alone.get(call.path, False) or index < 0
+    return {path: block for path, block in found.items() if alone.get(path, True)}
 
 
 def _block(reading: Reading, builder: Builder, block: Block) -> None:

@@ -11,6 +11,8 @@ PRODUCTS = frozenset(
     {"mm", "addmm", "bmm", "baddbmm", "linear", "convolution", "_grouped_mm", "embedding", "addmv", "mv"}
 )
 SOFTMAX = frozenset({"_softmax", "softmax", "_safe_softmax"})
+POOLS = frozenset({"avg_pool2d", "avg_pool3d", "_fft_c2c", "_fft_r2c"})
+"""What mixes positions without a weight."""
 VIEWS = frozenset({"view", "_unsafe_view", "reshape", "_reshape_alias", "view_as", "flatten", "unflatten"})
 VIEWS |= {"t", "transpose", "permute", "expand", "squeeze", "unsqueeze", "alias", "detach", "lift_fresh"}
 VIEWS |= {"clone", "contiguous", "_to_copy", "to", "copy"}

@@ -135,12 +135,18 @@ def _mixer(reading: Reading, sub: Sublayer) -> None:
 def _shell(reading: Reading, builder: Builder, sub: Sublayer, role: str, depth: int, inside: bool = False) -> None:
     found = shell(reading.graph, sub)
     roles = {role for p in sub.products if p.weight for role, _ in reading.roles.get(p.weight.name, ())}
-    if found is None or not sub.products or sub.shared or (role != "mlp" and "mlp.up" in roles):
+    if found is None or sub.shared or (role not in ("mlp", "attn", "cross") and "mlp.up" in roles):
         return
-    last = sub.products[-1]
-    size, dim = channels_of(found.shape, width(last), last.name == "convolution")
+    if sub.products:
+        last = sub.products[-1]
+        size, dim = channels_of(found.shape, width(last), last.name == "convolution")
+    else:  # pooling, of pictures or of words
+        dim = 1 if len(found.shape) > 3 else -1
+        size = found.shape[dim]
     branch = reading.graph.ops[sub.branch]
     if role == "mlp" and size not in branch.shape:  # it works on positions
         role = "mixer"
     known = {} if inside else {"stream": found.stream, "out": found.out, "entry": found.entry}
+    if found.call is not None and not reading.graph.runs_once(found.call):  # of which run is not said by a module
+        known = {"entry": found.entry}
     builder.add(found.path, role, depth, width=size, channel_dim=dim, **known)

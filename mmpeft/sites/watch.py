@@ -25,7 +25,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from mmpeft.errors import SiteError
 from mmpeft.hosting.answers import multi_head
 from mmpeft.hosting.modules import own_modules, own_parameters
-from mmpeft.sites.notes import prepare
+from mmpeft.sites.notes import prepare, surroundings
 from mmpeft.sites.record import (
     BLANKS,
     PICKS,
@@ -257,7 +257,7 @@ def _watch(model: nn.Module, args: Any, kwargs: Any, fake: FakeTensorMode | None
         return faked(value, fake) if fake else value.detach().to(device)
 
     args, kwargs = tree_map(given, (tuple(args), dict(kwargs)))
-    with torch.no_grad(), _calls(shadow, seen), fake or nullcontext():
+    with torch.no_grad(), surroundings(), _calls(shadow, seen), fake or nullcontext():
         before = cached_by(shadow)
         try:
             return _pass(shadow, seen, args, kwargs, real=fake is None)
