@@ -18,7 +18,9 @@ MIXED = (
     "between its scores and its values it does more than a softmax (heads are mixed, positions weighed), in which "
     "learned keys would have no part"
 )
-LINEAR = "its attention has no softmax: keys and values are summed up, and learned ones would have no share of their own"
+LINEAR = (
+    "its attention has no softmax: keys and values are summed up, and learned ones would have no share of their own"
+)
 CHANNELS = "it attends to channels, whose keys are as long as the text or picture: learned ones would fit one length"
 UNEQUAL = "its keys and values are of different widths; learned ones are of one"
 SEVERAL = "it computes several attentions in one pass, and learned keys would enter only one"

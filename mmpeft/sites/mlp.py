@@ -107,7 +107,11 @@ def networks(graph: Graph, sub: Sublayer, given: set[int]) -> Assignment:
         network = feed_forward(graph, inner, taken) if end.index not in taken else None
         ups = [op for role in ("mlp.up", "mlp.gate") for op, _ in (network or {}).get(role, ())]
         through = graph.activations(end)[0]
-        if network is None or taken & {op.index for op in ups} or not any(_activated(graph, op.index, through) for op in ups):
+        if (
+            network is None
+            or taken & {op.index for op in ups}
+            or not any(_activated(graph, op.index, through) for op in ups)
+        ):
             continue
         for role, products in network.items():
             found.setdefault(role, []).extend(products)

@@ -24,9 +24,7 @@ STATISTICS |= {"_adaptive_avg_pool2d"}
 """What norms divide by, and gates of whole channels are made of."""
 
 
-def channels(
-    graph: Graph, source: Op, target: tuple[int, int], without: frozenset[str] = frozenset()
-) -> list[int]:
+def channels(graph: Graph, source: Op, target: tuple[int, int], without: frozenset[str] = frozenset()) -> list[int]:
     """Output channels of a product that go into a tensor, named by the operation that made it and its identity.
 
     Ways through operations named in `without` do not count.
@@ -63,8 +61,9 @@ def _replay(graph: Graph, source: Op, target: tuple[int, int], between: list[Op]
 
     def reach(first: int, last: int) -> bool:
         """Whether any of the channels `first <= c < last` goes into the result: no number becomes none there."""
-        return bool(_again(graph, source, target, own, source.channel, slice(first, last)).any())
+        return bool(_again(graph, source, target, own, source.channel, slice(first, last), held=held).any())
 
+    held: dict[int, Tensor] | None = None if any(op.func._schema.is_mutable for op in own) else {}
     return _used(total, reach)
 
 
@@ -82,7 +81,9 @@ def spread(graph: Graph, source: Op, target: tuple[int, int], dim: int, at: int)
     key = ("spread", dim, at, source.shape, source.name, graph.which(target), *_form(graph, source, between))
     if key not in graph.spreads:
         runs = all(op.func is not None and op.name not in ("embedding", "_grouped_mm") for op in between)
-        graph.spreads[key] = _again(graph, source, target, between, dim, slice(at, at + 1), STATISTICS) if runs else None
+        graph.spreads[key] = (
+            _again(graph, source, target, between, dim, slice(at, at + 1), STATISTICS) if runs else None
+        )
     return graph.spreads[key]
 
 
@@ -123,12 +124,16 @@ def _again(
     dim: int,
     lost: slice,
     still: frozenset[str] = frozenset(),
+    held: dict[int, Tensor] | None = None,
 ) -> Tensor:
-    """Which entries of a result are no number where some of another's are none; what is `still` never is."""
+    """Which entries of a result are no number where some of another's are none; what is `still` never is.
+
+    `held` keeps what does not depend on them from one run to the next, where no operation changes it.
+    """
     generator = torch.Generator().manual_seed(0)
     start = torch.rand(source.shape, generator=generator) + 0.5
     start.movedim(dim, 0)[lost] = float("nan")
-    values = {source.outs[0]: start}
+    values = {**(held or {}), source.outs[0]: start}
 
     def real(value: Any) -> Any:
         if not isinstance(value, Tensor):
@@ -141,6 +146,8 @@ def _again(
                 values[id(value)] = real(base).as_strided(value.shape, value.stride(), value.storage_offset())
             else:
                 values[id(value)] = _random(value, generator)
+            if held is not None:
+                held[id(value)] = values[id(value)]
         return values[id(value)]
 
     for op in between:

@@ -98,7 +98,12 @@ def test_step_size_is_read_from_the_left() -> None:
 
 @pytest.mark.parametrize("name", ["mamba", "mamba2", "recurrent_gemma", "rwkv", "qwen3_next"])
 def test_recurrent_parameters_are_named_tensors(name: str) -> None:
-    own = {"mamba": "A_log D", "mamba2": "A_log D dt_bias", "rwkv": "time_decay time_first", "qwen3_next": "A_log dt_bias"}
+    own = {
+        "mamba": "A_log D",
+        "mamba2": "A_log D dt_bias",
+        "rwkv": "time_decay time_first",
+        "qwen3_next": "A_log dt_bias",
+    }
     path = EXPECTED[name][0]
     tensors = {s.path: s.depth for s in sites(hf.build(name)) if s.role == "param"}
     for tensor in own.get(name, "rg_lru.recurrent_param").split():
@@ -200,7 +205,9 @@ def test_a_fused_scan_is_given_tuned_weights(monkeypatch: pytest.MonkeyPatch) ->
     home: Any = sys.modules[type(model).__module__]
     seen: list[tuple[Tensor, ...]] = []
 
-    def kernel(xz: Tensor, conv: Tensor, bias: Tensor, x_proj: Tensor, dt: Tensor, out: Tensor, *_: Any, **__: Any) -> None:
+    def kernel(
+        xz: Tensor, conv: Tensor, bias: Tensor, x_proj: Tensor, dt: Tensor, out: Tensor, *_: Any, **__: Any
+    ) -> None:
         seen.append((x_proj, dt, out))
 
     monkeypatch.setattr(home, "mamba_inner_fn", kernel)
