@@ -18,7 +18,7 @@ FUSED = {
     "mamba2_split_conv1d_scan_combined": ("out_proj",),
     "mamba_split_conv1d_scan_combined": ("out_proj",),
 }
-"""Functions that a kernel may stand for in training, and the projections whose weights they are given to multiply by."""
+"""Functions that a kernel may stand for in training, and the projections whose weights they are given."""
 RESCALED = (
     "in evaluation the model divides this weight, which a tuned one would not follow, by a power of two; set "
     "config.rescale_every=0"

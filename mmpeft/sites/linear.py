@@ -34,8 +34,8 @@ def _linear(graph: Graph, sub: Sublayer, residual: frozenset[int]) -> Attention 
     for first in joints:
         for second in _next(graph, first, inside):
             own = _roles(graph, first, second, inside)
-            for name, (operand, sources) in own.items():
-                known.setdefault(name, (operand, sources))
+            for name, entering in own.items():
+                known.setdefault(name, entering)
             if own and (last is None or second.index > last[1].index):
                 last = first, second
     if last is None or len(known) < 3:

@@ -7,6 +7,7 @@ from dataclasses import replace
 from mmpeft.sites.attention import Attention
 from mmpeft.sites.builder import Builder
 from mmpeft.sites.experts import experts
+from mmpeft.sites.graph import Graph
 from mmpeft.sites.keys import keys_and_values
 from mmpeft.sites.mlp import Assignment, feed_forward, is_pointwise, networks, width
 from mmpeft.sites.record import Op
@@ -56,7 +57,8 @@ def sublayer(reading: Reading, builder: Builder, sub: Sublayer) -> None:
     mixture = not within and mixed(reading, sub)
     given = {p.index for p in sub.products if reading.is_assigned(p)}
     network = None if within else feed_forward(graph, sub, given)
-    _assign(reading, networks(graph, sub, given) if within else {})
+    behind = networks(graph, sub, given) if within else {}
+    _assign(reading, behind)
     if mixture:
         role = "mlp"
         _assign(reading, network or {})  # what every word passes through
@@ -72,7 +74,7 @@ def sublayer(reading: Reading, builder: Builder, sub: Sublayer) -> None:
             return
     elif not within:
         _mixer(reading, sub)
-    _shell(reading, builder, sub, role, depth)
+    _shell(reading, builder, sub, role, depth, alone=not behind)
 
 
 def mixed(reading: Reading, sub: Sublayer) -> bool:
@@ -132,10 +134,12 @@ def _mixer(reading: Reading, sub: Sublayer) -> None:
                 reading.assign(op, "mixer.in")
 
 
-def _shell(reading: Reading, builder: Builder, sub: Sublayer, role: str, depth: int, inside: bool = False) -> None:
+def _shell(
+    reading: Reading, builder: Builder, sub: Sublayer, role: str, depth: int, inside: bool = False, alone: bool = True
+) -> None:
     found = shell(reading.graph, sub)
     roles = {role for p in sub.products if p.weight for role, _ in reading.roles.get(p.weight.name, ())}
-    if found is None or sub.shared or (role not in ("mlp", "attn", "cross") and "mlp.up" in roles):
+    if found is None or sub.shared or (role != "mlp" and alone and "mlp.up" in roles):
         return
     if sub.products:
         last = sub.products[-1]

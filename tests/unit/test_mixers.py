@@ -237,7 +237,8 @@ def test_the_watch_runs_no_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(home, "mamba2_chunk_scan", scan)
     model.marked = "watched anew"
     structure(model)
-    assert answers and all(answers)
+    assert answers
+    assert all(answers)
     assert not hub.is_torchdynamo_exporting()
 
 
