@@ -19,8 +19,9 @@ from mmpeft.llm import inputs
 from mmpeft.llm.attention import consults, view
 from mmpeft.llm.prompting import arguments, prompts
 from mmpeft.llm.rotary import shifted
+from mmpeft.llm.scans import references, scans
 from mmpeft.parts.attention import attend
-from mmpeft.sites import Connect, Site, example_inputs, note, prepares
+from mmpeft.sites import Connect, Site, example_inputs, note, prepares, while_watching
 from mmpeft.sites.builder import weight_shape
 
 TEXT = "positions and the attention mask are made before the blocks; tokens put in between would have neither"
@@ -36,6 +37,7 @@ cosine = partial(attend, keyed=partial(F.normalize, dim=-1))
 """For scores that are cosines: learned keys are normalised as the module's own are (Swin V2)."""
 
 example_inputs(inputs.example_inputs)
+while_watching(references)
 
 
 @prepares
@@ -54,7 +56,7 @@ def transformer(model: nn.Module, found: list[Site]) -> list[Site]:
     found = [replace(site, tower=names.get(site.tower, _tower(model, site))) for site in found]
     found = [_headed(site) for site in found if not _is_beside(site)]
     found = [_keys(model, site, found) if site.role == "kv" else site for site in found]
-    return prompts(model, _tokens(model, found))
+    return prompts(model, _tokens(model, scans(model, found)))
 
 
 def _towers(model: nn.Module, found: list[Site]) -> dict[str, str]:

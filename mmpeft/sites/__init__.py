@@ -1,7 +1,7 @@
 """Where a backbone can be tuned: found by watching the model run."""
 
 from mmpeft.sites.known import remember, sites, structure, watched_sites
-from mmpeft.sites.notes import example_inputs, inputs_of, note, prepares
+from mmpeft.sites.notes import example_inputs, inputs_of, note, prepares, while_watching
 from mmpeft.sites.site import (
     ROLES,
     Anatomy,
@@ -40,4 +40,5 @@ __all__ = [
     "sites",
     "structure",
     "watched_sites",
+    "while_watching",
 ]

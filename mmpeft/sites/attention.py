@@ -24,6 +24,8 @@ class Attention:
     """Of each, the nearest products by a weight."""
     outs: list[Op] = field(default_factory=list)
     """The nearest products by a weight that read what it gives, within its sub-layer."""
+    soft: bool = True
+    """Whether there is a softmax; else `center` and `score` are the first of two products."""
 
 
 def attentions(graph: Graph, residual: frozenset[int]) -> list[Attention]:
@@ -37,7 +39,8 @@ def attentions(graph: Graph, residual: frozenset[int]) -> list[Attention]:
     return found
 
 
-def _joint(op: Op) -> bool:
+def is_joint(op: Op) -> bool:
+    """Whether an operation is a product of two activations."""
     return op.name in JOINTS and op.weight is None and len(op.inputs) >= 2
 
 
@@ -53,7 +56,7 @@ def _nearest(graph: Graph, start: int, ahead: bool) -> Op | None:
                 continue
             seen.add(i)
             op = graph.ops[i]
-            if _joint(op):
+            if is_joint(op):
                 if not any(graph.ops[j].static for j in op.inputs[-2:]):
                     return op
                 constant = constant or op

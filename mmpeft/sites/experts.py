@@ -43,6 +43,10 @@ def experts(graph: Graph, sub: Sublayer, modules: Mapping[str, nn.Module]) -> As
         return None
     before = [op for op in sub.products if op not in routers and _leads_to(graph, op, routers)]
     weighing = [op for op in sub.products if width(op) == 1 and op not in own]
+    behind = [op for op in sub.products if not is_stacked(op)]
+    ends = [op for op, _ in found["expert.down"]]
+    if not (routers or weighing) and any(graph.is_above(end.index, op.index) for end in ends for op in behind):
+        return None  # heads of a sub-layer that each have their own matrix: nothing is sent to them
     found["router"] = [(op, None) for op in {op.index: op for op in (*routers, *before, *weighing)}.values()]
     return found
 

@@ -27,6 +27,8 @@ class Graph:
         self.calls: list[Call] = record.calls
         self.replayed: dict[Any, list[int]] = {}
         """Channels that were found by replay, by what lies between."""
+        self.spreads: dict[Any, Tensor | None] = {}
+        """The same of where some entries arrive."""
         self.inputs = [op for op in self.ops if op.name == "input"]
         self._above: list[int] = []
         for op in self.ops:
@@ -112,6 +114,19 @@ class Graph:
     def behind(self, start: int) -> list[Op]:
         """The nearest weight products that a result comes from, not past other products or a softmax."""
         return self._nearest([start], lambda i: self.ops[i].inputs, frozenset())
+
+    def mixes_behind(self, start: int) -> bool:
+        """Whether products of activations, or a softmax, are among the nearest products that a result comes from."""
+        todo, seen = [start], set()
+        while todo:
+            op = self.ops[todo.pop()]
+            if op.index in seen or op.weight is not None:
+                continue
+            seen.add(op.index)
+            if op.name in PRODUCTS | SOFTMAX and not op.static:
+                return True
+            todo += op.inputs
+        return False
 
     def ahead(self, start: int, until: frozenset[int] = frozenset()) -> list[Op]:
         """The nearest weight products that a result goes into, not past others, nor into the results `until`."""

@@ -8,6 +8,7 @@ from mmpeft.sites.attention import Attention
 from mmpeft.sites.builder import Builder
 from mmpeft.sites.graph import Graph
 from mmpeft.sites.record import VIEWS, Function, Op
+from mmpeft.sites.replay import over_positions
 
 OTHER = (
     "its attention is neither one scaled_dot_product_attention nor a softmax between two 4-D products, so that learned "
@@ -17,6 +18,10 @@ MIXED = (
     "between its scores and its values it does more than a softmax (heads are mixed, positions weighed), in which "
     "learned keys would have no part"
 )
+LINEAR = (
+    "its attention has no softmax: keys and values are summed up, and learned ones would have no share of their own"
+)
+CHANNELS = "it attends to channels, whose keys are as long as the text or picture: learned ones would fit one length"
 UNEQUAL = "its keys and values are of different widths; learned ones are of one"
 SEVERAL = "it computes several attentions in one pass, and learned keys would enter only one"
 
@@ -27,7 +32,7 @@ def keys_and_values(builder: Builder, graph: Graph, one: Attention, centers: lis
     heads, width = _shape(graph, one)
     held = next((i for i, s in enumerate(builder.sites) if s.role == "kv" and s.path == call.path), None)
     if held is None:
-        why = OTHER if not heads else _refusal(graph, one)
+        why = LINEAR if not one.soft else OTHER if not heads else _refusal(graph, one)
         builder.add(call.path, "kv", depth, heads=heads, width=width, refuse=why)
     elif sum(call.first <= other < call.last for other in centers) > 1:
         builder.sites[held] = replace(builder.sites[held], refuse=SEVERAL)
@@ -35,6 +40,8 @@ def keys_and_values(builder: Builder, graph: Graph, one: Attention, centers: lis
 
 def _refusal(graph: Graph, one: Attention) -> str:
     """Why learned keys and values do not fit in an attention although there is a way in."""
+    if _is_over_channels(graph, one):
+        return CHANNELS
     before = graph.between(one.score, one.center)[:-1]
     behind = graph.between(one.center, one.value)[:-1]
     if not all(_follows(graph, op) for op in before) or any(op.name not in VIEWS for op in behind):
@@ -44,6 +51,13 @@ def _refusal(graph: Graph, one: Attention) -> str:
     if shares[-2:] != graph.ops[one.score].shape[-2:] or first[-1] != second[-2]:
         return OTHER  # the product is written the other way round
     return UNEQUAL if first[-1] != values[-1] else ""
+
+
+def _is_over_channels(graph: Graph, one: Attention) -> bool:
+    """Whether the product of queries and keys sums over positions."""
+    summed = (-1, -2)[graph.read(graph.ops[one.score])[-2:].index(one.operands["k"])]
+    made = [op for op in one.sources["k"] if graph.is_above(op.index, one.operands["k"][0])]
+    return bool(made) and bool(over_positions(graph, made[0], one.operands["k"], summed))
 
 
 def _follows(graph: Graph, op: Op) -> bool:

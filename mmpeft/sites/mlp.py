@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from math import prod
 
 from mmpeft.sites.graph import Graph
-from mmpeft.sites.record import Op
-from mmpeft.sites.replay import channels
+from mmpeft.sites.record import SLICES, VIEWS, Op
+from mmpeft.sites.replay import channels, position_dim, spread
 from mmpeft.sites.streams import Sublayer
 
 POINTWISE = frozenset({"silu", "gelu", "relu", "sigmoid", "hardswish", "hardsigmoid", "leaky_relu", "elu", "celu"})
 POINTWISE |= {"selu", "mish", "softplus", "tanh", "hardtanh", "pow", "square", "threshold", "erf", "exp", "softsign"}
 POINTWISE |= {"log_sigmoid", "_prelu_kernel", "prelu", "clamp", "clamp_min", "abs"}
 """What makes a gate of one of two factors."""
+POSITIONWISE = POINTWISE | VIEWS | SLICES | {"mul", "add", "native_layer_norm", "native_dropout"}
+"""What leaves every position to itself; slices do where nothing puts positions elsewhere."""
 
 Assignment = dict[str, list[tuple[Op, list[int] | None]]]
 """Of each role, its products and their channels (None: all)."""
@@ -50,6 +53,8 @@ def feed_forward(graph: Graph, sub: Sublayer, given: set[int]) -> Assignment | N
     """
     inside = sub.indices
     ends = [op for op in graph.behind(sub.branch) if op.index in inside and op.index not in given]
+    shut = _gate(graph, ends, sub.branch) if len(ends) == 2 else None  # a gate on what the network gives
+    ends = [op for op in ends if op is not shut]
     if len(ends) != 1 or not is_pointwise(ends[0]):
         return None
     end = ends[0]
@@ -68,19 +73,59 @@ def feed_forward(graph: Graph, sub: Sublayer, given: set[int]) -> Assignment | N
             "mlp.down": [(end, None)],
             "mlp.up": [(first[0], channels(graph, first[0], graph.read(end)[which(end)]))],
         }
-    if any(op.index in given for op in first):
+    if any(op.index in given for op in first) or graph.mixes_behind(through):
+        return None
+    if not middle and any(_mixes(graph, op, end) for op in first):
         return None
     found: Assignment = {"mlp.down": [(end, None)], **up_and_gate(graph, first, through, "mlp")}
+    if shut is not None:
+        found.setdefault("mlp.gate", []).append((shut, None))
     if middle:
         found["conv"] = [(op, None) for op in middle]
+    return found
+
+
+def _mixes(graph: Graph, first: Op, end: Op) -> bool:
+    """Whether one position of a product arrives at others where the next one reads: by a scan, or a product."""
+    if all(op.name in POSITIONWISE for op in graph.between(first.index, graph.activations(end)[0])):
+        return False
+    target, dim = graph.read(end)[which(end)], position_dim(first)
+    length = first.shape[dim]
+    mask = spread(graph, first, target, dim, length // 3)
+    if mask is None:
+        return False
+    channel = 1 if end.name == "convolution" else -1 - (end.channel == -2)
+    return not mask.any() or float(mask.any(channel).float().mean()) > 1.01 / length
+
+
+def networks(graph: Graph, sub: Sublayer, given: set[int]) -> Assignment:
+    """Feed-forward networks inside a sub-layer that is more: those that end in products of no other purpose."""
+    found: Assignment = {}
+    taken = set(given)
+    for end in reversed([op for op in sub.products if op.index not in given and is_pointwise(op)]):
+        inner = replace(sub, branch=end.index, ops=[op for op in sub.ops if op.index <= end.index])
+        network = feed_forward(graph, inner, taken) if end.index not in taken else None
+        ups = [op for role in ("mlp.up", "mlp.gate") for op, _ in (network or {}).get(role, ())]
+        through = graph.activations(end)[0]
+        if (
+            network is None
+            or taken & {op.index for op in ups}
+            or not any(_activated(graph, op.index, through) for op in ups)
+        ):
+            continue
+        for role, products in network.items():
+            found.setdefault(role, []).extend(products)
+            taken |= {op.index for op, _ in products}
     return found
 
 
 def up_and_gate(graph: Graph, first: list[Op], end: int, part: str) -> Assignment:
     """Which products (or channels of one) lead up to a result, and which gate it: roles `<part>.up` and `.gate`."""
     up, gate = f"{part}.up", f"{part}.gate"
-    if len(first) == 1 and (halves := _halves(graph, first[0], end)) is not None:
-        return {up: [(first[0], halves[0])], gate: [(first[0], halves[1])]}
+    halves = [_halves(graph, op, end) for op in first]
+    both = [(op, own) for op, own in zip(first, halves) if own is not None]
+    if both and len(both) == len(first):
+        return {up: [(op, own[0]) for op, own in both], gate: [(op, own[1]) for op, own in both]}
     gating = _gate(graph, first, end) if len(first) == 2 else None
     if gating is None:
         return {up: [(op, None) for op in first]}

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -19,6 +20,7 @@ Examples = Callable[[nn.Module], Inputs | None]
 _NOTES: dict[str, Note] = {}
 _EXAMPLES: list[Examples] = []
 _PREPARES: list[Callable[[nn.Module], None]] = []
+_AROUND: list[Callable[[], AbstractContextManager[None]]] = []
 _PATHS = ("path", "bias", "stream", "out", "entry", "prefix_reader")
 
 
@@ -51,6 +53,21 @@ def prepare(shadow: nn.Module) -> None:
     """Do all that domains ask for to a copy that is to be watched."""
     for function in _PREPARES:
         function(shadow)
+
+
+def while_watching(function: Callable[[], AbstractContextManager[None]]) -> Callable[[], AbstractContextManager[None]]:
+    """Register what holds while a model is watched: kernels of a library that take no tensors without data are off."""
+    _AROUND.append(function)
+    return function
+
+
+@contextmanager
+def surroundings() -> Iterator[None]:
+    """All that domains ask for while a model is watched."""
+    with ExitStack() as stack:
+        for function in _AROUND:
+            stack.enter_context(function())
+        yield
 
 
 def inputs_of(model: nn.Module) -> Inputs | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import prod
 from typing import Any
 
 from torch import nn
@@ -51,7 +52,7 @@ def _site(reading: Reading, builder: Builder, name: str, role: str, op: Op, used
         builder.add(path, role, depth, kind="param", tensor=tensor, **{"refuse": why, **known})
         return
     apart = any(
-        by.call != op.call and reading.graph.ops[vector].shape[0] == width(op)
+        by.call != op.call and prod(reading.graph.ops[vector].shape) == width(op)
         for vector, by, _ in _added_behind(reading.graph, op)
     )
     own = computed or not op.weight.derived
@@ -100,7 +101,7 @@ def _bias(graph: Graph, op: Op, rows: Rows | None) -> str:
     own = [i for i in op.inputs if len(graph.ops[i].shape) == 1 and graph.ops[i].static]
     if not own:
         size = width(op) if rows is None else count_rows(rows, width(op))
-        own = [i for i, _, _ in _added_behind(graph, op) if graph.ops[i].shape[0] in (size, width(op))]
+        own = [i for i, _, _ in _added_behind(graph, op) if prod(graph.ops[i].shape) in (size, width(op))]
     if not own:
         return ""
     source = own[0]
@@ -124,9 +125,21 @@ def _added_behind(graph: Graph, op: Op) -> list[tuple[int, Op, int]]:
     while todo:
         index = todo.pop()
         for user in (graph.ops[i] for i in graph.users[index]):
-            if user.name in ("add", "add_"):
-                vectors = [i for i in user.inputs if len(graph.ops[i].shape) == 1 and graph.ops[i].static]
+            if user.name == "add" and _is_alone(graph, user, index):  # else it is used without them too
+                vectors = [i for i in user.inputs if graph.ops[i].static and _is_vector(graph, op, i)]
                 found += [(i, user, index) for i in vectors[:1]]
             elif user.name in VIEWS | SLICES:
                 todo.append(user.index)
     return found
+
+
+def _is_vector(graph: Graph, op: Op, index: int) -> bool:
+    """Whether a tensor has one number for each channel of a product: along its last dimension, or where it has them."""
+    shape = graph.ops[index].shape
+    return len(shape) == 1 or (op.channel == -2 and len(shape) > 1 and prod(shape) == shape[-2])
+
+
+def _is_alone(graph: Graph, user: Op, index: int) -> bool:
+    """Whether no other operation reads the tensor that one reads of a result."""
+    own = {pair for pair in graph.read(user) if pair[0] == index}
+    return all(other == user.index or not own & set(graph.read(graph.ops[other])) for other in graph.users[index])

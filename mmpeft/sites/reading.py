@@ -13,6 +13,7 @@ from mmpeft.sites.attention import attentions
 from mmpeft.sites.blocks import Block, blocks
 from mmpeft.sites.builder import Builder
 from mmpeft.sites.graph import Graph
+from mmpeft.sites.linear import linear_attentions
 from mmpeft.sites.mlp import width
 from mmpeft.sites.outside import finish, rest
 from mmpeft.sites.projections import projections
@@ -20,7 +21,7 @@ from mmpeft.sites.record import Record
 from mmpeft.sites.roles import Reading, channels_of
 from mmpeft.sites.site import Site
 from mmpeft.sites.streams import sublayers
-from mmpeft.sites.sublayers import sublayer
+from mmpeft.sites.sublayers import apart, sublayer
 from mmpeft.sites.towers import name_towers
 
 PAIR = "the block takes and returns two streams; a single tensor does not hold its tokens"
@@ -39,10 +40,11 @@ def read(model: nn.Module, record: Record) -> list[Site]:
     """The sites of a model, from what was seen of one pass; named tensors (role `param`) are not among them."""
     modules = dict(own_modules(model))
     graph = Graph(record, frozenset(path for path, module in modules.items() if isinstance(module, nn.Dropout)))
-    subs = sublayers(graph)
-    found = {block.path: block for block in blocks(graph, modules, subs)}
+    subs = apart(graph, sublayers(graph))
+    found = _outermost(graph, {block.path: block for block in blocks(graph, modules, subs)})
     residual = frozenset(sub.sum for sub in subs)
-    reading = Reading(graph, modules, subs, attentions(graph, residual), found)
+    known = attentions(graph, residual)
+    reading = Reading(graph, modules, subs, [*known, *linear_attentions(graph, subs, known)], found)
     name_towers(reading.graph, reading.subs, list(found.values()))
     builder = _Builder(model, reading.tower_of(""))
     builder.tower_of = reading.tower_of
@@ -59,6 +61,18 @@ def read(model: nn.Module, record: Record) -> list[Site]:
     return finish(reading, builder)
 
 
+def _outermost(graph: Graph, found: dict[str, Block]) -> dict[str, Block]:
+    """Without what only runs inside other blocks, which share it: an encoding of positions."""
+    alone: dict[str, bool] = {}
+    for call in graph.calls:
+        if call.path in found:
+            index = call.parent
+            while index >= 0 and graph.calls[index].path not in found:
+                index = graph.calls[index].parent
+            alone[call.path] = alone.get(call.path, False) or index < 0
+    return {path: block for path, block in found.items() if alone.get(path, True)}
+
+
 def _block(reading: Reading, builder: Builder, block: Block) -> None:
     builder.tower = block.tower
     alike = next((b for b in reading.blocks.values() if b.first >= 0 and _alike(reading, b, block)), block)
@@ -67,10 +81,12 @@ def _block(reading: Reading, builder: Builder, block: Block) -> None:
     known: dict[str, Any] = {"below": True} if block.below else {}
     size = 0
     if inside and call.shapes:
-        spatial = any(p.name == "convolution" for p in inside)
-        size, dim = channels_of(call.shapes[0], width(inside[-1]), spatial)
+        shape = call.shapes[0]
+        last = next((p for p in reversed(inside) if width(p) > 1 and width(p) in shape), inside[-1])
+        spatial = any(p.name == "convolution" for p in (inside if len(shape) > 3 else [last]))
+        size, dim = channels_of(shape, width(last), spatial)
         before = reading.graph.ops[call.reads[0]].shape if call.reads else ()
-        entering = before[dim] if len(before) == len(call.shapes[0]) else size
+        entering = before[dim] if len(before) == len(shape) else size
         known |= {"channel_dim": dim if dim == 1 else -1, **({"inputs": entering} if entering != size else {})}
     sums = {reading.graph.root(sub.sum) for sub in reading.subs}
     if len({reading.graph.root(i) for i in call.gives} & sums) > 1:

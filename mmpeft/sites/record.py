@@ -11,6 +11,8 @@ PRODUCTS = frozenset(
     {"mm", "addmm", "bmm", "baddbmm", "linear", "convolution", "_grouped_mm", "embedding", "addmv", "mv"}
 )
 SOFTMAX = frozenset({"_softmax", "softmax", "_safe_softmax"})
+POOLS = frozenset({"avg_pool2d", "avg_pool3d", "_fft_c2c", "_fft_r2c"})
+"""What mixes positions without a weight."""
 VIEWS = frozenset({"view", "_unsafe_view", "reshape", "_reshape_alias", "view_as", "flatten", "unflatten"})
 VIEWS |= {"t", "transpose", "permute", "expand", "squeeze", "unsqueeze", "alias", "detach", "lift_fresh"}
 VIEWS |= {"clone", "contiguous", "_to_copy", "to", "copy"}
@@ -127,8 +129,12 @@ def looks(name: str, args: Any) -> bool:
     return name in VIEWS or (name == "index_select" and args[1] == 0)
 
 
-def swaps(name: str, dims: int, args: Any) -> bool:
-    """Whether a change of the order of dimensions swaps the last two."""
+def swaps(name: str, shape: tuple[int, ...], args: Any, stacked: bool) -> bool:
+    """Whether a change of the order of dimensions swaps those of a matrix: the last two of a stack, else the long ones.
+
+    What has other than two long dimensions is taken to be swapped by any.
+    """
+    dims = len(shape)
     order = list(range(dims))
     if name == "permute":
         order = [d % dims for d in args[1]]
@@ -137,4 +143,5 @@ def swaps(name: str, dims: int, args: Any) -> bool:
         order[one], order[other] = order[other], order[one]
     else:
         order.reverse()
-    return order.index(dims - 2) > order.index(dims - 1)
+    pair = [dims - 2, dims - 1] if stacked else [d for d in range(dims) if shape[d] > 1]
+    return len(pair) != 2 or order.index(pair[0]) > order.index(pair[1])

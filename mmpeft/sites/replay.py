@@ -1,7 +1,7 @@
 """Which channels of a projection reach a result: what lies between is run again on random numbers.
 
 Any reshape, split, rotation, norm or interleaving of heads is followed without knowing it: a channel is used if the
-result is no number where the channel is none.
+result is no number where the channel is none. What another product makes of it counts as that product's.
 """
 
 from __future__ import annotations
@@ -19,15 +19,21 @@ from mmpeft.sites.graph import Graph
 from mmpeft.sites.record import PRODUCTS, SOFTMAX, Op
 
 _PLACE = ("device", "dtype", "layout", "pin_memory")
+STATISTICS = frozenset({"mean", "linalg_vector_norm", "norm", "var", "var_mean", "std", "std_mean", "max", "amax"})
+STATISTICS |= {"_adaptive_avg_pool2d"}
+"""What norms divide by, and gates of whole channels are made of."""
 
 
-def channels(graph: Graph, source: Op, target: tuple[int, int]) -> list[int]:
-    """Output channels of a product that go into a tensor, named by the operation that made it and its identity."""
+def channels(graph: Graph, source: Op, target: tuple[int, int], without: frozenset[str] = frozenset()) -> list[int]:
+    """Output channels of a product that go into a tensor, named by the operation that made it and its identity.
+
+    Ways through operations named in `without` do not count.
+    """
     between = graph.between(source.index, target[0])
     which = graph.which(target)
-    key = (source.shape, source.name, source.channel, which, *_form(graph, source, between))
+    key = (without, source.shape, source.name, source.channel, which, *_form(graph, source, between))
     if key not in graph.replayed:
-        graph.replayed[key] = _replay(graph, source, target, between)
+        graph.replayed[key] = _replay(graph, source, target, [op for op in between if op.name not in without])
     return graph.replayed[key]
 
 
@@ -42,36 +48,118 @@ def _form(graph: Graph, source: Op, between: list[Op]) -> list[Any]:
     return found
 
 
-@torch.inference_mode(False)
-@torch.no_grad()
 def _replay(graph: Graph, source: Op, target: tuple[int, int], between: list[Op]) -> list[int]:
     total = source.shape[source.channel]
-    if any(op.func is None or (op.name in PRODUCTS | SOFTMAX and op.index != target[0]) for op in between):
+    own, fed = [], {source.index}
+    for op in between:
+        passes = op.name not in PRODUCTS or op.index == target[0] or is_grouped(op)
+        if passes and not fed.isdisjoint(graph.activations(op)):
+            own.append(op)
+            fed.add(op.index)
+    if target[0] not in fed or any(op.func is None for op in own):
         return list(range(total))
 
     def reach(first: int, last: int) -> bool:
         """Whether any of the channels `first <= c < last` goes into the result: no number becomes none there."""
-        generator = torch.Generator().manual_seed(0)
-        start = torch.rand(source.shape, generator=generator) + 0.5
-        start.movedim(source.channel, -1)[..., first:last] = float("nan")
-        values = {source.outs[0]: start}
+        return bool(_again(graph, source, target, own, source.channel, slice(first, last), held=held).any())
 
-        def real(value: Any) -> Any:
-            if not isinstance(value, Tensor):
-                return value
-            if id(value) not in values:
-                constant = getattr(value, "constant", None)  # an index that the model wrote down keeps its value
-                values[id(value)] = _random(value, generator) if constant is None else constant
-            return values[id(value)]
-
-        for op in between:
-            kwargs = {key: value for key, value in op.kwargs.items() if key not in _PLACE}
-            arguments, kwargs = tree_map(real, (op.args, kwargs))
-            made = [o for o in tree_leaves(op.func(*arguments, **kwargs)) if isinstance(o, Tensor)]
-            values.update(zip(op.outs, made))
-        return bool(values[target[1]].isnan().any())
-
+    held: dict[int, Tensor] | None = None if any(op.func._schema.is_mutable for op in own) else {}
     return _used(total, reach)
+
+
+def is_grouped(op: Op) -> bool:
+    """Whether a product is a convolution in groups of channels, of which the channels keep their order."""
+    return op.name == "convolution" and len(op.args) > 8 and int(op.args[8]) > 1
+
+
+def spread(graph: Graph, source: Op, target: tuple[int, int], dim: int, at: int) -> Tensor | None:
+    """Where in a result those entries of another arrive that have the index `at` in the dimension `dim`, as booleans.
+
+    Means and norms over positions are taken for numbers that do not depend on them. None where that cannot be run.
+    """
+    between = graph.between(source.index, target[0])
+    key = ("spread", dim, at, source.shape, source.name, graph.which(target), *_form(graph, source, between))
+    if key not in graph.spreads:
+        runs = all(op.func is not None and op.name not in ("embedding", "_grouped_mm") for op in between)
+        graph.spreads[key] = (
+            _again(graph, source, target, between, dim, slice(at, at + 1), STATISTICS) if runs else None
+        )
+    return graph.spreads[key]
+
+
+def over_positions(graph: Graph, source: Op, target: tuple[int, int], dim: int) -> bool | None:
+    """Whether a dimension of a result is that of the positions of a product, by where its last position arrives."""
+    own = position_dim(source)
+    mask = spread(graph, source, target, own, source.shape[own] - 1)
+    if mask is None or not mask.any():
+        return None
+    other = -3 - dim  # of the last two
+    return share(mask, dim) < share(mask, other)
+
+
+def position_dim(op: Op) -> int:
+    """A dimension of a product's result along which positions lie."""
+    return -2 if op.channel == -1 else -1
+
+
+def share(mask: Tensor, dim: int) -> float:
+    """Of the indices in a dimension, how many have an entry that is true."""
+    return float(mask.movedim(dim, 0).flatten(1).any(1).float().mean())
+
+
+def _only_weighs(op: Op, arguments: Any) -> bool:
+    """Whether an operation mixes positions and leaves each its own: a softmax, a norm, a convolution of channels."""
+    if op.name == "convolution":
+        return is_grouped(op) and arguments[0].shape == op.shape
+    return op.name in SOFTMAX or op.name == "native_group_norm"
+
+
+@torch.inference_mode(False)
+@torch.no_grad()
+def _again(
+    graph: Graph,
+    source: Op,
+    target: tuple[int, int],
+    between: list[Op],
+    dim: int,
+    lost: slice,
+    still: frozenset[str] = frozenset(),
+    held: dict[int, Tensor] | None = None,
+) -> Tensor:
+    """Which entries of a result are no number where some of another's are none; what is `still` never is.
+
+    `held` keeps what does not depend on them from one run to the next, where no operation changes it.
+    """
+    generator = torch.Generator().manual_seed(0)
+    start = torch.rand(source.shape, generator=generator) + 0.5
+    start.movedim(dim, 0)[lost] = float("nan")
+    values = {**(held or {}), source.outs[0]: start}
+
+    def real(value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        if id(value) not in values:
+            constant, base = getattr(value, "constant", None), value._base
+            if constant is not None:  # an index that the model wrote down keeps its value
+                values[id(value)] = constant
+            elif base is not None and base.is_contiguous() and base.dtype == value.dtype:  # what is put into it shows
+                values[id(value)] = real(base).as_strided(value.shape, value.stride(), value.storage_offset())
+            else:
+                values[id(value)] = _random(value, generator)
+            if held is not None:
+                held[id(value)] = values[id(value)]
+        return values[id(value)]
+
+    for op in between:
+        kwargs = {key: value for key, value in op.kwargs.items() if key not in _PLACE}
+        arguments, kwargs = tree_map(real, (op.args, kwargs))
+        made = [o for o in tree_leaves(op.func(*arguments, **kwargs)) if isinstance(o, Tensor)]
+        if op.name in still:
+            made = [o.nan_to_num(1.0) for o in made]
+        elif still and _only_weighs(op, arguments):
+            made[0] = torch.empty_like(made[0]).copy_(arguments[0])
+        values.update(zip(op.outs, made))
+    return values[target[1]].isnan()
 
 
 def _used(total: int, reach: Callable[[int, int], bool]) -> list[int]:

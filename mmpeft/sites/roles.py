@@ -91,7 +91,7 @@ def first_row(op: Op, stack: tuple[int, ...] | None = None) -> int:
     if stack is not None:
         within = op.weight.offset % prod(stack[-2:])
         return within % stack[-1] if op.weight.transposed else within // stack[-1]
-    columns = op.weight.shape[-1 if op.name in ("linear", "convolution") else 0]
+    columns = op.weight.shape[-1 if op.weight.left or op.name in ("linear", "convolution") else 0]
     return op.weight.offset // max(1, columns)
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
 from mmpeft.sites.graph import Graph
-from mmpeft.sites.record import SOFTMAX, Call, Op
+from mmpeft.sites.record import POOLS, SOFTMAX, Call, Op
 
 
 @dataclass
@@ -57,7 +57,7 @@ def _residual(graph: Graph, op: Op, known: dict[int, Sublayer]) -> Sublayer | No
         if root == branch or not graph.is_above(root, branch) or graph.root(branch) == root:
             continue
         between = _learning(graph, root, branch)
-        if any((o.weight is not None and not o.static) or o.name in SOFTMAX for o in between):
+        if any((o.weight is not None and not o.static) or o.name in SOFTMAX | POOLS for o in between):
             return Sublayer(op.index, root, branch, between)
     return None
 
@@ -166,9 +166,11 @@ class Shell:
 
 def shell(graph: Graph, sub: Sublayer) -> Shell | None:
     """Which module is a sub-layer, reads the stream first, and gives what is added; None if no module gives it."""
-    products = [op.index for op in sub.products] or [op.index for op in sub.ops]
+    pools = [op.index for op in sub.ops if op.name in POOLS]
+    products = [op.index for op in sub.products] or pools or [op.index for op in sub.ops]
     inner = [call for call in graph.holding(products) if not call.first <= sub.sum < call.last]
-    whole = next((call for call in inner if sub.indices.issuperset(call.gives[:1]) and call.gives), None)
+    giving = [call for call in inner if sub.indices.issuperset(call.gives[:1]) and call.gives]
+    whole = giving[-1 if pools and not sub.products else 0] if giving else None  # what pools may only do a part of it
     found = Shell("")
     if whole is not None:
         found.path, found.call = whole.path, whole

@@ -7,12 +7,25 @@ from dataclasses import replace
 from mmpeft.sites.attention import Attention
 from mmpeft.sites.builder import Builder
 from mmpeft.sites.experts import experts
+from mmpeft.sites.graph import Graph
 from mmpeft.sites.keys import keys_and_values
-from mmpeft.sites.mlp import Assignment, feed_forward, is_pointwise, width
+from mmpeft.sites.mlp import Assignment, feed_forward, is_pointwise, networks, width
 from mmpeft.sites.record import Op
 from mmpeft.sites.replay import channels
 from mmpeft.sites.roles import Reading, channels_of
 from mmpeft.sites.streams import Sublayer, shell
+
+
+def apart(graph: Graph, subs: list[Sublayer]) -> list[Sublayer]:
+    """Sub-layers without those that they read: what is added to a stream on the way into another is its own."""
+    found = []
+    for sub in subs:
+        inner = [o for o in subs if o.sum != sub.sum and o.stream == sub.stream and o.sum in sub.indices]
+        if inner:
+            start = max(o.sum for o in inner)
+            sub = replace(sub, stream=start, ops=graph.between(start, sub.branch))
+        found.append(sub)
+    return [sub for sub in found if sub.ops]
 
 
 def sublayer(reading: Reading, builder: Builder, sub: Sublayer) -> None:
@@ -44,6 +57,8 @@ def sublayer(reading: Reading, builder: Builder, sub: Sublayer) -> None:
     mixture = not within and mixed(reading, sub)
     given = {p.index for p in sub.products if reading.is_assigned(p)}
     network = None if within else feed_forward(graph, sub, given)
+    behind = networks(graph, sub, given) if within else {}
+    _assign(reading, behind)
     if mixture:
         role = "mlp"
         _assign(reading, network or {})  # what every word passes through
@@ -59,7 +74,7 @@ def sublayer(reading: Reading, builder: Builder, sub: Sublayer) -> None:
             return
     elif not within:
         _mixer(reading, sub)
-    _shell(reading, builder, sub, role, depth)
+    _shell(reading, builder, sub, role, depth, alone=not behind)
 
 
 def mixed(reading: Reading, sub: Sublayer) -> bool:
@@ -119,15 +134,23 @@ def _mixer(reading: Reading, sub: Sublayer) -> None:
                 reading.assign(op, "mixer.in")
 
 
-def _shell(reading: Reading, builder: Builder, sub: Sublayer, role: str, depth: int, inside: bool = False) -> None:
+def _shell(
+    reading: Reading, builder: Builder, sub: Sublayer, role: str, depth: int, inside: bool = False, alone: bool = True
+) -> None:
     found = shell(reading.graph, sub)
     roles = {role for p in sub.products if p.weight for role, _ in reading.roles.get(p.weight.name, ())}
-    if found is None or not sub.products or sub.shared or (role != "mlp" and "mlp.up" in roles):
+    if found is None or sub.shared or (role != "mlp" and alone and "mlp.up" in roles):
         return
-    last = sub.products[-1]
-    size, dim = channels_of(found.shape, width(last), last.name == "convolution")
+    if sub.products:
+        last = sub.products[-1]
+        size, dim = channels_of(found.shape, width(last), last.name == "convolution")
+    else:  # pooling, of pictures or of words
+        dim = 1 if len(found.shape) > 3 else -1
+        size = found.shape[dim]
     branch = reading.graph.ops[sub.branch]
     if role == "mlp" and size not in branch.shape:  # it works on positions
         role = "mixer"
     known = {} if inside else {"stream": found.stream, "out": found.out, "entry": found.entry}
+    if found.call is not None and not reading.graph.runs_once(found.call):  # of which run is not said by a module
+        known = {"entry": found.entry}
     builder.add(found.path, role, depth, width=size, channel_dim=dim, **known)

@@ -25,7 +25,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from mmpeft.errors import SiteError
 from mmpeft.hosting.answers import multi_head
 from mmpeft.hosting.modules import own_modules, own_parameters
-from mmpeft.sites.notes import prepare
+from mmpeft.sites.notes import prepare, surroundings
 from mmpeft.sites.record import (
     BLANKS,
     PICKS,
@@ -186,7 +186,7 @@ class _Watching(TorchDispatchMode):
 
     def derive(self, name: str, use: Use, made: list[Tensor], read: list[Tensor], args: Any) -> None:
         """Tensors made of a parameter are uses of it too."""
-        swapped = use.transposed ^ (name in SWAPS and (not use.stacked or swaps(name, read[0].dim(), args)))
+        swapped = use.transposed ^ (name in SWAPS and swaps(name, tuple(read[0].shape), args, use.stacked))
         derived = use.derived or name not in VIEWS | SLICES | PICKS
         for o in made:
             offset = 0 if derived else int(o.storage_offset())
@@ -202,8 +202,8 @@ class _Watching(TorchDispatchMode):
         which = held[-1]
         use, tensor = uses[which], read[which]
         assert use is not None
-        plain = name in ("convolution", "linear", "embedding")
-        left = use.stacked and not plain and which == (1 if name in ("addmm", "baddbmm") else 0)
+        plain = name in ("convolution", "linear", "embedding", "mv", "addmv")
+        left = not plain and which == (1 if name in ("addmm", "baddbmm") else 0)
         plain |= left
         stored = use.transposed if plain else not use.transposed
         stored |= name == "convolution" and bool(args[6])  # a transposed one keeps [in, out, ...]
@@ -258,7 +258,7 @@ def _watch(model: nn.Module, args: Any, kwargs: Any, fake: FakeTensorMode | None
         return faked(value, fake) if fake else value.detach().to(device)
 
     args, kwargs = tree_map(given, (tuple(args), dict(kwargs)))
-    with torch.no_grad(), _calls(shadow, seen), fake or nullcontext():
+    with torch.no_grad(), surroundings(), _calls(shadow, seen), fake or nullcontext():
         before = cached_by(shadow)
         try:
             return _pass(shadow, seen, args, kwargs, real=fake is None)
