@@ -23,9 +23,11 @@ from mmpeft.llm.scans import references, scans
 from mmpeft.parts.attention import attend
 from mmpeft.sites import Connect, Site, example_inputs, note, prepares, while_watching
 from mmpeft.sites.builder import weight_shape
+from mmpeft.sites.keys import UNEQUAL
 
 TEXT = "positions and the attention mask are made before the blocks; tokens put in between would have neither"
 SPARSE = "long texts are attended to block-sparse, by the number of keys; set attention_type='original_full'"
+CHOSEN = "an indexer chooses its keys by their number, which learned keys would shift"
 HEADS = {"lm_head", "embed_out", "score", "classifier", "qa_outputs", "cls", "classification_head"}
 HEAD = ("head_dim", "attention_head_size", "head_size", "key_value_proj_dim")
 BESIDE_WORDS = ("token_type", "position")
@@ -103,6 +105,8 @@ def _keys(model: nn.Module, site: Site, found: list[Site]) -> Site:
     if not consults(module):
         around = site.refuse == "" and hasattr(module, "logit_scale")
         return replace(site, connect=Connect("", cosine if around else attend))
+    if site.refuse == UNEQUAL or hasattr(module, "indexer"):
+        return replace(site, refuse=site.refuse or CHOSEN)
     near = [s for s in found if s.depth == site.depth and s.tower == site.tower and s.role.endswith(".k")]
     keys = next((s for s in near if f"{s.path}.".startswith(f"{site.path}.")), None)
     head = next((size for name in HEAD if (size := getattr(module, name, 0))), site.width)

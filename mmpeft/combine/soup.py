@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from mmpeft.errors import ConfigError, DataError, SiteError
 from mmpeft.formats.native import borrow
 from mmpeft.hosting.modules import module_at
+from mmpeft.hosting.output import first_of
 from mmpeft.methods.saved import Adapter
 from mmpeft.parts.base import Placement
 from mmpeft.sites import sites
@@ -107,8 +108,7 @@ def mean_features(model: nn.Module, data: Iterable[Any], batches: int = 4) -> Te
     seen: list[Tensor] = []
 
     def keep(module: nn.Module, inputs: Any, output: Any) -> None:
-        y = output[0] if isinstance(output, tuple) else output
-        seen.append(y.movedim(last.channel_dim, -1).flatten(0, -2).float().mean(0))
+        seen.append(first_of(output).movedim(last.channel_dim, -1).flatten(0, -2).float().mean(0))
 
     training = model.training
     handle = module_at(model, last.path).register_forward_hook(keep)

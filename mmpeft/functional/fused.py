@@ -23,6 +23,8 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
+from mmpeft.errors import Refused
+
 Spans = tuple[tuple[int, int, float, bool], ...]
 
 
@@ -64,8 +66,8 @@ def low_rank_linear(x: Tensor, weight: Tensor, bias: Tensor | None, updates: Seq
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
     spans = tuple((u.start, u.stop, u.scale, u.gain is not None) for u in updates)
     tensors = [t for u in updates for t in u[3:] if t is not None]
-    result: Tensor = _LowRankLinear.apply(x, weight, bias, dtype, spans, *tensors)
-    return result
+    flat: Tensor = _LowRankLinear.apply(x, weight, bias, dtype, spans, *tensors)
+    return flat.view(*x.shape[:-1], len(weight))  # out here: of a view made inside nothing may be changed in place
 
 
 def low_rank_composed(
@@ -175,14 +177,22 @@ class _LowRankLinear(Function):
         keep = y if any(span[3] for span in spans) else None
         ctx.save_for_backward(flat, weight, bias, keep, *tensors)
         ctx.dtype, ctx.spans, ctx.effective, ctx.x_like = dtype, spans, effective, (x.shape, x.dtype)
-        return y.view(*x.shape[:-1], rows)
+        return y
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        flat, weight, bias, y, *tensors = ctx.saved_tensors
+        try:
+            flat, weight, bias, y, *tensors = ctx.saved_tensors
+        except RuntimeError as error:
+            if "inplace" not in str(error) or not any(span[3] for span in ctx.spans):
+                raise
+            raise Refused(
+                "the backbone changes the result of a product in place, of which a gain (DoRA's) still needs the "
+                "values: leave these sites out of at=, or take a method without gains (LoRA)"
+            ) from error
         dtype, (shape, x_dtype) = ctx.dtype, ctx.x_like
         updates = _updates(ctx.spans, tensors, dtype)
-        grad = _cast(grads[0], dtype).reshape(-1, len(weight))
+        grad = _cast(grads[0], dtype)
         parts = [grad[:, u.start : u.stop] for u in updates]
         # The rank-r products are formed with r rows, [r, N]: skinny matrices on the left are up to ten times as fast.
         # dz = s (g ⊙ dy) B, the gradient at A x; z = A x is formed again rather than kept.

@@ -16,6 +16,7 @@ from mmpeft.errors import ConfigError
 from mmpeft.hosting.few_bits import Product, packs
 from mmpeft.hosting.modules import SEAT
 from mmpeft.hosting.offload import looked, take_back
+from mmpeft.hosting.output import first_of, with_first
 from mmpeft.hosting.patched import is_inside
 from mmpeft.hosting.running import RUNNING, Pinned, Planned, current, remember
 from mmpeft.hosting.still import Still
@@ -175,9 +176,7 @@ def _with_parts(host: Any, plan: Plan, inner: Callable[..., Any], *args: Any, **
     else:  # by its own name, as the module was called: one that it does not know is its own error
         y = inner(host, *args, **{name: x}, **kwargs) if name else inner(host, x, *args, **kwargs)
     for part in plan.exit:
-        first, *rest = y if isinstance(y, tuple) else (y,)
-        first = part.exit(host, x, first)
-        y = (first, *rest) if isinstance(y, tuple) else first
+        y = with_first(y, part.exit(host, x, first_of(y)))
     return y
 
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from mmpeft.errors import Refused
 from mmpeft.functional.soft_top_k import soft_top_k
+from mmpeft.hosting.output import first_of, with_first
 from mmpeft.parts.base import Part, cast
 from mmpeft.parts.branch import Branch
 from mmpeft.parts.factors import like_options
@@ -56,7 +57,8 @@ class Conditional(Part):
             x = kwargs.pop(next(iter(kwargs)))
         left = max(1, -(-x.shape[1] // self.reduction) - self.prefix)
         if self.reduction == 1 or left >= x.shape[1] - self.prefix:
-            return self._replace(run(x, *args, **kwargs), lambda y: self.adapter.exit(host, x, y))
+            output = run(x, *args, **kwargs)
+            return with_first(output, self.adapter.exit(host, x, first_of(output)))
         for name in MASKS:
             if kwargs.get(name) is not None:
                 raise Refused(f"CoDA runs a block on some of the tokens, and this call has an {name} over all of them")
@@ -68,7 +70,8 @@ class Conditional(Part):
             change = cast(weights, y.dtype)[..., None] * (y - few)
             return self.adapter.exit(host, x, x.scatter_add(1, index, cast(change, x.dtype)))
 
-        return self._replace(run(few, *args, **kwargs), spread)
+        output = run(few, *args, **kwargs)
+        return with_first(output, spread(first_of(output)))
 
     def _route(self, x: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """Indices of the tokens to run, in their order, and their λ [B, p + k]; scores are fp32 under autocast too."""
@@ -81,7 +84,3 @@ class Conditional(Part):
         always = torch.arange(self.prefix, device=x.device).expand(len(x), -1)
         chosen = torch.cat([weights.new_ones(always.shape), weights.gather(-1, index)], dim=1)
         return torch.cat([always, index + self.prefix], dim=1), chosen
-
-    @staticmethod
-    def _replace(output: Any, change: Callable[[Tensor], Tensor]) -> Any:
-        return (change(output[0]), *output[1:]) if isinstance(output, tuple) else change(output)

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmpeft.errors import Refused
+from mmpeft.hosting.output import first_of, with_first
 from mmpeft.parts.base import Part, cast
 from mmpeft.parts.factors import like_options
 
@@ -108,7 +109,7 @@ class SideLayer(Part):
             )
         with torch.no_grad():
             output = run(*args, **kwargs)
-        y = output[0] if isinstance(output, tuple) else output
+        y = first_of(output)
         assert ladder.u is not None
         if self.down is not None:
             ladder.u = self._rung(ladder.u, self._see(y))
@@ -119,7 +120,7 @@ class SideLayer(Part):
         ladder.u, ladder.place = None, 0
         result = cast(result if self.channel_dim == -1 else result.movedim(-1, self.channel_dim), y.dtype)
         result = y + result if self.add else result
-        return (result, *output[1:]) if isinstance(output, tuple) else result
+        return with_first(output, result)
 
     def _see(self, h: Tensor) -> Tensor:
         h = h.detach() if self.channel_dim == -1 else h.detach().movedim(self.channel_dim, -1)

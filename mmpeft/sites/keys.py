@@ -6,13 +6,17 @@ from dataclasses import replace
 
 from mmpeft.sites.attention import Attention
 from mmpeft.sites.builder import Builder
-from mmpeft.sites.graph import Graph
+from mmpeft.sites.graph import JOINTS, Graph
 from mmpeft.sites.record import VIEWS, Function, Op
 from mmpeft.sites.replay import over_positions
 
 OTHER = (
     "its attention is neither one scaled_dot_product_attention nor a softmax between two 4-D products, so that learned "
     "keys have no way in; where the model has a choice of implementations, take sdpa or eager"
+)
+WEIGHTS = (
+    "it is asked for its weights (need_weights=True), so that its attention is not one scaled_dot_product_attention and "
+    "learned keys have no way in"
 )
 MIXED = (
     "between its scores and its values it does more than a softmax (heads are mixed, positions weighed), in which "
@@ -23,6 +27,10 @@ LINEAR = (
 )
 CHANNELS = "it attends to channels, whose keys are as long as the text or picture: learned ones would fit one length"
 UNEQUAL = "its keys and values are of different widths; learned ones are of one"
+SUMMED = (
+    "its scores are a sum of several products (relative positions are one), and learned keys would be multiplied in one "
+    "that nothing tells from the others"
+)
 SEVERAL = "it computes several attentions in one pass, and learned keys would enter only one"
 
 
@@ -44,6 +52,8 @@ def _refusal(graph: Graph, one: Attention) -> str:
         return CHANNELS
     before = graph.between(one.score, one.center)[:-1]
     behind = graph.between(one.center, one.value)[:-1]
+    if any(op.name in ("add", "baddbmm") and _adds_product(graph, one, op) for op in before):
+        return SUMMED
     if not all(_follows(graph, op) for op in before) or any(op.name not in VIEWS for op in behind):
         return MIXED
     (_, first), (_, second) = graph.shapes(graph.ops[one.score])[-2:]
@@ -60,6 +70,14 @@ def _is_over_channels(graph: Graph, one: Attention) -> bool:
     return bool(made) and bool(over_positions(graph, made[0], one.operands["k"], summed))
 
 
+def _adds_product(graph: Graph, one: Attention, op: Op) -> bool:
+    """Whether what is added to scores is another product of the queries."""
+    queries = [source.index for source in one.sources["q"]]
+    others = [i for i in op.inputs if not graph.is_above(one.score, i)]
+    between = [o for q in queries for i in others for o in graph.between(q, i)]
+    return any(o.weight is None and o.name in JOINTS for o in between)
+
+
 def _follows(graph: Graph, op: Op) -> bool:
     """Whether what is done to scores can be done to those of learned keys: it says nothing of single keys."""
     if op.name in ("mul", "div"):
@@ -73,17 +91,18 @@ def _shape(graph: Graph, one: Attention) -> tuple[int, int]:
     for function in around:
         if function.name == "scaled_dot_product_attention" and len(function.shapes[1]) == 4:
             return function.shapes[1][1], function.shapes[1][-1]
-        if function.name == "multi_head_attention_forward":
-            return function.heads, function.shapes[0][-1] // function.heads
     values = [f for f in graph.record.functions if f.first <= one.value < f.last and f.name == "matmul"]
     if any(f.name == "softmax" for f in around) and values and len(values[0].shapes[0]) == 4:
-        scores = _matmul_before(graph, one)
+        scores = _matmul_of_scores(graph, one)
         if scores is not None and [len(shape) for shape in scores.shapes] == [4, 4]:
             return scores.shapes[1][1], scores.shapes[1][-2]
     return 0, 0
 
 
-def _matmul_before(graph: Graph, one: Attention) -> Function | None:
-    before = [f for f in graph.record.functions if f.name == "matmul" and f.last <= one.center]
-    own = [f for f in before if graph.is_above(f.last - 1, one.center)]
-    return own[-1] if own else None
+def _asks_for_weights(graph: Graph, one: Attention) -> bool:
+    own = [f for f in graph.record.functions if f.name == "multi_head_attention_forward"]
+    return any(f.first <= one.center < f.last for f in own)
+
+
+def _matmul_of_scores(graph: Graph, one: Attention) -> Function | None:
+    return next((f for f in graph.record.functions if f.name == "matmul" and f.first <= one.score < f.last), None)

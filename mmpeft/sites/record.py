@@ -103,8 +103,6 @@ class Function:
     last: int
     shapes: list[tuple[int, ...]]
     """Of the tensors that it was given."""
-    heads: int = 0
-    """Where it says how many."""
 
 
 @dataclass

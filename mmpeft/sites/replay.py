@@ -22,6 +22,8 @@ _PLACE = ("device", "dtype", "layout", "pin_memory")
 STATISTICS = frozenset({"mean", "linalg_vector_norm", "norm", "var", "var_mean", "std", "std_mean", "max", "amax"})
 STATISTICS |= {"_adaptive_avg_pool2d"}
 """What norms divide by, and gates of whole channels are made of."""
+FAILED = (RuntimeError, IndexError, ValueError)
+"""What operations raise that run on no other numbers: shapes and indices that follow from data."""
 
 
 def channels(graph: Graph, source: Op, target: tuple[int, int], without: frozenset[str] = frozenset()) -> list[int]:
@@ -64,7 +66,10 @@ def _replay(graph: Graph, source: Op, target: tuple[int, int], between: list[Op]
         return bool(_again(graph, source, target, own, source.channel, slice(first, last), held=held).any())
 
     held: dict[int, Tensor] | None = None if any(op.func._schema.is_mutable for op in own) else {}
-    return _used(total, reach)
+    try:
+        return _used(total, reach)
+    except FAILED:
+        return list(range(total))
 
 
 def is_grouped(op: Op) -> bool:
@@ -81,9 +86,11 @@ def spread(graph: Graph, source: Op, target: tuple[int, int], dim: int, at: int)
     key = ("spread", dim, at, source.shape, source.name, graph.which(target), *_form(graph, source, between))
     if key not in graph.spreads:
         runs = all(op.func is not None and op.name not in ("embedding", "_grouped_mm") for op in between)
-        graph.spreads[key] = (
-            _again(graph, source, target, between, dim, slice(at, at + 1), STATISTICS) if runs else None
-        )
+        try:
+            found = _again(graph, source, target, between, dim, slice(at, at + 1), STATISTICS) if runs else None
+        except FAILED:
+            found = None
+        graph.spreads[key] = found
     return graph.spreads[key]
 
 

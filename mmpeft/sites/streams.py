@@ -161,6 +161,7 @@ class Shell:
     stream: str = ""
     out: str = ""
     shape: tuple[int, ...] = ()
+    out_shape: tuple[int, ...] = ()
     call: Call | None = None
 
 
@@ -188,6 +189,7 @@ def shell(graph: Graph, sub: Sublayer) -> Shell | None:
     assert found.call is not None
     found.shape = found.call.shapes[0]
     found.out, shape = _giver(graph, sub, found.call)
+    found.out_shape = shape
     stream, taken = _reader(graph, sub, found.call)
     found.stream = stream if taken == shape else ""  # what is made of the one is added to the other
     return found

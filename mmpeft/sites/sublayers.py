@@ -148,9 +148,12 @@ def _shell(
         dim = 1 if len(found.shape) > 3 else -1
         size = found.shape[dim]
     branch = reading.graph.ops[sub.branch]
-    if role == "mlp" and size not in branch.shape:  # it works on positions
-        role = "mixer"
-    known = {} if inside else {"stream": found.stream, "out": found.out, "entry": found.entry}
+    if size not in branch.shape:
+        if role in ("attn", "cross"):
+            return  # what its last module gives is not yet what is added
+        role = "mixer" if role == "mlp" else role  # it works on positions
+    out = found.out if len(found.out_shape) > abs(dim) and found.out_shape[dim] == size else ""
+    known = {} if inside else {"stream": found.stream, "out": out, "entry": found.entry}
     if found.call is not None and not reading.graph.runs_once(found.call):  # of which run is not said by a module
         known = {"entry": found.entry}
     builder.add(found.path, role, depth, width=size, channel_dim=dim, **known)

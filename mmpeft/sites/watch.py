@@ -88,8 +88,7 @@ class _Functions(TorchFunctionMode):
         if name is not None:
             given = [*args, *(kwargs or {}).values()]
             shapes = [tuple(a.shape) for a in given if isinstance(a, Tensor)]
-            heads = int(args[4]) if name == "multi_head_attention_forward" else 0
-            self.found.append(Function(name, first, len(self.seen.ops), shapes, heads))
+            self.found.append(Function(name, first, len(self.seen.ops), shapes))
         return out
 
 

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from mmpeft.errors import ConfigError, Refused
 from mmpeft.hosting.few_bits import FewBits
@@ -34,6 +35,12 @@ def _fold(tuning: Attached) -> None:
     for path, hooks in _hooks_by_host(tuning).items():
         host = state.hosts[path]
         names = {hook.name for hook, _ in hooks if hook.kind == "read"} | {"weight", "bias"}
+        computed = next((n for n in sorted(names) if parametrize.is_parametrized(host, n)), "")
+        if computed:
+            raise Refused(
+                f"{path}.{computed} is computed by a parametrization (such as weight normalisation), so that nothing "
+                "holds what a merge would change: torch.nn.utils.parametrize.remove_parametrizations first, then attach"
+            )
         base = {n: base_value(host, n) for n in names if n in host._parameters or n in host._buffers}
         wide = {n: _wide(t) for n, t in base.items()}
         params: dict[str, Tensor | None] = dict(wide)

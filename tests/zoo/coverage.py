@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Collection
 from typing import Any
@@ -21,7 +22,7 @@ def coverage(record: Record, found: list[Site], parameters: Collection[str]) -> 
         if site.kind in PRODUCTS or site.refuse:
             own.setdefault(f"{site.path}.{site.tensor}".lstrip("."), []).append(site)
     products = {op.weight.name: op for op in record.ops if op.weight is not None and op.name != "embedding"}
-    products = {name: op for name, op in products.items() if name in parameters}
+    products = {_computed(name): op for name, op in products.items() if name in parameters}
     left: Counter[str] = Counter()
     missed = []
     for name, op in products.items():
@@ -32,6 +33,11 @@ def coverage(record: Record, found: list[Site], parameters: Collection[str]) -> 
         elif not sites or not _whole(sites, op):
             missed.append(name)
     return {"products": len(products), "left": left, "missed": missed}
+
+
+def _computed(name: str) -> str:
+    """The weight that a parametrization makes of its own parameters."""
+    return re.sub(r"\.parametrizations\.(\w+)\.original\d*$", r".\1", name)
 
 
 def _whole(sites: list[Site], op: Op) -> bool:
