@@ -15,8 +15,8 @@ OTHER = (
     "keys have no way in; where the model has a choice of implementations, take sdpa or eager"
 )
 WEIGHTS = (
-    "it is asked for its weights (need_weights=True), so that its attention is not one scaled_dot_product_attention and "
-    "learned keys have no way in"
+    "it is asked for its weights (need_weights=True), so that its attention is not one scaled_dot_product_attention "
+    "and learned keys have no way in"
 )
 MIXED = (
     "between its scores and its values it does more than a softmax (heads are mixed, positions weighed), in which "
@@ -28,8 +28,8 @@ LINEAR = (
 CHANNELS = "it attends to channels, whose keys are as long as the text or picture: learned ones would fit one length"
 UNEQUAL = "its keys and values are of different widths; learned ones are of one"
 SUMMED = (
-    "its scores are a sum of several products (relative positions are one), and learned keys would be multiplied in one "
-    "that nothing tells from the others"
+    "its scores are a sum of several products (relative positions are one), and learned keys would be multiplied in "
+    "one that nothing tells from the others"
 )
 SEVERAL = "it computes several attentions in one pass, and learned keys would enter only one"
 
