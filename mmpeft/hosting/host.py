@@ -26,29 +26,32 @@ from mmpeft.hosting.still import MODE, Still
 GUARDS: dict[str, Callable[..., None]] = {}
 """Methods by which models change their own modules, and what refuses a call of one on a host; domains fill it in."""
 
+BASE = "mmpeft_base"
+"""Where a swapped class keeps the original one. All its names are such: a module may call its own ones anything."""
+
 
 class TunedMeta(type):
     """Metaclass of the swapped classes; picklable through the recipe that made them."""
 
-    base: type
-    reads: frozenset[str]
-    packed: bool
+    mmpeft_base: type
+    mmpeft_reads: frozenset[str]
+    mmpeft_packed: bool
     """Whether the module multiplies by its weight in a way of bitsandbytes' own."""
 
     def __str__(cls) -> str:
         """The backbone's own: transformers keeps by it which outputs a class can record."""
-        return str(cls.base)
+        return str(cls.mmpeft_base)
 
 
 def tuned_part(cls: type) -> TunedMeta | None:
     """The swapped class in a class's hierarchy: itself, or one that other libraries have derived from; None without."""
-    return next((c for c in cls.__mro__ if isinstance(c, TunedMeta) and "base" in vars(c)), None)
+    return next((c for c in cls.__mro__ if isinstance(c, TunedMeta) and BASE in vars(c)), None)
 
 
 def _reduced(cls: TunedMeta) -> Any:
-    if "base" not in vars(cls):  # of another library, on top of a swapped one
+    if BASE not in vars(cls):  # of another library, on top of a swapped one
         return cls.__qualname__
-    return tuned_class, (cls.base, cls.reads)
+    return tuned_class, (cls.mmpeft_base, cls.mmpeft_reads)
 
 
 copyreg.pickle(TunedMeta, _reduced)  # type: ignore[arg-type]
@@ -94,7 +97,7 @@ def tuned_class(base: type, reads: frozenset[str]) -> TunedMeta:
     still = MODE in reads
     namespace: dict[str, Any] = {name: _reader(name) for name in reads - {MODE}}
     namespace |= {name: _guarded(getattr(base, name), GUARDS[name]) for name in GUARDS if hasattr(base, name)}
-    namespace |= {"base": base, "reads": reads, "packed": packs(base), "forward": forward_of(base, still)}
+    namespace |= {BASE: base, "mmpeft_reads": reads, "mmpeft_packed": packs(base), "forward": forward_of(base, still)}
     namespace |= {"__module__": base.__module__, "__doc__": base.__doc__, "__qualname__": base.__qualname__}
     namespace |= {"__setattr__": _setter(base), HOOK: Hooked(), "__prepare_scriptable__": _scriptable}
     return _meta(type(base))(base.__name__, (Hosting, *((Still,) if still else ()), base), namespace)
@@ -185,7 +188,7 @@ def plain_copy(module: nn.Module) -> nn.Module:
     def copied(module: nn.Module) -> nn.Module:
         if id(module) not in made:
             tuned = tuned_part(type(module))
-            cls: Any = type(module) if tuned is None else rebased(type(module), tuned, tuned.base)
+            cls: Any = type(module) if tuned is None else rebased(type(module), tuned, tuned.mmpeft_base)
             made[id(module)] = new = cls.__new__(cls)
             own = {k: v for k, v in module.__dict__.items() if not k.startswith("_mmpeft")}
             if isinstance(own.get("forward"), Patched):
@@ -214,7 +217,7 @@ def rebased(cls: type, old: type, new: type) -> type:
 def original_class(module: nn.Module) -> type:
     """A module's class as its library wrote it."""
     tuned = tuned_part(type(module))
-    return type(module) if tuned is None else tuned.base
+    return type(module) if tuned is None else tuned.mmpeft_base
 
 
 def is_host(module: nn.Module) -> bool:
@@ -227,8 +230,8 @@ def make_host(module: nn.Module, seat: Seat, reads: frozenset[str]) -> None:
     cls: type = type(module)
     tuned = tuned_part(cls)
     if tuned is not None:
-        if not reads <= tuned.reads:
-            module.__class__ = rebased(cls, tuned, tuned_class(tuned.base, reads | tuned.reads))
+        if not reads <= tuned.mmpeft_reads:
+            module.__class__ = rebased(cls, tuned, tuned_class(tuned.mmpeft_base, reads | tuned.mmpeft_reads))
         return
     if isinstance(module, torch.jit.ScriptModule):
         raise Refused(f"{cls.__name__} is a TorchScript module; attach before scripting")
@@ -244,7 +247,7 @@ def unmake_host(module: nn.Module) -> None:
     """Give a module its original class back."""
     tuned = tuned_part(type(module))
     assert tuned is not None
-    module.__class__ = rebased(type(module), tuned, tuned.base)
+    module.__class__ = rebased(type(module), tuned, tuned.mmpeft_base)
     patched = module.__dict__.get("forward")
     if isinstance(patched, Patched):
         module.__dict__["forward"] = patched.patch

@@ -70,7 +70,7 @@ class Still:
         """
         if not self._moves():
             raise Refused(
-                f"the running statistics of this {type(self).base.__name__} are the frozen base's; attach "  # type: ignore[attr-defined]
+                f"the running statistics of this {type(self).mmpeft_base.__name__} are the frozen base's; attach "  # type: ignore[attr-defined]
                 "mmpeft.BatchStatistics() beside the method to have a tuning with its own"
             )
         super().reset_running_stats()  # type: ignore[misc]

@@ -242,7 +242,7 @@ def hook_kind(kind: Kind, factor: Factor) -> HookKind:
 def own_weight(host: nn.Module) -> Tensor:
     """The weight that a host multiplies by, whatever parts read it."""
     weight: Tensor = host.weight  # type: ignore[assignment]
-    found: Tensor = viewed(host, weight) if getattr(type(host), "packed", False) else weight
+    found: Tensor = viewed(host, weight) if getattr(type(host), "mmpeft_packed", False) else weight
     return found
 
 

@@ -24,7 +24,7 @@ def call_of(parts: Sequence[Delta], host: nn.Module, read: Sequence[str]) -> Cal
         return _FormedCall(tuple(parts))
     only = parts[0]
     plain = only.rows is None and not (only.dropout or only.transposed) and type(only.factor) is LowRank
-    if len(parts) == 1 and plain and not read and not type(host).packed:  # type: ignore[attr-defined]
+    if len(parts) == 1 and plain and not read and not type(host).mmpeft_packed:  # type: ignore[attr-defined]
         return _WholeCall(only) if only.magnitude is None else _GainedCall(only)
     return _RowsCall(tuple(parts))
 
@@ -107,7 +107,7 @@ class _FormedCall:
         bias: Tensor | None = host.bias  # type: ignore[assignment]
         if type(weight) not in (Tensor, nn.Parameter) or any(delta.dropping for delta in self.deltas):
             packed = isinstance(weight, FewBits)
-            y: Tensor = F.linear(x, weight, bias) if packed else type(host).base.forward(host, x)  # type: ignore
+            y: Tensor = F.linear(x, weight, bias) if packed else type(host).mmpeft_base.forward(host, x)  # type: ignore
             for delta in self.deltas:
                 y = delta.exit(host, x, y)
             return y

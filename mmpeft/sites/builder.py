@@ -86,7 +86,10 @@ class Builder:
         self.add(path, "block", depth, width=width, **known)
 
     def finish(self, embed: Collection[str] = (), heads: Collection[str] = ()) -> list[Site]:
-        """All sites in the model's order; `embed` and `heads` are paths of embeddings and of task heads."""
+        """All sites in the model's order, of a module that runs several times once.
+
+        `embed` and `heads` are paths of embeddings and of task heads.
+        """
         covered = {site.path for site in self.sites}
         order: dict[str, int] = {}
         (depth, self.tower), block, around = (-1, self.tower), "", self.tower
@@ -108,7 +111,8 @@ class Builder:
                 width = len(module.weight)  # type: ignore[arg-type]
                 self.add(path, "norm", depth, kind="norm", width=width, channel_dim=norm_channel(module))
         rank = {role: i for i, role in enumerate(ROLES)}
-        return sorted(self.sites, key=lambda site: (order[site.path], rank[site.role]))
+        once = {(site.path, site.role, site.tensor, site.rows): site for site in reversed(self.sites)}
+        return sorted(reversed(once.values()), key=lambda site: (order[site.path], rank[site.role]))
 
     def outside(self, path: str, around: str) -> str:
         """The tower of a module outside every block."""

@@ -180,7 +180,10 @@ def _install(model: nn.Module, state: State, name: str, placements: list[Placeme
         home = state.hosts[placement.home]
         if not home.training:
             placement.part.eval()
-        _child(_child(home, CHILD), name).add_module(placement.key, placement.part)
+        parts = _child(_child(home, CHILD), name)
+        if placement.key in parts._modules:
+            raise ConfigError(f"two parts at {placement.home} would be called {placement.key!r}, and one be lost on saving")
+        parts.add_module(placement.key, placement.part)
 
 
 def host(model: nn.Module, state: State, path: str, reads: frozenset[str] = frozenset()) -> None:
