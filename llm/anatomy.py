@@ -110,8 +110,10 @@ def _keys(model: nn.Module, site: Site, found: list[Site]) -> Site:
     near = [s for s in found if s.depth == site.depth and s.tower == site.tower and s.role.endswith(".k")]
     keys = next((s for s in near if f"{s.path}.".startswith(f"{site.path}.")), None)
     head = next((size for name in HEAD if (size := getattr(module, name, 0))), site.width)
-    if keys is None or not head:
-        return replace(site, connect=Connect("config", view, shift=shifted))
+    if keys is None or not head:  # those of another block, which are repeated for the queries behind the registry
+        own = getattr(model.config.get_text_config(), "num_key_value_heads", None) or site.heads
+        heads = own if site.heads % own == 0 else site.heads
+        return replace(site, heads=heads, connect=Connect("config", view, shift=shifted))
     weight: Any = module_at(model, keys.path)
     total = int(weight_shape(weight)[1 if keys.transposed else 0])
     heads = count_rows(keys.rows, total) // head

@@ -100,7 +100,7 @@ def attend(
         Refused: the function has no way to see further keys (packed texts, windows by position, chosen keys).
     """
     parts = _parts(module)
-    name = str(base_value(module, "config")._attn_implementation)
+    name = str(base_value(module, "config")._attn_implementation or "eager")
     function = _original(module, name)
     beside = [part for part in parts if isinstance(part, GatedPrefix)]
     gated = [part for part in parts if isinstance(part, GatedKeys)]

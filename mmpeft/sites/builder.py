@@ -111,8 +111,8 @@ class Builder:
                 width = len(module.weight)  # type: ignore[arg-type]
                 self.add(path, "norm", depth, kind="norm", width=width, channel_dim=norm_channel(module))
         rank = {role: i for i, role in enumerate(ROLES)}
-        once = {(site.path, site.role, site.tensor, site.rows): site for site in reversed(self.sites)}
-        return sorted(reversed(once.values()), key=lambda site: (order[site.path], rank[site.role]))
+        once = {(site.path, site.role, site.tensor, site.rows): site for site in self.sites[::-1]}
+        return sorted(once.values(), key=lambda site: (order[site.path], rank[site.role]))
 
     def outside(self, path: str, around: str) -> str:
         """The tower of a module outside every block."""

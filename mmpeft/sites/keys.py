@@ -50,17 +50,19 @@ def _refusal(graph: Graph, one: Attention) -> str:
     """Why learned keys and values do not fit in an attention although there is a way in."""
     if _is_over_channels(graph, one):
         return CHANNELS
+    (_, first), (_, second) = graph.shapes(graph.ops[one.score])[-2:]
+    shares, values = (shape for _, shape in graph.shapes(graph.ops[one.value])[-2:])
+    if first[-1] == second[-2] != values[-1]:
+        return UNEQUAL
     before = graph.between(one.score, one.center)[:-1]
     behind = graph.between(one.center, one.value)[:-1]
     if any(op.name in ("add", "baddbmm") and _adds_product(graph, one, op) for op in before):
         return SUMMED
     if not all(_follows(graph, op) for op in before) or any(op.name not in VIEWS for op in behind):
         return MIXED
-    (_, first), (_, second) = graph.shapes(graph.ops[one.score])[-2:]
-    shares, values = (shape for _, shape in graph.shapes(graph.ops[one.value])[-2:])
     if shares[-2:] != graph.ops[one.score].shape[-2:] or first[-1] != second[-2]:
         return OTHER  # the product is written the other way round
-    return UNEQUAL if first[-1] != values[-1] else ""
+    return ""
 
 
 def _is_over_channels(graph: Graph, one: Attention) -> bool:

@@ -127,6 +127,9 @@ def looks(name: str, args: Any) -> bool:
     return name in VIEWS or (name == "index_select" and args[1] == 0)
 
 
+RESHAPES = frozenset({"view", "_unsafe_view", "reshape"})
+
+
 def swaps(name: str, shape: tuple[int, ...], args: Any, stacked: bool) -> bool:
     """Whether a change of the order of dimensions swaps those of a matrix: the last two of a stack, else the long ones.
 

@@ -139,7 +139,10 @@ def _shell(
 ) -> None:
     found = shell(reading.graph, sub)
     roles = {role for p in sub.products if p.weight for role, _ in reading.roles.get(p.weight.name, ())}
-    if found is None or sub.shared or (role != "mlp" and alone and "mlp.up" in roles):
+    outside = reading.block_of(reading.graph.ops[sub.sum]) is None
+    if found is None or (outside and any(path.startswith(f"{found.path}.") for path in reading.blocks)):
+        return  # a sum around blocks is no sub-layer of any
+    if sub.shared or (role != "mlp" and alone and "mlp.up" in roles):
         return
     if sub.products:
         last = sub.products[-1]

@@ -30,6 +30,7 @@ from mmpeft.sites.record import (
     BLANKS,
     PICKS,
     PRODUCTS,
+    RESHAPES,
     SLICES,
     SWAPS,
     VIEWS,
@@ -189,7 +190,8 @@ class _Watching(TorchDispatchMode):
         derived = use.derived or name not in VIEWS | SLICES | PICKS
         for o in made:
             offset = 0 if derived else int(o.storage_offset())
-            self.uses[id(o)] = Use(use.name, swapped, derived, offset, stacked=use.stacked)
+            stacked = use.stacked and (name not in RESHAPES or o.shape[-2:] == read[0].shape[-2:])
+            self.uses[id(o)] = Use(use.name, swapped, derived, offset, stacked=stacked)
 
     def product(self, name: str, args: Any, read: list[Tensor], uses: list[Use | None]) -> tuple[Use | None, int]:
         """The parameter that a product multiplies by, and which of what it reads that is: of several the last."""

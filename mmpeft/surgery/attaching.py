@@ -182,7 +182,7 @@ def _install(model: nn.Module, state: State, name: str, placements: list[Placeme
             placement.part.eval()
         parts = _child(_child(home, CHILD), name)
         if placement.key in parts._modules:
-            raise ConfigError(f"two parts at {placement.home} would be called {placement.key!r}, and one be lost on saving")
+            raise ConfigError(f"two parts at {placement.home} would be called {placement.key!r}, one lost on saving")
         parts.add_module(placement.key, placement.part)
 
 

@@ -130,7 +130,6 @@ class Trial:
     def __init__(self, build: Callable[[], nn.Module], model: nn.Module, inputs: Inputs) -> None:
         self.build, self.model, self.inputs = build, model, inputs
         self.plain: list[Tensor] = []
-        self.slopes: dict[str, Tensor | None] = {}
 
     def fresh(self) -> nn.Module:
         """A model that no method has touched."""
@@ -156,26 +155,36 @@ class Trial:
             ValueError: no tensors, or some that are not finite.
         """
         found = self.outputs(model)
-        if not found or not all(torch.isfinite(t).all() for t in found):
+        if not found or not all(torch.isfinite(t).any() for t in found if t.numel()):
             raise ValueError("a pass gives no finite floating tensors")
-        return found
+        return [t.nan_to_num(0.0, 0.0, 0.0) for t in found]  # some mask with minus infinity
 
     def loss(self, model: nn.Module) -> Tensor:
         """A fixed random projection of all outputs: the plain sum of what a norm gives never changes."""
         found = [t.float() for t in self.outputs(model) if t.requires_grad]
         generator = torch.Generator().manual_seed(1)
-        return torch.stack([(t * torch.randn(t.shape, generator=generator)).sum() for t in found]).sum()
+        weighed = (t * torch.randn(t.shape, generator=generator) for t in found)
+        return torch.stack([t.where(torch.isfinite(t), 0.0).sum() for t in weighed]).sum()
 
-    def rests(self, placement: Placement) -> bool:
-        """Whether the plain model learns nothing there either: its own tensor gets no gradient in exact arithmetic."""
-        if not self.slopes:
+    def slopes(self, tuning: mmpeft.Tuning) -> dict[str, Tensor | None]:
+        """Gradients of the plain model's own tensors, merged with the tuning where that can be: so words are routed."""
+        with tempfile.TemporaryDirectory() as folder:
+            tuning.save(Path(folder))
             model = self.fresh()
-            for parameter in model.parameters():
-                parameter.requires_grad_(parameter.is_floating_point())
-            self.loss(model).backward()
-            self.slopes = {name: p.grad for name, p in model.named_parameters(remove_duplicate=False)}
+            try:
+                mmpeft.load(model, folder).merge()
+            except MMPEFTError:
+                model = self.fresh()
+        for parameter in model.parameters():
+            parameter.requires_grad_(parameter.is_floating_point())
+        self.loss(model).backward()
+        return {name: p.grad for name, p in model.named_parameters(remove_duplicate=False)}
+
+    @staticmethod
+    def rests(placement: Placement, slopes: dict[str, Tensor | None]) -> bool:
+        """Whether the plain model learns nothing there either: its own tensor gets no gradient in exact arithmetic."""
         hook = placement.hooks[0]
-        own = self.slopes.get(f"{hook.path}.{hook.name or 'weight'}".lstrip("."))
+        own = slopes.get(f"{hook.path}.{hook.name or 'weight'}".lstrip("."))
         if own is not None and getattr(placement.part, "transposed", False):
             own = own.t()
         return own is None or not take_rows(own, getattr(placement.part, "rows", None)).any()
@@ -196,7 +205,8 @@ class Trial:
         perturb(tuning)
         self.loss(model).backward()
         dead = [p for p in tuning.placements if any(t.grad is None or not t.grad.any() for t in p.part.parameters())]
-        rests = [placement for placement in dead if self.rests(placement)]
+        slopes = self.slopes(tuning) if dead else {}
+        rests = [placement for placement in dead if self.rests(placement, slopes)]
         dead = [placement for placement in dead if placement not in rests]
         found: dict[str, Any] = {"state": "ok", "parts": len(tuning.placements), "rests": len(rests)}
         if dead:
