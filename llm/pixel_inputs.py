@@ -35,7 +35,11 @@ def _channels(request: Request) -> int:
 def _side(request: Request) -> tuple[int, int]:
     """Height and width of a picture."""
     tower = _tower(request)
+    if ratios := request.find("scaled_images_ratios"):  # the smallest copy is one crop
+        return (round(_patch(request) / min(ratios)),) * 2
     for module in request.model.modules():  # a tower of timm's
+        if getattr(module, "strict_img_size", False) and getattr(module, "img_size", None):
+            return int(module.img_size[0]), int(module.img_size[1])
         cfg = getattr(module, "default_cfg", None)
         if isinstance(cfg, dict) and cfg.get("fixed_input_size"):
             return int(cfg["input_size"][1]), int(cfg["input_size"][2])
@@ -95,6 +99,13 @@ def _pixels(request: Request) -> Any:
             "pixel_values": request.noise(ROWS, _GRID * _GRID, channels * patch * patch),
             "spatial_shapes": torch.tensor([[_GRID, _GRID]] * ROWS),
             "pixel_attention_mask": torch.ones(ROWS, _GRID * _GRID, dtype=torch.long),
+        }
+    if "image_token_pooling" in names:  # each token is made of four patches
+        count = ROWS * _GRID * _GRID
+        return {
+            "pixel_values": request.noise(ROWS, _GRID * _GRID, channels * patch * patch),
+            "image_token_pooling": torch.arange(count).view(-1, _GRID),
+            "image_grids": torch.tensor([[_GRID // 2, _GRID // 2, 0, 0]] * ROWS),
         }
     if "pixel_position_ids" in names or "image_position_ids" in names:
         places = torch.cartesian_prod(torch.arange(_GRID), torch.arange(_GRID)).repeat(ROWS, 1, 1)

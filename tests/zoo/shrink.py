@@ -182,6 +182,8 @@ class Shrinking:
             return WHERE_NONE.get(name, MISSING)
         if isinstance(value, PreTrainedConfig | dict | bool) and name not in FIXED:
             return MISSING
+        if name == "num_kv_shared_layers" and value == before:  # of one that assists: all
+            return layers
         if name in FIXED:
             fixed = FIXED[name]
             return fixed if isinstance(value, int) and (value or isinstance(fixed, bool)) else MISSING
