@@ -15,7 +15,7 @@ _PAIRS = ("superglue", "lightglue", "efficientloftr")
 _FRAMES = ("instructblipvideo",)
 _SQUARES = ("kimi", "paddleocr_vl", "neomme")  # patches that keep their height and width
 _LISTED = ("pi0", "granite_docling")  # which of the pictures are there, besides
-_LISTS = (*_LISTED, "idefics", "idefics2", "idefics3", "smolvlm", "modernvbert", "colmodernvbert", "ultravbert")
+_LISTS = (*_LISTED, "idefics", "idefics2", "idefics3", "smolvlm", "modernvbert", "colmodernvbert", "ultravbert", "perception_lm")
 
 
 def _tower(request: Request) -> Any:
@@ -37,9 +37,10 @@ def _side(request: Request) -> tuple[int, int]:
     tower = _tower(request)
     if ratios := request.find("scaled_images_ratios"):  # the smallest copy is one crop
         return (round(_patch(request) / min(ratios)),) * 2
-    for module in request.model.modules():  # a tower of timm's
-        if getattr(module, "strict_img_size", False) and getattr(module, "img_size", None):
-            return int(module.img_size[0]), int(module.img_size[1])
+    for module in request.model.modules():  # a tower of timm's, first what it was made with
+        if getattr(module, "strict_img_size", False) and (size := getattr(module, "img_size", None)):
+            return int(size[0]), int(size[1])
+    for module in request.model.modules():
         cfg = getattr(module, "default_cfg", None)
         if isinstance(cfg, dict) and cfg.get("fixed_input_size"):
             return int(cfg["input_size"][1]), int(cfg["input_size"][2])
@@ -86,6 +87,12 @@ def _pixels(request: Request) -> Any:
         pixels, grid = _patches(request)
         if kind == "colqwen2":
             pixels = pixels.unflatten(0, (ROWS, -1))
+        if "images_per_sample" in names:  # and the grid of the picture to make
+            return {
+                "pixel_values": pixels,
+                "image_grid_thw": grid.repeat_interleave(2, 0),
+                "images_per_sample": torch.tensor([2] * ROWS),
+            }
         return {
             "pixel_values": pixels,
             "image_grid_thw": grid,

@@ -181,9 +181,12 @@ def _features(request: Request, modality: str, made: dict[str, Any]) -> int:
     with torch.no_grad():
         found = run(**{name: value.to(where) if torch.is_tensor(value) else value for name, value in given.items()})
     pooled = getattr(found, "pooler_output", None)
+    if pooled is None and (deep := getattr(found, "deepstack_features", None)):
+        pooled = deep[0][1]
     found = getattr(found, "last_hidden_state", found) if pooled is None else pooled
     found = list(found) if isinstance(found, list | tuple) else [found]
-    count = sum(f.numel() // f.shape[-1] for f in found if torch.is_tensor(f))
+    wide = 0 if "images_per_sample" in given else -1  # where a map keeps its height and width
+    count = sum(f.numel() // f.shape[wide] for f in found if torch.is_tensor(f))
     filled = request.find("audio_soft_tokens_per_image", default=0) if modality == "audio" and count else 0
     return max(count, ROWS * int(filled))
 

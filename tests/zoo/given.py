@@ -23,10 +23,25 @@ def _times(name: str, factor: float) -> Callable[[dict[str, Any]], int]:
     return lambda new: int(new[name] * factor)
 
 
+_PERCEPTION = "vit_pe_core_"
+
+
+def _small_network(new: dict[str, Any]) -> str:
+    """The smallest of a family of timm's that stands in a larger model."""
+    name = str(new.get("architecture") or "resnet50")
+    if name.startswith(_PERCEPTION):
+        return "vit_pe_core_tiny_patch16_384"
+    return "resnet18" if "features_only" in (new.get("model_args") or {}) else name
+
+
 def _shallow(new: dict[str, Any]) -> dict[str, Any]:
-    """Two blocks of timm's vision transformers."""
-    given = dict(new.get("model_args") or {})
-    return {**given, "depth": 2} if str(new.get("architecture", "")).startswith("vit_") else given
+    """Two blocks of timm's vision transformers, small pictures, maps of four strides each half of the one before."""
+    given, name = dict(new.get("model_args") or {}), str(new.get("architecture", ""))
+    if name.startswith(_PERCEPTION):
+        given |= {"img_size": [64, 64], "ref_feat_shape": [4, 4]}
+    if "features_only" in given:
+        given["out_indices"] = [1, 2, 3, 4]
+    return {**given, "depth": 2} if name.startswith("vit_") else given
 
 
 def _small_resnet(new: dict[str, Any]) -> str:
@@ -37,14 +52,6 @@ def _small_resnet(new: dict[str, Any]) -> str:
 
 def _text_width(new: dict[str, Any]) -> int:
     return int(new["text_width"])
-
-
-# Maps of four strides, each half of the one before.
-_STAGES_OF_RESNET = {
-    "model_type": "timm_wrapper",
-    "architecture": "resnet18",
-    "model_args": {"features_only": True, "in_chans": 3, "out_indices": [1, 2, 3, 4]},
-}
 
 
 def _halving_lcnet() -> dict[str, Any]:
@@ -73,10 +80,10 @@ def _writing(reduced: int) -> dict[str, Any]:
     }
 
 
+_SMALL_EFFICIENTNET = {"width_coefficient": 0.25, "depth_coefficient": 0.5, "hidden_dim": 320, "image_size": 64}
+
 # What the class of a config is first made with.
 START: dict[str, dict[str, Any]] = {
-    **{t: {"backbone_config": _STAGES_OF_RESNET} for t in ("edgetam_vision_model",)},
-    "edgetam": {"vision_config": {"model_type": "edgetam_vision_model", "backbone_config": _STAGES_OF_RESNET}},
     "gemma4_assistant": {
         "text_config": {
             "model_type": "gemma4_text",
@@ -100,7 +107,7 @@ START: dict[str, dict[str, Any]] = {
             "model_type": "timm_wrapper",
             "architecture": "vit_pe_core_tiny_patch16_384",
             "num_classes": 0,
-            "model_args": {"embed_dim": 192, "img_size": [64, 64], "ref_feat_shape": [4, 4], "global_pool": ""},
+            "model_args": {"embed_dim": 192, "global_pool": ""},
         }
     },
     "pp_ocrv5_mobile_rec": {  # a line of writing loses its height, not its length
@@ -218,7 +225,15 @@ GIVEN: dict[str, dict[str, Any]] = {
     "vipllava": {"vision_feature_layers": [-1, -2, -3]},
     "voxtral_encoder": {"intermediate_size": _times("hidden_size", 4)},
     "xmod": {"default_language": "en_XX"},
-    "align": {"projection_dim": 640},
+    **{t: _SMALL_EFFICIENTNET for t in ("efficientnet", "align_vision_model")},
+    "align": {"projection_dim": 80},
+    "clap_audio_model": {"patch_embeds_hidden_size": 32, "hidden_size": 256, "depths": [2, 1, 1, 1]},
+    "xlstm": {
+        **{name: 128 for name in ("hidden_size", "embedding_dim")},
+        **{name: 4 for name in ("num_hidden_layers", "num_blocks", "num_heads")},
+        "vocab_size": 400,
+        "chunk_size": 4,
+    },
     "DbrxAttentionConfig": {"rope_theta": 10000.0, "clip_qkv": 8.0},
     "dots1": {"n_routed_experts": 4, "n_shared_experts": 1},
     "FunAsrNanoAdaptorConfig": {"intermediate_size": lambda new: new["text_width"] // 4},
@@ -237,14 +252,15 @@ GIVEN: dict[str, dict[str, Any]] = {
     "sam_hq_vision_model": {"num_pos_feats": lambda new: new["output_channels"] // 2},
     "moonshine_streaming": {"num_key_value_heads": 4},
     "emu3_vqgan": {"codebook_size": 16, "base_channels": 32, "hidden_size": 128},
-    "timm_wrapper": {"model_args": _shallow},
+    "timm_wrapper": {"model_args": _shallow, "architecture": _small_network},
     "apertus1p5": {"image_token_offset": 200, "audio_token_offset": 264},
     "clvp_encoder": {"vocab_size": 512, "num_attention_heads": 2},
     "deepseek_ocr2_sam_vision_model": {"downsample_channels": lambda new: [64, new["widths"].get(4096, 128)]},
-    "gemma3n_text": {"vocab_size": 512, "vocab_size_per_layer_input": 256},
-    "gemma3n_vision": {"vocab_offset": 256},
+    "gemma3n_text": {"hidden_size": 128, "vocab_size": 512, "vocab_size_per_layer_input": 256},
+    "gemma3n_vision": {"vocab_offset": 256, "model_args": {"channel_multiplier": 0.125}},
     "muse_glimmer_assistant": {"sliding_window": 64},
-    "neucodec": {"quantization_dim": _times("hidden_size", 2)},
+    "depth_pro": {"patch_size": 56, "intermediate_hook_ids": [3, 1]},
+    "neucodec": {"num_key_value_heads": 4, "quantization_dim": _times("hidden_size", 2)},
     "omdet-turbo": {"encoder_in_channels": [192, 384, 768], "encoder_projection_indices": [2]},
     "pp_doclayout_v2": {"class_thresholds": [0.0, 0.0], "class_order": [0, 1]},
     **{t: _writing(64) for t in ("pp_ocrv5_server_det", "pp_ocrv6_medium_det")},
@@ -255,5 +271,4 @@ GIVEN: dict[str, dict[str, Any]] = {
         "backbone_feature_sizes": [[16, 16], [8, 8], [4, 4]],
     },
     "gemma3n_audio": {"sscp_conv_channel_size": [128, 32], "vocab_offset": 384},
-    "depth_pro": {"patch_size": 56},
 }
