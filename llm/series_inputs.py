@@ -60,7 +60,7 @@ def _context(request: Request) -> Tensor:
 
 
 def _shared(request: Request) -> dict[str, Any]:
-    """Keys and values of the model that a small one assists, and its states beside its embeddings."""
+    """Keys and values of the model that a small one assists, and its last state beside its embedding."""
     shared = {}
     for module in request.model.modules():
         kind, width = getattr(module, "layer_type", None), getattr(module, "head_dim", None)
@@ -68,7 +68,7 @@ def _shared(request: Request) -> dict[str, Any]:
             heads = int(request.find("num_attention_heads")) // int(getattr(module, "num_key_value_groups", 1))
             shared[kind] = (request.noise(ROWS, heads, TOKENS, width), request.noise(ROWS, heads, TOKENS, width))
     wide = 2 * int(request.config.backbone_hidden_size)
-    return {"shared_kv_states": shared, "inputs_embeds": request.noise(ROWS, TOKENS, wide)}
+    return {"shared_kv_states": shared, "inputs_embeds": request.noise(ROWS, 1, wide)}
 
 
 def _questions(request: Request) -> dict[str, Tensor]:
