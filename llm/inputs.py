@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from mmpeft.llm.pixel_inputs import PIXELS
 from mmpeft.llm.request import Request
@@ -38,6 +39,8 @@ def example_inputs(model: nn.Module) -> tuple[tuple[Any, ...], dict[str, Any]] |
 def _as_weights(model: nn.Module, value: Any) -> Any:
     """Numbers in the precision of the weights."""
     kind = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+    if isinstance(value, dict | tuple):
+        return tree_map(lambda one: _as_weights(model, one), value)
     if isinstance(value, Tensor) and value.is_floating_point() and kind in (torch.float16, torch.bfloat16):
         return value.to(kind)
     return value

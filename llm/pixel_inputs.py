@@ -15,7 +15,7 @@ _PAIRS = ("superglue", "lightglue", "efficientloftr")
 _FRAMES = ("instructblipvideo",)
 _SQUARES = ("kimi", "paddleocr_vl", "neomme")  # patches that keep their height and width
 _LISTED = ("pi0", "granite_docling")  # which of the pictures are there, besides
-_LISTS = (*_LISTED, "idefics", "idefics2", "idefics3", "smolvlm", "modernvbert", "colmodernvbert", "ultravbert")
+_LISTS = (*_LISTED, "idefics", "idefics2", "idefics3", "smolvlm", "modernvbert", "colmodernvbert", "ultravbert", "perception_lm")
 
 
 def _tower(request: Request) -> Any:
@@ -35,7 +35,12 @@ def _channels(request: Request) -> int:
 def _side(request: Request) -> tuple[int, int]:
     """Height and width of a picture."""
     tower = _tower(request)
-    for module in request.model.modules():  # a tower of timm's
+    if ratios := request.find("scaled_images_ratios"):  # the smallest copy is one crop
+        return (round(_patch(request) / min(ratios)),) * 2
+    for module in request.model.modules():  # a tower of timm's, first what it was made with
+        if getattr(module, "strict_img_size", False) and (size := getattr(module, "img_size", None)):
+            return int(size[0]), int(size[1])
+    for module in request.model.modules():
         cfg = getattr(module, "default_cfg", None)
         if isinstance(cfg, dict) and cfg.get("fixed_input_size"):
             return int(cfg["input_size"][1]), int(cfg["input_size"][2])
@@ -82,6 +87,12 @@ def _pixels(request: Request) -> Any:
         pixels, grid = _patches(request)
         if kind == "colqwen2":
             pixels = pixels.unflatten(0, (ROWS, -1))
+        if "images_per_sample" in names:  # and the grid of the picture to make
+            return {
+                "pixel_values": pixels,
+                "image_grid_thw": grid.repeat_interleave(2, 0),
+                "images_per_sample": torch.tensor([2] * ROWS),
+            }
         return {
             "pixel_values": pixels,
             "image_grid_thw": grid,
@@ -95,6 +106,13 @@ def _pixels(request: Request) -> Any:
             "pixel_values": request.noise(ROWS, _GRID * _GRID, channels * patch * patch),
             "spatial_shapes": torch.tensor([[_GRID, _GRID]] * ROWS),
             "pixel_attention_mask": torch.ones(ROWS, _GRID * _GRID, dtype=torch.long),
+        }
+    if "image_token_pooling" in names:  # each token is made of four patches
+        count = ROWS * _GRID * _GRID
+        return {
+            "pixel_values": request.noise(ROWS, _GRID * _GRID, channels * patch * patch),
+            "image_token_pooling": torch.arange(count).view(-1, _GRID),
+            "image_grids": torch.tensor([[_GRID // 2, _GRID // 2, 0, 0]] * ROWS),
         }
     if "pixel_position_ids" in names or "image_position_ids" in names:
         places = torch.cartesian_prod(torch.arange(_GRID), torch.arange(_GRID)).repeat(ROWS, 1, 1)

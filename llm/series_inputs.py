@@ -59,6 +59,24 @@ def _context(request: Request) -> Tensor:
     return _hidden(request).repeat(1, 1, len(request.find("target_layer_ids", default=[0])))
 
 
+def _shared(request: Request) -> dict[str, Any]:
+    """Keys and values of the model that a small one assists, and its last state beside its embedding."""
+    shared = {}
+    for module in request.model.modules():
+        kind, width = getattr(module, "layer_type", None), getattr(module, "head_dim", None)
+        if isinstance(kind, str) and isinstance(width, int):
+            heads = int(request.find("num_attention_heads")) // int(getattr(module, "num_key_value_groups", 1))
+            shared[kind] = (request.noise(ROWS, heads, TOKENS, width), request.noise(ROWS, heads, TOKENS, width))
+    wide = 2 * int(request.config.backbone_hidden_size)
+    return {"shared_kv_states": shared, "inputs_embeds": request.noise(ROWS, 1, wide)}
+
+
+def _questions(request: Request) -> dict[str, Tensor]:
+    """Two questions of two options each, in one prompt."""
+    marks = torch.tensor([[TOKENS // 2, TOKENS]])
+    return {"marks": marks, "num_options": torch.full((1, 2), 2), "question_type_ids": torch.tensor([[0, 1]])}
+
+
 def _if_required(name: str, maker: Callable[[Request], Any]) -> Callable[[Request], Any]:
     return lambda request: maker(request) if name in request.required or request.main == name else None
 
@@ -73,6 +91,8 @@ SERIES: dict[str, Callable[[Request], Any]] = {
     "states": _trajectory,
     "visual_feats": _visual_features,
     "context_hidden_states": _context,
+    "marks": _questions,
+    "shared_kv_states": _shared,
     "state": _if_required("state", lambda request: request.noise(ROWS, int(request.find("max_state_dim", default=8)))),
     "latents": _if_required("latents", lambda request: _hidden(request).transpose(1, 2)),
     **{name: _if_required(name, _hidden) for name in ("inputs_embeds", "query_embeds", "noise_embeds")},

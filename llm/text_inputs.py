@@ -163,9 +163,11 @@ def place_features(request: Request, made: dict[str, Any]) -> None:
 def _features(request: Request, modality: str, made: dict[str, Any]) -> int:
     """How many features the tower of a modality gives for what was made, by running it."""
     run = request.tower(modality)
+    taken = inspect.signature(run).parameters if run else {}
+    if modality == "audio" and "input_features" in made and (run is None or "input_ids" in taken):
+        return _counted(request, made)  # it needs the tokens first
     if run is None:
         return 0
-    taken = inspect.signature(run).parameters
     given = {name: made[name] for name in taken if name in made}
     if modality == "audio" and given:
         for name, parameter in taken.items():  # that the whole makes out of its own arguments
@@ -179,6 +181,22 @@ def _features(request: Request, modality: str, made: dict[str, Any]) -> int:
     with torch.no_grad():
         found = run(**{name: value.to(where) if torch.is_tensor(value) else value for name, value in given.items()})
     pooled = getattr(found, "pooler_output", None)
+    if pooled is None and (deep := getattr(found, "deepstack_features", None)):
+        pooled = deep[0][1]
     found = getattr(found, "last_hidden_state", found) if pooled is None else pooled
     found = list(found) if isinstance(found, list | tuple) else [found]
-    return sum(f.numel() // f.shape[-1] for f in found if torch.is_tensor(f))
+    wide = 0 if "images_per_sample" in given else -1  # where a map keeps its height and width
+    count = sum(f.numel() // f.shape[wide] for f in found if torch.is_tensor(f))
+    filled = request.find("audio_soft_tokens_per_image", default=0) if modality == "audio" and count else 0
+    return max(count, ROWS * int(filled))
+
+
+def _counted(request: Request, made: dict[str, Any]) -> int:
+    """How many features the tower of sound says that it gives."""
+    counts = [f for m in request.model.modules() if (f := getattr(m, "_get_feat_extract_output_lengths", None))]
+    if not counts:
+        return 0
+    mask = next((made[n] for n in made if n.endswith("mask") and n != "attention_mask"), None)
+    frames = made["input_features"].shape[-1] if mask is None else int(mask[0].sum())
+    found = counts[0](torch.tensor(frames))
+    return ROWS * int(found[-1] if isinstance(found, tuple) else found)

@@ -18,7 +18,7 @@ EXPERT_COUNTS = re.compile(r"^(moe_)?(num|n)_(local_|routed_)?experts$")
 CHOSEN_COUNTS = re.compile(
     r"experts_per_tok(en)?$|^moe_top_?k$|^num_selected_experts$|^moe_k$|^top_?k_experts$|^num_experts_per_token"
 )
-VOCABULARIES = re.compile(r"(vocab_size|vocabulary_size|_vocab|num_embeddings|bigram_vocab_size)$")
+VOCABULARIES = re.compile(r"(vocab_size(_per_layer_input)?|vocabulary_size|_vocab|num_embeddings|bigram_vocab_size)$")
 TOKENS = re.compile(r"(token_ids?|token_index|_token|bos_id|eos_id|pad_id|_id|eos_ids?|start_id|end_id|_index)$")
 WIDTH = re.compile(
     r"(hidden_(size|dim|sizes|channels|dimension|size_global)|(^|_)d_model|n_embd|embed_dims?|_dims?|_size|_sizes|d_ff|n_inner|ffn|width|"
@@ -70,6 +70,7 @@ FIXED = {
 }
 MORE_WIDTHS = ("upsample_groups", "bottleneck_features", "downsample_channels")  # widths under other names
 WHERE_NONE = {"num_key_value_heads": KEY_VALUE_HEADS, "vocab_size": 64, "num_experts_per_tok": 2, "head_dim": 16}
+WHERE_NONE |= {"image_token_id": 5, "video_token_id": 6, "audio_token_id": 7}
 WIDTH_OF_TEXT = ("out_hidden_size", "text_hidden_size", "llm_hidden_size")
 # Heads, their width, and what times the hidden width they make.
 SCANS = (

@@ -89,9 +89,17 @@ def own_fields(config: PreTrainedConfig) -> dict[str, Any]:
     return {name: _read(config, name) for name in names}
 
 
+def _usual(kind: type[PreTrainedConfig]) -> PreTrainedConfig:
+    """A config as its class makes it, with what it is started with where its own defaults contradict each other."""
+    try:
+        return kind()
+    except Exception:  # of several kinds, by the check that fails
+        return kind(**START.get(kind.model_type, {}))
+
+
 def _explicit(config: PreTrainedConfig) -> dict[str, Any]:
     """What the config above wrote into this one."""
-    fresh = type(config)()
+    fresh = _usual(type(config))
     own = own_fields(config).items()
     kept = {k: v for k, v in own if not isinstance(v, PreTrainedConfig) and v != _read(fresh, k)}
     for name in ("_out_indices", "_out_features"):  # one of them settles the other
@@ -182,6 +190,8 @@ class Shrinking:
             return WHERE_NONE.get(name, MISSING)
         if isinstance(value, PreTrainedConfig | dict | bool) and name not in FIXED:
             return MISSING
+        if name == "num_kv_shared_layers" and value == before:  # of one that assists: all
+            return layers
         if name in FIXED:
             fixed = FIXED[name]
             return fixed if isinstance(value, int) and (value or isinstance(fixed, bool)) else MISSING
