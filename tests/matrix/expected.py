@@ -19,6 +19,8 @@ VISION = tuple(timm.FAMILIES)
 WHOLE = ("Full", "LastBlocks", "DiffPruning", "ChildTuningF")
 SCORED = ("ChildTuningD", "FishMask", "LTSFT", "SAMMask", "SPT")
 FOLDED = ("*oRA*", "DiffFit", "IA3", "KronA", "LoHa", "LoKr", "PaFi", "RandomMask", "SSF")
+LOT_IMAGES = ("tnt", "resnet", "mobilevitv2")
+LOT = (*LOT_IMAGES, "helios")
 PAIRS = ("hf_clip", "hf_siglip", "open_clip", "open_clip_timm_hf", "coca")
 REFUSED = {
     ("VPT*", "beit"): "relative-position bias",
@@ -69,6 +71,32 @@ REFUSED = {
 }
 """(method pattern, family pattern) -> part of the reason."""
 
+LOT_REFUSED = {
+    **{(method, "tnt"): "two streams" for method in ("AdapterPlus", "LST")},
+    **{(method, family): "no anatomy says" for method in ("CoDA", "VPT*") for family in ("tnt", "resnet")},
+    **{(method, "mobilevitv2"): "made before the blocks" for method in ("CoDA", "VPT*")},
+    **{
+        (method, family): "'kv' .*matches no site"
+        for method in ("LLaMAAdapter", "MAM", "PTuningV2", "PrefixTuning", "UniPELT")
+        for family in ("resnet", "mobilevitv2")
+    },
+    ("IA3", "resnet"): "'attn.k' .*matches no site",
+    ("IA3", "mobilevitv2"): "linear or experts sites",
+    ("KronAB", "resnet"): "'mlp' .*matches no site",
+    ("SPT", "resnet"): "'attn.*' .*matches no site",
+    ("LoRA[at=mlp.*,embed]", "resnet"): "'mlp.*' .*matches no site",
+    ("LoRA[at=mlp.*,embed]", "helios"): "'embed' .*matches no site",
+    **{("DoRA[where]", family): "'attn.*' .*matches no site" for family in ("resnet", "mobilevitv2")},
+    **{(method, "helios"): "'embed' .*matches no site" for method in PROMPTS},
+    **{(method, "t5gemma2_encoder"): "no way to lengthen" for method in PROMPTS},
+    ("LinearProbe", "t5gemma2_encoder"): "finds no tensor",
+    **{(m, f): "no text tower" for m in ("CoOp*", "MaPLe") for f in LOT},
+    **{("TextualInversion", f): "finds no tensor" for f in LOT},
+    **{(m, f): "no embedding of words" for m in PROMPTS for f in LOT_IMAGES},
+}
+"""The same of families drawn by lot: what a ConvNet, a block of two streams or a video transformer has no place for."""
+REFUSED |= LOT_REFUSED
+
 UNMERGEABLE = {
     ("SSF", "beit"): NO_KEY_BIAS,
     ("SSF", "eva"): NO_KEY_BIAS,
@@ -77,7 +105,10 @@ UNMERGEABLE = {
     ("SSF", "swinv2"): NO_KEY_BIAS,
     **{("LoRA+BitFit+Houlsby", family): "no linear map" for family in FEW_BITS},
     **{(method, family): "no room for an update" for method in FOLDED for family in FEW_BITS},
-    **{("SSF", family): "reads no bias" for family in ("llama", "gemma2", "phi3", "t5", "sd3", "flux")},
+    **{
+        ("SSF", family): "reads no bias"
+        for family in ("llama", "gemma2", "phi3", "t5", "sd3", "flux", "helios", "t5gemma2_encoder")
+    },
 }
 """Cells that work and cannot be merged, beyond the methods that never can."""
 

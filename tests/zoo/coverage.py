@@ -22,11 +22,11 @@ def coverage(record: Record, found: list[Site], parameters: Collection[str]) -> 
         if site.kind in PRODUCTS or site.refuse:
             own.setdefault(f"{site.path}.{site.tensor}".lstrip("."), []).append(site)
     products = {op.weight.name: op for op in record.ops if op.weight is not None and op.name != "embedding"}
-    products = {_computed(name): op for name, op in products.items() if name in parameters}
+    products = {name: op for name, op in products.items() if name in parameters}
     left: Counter[str] = Counter()
     missed = []
     for name, op in products.items():
-        sites = own.get(name, [])
+        sites = own.get(name) or own.get(_computed(name), [])
         refused = [site.refuse for site in sites if site.refuse]
         if refused:
             left[refused[0]] += 1

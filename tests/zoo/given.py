@@ -168,7 +168,11 @@ GIVEN: dict[str, dict[str, Any]] = {
     "glm5_next_text": {"index_topk": 16},
     "glmasr_encoder": {"intermediate_size": _times("hidden_size", 4)},
     "gpt_neo": {"attention_types": [[["global", "local"], 2]]},
-    "granite4_vision": {"deepstack_layer_map": [(1, 0), (3, 2)], "downsample_rate": "1/2", "image_grid_pinpoints": [[128, 256]]},
+    "granite4_vision": {
+        "deepstack_layer_map": [(1, 0), (3, 2)],
+        "downsample_rate": "1/2",
+        "image_grid_pinpoints": [[128, 256]],
+    },
     "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"] * 2},
     **{t: {"projection_dim": _text_width} for t in ("janus_vision_model",)},
     "janus_vqgan": {"projection_dim": _text_width, "image_token_embed_dim": _text_width},
