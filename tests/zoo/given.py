@@ -261,7 +261,7 @@ GIVEN: dict[str, dict[str, Any]] = {
     "clvp_encoder": {"vocab_size": 512, "num_attention_heads": 2},
     "deepseek_ocr2_sam_vision_model": {"downsample_channels": lambda new: [64, new["widths"].get(4096, 128)]},
     "gemma3n_text": {
-        "activation_sparsity_pattern": [0.5, 0.0, 0.0, 0.0],
+        "activation_sparsity_pattern": [0.0] * 4,
         "hidden_size": 128,
         "vocab_size": 512,
         "vocab_size_per_layer_input": 256,
