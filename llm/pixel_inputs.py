@@ -15,8 +15,17 @@ _PAIRS = ("superglue", "lightglue", "efficientloftr")
 _FRAMES = ("instructblipvideo",)
 _SQUARES = ("kimi", "paddleocr_vl", "neomme")  # patches that keep their height and width
 _LISTED = ("pi0", "granite_docling")  # which of the pictures are there, besides
-_LISTS = (*_LISTED, "idefics", "idefics2", "idefics3", "smolvlm", "modernvbert", "colmodernvbert", "ultravbert")
-_LISTS += ("perception_lm",)
+_LISTS = (
+    *_LISTED,
+    "idefics",
+    "idefics2",
+    "idefics3",
+    "smolvlm",
+    "modernvbert",
+    "colmodernvbert",
+    "ultravbert",
+    "perception_lm",
+)
 
 
 def _tower(request: Request) -> Any:

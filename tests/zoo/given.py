@@ -260,7 +260,12 @@ GIVEN: dict[str, dict[str, Any]] = {
     "apertus1p5": {"image_token_offset": 200, "audio_token_offset": 264},
     "clvp_encoder": {"vocab_size": 512, "num_attention_heads": 2},
     "deepseek_ocr2_sam_vision_model": {"downsample_channels": lambda new: [64, new["widths"].get(4096, 128)]},
-    "gemma3n_text": {"hidden_size": 128, "vocab_size": 512, "vocab_size_per_layer_input": 256},
+    "gemma3n_text": {
+        "activation_sparsity_pattern": [0.0] * 4,
+        "hidden_size": 128,
+        "vocab_size": 512,
+        "vocab_size_per_layer_input": 256,
+    },
     "gemma3n_vision": {"vocab_offset": 256, "model_args": {"channel_multiplier": 0.125}},
     "muse_glimmer_assistant": {"sliding_window": 64},
     "depth_pro": {"patch_size": 56, "intermediate_hook_ids": [3, 1]},

@@ -70,7 +70,7 @@ FIXED = {
 }
 MORE_WIDTHS = ("upsample_groups", "bottleneck_features", "downsample_channels")  # widths under other names
 WHERE_NONE = {"num_key_value_heads": KEY_VALUE_HEADS, "vocab_size": 64, "num_experts_per_tok": 2, "head_dim": 16}
-WHERE_NONE |= {"image_token_id": 5, "video_token_id": 6, "audio_token_id": 7}
+WHERE_NONE |= {"image_token_id": 5, "video_token_id": 6, "audio_token_id": 7}  # whatever a tower's features stand for
 WIDTH_OF_TEXT = ("out_hidden_size", "text_hidden_size", "llm_hidden_size")
 # Heads, their width, and what times the hidden width they make.
 SCANS = (
