@@ -77,6 +77,7 @@ def judge(library: str, name: str, only: tuple[str, ...] = ()) -> dict[str, Any]
     models = importlib.import_module(LIBRARIES[library])
     if not name:
         return {}
+    only = only or (models.tried(name) if hasattr(models, "tried") else ())
     row: dict[str, Any] = {"name": name, "error": {}}
     start = time.perf_counter()
     try:

@@ -31,6 +31,18 @@ DEPTHS: dict[str, dict[str, Any]] = {
 """What makes a timm tower shallow, by the longest beginning of its name."""
 
 
+KINDS = (
+    "EVA02-B-16", "MobileCLIP-S1", "RN50", "ViT-B-16-SigLIP", "ViT-B-32", "ViTamin-S", "coca_ViT-B-32", "convnext_base",
+    "roberta-ViT-B-32", "swin_base_patch4_window7_224",
+)  # fmt: skip
+"""One configuration of each kind of towers."""
+
+
+def tried(name: str) -> tuple[str, ...]:
+    """Every method on one configuration of each kind; LoRA alone on the others, which have other widths and sizes."""
+    return () if name in KINDS else ("LoRA",)
+
+
 def names() -> list[str]:
     """Configurations of the installed open_clip."""
     return sorted(open_clip.list_models())

@@ -68,8 +68,14 @@ def line(row: Row, notes: Notes) -> str:
     covered = f"{row['products']} all" if not left else f"{row['products']} −{left} ({reasons})"
     covered = f"{row['products']}, **{len(row['missed'])} missed**" if row["missed"] else covered
     marks = [mark(row["methods"].get(name), notes) for name in METHODS]
-    peft = row["peft"]
-    beside = f"{peft['live']} of {peft['layers']}" if "live" in peft else f"no {notes.number(peft['why'])}"
+    peft = row.get("peft", {"why": ""})
+    beside = (
+        ""
+        if "peft" not in row
+        else f"{peft['live']} of {peft['layers']}"
+        if "live" in peft
+        else f"no {notes.number(peft['why'])}"
+    )
     towers = ", ".join(row["towers"])
     return (
         f"| {row['name']} | {row['sites']} | {row['blocks']} {towers} | {covered} | "
@@ -82,14 +88,15 @@ def section(library: str, rows: list[Row], notes: Notes) -> list[str]:
     """A library: its totals and its lines."""
     judged = [row for row in rows if not row["error"]]
     whole, covered = sum(map(is_whole, rows)), sum(not row["missed"] for row in judged)
-    totals = [f"{sum(r['methods'][m]['state'] == 'ok' for r in judged)} {m}" for m in METHODS]
-    peft = sum(row["peft"]["state"] == "ok" for row in judged)
+    tried = {m: [r["methods"][m]["state"] for r in judged if m in r["methods"]] for m in METHODS}
+    totals = [f"{m} {states.count('ok')} of {len(states)}" for m, states in tried.items()]
+    peft = [row["peft"]["state"] for row in judged if "peft" in row]
     head = ["model", "sites", "blocks", "products", *METHODS, "PEFT"]
     return [
         f"## {library}",
         "",
         f"{len(rows)} models: {covered} with every product accounted for, **{whole} of these with LoRA live**. "
-        f"Works: {', '.join(totals)}; HF PEFT's LoRA with every layer live: {peft}.",
+        f"Works: {', '.join(totals)}; HF PEFT's LoRA with every layer live: {peft.count('ok')} of {len(peft)}.",
         "",
         "| " + " | ".join(head) + " |",
         "|---" * len(head) + "|",

@@ -19,6 +19,11 @@ NAMES = (
 )  # fmt: skip
 
 
+def tried(name: str) -> tuple[str, ...]:
+    """LoRA alone: they have their full size."""
+    return ("LoRA",)
+
+
 def names() -> list[str]:
     """Those of the models above that the installed torchvision has."""
     return sorted(set(NAMES) & set(torchvision.models.list_models()))
