@@ -19,7 +19,7 @@ def coverage(record: Record, found: list[Site], parameters: Collection[str]) -> 
     """Products of a pass (look-ups apart), how many are left out and why, and those that no site speaks of."""
     own: dict[str, list[Site]] = {}
     for site in found:
-        if site.kind in PRODUCTS or site.refuse:
+        if site.kind in (*PRODUCTS, "embedding") or site.refuse:
             own.setdefault(f"{site.path}.{site.tensor}".lstrip("."), []).append(site)
     products = {op.weight.name: op for op in record.ops if op.weight is not None and op.name != "embedding"}
     products = {name: op for name, op in products.items() if name in parameters}
