@@ -12,11 +12,13 @@ sum. The gate is no module: what an adapter adds behind such a sub-layer passes 
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import replace
 
 from torch import nn
 
 from mmpeft.diffusion import inputs
+from mmpeft.hosting.host import original_class
 from mmpeft.hosting.modules import module_at
 from mmpeft.sites import Site, example_inputs, note
 from mmpeft.sites.blocks import pattern
@@ -29,6 +31,7 @@ PRESETS = {
 
 MAPS = "the blocks work on maps; there is no token sequence to put prompts into"
 PAIR = "the block takes and returns two streams, image and context; a single tensor does not hold its tokens"
+TURNED = "rotary positions are made before the blocks; tokens put in between would have none"
 DEAD = "its output is discarded: after the last block nothing reads the context stream"
 PROCESSOR = "set AttnProcessor2_0, or the model's own default, before attaching"
 FUSED = "its projections are fused into another one; call the model's unfuse_qkv_projections() before attaching"
@@ -62,7 +65,7 @@ def denoiser(model: nn.Module, found: list[Site]) -> list[Site]:
     found = [_paired(site, found) for site in found]
     found = [made for site in found for made in _single(site, found)]
     tokens = any(s.role == "block" and s.channel_dim == -1 for s in found)
-    return [_placed(site, found) for site in found if not (site.role == "tokens" and tokens and _is_map(site, found))]
+    return [_placed(model, site, found) for site in found if not (site.role == "tokens" and tokens and _is_map(site, found))]
 
 
 def _named(model: nn.Module, site: Site) -> Site:
@@ -141,11 +144,13 @@ def _is_map(site: Site, found: list[Site]) -> bool:
     return next(s for s in found if s.role == "block" and s.path == site.path).channel_dim == 1
 
 
-def _placed(site: Site, found: list[Site]) -> Site:
+def _placed(model: nn.Module, site: Site, found: list[Site]) -> Site:
     """Prompts stand in the tokens of transformer blocks on one stream; maps have none."""
     if site.role != "tokens":
         return site
     block = next(s for s in found if s.role == "block" and s.path == site.path)
     if block.channel_dim == 1:
         return replace(site, refuse=MAPS)
-    return replace(site, width=block.width, refuse=block.refuse)
+    names = inspect.signature(original_class(module_at(model, site.path)).forward).parameters
+    turned = any(part in name for name in names for part in ("rotary", "rope", "freqs"))
+    return replace(site, width=block.width, refuse=block.refuse or (TURNED if turned else ""))

@@ -112,7 +112,7 @@ def _keys(model: nn.Module, site: Site, found: list[Site]) -> Site:
     head = next((size for name in HEAD if (size := getattr(module, name, 0))), site.width)
     if keys is None or not head:  # those of another block, which are repeated for the queries behind the registry
         own = getattr(model.config.get_text_config(), "num_key_value_heads", None) or site.heads
-        heads = own if site.heads % own == 0 else site.heads
+        heads = own if own and site.heads % own == 0 else site.heads
         return replace(site, heads=heads, connect=Connect("config", view, shift=shifted))
     weight: Any = module_at(model, keys.path)
     total = int(weight_shape(weight)[1 if keys.transposed else 0])

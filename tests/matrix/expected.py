@@ -88,8 +88,7 @@ LOT_REFUSED = {
     ("LoRA[at=mlp.*,embed]", "helios"): "'embed' .*matches no site",
     **{("DoRA[where]", family): "'attn.*' .*matches no site" for family in ("resnet", "mobilevitv2")},
     **{(method, "helios"): "'embed' .*matches no site" for method in PROMPTS},
-    **{(method, "t5gemma2_encoder"): "no way to lengthen" for method in PROMPTS},
-    ("LinearProbe", "t5gemma2_encoder"): "finds no tensor",
+    **{(method, "helios"): "made before the blocks" for method in ("CoDA", "VPT*")},
     **{(m, f): "no text tower" for m in ("CoOp*", "MaPLe") for f in LOT},
     **{("TextualInversion", f): "finds no tensor" for f in LOT},
     **{(m, f): "no embedding of words" for m in PROMPTS for f in LOT_IMAGES},
@@ -107,7 +106,7 @@ UNMERGEABLE = {
     **{(method, family): "no room for an update" for method in FOLDED for family in FEW_BITS},
     **{
         ("SSF", family): "reads no bias"
-        for family in ("llama", "gemma2", "phi3", "t5", "sd3", "flux", "helios", "t5gemma2_encoder")
+        for family in ("llama", "gemma2", "phi3", "t5", "sd3", "flux", "helios")
     },
 }
 """Cells that work and cannot be merged, beyond the methods that never can."""

@@ -79,6 +79,6 @@ FAMILIES = copies(
         "resnet": partial(_pictures, lambda: ResNet(BasicBlock, [1, 2, 1, 1], num_classes=5)),
         "helios": partial(_named, diffusers_models.build, "HeliosTransformer3DModel"),
         "mobilevitv2": partial(_pictures, _mobilevit, 2 * PIXELS),
-        "t5gemma2_encoder": partial(_named, hf_models.build, "t5gemma2_encoder"),
+        "owlv2": partial(_named, hf_models.build, "owlv2"),
     }
 )
