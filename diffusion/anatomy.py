@@ -65,7 +65,8 @@ def denoiser(model: nn.Module, found: list[Site]) -> list[Site]:
     found = [_paired(site, found) for site in found]
     found = [made for site in found for made in _single(site, found)]
     tokens = any(s.role == "block" and s.channel_dim == -1 for s in found)
-    return [_placed(model, site, found) for site in found if not (site.role == "tokens" and tokens and _is_map(site, found))]
+    found = [site for site in found if not (site.role == "tokens" and tokens and _is_map(site, found))]
+    return [_placed(model, site, found) for site in found]
 
 
 def _named(model: nn.Module, site: Site) -> Site:

@@ -11,7 +11,7 @@ from mmpeft.sites.experts import experts, is_stacked
 from mmpeft.sites.graph import Graph
 from mmpeft.sites.record import Op
 from mmpeft.sites.replay import channels
-from mmpeft.sites.roles import Reading
+from mmpeft.sites.roles import UNREAD, Reading
 from mmpeft.sites.site import Site
 from mmpeft.sites.streams import Sublayer
 from mmpeft.sites.sublayers import mixed
@@ -24,9 +24,7 @@ NOT_RUN = "the watched pass did not run it"
 def rest(reading: Reading) -> None:
     """Products without a role of their own: outside blocks by their place, inside by their kind."""
     graph = reading.graph
-    outputs = 0
-    for i in graph.record.outputs:
-        outputs |= graph.above(i)
+    outputs = _returned(graph)
     for one in reading.attentions:
         if reading.block_of(graph.ops[one.center]) is not None:
             _in_block(reading, one)
@@ -62,6 +60,14 @@ def rest(reading: Reading) -> None:
             reading.assign(op, "head")
         else:
             reading.assign(op, "proj")
+
+
+def _returned(graph: Graph) -> int:
+    """The operations that what the model returns depends on, as bits."""
+    found = 0
+    for i in graph.record.outputs:
+        found |= graph.above(i)
+    return found
 
 
 def _without_stream(reading: Reading, op: Op) -> None:
@@ -139,7 +145,19 @@ def finish(reading: Reading, builder: Builder) -> list[Site]:
         elif is_norm(module) and not _rests(reading, path, called):
             builder.add(path, "norm", depth, kind="norm", dead=True, refuse=NOT_RUN)
     _resting_stacks(reading, builder)
-    return builder.finish()
+    unread = _unread(reading)
+    return [
+        replace(site, dead=True, refuse=UNREAD) if site.role == "norm" and site.path in unread else site
+        for site in builder.finish()
+    ]
+
+
+def _unread(reading: Reading) -> set[str]:
+    """Modules that ran, of which nothing reaches what the model returns."""
+    graph = reading.graph
+    above = _returned(graph)
+    ran = {call.path for call in graph.calls if call.gives}
+    return ran - {call.path for call in graph.calls if any(above >> i & 1 for i in call.gives)}
 
 
 def _resting_stacks(reading: Reading, builder: Builder) -> None:

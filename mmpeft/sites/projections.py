@@ -15,11 +15,10 @@ from mmpeft.sites.graph import Graph
 from mmpeft.sites.mlp import width
 from mmpeft.sites.record import SLICES, VIEWS, Op
 from mmpeft.sites.replay import as_rows
-from mmpeft.sites.roles import Reading
+from mmpeft.sites.roles import UNREAD, Reading
 
 DERIVED = "the pass multiplies by entries that it looks up or computes from this table: it is no matrix of a product"
 STACKED = "it holds several matrices, of which each position or head takes its own"
-UNREAD = "nothing that the model returns depends on it"
 
 
 def projections(reading: Reading, builder: Builder) -> None:

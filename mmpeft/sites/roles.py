@@ -15,6 +15,9 @@ from mmpeft.sites.mlp import width
 from mmpeft.sites.record import Op
 from mmpeft.sites.streams import Sublayer
 
+UNREAD = "nothing that the model returns depends on it"
+"""Why what ran is no site."""
+
 
 @dataclass
 class Reading:

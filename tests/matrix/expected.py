@@ -21,7 +21,7 @@ SCORED = ("ChildTuningD", "FishMask", "LTSFT", "SAMMask", "SPT")
 FOLDED = ("*oRA*", "DiffFit", "IA3", "KronA", "LoHa", "LoKr", "PaFi", "RandomMask", "SSF")
 LOT_IMAGES = ("tnt", "resnet", "mobilevitv2")
 LOT = (*LOT_IMAGES, "helios")
-PAIRS = ("hf_clip", "hf_siglip", "open_clip", "open_clip_timm_hf", "coca")
+PAIRS = ("hf_clip", "hf_siglip", "open_clip", "open_clip_timm_hf", "coca", "owlv2")
 REFUSED = {
     ("VPT*", "beit"): "relative-position bias",
     ("VPT*", "swin*"): WINDOWS,
@@ -104,10 +104,7 @@ UNMERGEABLE = {
     ("SSF", "swinv2"): NO_KEY_BIAS,
     **{("LoRA+BitFit+Houlsby", family): "no linear map" for family in FEW_BITS},
     **{(method, family): "no room for an update" for method in FOLDED for family in FEW_BITS},
-    **{
-        ("SSF", family): "reads no bias"
-        for family in ("llama", "gemma2", "phi3", "t5", "sd3", "flux", "helios")
-    },
+    **{("SSF", family): "reads no bias" for family in ("llama", "gemma2", "phi3", "t5", "sd3", "flux", "helios")},
 }
 """Cells that work and cannot be merged, beyond the methods that never can."""
 

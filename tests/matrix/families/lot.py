@@ -1,8 +1,9 @@
 """Families drawn by lot from the zoo, so that the matrix holds what nobody chose because it works.
 
 For each of timm, torchvision and diffusers the first name, for transformers the first two, of
-`random.Random("2026-11-30").sample(sorted(names), 6)`, the libraries in this order. `minicpmv4_6` was drawn too: its
-pictures are packed into one row, so that halves of a batch cannot be compared; the next one took its place.
+`random.Random("2026-11-30").sample(sorted(names), 6)`, the libraries in this order. Three of transformers' were
+passed over (`minicpmv4_6`, `t5gemma2_encoder`, `got_ocr2`): features of all pictures take the places of words in one
+go, so that the rows of a batch cannot each have a tuning of its own, and the next one took their place.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, ResNet
 
 from mmpeft.sites import inputs_of
-from tests.matrix.example import BATCH, Example, enliven
+from tests.matrix.example import BATCH, Example, enliven, first
 from tests.support.copies import copies
 from tests.zoo import diffusers_models
 from tests.zoo import hf as hf_models
@@ -34,7 +35,7 @@ def _pictures(build: Callable[[], nn.Module], size: int = PIXELS) -> Example:
         return Example(model, torch.randn(BATCH, 3, size, size))
 
 
-def _named(build: Callable[[str], nn.Module], name: str) -> Example:
+def _named(build: Callable[[str], nn.Module], name: str, read: Callable[[Any], Tensor] = first) -> Example:
     """A small model of the zoo, with twice as many rows of its example inputs."""
     with torch.random.fork_rng():
         model = build(name).eval()
@@ -43,7 +44,12 @@ def _named(build: Callable[[str], nn.Module], name: str) -> Example:
         assert inputs is not None
         assert not inputs[0]
         torch.manual_seed(0)
-        return Example(model, {key: _more(value) for key, value in inputs[1].items()})
+        return Example(model, {key: _more(value) for key, value in inputs[1].items()}, read)
+
+
+def _embeds(output: Any) -> Tensor:
+    """Of a pair of towers: the logits of every image with every text would mix the rows."""
+    return torch.cat([output.image_embeds, output.text_embeds], dim=-1)
 
 
 def _more(value: Any) -> Any:
@@ -79,6 +85,6 @@ FAMILIES = copies(
         "resnet": partial(_pictures, lambda: ResNet(BasicBlock, [1, 2, 1, 1], num_classes=5)),
         "helios": partial(_named, diffusers_models.build, "HeliosTransformer3DModel"),
         "mobilevitv2": partial(_pictures, _mobilevit, 2 * PIXELS),
-        "owlv2": partial(_named, hf_models.build, "owlv2"),
+        "owlv2": partial(_named, hf_models.build, "owlv2", _embeds),
     }
 )
