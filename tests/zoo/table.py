@@ -5,6 +5,7 @@ python -m tests.zoo.table [folder]
 
 from __future__ import annotations
 
+import importlib
 import re
 import sys
 from pathlib import Path
@@ -38,7 +39,7 @@ class Notes:
         self.texts: list[str] = []
 
     def number(self, text: str) -> int:
-        plain = re.sub(r"(@|at )[\w.]+(?=[:, ;])", r"\1…", text)
+        plain = re.sub(r"(@|\bat )[\w.]+(?=[:, ;])", r"\1…", text)
         plain = (
             re.sub(r"roles here:.*|\d+\.\d+e[-+]\d+", "…", plain, flags=re.DOTALL)
             .replace("|", "\\|")
@@ -91,12 +92,13 @@ def section(library: str, rows: list[Row], notes: Notes) -> list[str]:
     tried = {m: [r["methods"][m]["state"] for r in judged if m in r["methods"]] for m in METHODS}
     totals = [f"{m} {states.count('ok')} of {len(states)}" for m, states in tried.items()]
     peft = [row["peft"]["state"] for row in judged if "peft" in row]
+    total = len(importlib.import_module(LIBRARIES[library]).names())
     head = ["model", "sites", "blocks", "products", *METHODS, "PEFT"]
     return [
         f"## {library}",
         "",
-        f"{len(rows)} models: {covered} with every product accounted for, **{whole} of these with LoRA live**. "
-        f"Works: {', '.join(totals)}; HF PEFT's LoRA with every layer live: {peft.count('ok')} of {len(peft)}.",
+        f"{len(rows)} of {total} models: {covered} with every product accounted for, **{whole} of these with LoRA live**."
+        f" Works: {', '.join(totals)}; HF PEFT's LoRA with every layer live: {peft.count('ok')} of {len(peft)}.",
         "",
         "| " + " | ".join(head) + " |",
         "|---" * len(head) + "|",
