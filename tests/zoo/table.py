@@ -97,8 +97,8 @@ def section(library: str, rows: list[Row], notes: Notes) -> list[str]:
     return [
         f"## {library}",
         "",
-        f"{len(rows)} of {total} models: {covered} with every product accounted for, **{whole} of these with LoRA live**."
-        f" Works: {', '.join(totals)}; HF PEFT's LoRA with every layer live: {peft.count('ok')} of {len(peft)}.",
+        f"{len(rows)} of {total} models: {covered} with every product accounted for, **{whole} of these with LoRA "
+        f"live**. Works: {', '.join(totals)}; HF PEFT's LoRA with every layer live: {peft.count('ok')} of {len(peft)}.",
         "",
         "| " + " | ".join(head) + " |",
         "|---" * len(head) + "|",
