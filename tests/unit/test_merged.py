@@ -61,7 +61,8 @@ def test_every_family_is_read_back(family: str, tmp_path: Path) -> None:
     plain = merged.merged_copy(tuning)
     assert type(plain) is merged.original_class(example.model)
     assert (written.library, written.tensors) == (merged.library_of(plain), len(plain.state_dict()))
-    torch.testing.assert_close(example.answer(plain), answer, **CLOSE)
+    close = {"atol": 1e-4, "rtol": 1e-4} if family == "resnet" else CLOSE  # sums of thousands of terms
+    torch.testing.assert_close(example.answer(plain), answer, **close)
     files = [file.name for file in (tmp_path / "out").iterdir()]
     assert [name.name for name in tmp_path.iterdir()] == ["out"]
     assert not any(

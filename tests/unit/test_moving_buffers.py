@@ -112,8 +112,8 @@ def test_the_first_of_two_tunings_to_go_leaves_the_watch_to_the_last() -> None:
         first.detach()
 
 
-def _linear(site: Site) -> bool:
-    return site.kind == "linear" and site.depth >= 0 and not site.refuse
+def _product(site: Site) -> bool:
+    return site.kind in ("linear", "conv") and site.depth >= 0 and not site.refuse
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -122,7 +122,7 @@ def test_no_buffer_of_a_family_drifts_in_training_mode(family: str) -> None:
     example = FAMILIES[family]()
     model = example.model
     before = {n: b.clone() for n, b in model.named_buffers() if n in model.state_dict()}
-    tuning = mmpeft.attach(model, mmpeft.LoRA(rank=2, at=_linear))
+    tuning = mmpeft.attach(model, mmpeft.LoRA(rank=2, at=_product))
     model.train()
     optimizer = torch.optim.AdamW(tuning.parameters(), lr=1e-2, weight_decay=0.1)
     for _ in range(2):
