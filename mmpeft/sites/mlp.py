@@ -23,7 +23,11 @@ Assignment = dict[str, list[tuple[Op, list[int] | None]]]
 
 def is_pointwise(op: Op) -> bool:
     """Whether a product acts on every position alone: a linear, or a convolution of size one."""
-    if op.weight is None or op.name == "embedding" or (op.weight.derived and op.name == "bmm"):
+    if op.weight is None or op.name == "embedding":
+        return False
+    if (
+        op.weight.derived and op.name == "bmm" and ".parametrizations." not in op.weight.name
+    ):  # torch's own are matrices
         return False
     return op.name != "convolution" or (prod(op.weight.shape[2:]) == 1 and _groups(op) == 1)
 

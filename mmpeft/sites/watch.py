@@ -7,6 +7,7 @@ flow depends on the data. It runs on a copy of the modules that shares their ten
 from __future__ import annotations
 
 import inspect
+import re
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -66,6 +67,10 @@ def _attention(
     written = torch.ops.aten._scaled_dot_product_attention_math
     mixed: Tensor = written(query, key, value, attn_mask, 0.0, is_causal, scale=scale, enable_gqa=enable_gqa)[0]
     return mixed
+
+
+KEPT = re.compile(r"\.parametrizations\.\w+\.original\d*$")
+"""What torch calls the tensors that it makes a parametrised one of."""
 
 
 class _Functions(TorchFunctionMode):
@@ -150,7 +155,10 @@ class _Watching(TorchDispatchMode):
         op = Op(len(self.ops), name, func, args, kwargs, inputs, self.running[-1], shape, static)
         op.is_floating = not made or made[0].is_floating_point() or made[0].is_complex()
         uses = [self.uses.get(id(a)) for a in read]
-        if name in PRODUCTS:
+        kept = next((u for u in uses if u and KEPT.search(u.name)), None)
+        if kept is not None and static and name in PRODUCTS:  # a parametrised weight in the making
+            self.derive(name, kept, made, read, args)
+        elif name in PRODUCTS:
             op.weight, held = self.product(name, args, read, uses)
             op.held = inputs[held] if op.weight else -1
             static = op.static = static and name != "embedding"
