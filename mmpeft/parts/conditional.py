@@ -65,13 +65,11 @@ class Conditional(Part):
         index, weights = self._route(x, int(left))
         index = index[..., None].expand(-1, -1, x.shape[2])
         few = x.gather(1, index)
-
-        def spread(y: Tensor) -> Tensor:
-            change = cast(weights, y.dtype)[..., None] * (y - few)
-            return self.adapter.exit(host, x, x.scatter_add(1, index, cast(change, x.dtype)))
-
         output = run(few, *args, **kwargs)
-        return with_first(output, spread(first_of(output)))
+        y = first_of(output)
+        change = cast(weights, y.dtype)[..., None] * (y - few)
+        spread = x.scatter_add(1, index, cast(change, x.dtype))
+        return with_first(output, self.adapter.exit(host, x, spread))
 
     def _route(self, x: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """Indices of the tokens to run, in their order, and their λ [B, p + k]; scores are fp32 under autocast too."""

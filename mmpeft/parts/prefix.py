@@ -85,11 +85,12 @@ class Prefix(KeyValues):
     def extend(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Prepend to keys and values [B, h, n, d]; of heads that were repeated for their queries, so are the own."""
         own = self.batch(cast(self.keys_and_values(), keys.dtype), len(keys)).transpose(2, 3)
-        front = (self._repeated(tensor, given.shape[1]) for tensor, given in zip(own, (keys, values)))
-        return torch.cat([next(front), keys], dim=2), torch.cat([next(front), values], dim=2)
+        return self._before(own[0], keys), self._before(own[1], values)
 
-    def _repeated(self, own: Tensor, heads: int) -> Tensor:
-        return own if heads == self.heads else own.repeat_interleave(heads // self.heads, 1)
+    def _before(self, own: Tensor, others: Tensor) -> Tensor:
+        if others.shape[1] != self.heads:
+            own = own.repeat_interleave(others.shape[1] // self.heads, 1)
+        return torch.cat([own, others], dim=2)
 
     def batch(self, own: Tensor, rows: int) -> Tensor:
         """What `keys_and_values` gave for that many rows of an attention, [2, B, p, h, d]."""

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
-from functools import cached_property
+from functools import cached_property, reduce
+from operator import or_
 from typing import Any
 
 from torch import Tensor
@@ -110,6 +111,11 @@ class Graph:
                 key = (op.name, found.get(made[0], made[0]), self.which(made), op.args[1:])
                 found[op.index] = first.setdefault(key, op.index)
         return found
+
+    @cached_property
+    def returned(self) -> int:
+        """The operations that what the model returns depends on, as bits."""
+        return reduce(or_, (self.above(i) for i in self.record.outputs), 0)
 
     def behind(self, start: int) -> list[Op]:
         """The nearest weight products that a result comes from, not past other products or a softmax."""

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from mmpeft.sites.attention import Attention
+from mmpeft.sites.attention import Attention, is_joint
 from mmpeft.sites.builder import Builder
-from mmpeft.sites.graph import JOINTS, Graph
+from mmpeft.sites.graph import Graph
 from mmpeft.sites.record import VIEWS, Function, Op
 from mmpeft.sites.replay import over_positions
 
@@ -40,7 +40,7 @@ def keys_and_values(builder: Builder, graph: Graph, one: Attention, centers: lis
     heads, width = _shape(graph, one)
     held = next((i for i, s in enumerate(builder.sites) if s.role == "kv" and s.path == call.path), None)
     if held is None:
-        why = LINEAR if not one.soft else OTHER if not heads else _refusal(graph, one)
+        why = LINEAR if not one.soft else _refusal(graph, one) if heads else _no_way_in(graph, one)
         builder.add(call.path, "kv", depth, heads=heads, width=width, refuse=why)
     elif sum(call.first <= other < call.last for other in centers) > 1:
         builder.sites[held] = replace(builder.sites[held], refuse=SEVERAL)
@@ -77,7 +77,7 @@ def _adds_product(graph: Graph, one: Attention, op: Op) -> bool:
     queries = [source.index for source in one.sources["q"]]
     others = [i for i in op.inputs if not graph.is_above(one.score, i)]
     between = [o for q in queries for i in others for o in graph.between(q, i)]
-    return any(o.weight is None and o.name in JOINTS for o in between)
+    return any(is_joint(o) for o in between)
 
 
 def _follows(graph: Graph, op: Op) -> bool:
@@ -101,9 +101,9 @@ def _shape(graph: Graph, one: Attention) -> tuple[int, int]:
     return 0, 0
 
 
-def _asks_for_weights(graph: Graph, one: Attention) -> bool:
+def _no_way_in(graph: Graph, one: Attention) -> str:
     own = [f for f in graph.record.functions if f.name == "multi_head_attention_forward"]
-    return any(f.first <= one.center < f.last for f in own)
+    return WEIGHTS if any(f.first <= one.center < f.last for f in own) else OTHER
 
 
 def _matmul_of_scores(graph: Graph, one: Attention) -> Function | None:

@@ -7,7 +7,7 @@ from math import prod
 
 from mmpeft.sites.graph import Graph
 from mmpeft.sites.record import SLICES, VIEWS, Op
-from mmpeft.sites.replay import channels, position_dim, spread
+from mmpeft.sites.replay import channels, is_grouped, position_dim, spread
 from mmpeft.sites.streams import Sublayer
 
 POINTWISE = frozenset({"silu", "gelu", "relu", "sigmoid", "hardswish", "hardsigmoid", "leaky_relu", "elu", "celu"})
@@ -23,17 +23,9 @@ Assignment = dict[str, list[tuple[Op, list[int] | None]]]
 
 def is_pointwise(op: Op) -> bool:
     """Whether a product acts on every position alone: a linear, or a convolution of size one."""
-    if op.weight is None or op.name == "embedding":
+    if op.weight is None or op.name == "embedding" or (op.weight.derived and op.name == "bmm"):
         return False
-    if (
-        op.weight.derived and op.name == "bmm" and ".parametrizations." not in op.weight.name
-    ):  # torch's own are matrices
-        return False
-    return op.name != "convolution" or (prod(op.weight.shape[2:]) == 1 and _groups(op) == 1)
-
-
-def _groups(op: Op) -> int:
-    return int(op.args[8]) if len(op.args) > 8 else 1
+    return op.name != "convolution" or (prod(op.weight.shape[2:]) == 1 and not is_grouped(op))
 
 
 def width(op: Op) -> int:
@@ -65,7 +57,7 @@ def feed_forward(graph: Graph, sub: Sublayer, given: set[int]) -> Assignment | N
     through = graph.activations(end)[0]
     first = [op for op in graph.behind(through) if op.index in inside and op is not end]
     middle: list[Op] = []
-    if len(first) == 1 and first[0].name == "convolution" and _groups(first[0]) > 1 and end.name != "convolution":
+    if len(first) == 1 and is_grouped(first[0]) and end.name != "convolution":
         middle = first  # a depthwise convolution between two linears
         first = [op for op in graph.behind(graph.activations(middle[0])[0]) if op.index in inside]
     if not first or not all(is_pointwise(op) for op in first):

@@ -24,13 +24,12 @@ NOT_RUN = "the watched pass did not run it"
 def rest(reading: Reading) -> None:
     """Products without a role of their own: outside blocks by their place, inside by their kind."""
     graph = reading.graph
-    outputs = _returned(graph)
     for one in reading.attentions:
         if reading.block_of(graph.ops[one.center]) is not None:
             _in_block(reading, one)
         for name, sources in one.sources.items() if reading.block_of(graph.ops[one.center]) is None else ():
             for source in sources:
-                if outputs >> source.index & 1 and not is_projection(reading.owner(source)):  # one tensor, several uses
+                if graph.returned >> source.index & 1 and not is_projection(reading.owner(source)):  # for several uses
                     reading.assign(source, "proj", channels(graph, source, one.operands[name]))
     for op in graph.products:
         if is_stacked(op) and not reading.is_assigned(op):
@@ -45,7 +44,7 @@ def rest(reading: Reading) -> None:
             continue
         block = reading.block_of(op)
         inputs = [o for o in graph.inputs if graph.is_above(o.index, op.index)]
-        if not outputs >> op.index & 1:
+        if not graph.returned >> op.index & 1:
             reading.assign(op, "dead")
         elif inputs and all(len(o.shape) <= 1 for o in inputs):
             reading.assign(op, "time")
@@ -60,14 +59,6 @@ def rest(reading: Reading) -> None:
             reading.assign(op, "head")
         else:
             reading.assign(op, "proj")
-
-
-def _returned(graph: Graph) -> int:
-    """The operations that what the model returns depends on, as bits."""
-    found = 0
-    for i in graph.record.outputs:
-        found |= graph.above(i)
-    return found
 
 
 def _without_stream(reading: Reading, op: Op) -> None:
@@ -155,9 +146,8 @@ def finish(reading: Reading, builder: Builder) -> list[Site]:
 def _unread(reading: Reading) -> set[str]:
     """Modules that ran, of which nothing reaches what the model returns."""
     graph = reading.graph
-    above = _returned(graph)
     ran = {call.path for call in graph.calls if call.gives}
-    return ran - {call.path for call in graph.calls if any(above >> i & 1 for i in call.gives)}
+    return ran - {call.path for call in graph.calls if any(graph.returned >> i & 1 for i in call.gives)}
 
 
 def _resting_stacks(reading: Reading, builder: Builder) -> None:

@@ -128,6 +128,7 @@ def looks(name: str, args: Any) -> bool:
 
 
 RESHAPES = frozenset({"view", "_unsafe_view", "reshape"})
+"""Views that may join the matrices of a stack."""
 
 
 def swaps(name: str, shape: tuple[int, ...], args: Any, stacked: bool) -> bool:

@@ -77,8 +77,7 @@ def _below(graph: Graph, towers: Iterable[list[Block]]) -> set[str]:
     def goes_into(one: str, other: str) -> bool:
         return bool(gives[one] & reads[other]) and not ends[other] & reads[one]
 
-    outputs = _bits(graph.above(i) for i in graph.record.outputs)
-    below = {name for name in gives if not gives[name] & outputs}
+    below = {name for name in gives if not gives[name] & graph.returned}
     below |= {
         one for one in gives for other in gives if one != other and goes_into(one, other) and not goes_into(other, one)
     }

@@ -155,8 +155,8 @@ class _Watching(TorchDispatchMode):
         op = Op(len(self.ops), name, func, args, kwargs, inputs, self.running[-1], shape, static)
         op.is_floating = not made or made[0].is_floating_point() or made[0].is_complex()
         uses = [self.uses.get(id(a)) for a in read]
-        kept = next((u for u in uses if u and KEPT.search(u.name)), None)
-        if kept is not None and static and name in PRODUCTS:  # a parametrised weight in the making
+        kept = next((u for u in uses if u and KEPT.search(u.name)), None) if static and name in PRODUCTS else None
+        if kept is not None:  # a parametrised weight in the making
             self.derive(name, kept, made, read, args)
         elif name in PRODUCTS:
             op.weight, held = self.product(name, args, read, uses)

@@ -34,8 +34,9 @@ def _fold(tuning: Attached) -> None:
     folded: list[tuple[nn.Module, str, Tensor | None]] = []
     for path, hooks in _hooks_by_host(tuning).items():
         host = state.hosts[path]
-        names = {hook.name for hook, _ in hooks if hook.kind == "read"} | {"weight", "bias"}
-        computed = next((n for n in sorted(names) if parametrize.is_parametrized(host, n)), "")
+        tuned = {hook.name if hook.kind == "read" else "weight" for hook, _ in hooks}
+        names = tuned | {"weight", "bias"}
+        computed = next((n for n in sorted(tuned) if parametrize.is_parametrized(host, n)), "")
         if computed:
             raise Refused(
                 f"{path}.{computed} is computed by a parametrization (such as weight normalisation), so that nothing "
