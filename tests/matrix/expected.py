@@ -19,8 +19,7 @@ VISION = tuple(timm.FAMILIES)
 WHOLE = ("Full", "LastBlocks", "DiffPruning", "ChildTuningF")
 SCORED = ("ChildTuningD", "FishMask", "LTSFT", "SAMMask", "SPT")
 FOLDED = ("*oRA*", "DiffFit", "IA3", "KronA", "LoHa", "LoKr", "PaFi", "RandomMask", "SSF")
-LOT_IMAGES = ("tnt", "resnet", "mobilevitv2")
-LOT = (*LOT_IMAGES, "helios")
+WORDLESS = ("hf_vit", *VISION, *DIFFUSERS, "tnt", "resnet", "mobilevitv2", "helios")
 PAIRS = ("hf_clip", "hf_siglip", "open_clip", "open_clip_timm_hf", "coca", "owlv2")
 REFUSED = {
     ("VPT*", "beit"): "relative-position bias",
@@ -62,16 +61,12 @@ REFUSED = {
     ("NormTuning", "pixart"): "finds no tensor",
     **{(method, "unet2d"): "'mlp.*' .*matches no site" for method in NO_MLP},
     **{("LinearProbe", family): "finds no tensor" for family in PAIRS},
-    **{("TextualInversion", family): "finds no tensor" for family in ("hf_vit", *VISION, *DIFFUSERS)},
-    **{(method, family): "no embedding of words" for method in PROMPTS for family in ("hf_vit", *VISION, *DIFFUSERS)},
+    **{("TextualInversion", family): "finds no tensor" for family in WORDLESS},
+    **{(method, family): "no embedding of words" for method in PROMPTS for family in WORDLESS},
     **{(method, family): "no way to lengthen" for method in PROMPTS for family in PAIRS},
     **{(method, family): "trained as a whole" for method in WHOLE for family in FEW_BITS},
     **{(method, family): "no gradient to score" for method in SCORED for family in FEW_BITS},
-    **{(m, f): "no text tower" for m in ("CoOp*", "MaPLe") for f in (*TEXT, *VISION, *DIFFUSERS, "hf_vit")},
-}
-"""(method pattern, family pattern) -> part of the reason."""
-
-LOT_REFUSED = {
+    **{(m, f): "no text tower" for m in ("CoOp*", "MaPLe") for f in (*TEXT, *WORDLESS)},
     **{(method, "tnt"): "two streams" for method in ("AdapterPlus", "LST")},
     **{(method, family): "no anatomy says" for method in ("CoDA", "VPT*") for family in ("tnt", "resnet")},
     **{(method, "mobilevitv2"): "made before the blocks" for method in ("CoDA", "VPT*")},
@@ -89,12 +84,8 @@ LOT_REFUSED = {
     **{("DoRA[where]", family): "'attn.*' .*matches no site" for family in ("resnet", "mobilevitv2")},
     **{(method, "helios"): "'embed' .*matches no site" for method in PROMPTS},
     **{(method, "helios"): "made before the blocks" for method in ("CoDA", "VPT*")},
-    **{(m, f): "no text tower" for m in ("CoOp*", "MaPLe") for f in LOT},
-    **{("TextualInversion", f): "finds no tensor" for f in LOT},
-    **{(m, f): "no embedding of words" for m in PROMPTS for f in LOT_IMAGES},
 }
-"""The same of families drawn by lot: what a ConvNet, a block of two streams or a video transformer has no place for."""
-REFUSED |= LOT_REFUSED
+"""(method pattern, family pattern) -> part of the reason."""
 
 UNMERGEABLE = {
     ("SSF", "beit"): NO_KEY_BIAS,

@@ -60,6 +60,13 @@ def mark(result: dict[str, Any] | None, notes: Notes) -> str:
     return str(number) if result["state"] == "refused" else f"**FAIL** {number}"
 
 
+def beside(peft: dict[str, Any] | None, notes: Notes) -> str:
+    """HF PEFT's LoRA on one model, where it was tried."""
+    if peft is None:
+        return ""
+    return f"{peft['live']} of {peft['layers']}" if "live" in peft else f"no {notes.number(peft['why'])}"
+
+
 def line(row: Row, notes: Notes) -> str:
     """The line of one model."""
     if row["error"]:
@@ -69,18 +76,10 @@ def line(row: Row, notes: Notes) -> str:
     covered = f"{row['products']} all" if not left else f"{row['products']} −{left} ({reasons})"
     covered = f"{row['products']}, **{len(row['missed'])} missed**" if row["missed"] else covered
     marks = [mark(row["methods"].get(name), notes) for name in METHODS]
-    peft = row.get("peft", {"why": ""})
-    beside = (
-        ""
-        if "peft" not in row
-        else f"{peft['live']} of {peft['layers']}"
-        if "live" in peft
-        else f"no {notes.number(peft['why'])}"
-    )
     towers = ", ".join(row["towers"])
     return (
         f"| {row['name']} | {row['sites']} | {row['blocks']} {towers} | {covered} | "
-        + " | ".join([*marks, beside])
+        + " | ".join([*marks, beside(row.get("peft"), notes)])
         + " |"
     )
 

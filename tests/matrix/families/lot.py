@@ -20,6 +20,7 @@ from torchvision.models.resnet import BasicBlock, ResNet
 
 from mmpeft.sites import inputs_of
 from tests.matrix.example import BATCH, Example, enliven, first
+from tests.matrix.families.transformers import embeds
 from tests.support.copies import copies
 from tests.zoo import diffusers_models
 from tests.zoo import hf as hf_models
@@ -45,11 +46,6 @@ def _named(build: Callable[[str], nn.Module], name: str, read: Callable[[Any], T
         assert not inputs[0]
         torch.manual_seed(0)
         return Example(model, {key: _more(value) for key, value in inputs[1].items()}, read)
-
-
-def _embeds(output: Any) -> Tensor:
-    """Of a pair of towers: the logits of every image with every text would mix the rows."""
-    return torch.cat([output.image_embeds, output.text_embeds], dim=-1)
 
 
 def _more(value: Any) -> Any:
@@ -85,6 +81,6 @@ FAMILIES = copies(
         "resnet": partial(_pictures, lambda: ResNet(BasicBlock, [1, 2, 1, 1], num_classes=5)),
         "helios": partial(_named, diffusers_models.build, "HeliosTransformer3DModel"),
         "mobilevitv2": partial(_pictures, _mobilevit, 2 * PIXELS),
-        "owlv2": partial(_named, hf_models.build, "owlv2", _embeds),
+        "owlv2": partial(_named, hf_models.build, "owlv2", embeds),
     }
 )

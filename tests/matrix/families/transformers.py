@@ -36,7 +36,7 @@ VIT = {
 T5 = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4, "vocab_size": WORDS}
 
 
-def _embeds(output: Any) -> Tensor:
+def embeds(output: Any) -> Tensor:
     """Of a pair of towers: the logits of every image with every text would mix the rows."""
     return torch.cat([output.image_embeds, output.text_embeds], dim=-1)
 
@@ -82,8 +82,8 @@ FAMILIES: dict[str, Callable[[], Example]] = copies(
         ),
         "hf_vit": partial(_build, hf.ViTForImageClassification, hf.ViTConfig, _image, num_labels=5, **VIT),
         "hf_clip": partial(
-            _build, hf.CLIPModel, hf.CLIPConfig, f"{_text} {_image}", _embeds, projection_dim=16, **_pair
+            _build, hf.CLIPModel, hf.CLIPConfig, f"{_text} {_image}", embeds, projection_dim=16, **_pair
         ),
-        "hf_siglip": partial(_build, hf.SiglipModel, hf.SiglipConfig, f"{_text} {_image}", _embeds, **_pair),
+        "hf_siglip": partial(_build, hf.SiglipModel, hf.SiglipConfig, f"{_text} {_image}", embeds, **_pair),
     }
 )
