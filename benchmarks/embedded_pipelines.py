@@ -16,11 +16,11 @@ import torch
 from rich.progress import track
 
 from mmpeft.diffusion.backbone import INDEX, create
-from mmpeft.diffusion.emoji_judge import EmojiJudge
 from mmpeft.diffusion.families import family_of
 from mmpeft.diffusion.family import Family
-from mmpeft.diffusion.grid import labelled_grid
-from mmpeft.diffusion.pretraining import CARD, PROMPTS, STYLES
+from mmpeft.diffusion.pretrain import CARD, PROMPTS, STYLES
+from mmpeft.diffusion.style.emoji_judge import EmojiJudge
+from mmpeft.diffusion.style.grid import labelled_grid
 from mmpeft.embedded import emoji
 from mmpeft.embedded.captions import captions
 from mmpeft.embedded.emoji import STYLES as KNOWN

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from transformers.utils import logging
 
+from mmpeft.data.captioned import listed
 from mmpeft.errors import ConfigError, DataError
-from mmpeft.training.captioned import listed
 
 Condition = dict[str, Tensor]
 """What a denoiser is told beside noise and time, batch first: text features, and the sizes SDXL asks for."""

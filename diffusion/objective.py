@@ -83,10 +83,11 @@ class Denoising(Objective):
     """
 
     def __init__(self, scheduler: Any, snr_gamma: float | None = None, levels: Levels | None = None) -> None:
-        """Args:
-        scheduler: diffusers' DDPM or DDIM scheduler of the pipeline, which says what is predicted.
-        snr_gamma: γ, usually 5; None for equal weights.
-        levels: which timesteps are drawn; None for all alike.
+        """
+        Args:
+            scheduler: diffusers' DDPM or DDIM scheduler of the pipeline, which says what is predicted.
+            snr_gamma: γ, usually 5; None for equal weights.
+            levels: which timesteps are drawn; None for all alike.
         """
         self.scheduler, self.snr_gamma, self.levels = scheduler, snr_gamma, levels or Levels()
         self.prediction: Prediction = scheduler.config.prediction_type

@@ -8,6 +8,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import Any
 
+from mmpeft import _moved
+
 __version__ = "0.1.0"
 
 _HOME = {
@@ -33,7 +35,10 @@ _HOME = {
     "allocate": "methods.selective.spt",
 }
 _MODULES = {"sites", "parts", "controllers", "methods", "bank", "functional", "formats", "errors"}
-_MODULES |= {"training", "bench", "combine", "embedded", "vision", "vla", "diffusion", "llm"}
+_MODULES |= {"data", "tasks", "run", "training", "bench", "combine", "embedded", "vision", "vla", "diffusion", "llm"}
+
+
+_moved.install()
 
 
 def __getattr__(name: str) -> Any:

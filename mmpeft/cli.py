@@ -20,10 +20,10 @@ class Command:
 
 
 COMMANDS: dict[str, Command] = {
-    "fit": Command("mmpeft.training.cli:main", "train a model by a method"),
-    "validate": Command("mmpeft.training.cli:main", "evaluate on the validation data"),
-    "test": Command("mmpeft.training.cli:main", "evaluate on the test data"),
-    "predict": Command("mmpeft.training.cli:main", "write predictions to a file"),
+    "fit": Command("mmpeft.run.cli:main", "train a model by a method"),
+    "validate": Command("mmpeft.run.cli:main", "evaluate on the validation data"),
+    "test": Command("mmpeft.run.cli:main", "evaluate on the test data"),
+    "predict": Command("mmpeft.run.cli:main", "write predictions to a file"),
     "compare": Command("mmpeft.bench.compare:main", "train by several methods and put them into one table"),
     "continual": Command("mmpeft.vision.continual.command:main", "learn a sequence of tasks by several methods"),
     "inspect": Command("mmpeft.formats.commands:inspect_command", "describe adapter files of any known format"),
@@ -38,10 +38,10 @@ COMMANDS: dict[str, Command] = {
     ),
     "ask": Command("mmpeft.vla.vqa.command:main", "ask a trained run about a picture"),
     "export-clip": Command("mmpeft.vla.export:main", "write a tuned image-text pair as open_clip reads it"),
-    "sample": Command("mmpeft.diffusion.command:sample", "draw by a pipeline with adapters, at any strength"),
-    "mix": Command("mmpeft.diffusion.mix:mix", "write several LoRAs of a pipeline as one: a sum, or ZipLoRA"),
+    "sample": Command("mmpeft.diffusion.style.command:sample", "draw by a pipeline with adapters, at any strength"),
+    "mix": Command("mmpeft.diffusion.style.mix:mix", "write several LoRAs of a pipeline as one: a sum, or ZipLoRA"),
     "export-pipeline": Command(
-        "mmpeft.diffusion.command:export_pipeline", "write a pipeline's adapter for other tools, or merged in"
+        "mmpeft.diffusion.style.command:export_pipeline", "write a pipeline's adapter for other tools, or merged in"
     ),
     "sites": Command(
         "mmpeft.bench.anatomy.command:main", "show where a model can be tuned, and where a method would sit"

@@ -17,7 +17,7 @@ add_library(Library("torchvision", "mmpeft.vision.named_torchvision", domain="vi
 _HOME = {
     "create": "backbone",
     "normalisation": "backbone",
-    "ImageClassifier": "classification",
+    "ImageClassifier": "classification.task",
     "EmojiData": "data",
     "DigitsData": "data",
     "FolderData": "data",

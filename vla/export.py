@@ -20,7 +20,7 @@ from torch import Tensor
 from mmpeft.errors import AdapterFileError, ConfigError, Refused
 from mmpeft.files import write_atomic
 from mmpeft.formats.merged import merged_copy
-from mmpeft.training.run import load_run
+from mmpeft.run.reload import load_run
 from mmpeft.tuning import Tuning
 from mmpeft.vla.backbone import CONFIG, MODEL, described, folder_of, preprocessing
 from mmpeft.vla.fewshot.heads import Head

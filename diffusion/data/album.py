@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from PIL import Image, ImageOps
 from rich.progress import track
 
+from mmpeft.data.captioned import Captioned, listed
+from mmpeft.data.pictures import flat, has_alpha, opened
 from mmpeft.diffusion.data.buckets import Size
 from mmpeft.errors import DataError
-from mmpeft.training.captioned import Captioned, listed
-from mmpeft.training.pictures import flat, has_alpha, opened
 
 LOG = logging.getLogger(__name__)
 WORTH_A_BAR = 200
@@ -33,9 +33,10 @@ class Album:
     """Images in RGB with their prompts, all of them decoded once to see that they can be."""
 
     def __init__(self, found: Captioned, background: str | None = None) -> None:
-        """Args:
-        found: images with texts.
-        background: the colour behind transparent pixels; None to refuse images that have some.
+        """
+        Args:
+            found: images with texts.
+            background: the colour behind transparent pixels; None to refuse images that have some.
 
         Raises:
             DataError: images cannot be used, the first ones named with the reason; or one is there twice with one text.

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Subset
 
+from mmpeft.data.loading import DataModule, ResumableLoader
 from mmpeft.diffusion.data.buckets import Size
 from mmpeft.errors import ConfigError
-from mmpeft.training.data import DataModule, ResumableLoader
 
 USUAL = 8  # pixels a latent
 

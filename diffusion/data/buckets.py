@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from mmpeft.training.data import EpochSampler, mix
+from mmpeft.data.loading import EpochSampler, mix
 
 Size = tuple[int, int]  # height and width
 ASPECT = 2.0  # of the longest bucket
@@ -71,12 +71,13 @@ class BucketSampler(EpochSampler):
     def __init__(
         self, buckets: Sequence[int], batch_size: int, *, seed: int = 0, num_replicas: int = 1, rank: int = 0
     ) -> None:
-        """Args:
-        buckets: the bucket of every sample.
-        batch_size: samples a batch of one rank.
-        seed: of the order.
-        num_replicas: number of ranks.
-        rank: the own one.
+        """
+        Args:
+            buckets: the bucket of every sample.
+            batch_size: samples a batch of one rank.
+            seed: of the order.
+            num_replicas: number of ranks.
+            rank: the own one.
         """
         super().__init__(len(buckets), shuffle=True, seed=seed, num_replicas=num_replicas, rank=rank)
         self.buckets, self.global_batch = list(buckets), batch_size * num_replicas

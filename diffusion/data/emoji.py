@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from mmpeft.diffusion.data.base import Sample, TextToImageData, as_sample, repeated, unique
-from mmpeft.diffusion.emoji_judge import EmojiJudge
+from mmpeft.diffusion.style.emoji_judge import EmojiJudge
 from mmpeft.embedded import EmojiSet, emoji
 from mmpeft.embedded.captions import captions
 from mmpeft.embedded.emoji import NATIVE
@@ -41,20 +41,21 @@ class EmojiStyle(TextToImageData):
         seed: int = 0,
         eval_batch_size: int | None = 128,
     ) -> None:
-        """Args:
-        style: `openmoji`, `noto` or `twemoji`.
-        images: training drawings, of each category its share, drawn by `seed`; those for n are among those for n + 1.
-            None for all.
-        captions: `name` for the emoji's name, or `any` for another one of its captions in each epoch.
-        template: what is said around each caption, such as `{}, outlined`: then the style is asked for by those words,
-            and the test also draws prompts without them.
-        test_images: test drawings, of each category its share, the same for every seed.
-        resolution: 32 or 64; None for what the pipeline was made for.
-        repeats: how often an epoch shows each drawing.
-        batch_size: drawings a training step and process.
-        num_workers: loading processes; the batches do not depend on it.
-        seed: of the choice of drawings, the order and the captions.
-        eval_batch_size: drawings a validation or test step.
+        """
+        Args:
+            style: `openmoji`, `noto` or `twemoji`.
+            images: training drawings, of each category its share, drawn by `seed`; those for n are among those for n +
+                1. None for all.
+            captions: `name` for the emoji's name, or `any` for another one of its captions in each epoch.
+            template: what is said around each caption, such as `{}, outlined`: then the style is asked for by those
+                words, and the test also draws prompts without them.
+            test_images: test drawings, of each category its share, the same for every seed.
+            resolution: 32 or 64; None for what the pipeline was made for.
+            repeats: how often an epoch shows each drawing.
+            batch_size: drawings a training step and process.
+            num_workers: loading processes; the batches do not depend on it.
+            seed: of the choice of drawings, the order and the captions.
+            eval_batch_size: drawings a validation or test step.
 
         Raises:
             ConfigError: the style, the kind of captions or the resolution is unknown.

@@ -12,15 +12,15 @@ from PIL import Image, ImageColor
 from torch.utils.data import Dataset
 from torchvision.transforms.v2 import functional as tf
 
+from mmpeft.data.caption_sources import open_captions
+from mmpeft.data.captioned import listed
+from mmpeft.data.loading import EpochSampler, SizedDataset
 from mmpeft.diffusion.data.album import Album
 from mmpeft.diffusion.data.base import Sample, TextToImageData, as_sample, repeated, unique
 from mmpeft.diffusion.data.buckets import BucketSampler, Size, bucket_sizes, crop, nearest_size
 from mmpeft.diffusion.family import beginning
-from mmpeft.diffusion.judge import Judge
+from mmpeft.diffusion.style.judge import Judge
 from mmpeft.errors import ConfigError, DataError
-from mmpeft.training.caption_sources import open_captions
-from mmpeft.training.captioned import listed
-from mmpeft.training.data import EpochSampler, SizedDataset
 
 LOG = logging.getLogger(__name__)
 VERSION = 1  # of the way from a file to pixels: another one is another key
@@ -56,32 +56,34 @@ class CaptionedImages(TextToImageData):
         num_workers: int = 0,
         seed: int = 0,
     ) -> None:
-        """Args:
-        root: a folder of images with `metadata.jsonl` (`file_name`, `text`) or a .txt beside each, a .csv or .jsonl
-            table, tar shards (`shards/*.tar`), or `datasets`' `<name>[:<split>]`, also a .parquet file.
-        prompt: one for all images, in place of their captions; for subjects, `a photo of sks dog`.
-        image_column: column of the images in a table or a data set.
-        text_column: column of the captions, or field of a shard's .json.
-        prior_root: images of what the subject is one of, named as `root` is. Each sample then has a `prior`, drawn
-            from those whose shape is nearest to its bucket.
-        prior_prompt: one for all of them; None for their captions.
-        val_root: images of the style or subject that are not trained on, named as `root` is: cropped to the square, for
-            the validation error and what is judged with each grid.
-        test_root: images that neither trains nor chooses anything, for `mmpeft test`.
-        other_prompts: prompts that do not ask for the style or subject, drawn in turn beside those of validation and
-            test: what changed there was not meant to.
-        evaluator: a repository or folder of transformers with an image-text pair, such as
-            `openai/clip-vit-base-patch32`, that judges what is drawn; None for drawings without scores.
-        resolution: side of the square, whose area the other buckets have; None for what the pipeline was made for.
-        buckets: False to crop everything to the square.
-        crop: where an image is cut that is longer than its bucket.
-        mirror: show an image mirrored one time in two. Off because captions may say left and right.
-        upscale: enlarge images that are smaller than their bucket, where the default is to refuse them.
-        background: the colour behind transparent pixels; None to refuse images that have some.
-        repeats: how often an epoch shows each image.
-        batch_size: images a training step and process.
-        num_workers: loading processes; the batches do not depend on it.
-        seed: of the order, the random crops and the prior images.
+        """
+        Args:
+            root: a folder of images with `metadata.jsonl` (`file_name`, `text`) or a .txt beside each, a .csv or .jsonl
+                table, tar shards (`shards/*.tar`), or `datasets`' `<name>[:<split>]`, also a .parquet file.
+            prompt: one for all images, in place of their captions; for subjects, `a photo of sks dog`.
+            image_column: column of the images in a table or a data set.
+            text_column: column of the captions, or field of a shard's .json.
+            prior_root: images of what the subject is one of, named as `root` is. Each sample then has a `prior`, drawn
+                from those whose shape is nearest to its bucket.
+            prior_prompt: one for all of them; None for their captions.
+            val_root: images of the style or subject that are not trained on, named as `root` is: cropped to the
+                square, for the validation error and what is judged with each grid.
+            test_root: images that neither trains nor chooses anything, for `mmpeft test`.
+            other_prompts: prompts that do not ask for the style or subject, drawn in turn beside those of validation
+                and
+                test: what changed there was not meant to.
+            evaluator: a repository or folder of transformers with an image-text pair, such as
+                `openai/clip-vit-base-patch32`, that judges what is drawn; None for drawings without scores.
+            resolution: side of the square, whose area the other buckets have; None for what the pipeline was made for.
+            buckets: False to crop everything to the square.
+            crop: where an image is cut that is longer than its bucket.
+            mirror: show an image mirrored one time in two. Off because captions may say left and right.
+            upscale: enlarge images that are smaller than their bucket, where the default is to refuse them.
+            background: the colour behind transparent pixels; None to refuse images that have some.
+            repeats: how often an epoch shows each image.
+            batch_size: images a training step and process.
+            num_workers: loading processes; the batches do not depend on it.
+            seed: of the order, the random crops and the prior images.
 
         Raises:
             ConfigError: an option is unknown or contradicts another. `setup` checks the images.
@@ -161,7 +163,7 @@ class CaptionedImages(TextToImageData):
         """The evaluator, if one is named."""
         if self.evaluator is None:
             return None
-        from mmpeft.diffusion.pair_judge import PairJudge
+        from mmpeft.diffusion.style.pair_judge import PairJudge
 
         return PairJudge(self.evaluator)
 

@@ -35,8 +35,8 @@ from mmpeft.bench.memory import MemoryMeter
 from mmpeft.bench.report import Result, plot, table, to_markdown
 from mmpeft.errors import ConfigError, nearest
 from mmpeft.files import write_atomic
-from mmpeft.training.arguments import import_named, words
-from mmpeft.training.module import TuningModule
+from mmpeft.run.arguments import import_named, words
+from mmpeft.tasks.module import TuningModule
 
 QUIET = {
     "logger": False,

@@ -19,8 +19,8 @@ import mmpeft
 from mmpeft.cli import COMMANDS, main
 from mmpeft.methods import METHODS
 from mmpeft.methods.base import Method
-from mmpeft.training.callbacks import LearningCurves
-from mmpeft.training.run import load_run
+from mmpeft.run.callbacks import LearningCurves
+from mmpeft.run.reload import load_run
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 

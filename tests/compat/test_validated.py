@@ -9,7 +9,7 @@ import lightning
 import pytest
 import torch
 
-from mmpeft.vla.data.segmentation import SceneSegmentationData
+from mmpeft.vla.segmentation.data import SceneSegmentationData
 from mmpeft.vla.segmentation.decoders import CLIPSegDecoder
 from mmpeft.vla.segmentation.task import Segmenter
 from tests.compat.rows import row

@@ -11,8 +11,8 @@ from lightning.pytorch.callbacks import Callback
 from open_clip.model import CLIP
 from torch import Tensor
 
-from mmpeft.training.image_data import ImageData, Pairs
-from mmpeft.vla.data.few_shot import FewShotData
+from mmpeft.data.images import ImageData, Pairs
+from mmpeft.vla.fewshot.data import FewShotData
 from mmpeft.vla.fewshot.heads import Head
 from mmpeft.vla.fewshot.task import FewShot
 from tests.matrix.example import enliven

@@ -6,7 +6,7 @@ import copy
 from functools import cache
 
 from mmpeft.diffusion.data.emoji import spread
-from mmpeft.diffusion.emoji_judge import EmojiJudge
+from mmpeft.diffusion.style.emoji_judge import EmojiJudge
 from mmpeft.embedded import emoji
 from mmpeft.embedded.emoji import STYLES
 

@@ -12,9 +12,9 @@ from torch import nn
 
 import mmpeft
 from mmpeft.errors import AdapterFileError, ConfigError, DataError, SiteError
-from mmpeft.training.callbacks import LearningCurves, Outcome
-from mmpeft.training.checkpoint import LastCheckpoint, RandomState
-from mmpeft.vision.predict import PredictionWriter
+from mmpeft.run.callbacks import LearningCurves, Outcome
+from mmpeft.run.checkpoint import LastCheckpoint, RandomState
+from mmpeft.tasks.predictions import PredictionWriter
 from tests.tasks.tiny import TinyData, classifier, trainer, weights
 
 LR = {"optimizer": lambda p: torch.optim.AdamW(p, lr=3e-2)}

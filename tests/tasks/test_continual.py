@@ -12,8 +12,8 @@ import torch
 import mmpeft
 from mmpeft.bank import Bank, LinearHead
 from mmpeft.cli import main
+from mmpeft.data.images import ImageData, Pairs
 from mmpeft.errors import ConfigError, DataError
-from mmpeft.training.image_data import ImageData, Pairs
 from mmpeft.vision.continual import methods as learners
 from mmpeft.vision.continual.data import EmojiKinds, TaskSequence, split
 from mmpeft.vision.continual.learner import Learner

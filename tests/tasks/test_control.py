@@ -12,8 +12,8 @@ import mmpeft
 from mmpeft.controllers import Controller, Controllers
 from mmpeft.controllers.schedule import cubic, linear
 from mmpeft.errors import AdapterFileError, ConfigError
-from mmpeft.training.callbacks import Outcome
-from mmpeft.training.checkpoint import LastCheckpoint, RandomState
+from mmpeft.run.callbacks import Outcome
+from mmpeft.run.checkpoint import LastCheckpoint, RandomState
 from tests.tasks.tiny import TinyData, classifier, trainer, weights
 
 ADALORA = mmpeft.AdaLoRA(rank=4, target=2, alpha=4.0, every=1, at="attn.*")

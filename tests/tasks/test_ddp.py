@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 import mmpeft
-from mmpeft.training.checkpoint import LastCheckpoint
+from mmpeft.run.checkpoint import LastCheckpoint
 from tests.tasks.tiny import TinyData, classifier, trainer
 
 

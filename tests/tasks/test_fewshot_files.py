@@ -20,15 +20,16 @@ from torch import Tensor
 
 import mmpeft
 from mmpeft.combine.interpolate import interpolate
+from mmpeft.data.images import Pairs
 from mmpeft.errors import ConfigError, DataError, Refused
 from mmpeft.methods import Frozen
-from mmpeft.training.callbacks import LearningCurves, Outcome
-from mmpeft.training.checkpoint import AtomicCheckpointIO, LastCheckpoint, RandomState
-from mmpeft.training.image_data import Pairs
+from mmpeft.run.callbacks import LearningCurves, Outcome
+from mmpeft.run.checkpoint import LastCheckpoint, RandomState
+from mmpeft.tasks.checkpoint import AtomicCheckpointIO
 from mmpeft.vla import backbone
-from mmpeft.vla.data.few_shot import FewShotData
 from mmpeft.vla.export import save_classifier, save_pair
 from mmpeft.vla.fewshot.consistency import Consistency, GaussianAverage
+from mmpeft.vla.fewshot.data import FewShotData
 from mmpeft.vla.fewshot.heads import ClipAdapter, CoCoOp, TaskRes, TipAdapter
 from mmpeft.vla.fewshot.task import FewShot
 from mmpeft.vla.fewshot.texts import with_room

@@ -16,13 +16,13 @@ from transformers import AutoTokenizer, CLIPImageProcessor
 import mmpeft
 from mmpeft.diffusion.data import CaptionedImages
 from mmpeft.diffusion.data.emoji import EmojiStyle
-from mmpeft.diffusion.emoji_judge import EmojiJudge
-from mmpeft.diffusion.grid import Show
-from mmpeft.diffusion.pair_judge import PairJudge
-from mmpeft.diffusion.style import StyleTuner
+from mmpeft.diffusion.style.emoji_judge import EmojiJudge
+from mmpeft.diffusion.style.grid import Show
+from mmpeft.diffusion.style.pair_judge import PairJudge
+from mmpeft.diffusion.style.task import StyleTuner
 from mmpeft.embedded import emoji
 from mmpeft.errors import ConfigError
-from mmpeft.training.callbacks import rows_before
+from mmpeft.run.callbacks import rows_before
 from tests.tasks.small_judge import small_judge
 from tests.tasks.tiny import trainer
 from tests.tasks.tiny_pipelines import PAIR, clip, image_text_pair, sized, tokenizer

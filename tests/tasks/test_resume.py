@@ -18,8 +18,9 @@ from lightning.pytorch.callbacks import Callback, EMAWeightAveraging
 import mmpeft
 from mmpeft import files
 from mmpeft.errors import AdapterFileError, MMPEFTError
-from mmpeft.training.callbacks import LearningCurves
-from mmpeft.training.checkpoint import AtomicCheckpointIO, LastCheckpoint, RandomState
+from mmpeft.run.callbacks import LearningCurves
+from mmpeft.run.checkpoint import LastCheckpoint, RandomState
+from mmpeft.tasks.checkpoint import AtomicCheckpointIO
 from tests.tasks.tiny import TinyData, classifier, trainer
 
 FORK = multiprocessing.get_context("fork")

@@ -19,8 +19,8 @@ from PIL import Image
 import mmpeft
 from mmpeft.errors import ConfigError, DataError
 from mmpeft.vla import backbone
-from mmpeft.vla.contrastive import ContrastiveTuner, recall
-from mmpeft.vla.data.captions import CaptionData, open_captions
+from mmpeft.vla.contrastive.data import CaptionData, open_captions
+from mmpeft.vla.contrastive.task import ContrastiveTuner, recall
 
 NAME = "embedded:clip_emoji"
 LORA = mmpeft.LoRA(at="attn.{q,v}", rank=2)

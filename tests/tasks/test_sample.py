@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 import mmpeft
 from mmpeft.cli import main
 from mmpeft.diffusion import backbone
-from mmpeft.diffusion.command import Base, base_of, open_adapters
 from mmpeft.diffusion.families import family_of
+from mmpeft.diffusion.style.command import Base, base_of, open_adapters
 from mmpeft.errors import AdapterFileError
 from mmpeft.formats.exchange import load_foreign
 from tests.tasks.tiny_pipelines import pipeline

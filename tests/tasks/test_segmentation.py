@@ -16,10 +16,10 @@ from torch import Tensor
 import mmpeft
 from mmpeft.errors import ConfigError, DataError, Refused
 from mmpeft.vla import backbone
-from mmpeft.vla.data.masks import FolderSegmentationData
-from mmpeft.vla.data.segmentation import BACKGROUND, KINDS, SceneSegmentationData
+from mmpeft.vla.segmentation.data import BACKGROUND, KINDS, SceneSegmentationData
 from mmpeft.vla.segmentation.decoders import CLIPSegDecoder, Decoder, SANDecoder, pooled, prompted
 from mmpeft.vla.segmentation.losses import assign, matched
+from mmpeft.vla.segmentation.masks import FolderSegmentationData
 from mmpeft.vla.segmentation.task import Segmenter, means, overlap
 from mmpeft.vla.taps import Taps, grid_of
 from tests.matrix.example import enliven

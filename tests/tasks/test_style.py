@@ -16,12 +16,13 @@ from PIL import Image
 
 import mmpeft
 from mmpeft.diffusion.data.images import CaptionedImages
-from mmpeft.diffusion.grid import Show
-from mmpeft.diffusion.slider import SliderTuner
-from mmpeft.diffusion.style import StyleTuner
+from mmpeft.diffusion.style.grid import Show
+from mmpeft.diffusion.style.slider import SliderTuner
+from mmpeft.diffusion.style.task import StyleTuner
 from mmpeft.errors import ConfigError, DataError
-from mmpeft.training.callbacks import Outcome
-from mmpeft.training.checkpoint import AtomicCheckpointIO, LastCheckpoint, RandomState
+from mmpeft.run.callbacks import Outcome
+from mmpeft.run.checkpoint import LastCheckpoint, RandomState
+from mmpeft.tasks.checkpoint import AtomicCheckpointIO
 from tests.tasks.test_resume import KillBefore, assert_same_bits, killed, last
 from tests.tasks.tiny_pipelines import PIPELINES, pipeline
 

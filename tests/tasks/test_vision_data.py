@@ -11,10 +11,10 @@ import pytest
 import torch
 from PIL import Image
 
+from mmpeft.data.images import ImageData
+from mmpeft.data.transforms import training
 from mmpeft.embedded import emoji
 from mmpeft.errors import ConfigError, DataError
-from mmpeft.training.image_data import ImageData
-from mmpeft.training.transforms import training
 from mmpeft.vision.data import DigitsData, EmojiData, FolderData, HubData, VTABData
 from mmpeft.vision.data.files import read_rgb, to_rgb
 from mmpeft.vision.data.vtab import TASKS, vtab_averages, vtab_task

@@ -21,10 +21,10 @@ from torch import Tensor
 import mmpeft
 from mmpeft.cli import main
 from mmpeft.errors import ConfigError, DataError, Refused
-from mmpeft.training.checkpoint import AtomicCheckpointIO
-from mmpeft.vla.data.questions import ANSWERS, TYPES
-from mmpeft.vla.data.vqa import SceneQuestionData, VQAData
+from mmpeft.tasks.checkpoint import AtomicCheckpointIO
+from mmpeft.vla.vqa.data import SceneQuestionData, VQAData
 from mmpeft.vla.vqa.model import Fusion, Looking
+from mmpeft.vla.vqa.questions import ANSWERS, TYPES
 from mmpeft.vla.vqa.task import VisualQuestions
 from tests.matrix.example import enliven
 

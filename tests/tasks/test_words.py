@@ -13,12 +13,12 @@ from safetensors.torch import load_file
 
 import mmpeft
 from mmpeft.diffusion.backbone import create
-from mmpeft.diffusion.command import open_adapters
 from mmpeft.diffusion.data.images import CaptionedImages
 from mmpeft.diffusion.families import family_of
-from mmpeft.diffusion.words import WordTuner, add_words, load_words
+from mmpeft.diffusion.style.command import open_adapters
+from mmpeft.diffusion.style.words import WordTuner, add_words, load_words
 from mmpeft.errors import AdapterFileError, ConfigError, DataError
-from mmpeft.training.callbacks import Outcome
+from mmpeft.run.callbacks import Outcome
 from tests.tasks.test_style import LORA, pictures, trainer
 from tests.tasks.tiny_pipelines import pipeline
 

@@ -9,9 +9,9 @@ from lightning import Trainer
 from torch.utils.data import TensorDataset
 
 import mmpeft
-from mmpeft.training.checkpoint import AtomicCheckpointIO
-from mmpeft.training.data import DataModule
-from mmpeft.vision.classification import ImageClassifier
+from mmpeft.data.loading import DataModule
+from mmpeft.tasks.checkpoint import AtomicCheckpointIO
+from mmpeft.vision.classification.task import ImageClassifier
 
 SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
 BACKBONE = "vit_tiny_patch16_224"

@@ -16,9 +16,9 @@ import pytest
 import torch
 from PIL import Image
 
+from mmpeft.data.loading import ResumableLoader
 from mmpeft.diffusion.data import CaptionedImages
 from mmpeft.errors import DataError
-from mmpeft.training.data import ResumableLoader
 
 TEXTS = ["a cat", "a red car", "a tree"]
 

@@ -12,8 +12,8 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from torch.utils.data import TensorDataset
 
+from mmpeft.data.loading import DataModule, EpochSampler, ResumableLoader, Seeded, mix
 from mmpeft.errors import ConfigError, DataError
-from mmpeft.training.data import DataModule, EpochSampler, ResumableLoader, Seeded, mix
 
 
 def noisy(sample: tuple[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:

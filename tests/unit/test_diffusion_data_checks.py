@@ -14,9 +14,9 @@ import pytest
 import torch
 from PIL import Image
 
+from mmpeft.data.pictures import flat
 from mmpeft.diffusion.data import CaptionedImages
 from mmpeft.errors import ConfigError, DataError
-from mmpeft.training.pictures import flat
 from tests.unit.captioned_pictures import (
     TEXTS,
     captioned,

@@ -131,7 +131,7 @@ def test_a_classifier_of_transformers_is_warned_of() -> None:
 
 
 def test_an_untrained_task_trains_its_head_without_a_word() -> None:
-    from mmpeft.training.module import TuningModule
+    from mmpeft.tasks.module import TuningModule
 
     class Task(TuningModule):
         def build(self) -> nn.Module:

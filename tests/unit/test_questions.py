@@ -11,7 +11,7 @@ import torch
 from mmpeft.embedded import EmojiSet, emoji
 from mmpeft.embedded.scenes import Scene
 from mmpeft.errors import DataError
-from mmpeft.vla.data.questions import ANSWERS, KINDS, MARGIN, TYPE_ANSWERS, TYPES, Grammar, Question, quadrant
+from mmpeft.vla.vqa.questions import ANSWERS, KINDS, MARGIN, TYPE_ANSWERS, TYPES, Grammar, Question, quadrant
 
 SIZE, SCENES = 96, 1500
 CHANCE = {name: 1 / len(answers) for name, answers in TYPE_ANSWERS.items()}

@@ -23,10 +23,10 @@ from jsonargparse import ArgumentParser
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from mmpeft.data.images import ImageData
 from mmpeft.errors import ConfigError, nearest
 from mmpeft.files import write_atomic
-from mmpeft.training.arguments import import_named, words
-from mmpeft.training.image_data import ImageData
+from mmpeft.run.arguments import import_named, words
 from mmpeft.vision.continual import report
 from mmpeft.vision.continual.learner import Learner
 from mmpeft.vision.continual.runner import ContinualClassifier, Record

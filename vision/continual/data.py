@@ -10,10 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mmpeft.data.images import Augment, ImageData, Pairs
+from mmpeft.data.loading import EpochSampler, ResumableLoader, Seeded, SizedDataset
 from mmpeft.embedded import emoji
 from mmpeft.errors import ConfigError, DataError
-from mmpeft.training.data import EpochSampler, ResumableLoader, Seeded, SizedDataset
-from mmpeft.training.image_data import Augment, ImageData, Pairs
 
 
 @dataclass(frozen=True)

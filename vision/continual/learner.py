@@ -31,8 +31,9 @@ class Learner(ABC):
     width: int
 
     def __init__(self, method: Method | None = None) -> None:
-        """Args:
-        method: what is tuned; None for the method's own choice.
+        """
+        Args:
+            method: what is tuned; None for the method's own choice.
         """
         self.method = method or self.default
 

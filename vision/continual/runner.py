@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 from mmpeft.bank import Bank
+from mmpeft.data.images import ImageData
+from mmpeft.data.loading import mix
 from mmpeft.errors import AdapterFileError, ConfigError, DataError
 from mmpeft.files import write_atomic
-from mmpeft.training.data import mix
-from mmpeft.training.image_data import ImageData
-from mmpeft.training.schedule import warmup_cosine
+from mmpeft.tasks.schedule import warmup_cosine
 from mmpeft.vision.backbone import create, normalisation
 from mmpeft.vision.continual.data import Task, TaskSequence
 from mmpeft.vision.continual.learner import Learner
@@ -70,21 +70,22 @@ class ContinualClassifier:
         model_args: dict[str, Any] | None = None,
         trainer: dict[str, Any] | None = None,
     ) -> None:
-        """Args:
-        learner: the method.
-        data: the images.
-        backbone: a timm name, a local folder, or `embedded:<name>`.
-        initial: classes of the first task.
-        increment: classes of each further task.
-        order: seed of the order in which classes arrive (1993 in the literature); None for the order of the data.
-        seed: of initialisation, batches and augmentation.
-        epochs: of each task that trains.
-        lr: of AdamW.
-        weight_decay: of matrices; vectors have none.
-        warmup: share of a task's steps with a linear rise of the learning rate; cosine decay to zero follows.
-        pretrained: whether to load the backbone's weights.
-        model_args: further arguments for the backbone.
-        trainer: arguments of lightning.Trainer, such as `precision` or `devices`.
+        """
+        Args:
+            learner: the method.
+            data: the images.
+            backbone: a timm name, a local folder, or `embedded:<name>`.
+            initial: classes of the first task.
+            increment: classes of each further task.
+            order: seed of the order in which classes arrive (1993 in the literature); None for the order of the data.
+            seed: of initialisation, batches and augmentation.
+            epochs: of each task that trains.
+            lr: of AdamW.
+            weight_decay: of matrices; vectors have none.
+            warmup: share of a task's steps with a linear rise of the learning rate; cosine decay to zero follows.
+            pretrained: whether to load the backbone's weights.
+            model_args: further arguments for the backbone.
+            trainer: arguments of lightning.Trainer, such as `precision` or `devices`.
         """
         if epochs < 1 or lr <= 0:
             raise ConfigError(f"epochs must be at least 1 and lr positive, got {epochs} and {lr}")

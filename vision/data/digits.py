@@ -8,8 +8,8 @@ from collections.abc import Sequence
 import torch
 from sklearn.datasets import load_digits
 
-from mmpeft.training.data import mix
-from mmpeft.training.image_data import Augment, ImageData, Pairs
+from mmpeft.data.images import Augment, ImageData, Pairs
+from mmpeft.data.loading import mix
 
 TEST_SHARE, VAL_SHARE = 0.2, 0.1
 

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from mmpeft.data.images import Augment, ImageData, Pairs, few
 from mmpeft.embedded import EmojiSet, emoji
 from mmpeft.embedded.emoji import composite
-from mmpeft.training.image_data import Augment, ImageData, Pairs, few
 
 
 class EmojiData(ImageData):
@@ -33,17 +33,18 @@ class EmojiData(ImageData):
         std: Sequence[float] | None = None,
         augment: Augment = "light",
     ) -> None:
-        """Args:
-        style: `openmoji`, `noto` or `twemoji`.
-        shots: training images of each category, drawn by `seed`; None for all.
-        batch_size: images a training step and process.
-        num_workers: loading processes; the batches do not depend on it.
-        seed: of the order, the augmentation and the choice of shots.
-        eval_batch_size: images a validation, test or prediction step.
-        image_size: height and width in pixels; None for what the backbone was pretrained with.
-        mean: three channel means of images in [0, 1]; None for the backbone's.
-        std: three channel deviations; None for the backbone's.
-        augment: `none`, `light` (shift, scale and turn a little) or `strong` (colour, background and erasing too).
+        """
+        Args:
+            style: `openmoji`, `noto` or `twemoji`.
+            shots: training images of each category, drawn by `seed`; None for all.
+            batch_size: images a training step and process.
+            num_workers: loading processes; the batches do not depend on it.
+            seed: of the order, the augmentation and the choice of shots.
+            eval_batch_size: images a validation, test or prediction step.
+            image_size: height and width in pixels; None for what the backbone was pretrained with.
+            mean: three channel means of images in [0, 1]; None for the backbone's.
+            std: three channel deviations; None for the backbone's.
+            augment: `none`, `light` (shift, scale and turn a little) or `strong` (colour, background and erasing too).
 
         Raises:
             ConfigError: the style or another value is unknown or out of range.

@@ -7,8 +7,8 @@ from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
+from mmpeft.data.images import Augment, ImageData, Renamed
 from mmpeft.errors import ConfigError, DataError
-from mmpeft.training.image_data import Augment, ImageData, Renamed
 from mmpeft.vision.data.files import SUFFIXES, ImageFiles, images_below, readable
 
 TRAIN = ("train", "training")
@@ -40,20 +40,21 @@ class FolderData(ImageData):
         std: Sequence[float] | None = None,
         augment: Augment = "light",
     ) -> None:
-        """Args:
-        root: the folder that holds `train`, `val`, `test`, or the classes themselves.
-        val_fraction: share of each class for validation where there is no folder `val`.
-        test_fraction: share of each class for the test where there is no folder `train`.
-        skip_unreadable: leave broken image files out, with a warning, where the default is to refuse them.
-        predict: files and folders to predict; None for the test images.
-        batch_size: images a training step and process.
-        num_workers: loading processes; the batches do not depend on it.
-        seed: of the order and the augmentation.
-        eval_batch_size: images a validation, test or prediction step; None for `batch_size`.
-        image_size: height and width in pixels; None for what the backbone was pretrained with.
-        mean: three channel means of images in [0, 1]; None for the backbone's.
-        std: three channel deviations; None for the backbone's.
-        augment: `none`, `light` (crop and mirror) or `strong` (RandAugment and erasing too).
+        """
+        Args:
+            root: the folder that holds `train`, `val`, `test`, or the classes themselves.
+            val_fraction: share of each class for validation where there is no folder `val`.
+            test_fraction: share of each class for the test where there is no folder `train`.
+            skip_unreadable: leave broken image files out, with a warning, where the default is to refuse them.
+            predict: files and folders to predict; None for the test images.
+            batch_size: images a training step and process.
+            num_workers: loading processes; the batches do not depend on it.
+            seed: of the order and the augmentation.
+            eval_batch_size: images a validation, test or prediction step; None for `batch_size`.
+            image_size: height and width in pixels; None for what the backbone was pretrained with.
+            mean: three channel means of images in [0, 1]; None for the backbone's.
+            std: three channel deviations; None for the backbone's.
+            augment: `none`, `light` (crop and mirror) or `strong` (RandAugment and erasing too).
 
         Raises:
             ConfigError: a fraction is out of range.

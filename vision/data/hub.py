@@ -9,9 +9,9 @@ from typing import Any
 import datasets as hf
 from PIL import Image
 
+from mmpeft.data.images import Augment, ImageData, Renamed, check_labels
+from mmpeft.data.loading import mix
 from mmpeft.errors import ConfigError, DataError, nearest
-from mmpeft.training.data import mix
-from mmpeft.training.image_data import Augment, ImageData, Renamed, check_labels
 from mmpeft.vision.data.files import to_rgb
 
 VAL = ("validation", "val", "valid", "dev")
@@ -41,23 +41,25 @@ class HubData(ImageData):
         std: Sequence[float] | None = None,
         augment: Augment = "light",
     ) -> None:
-        """Args:
-        path: a name on the hub, a folder written by `save_to_disk`, a parquet file or a folder of them, or of images.
-        name: the configuration, where a data set has several.
-        image_column: None for the only column of images.
-        label_column: None for the only class label, or a column with a usual name (`label`, `fine_label` …).
-        train_split: the split to train on.
-        val_split: the split to validate on; None for `validation` if there is one.
-        test_split: the split to test on; None for `test` if there is one.
-        val_fraction: share of the training rows for validation where there is no split for it.
-        batch_size: images a training step and process.
-        num_workers: loading processes; the batches do not depend on it.
-        seed: of the order and the augmentation.
-        eval_batch_size: images a validation, test or prediction step; None for `batch_size`.
-        image_size: height and width in pixels; None for what the backbone was pretrained with.
-        mean: three channel means of images in [0, 1]; None for the backbone's.
-        std: three channel deviations; None for the backbone's.
-        augment: `none`, `light` (crop and mirror) or `strong` (RandAugment and erasing too).
+        """
+        Args:
+            path: a name on the hub, a folder written by `save_to_disk`, a parquet file or a folder of them, or of
+                images.
+            name: the configuration, where a data set has several.
+            image_column: None for the only column of images.
+            label_column: None for the only class label, or a column with a usual name (`label`, `fine_label` …).
+            train_split: the split to train on.
+            val_split: the split to validate on; None for `validation` if there is one.
+            test_split: the split to test on; None for `test` if there is one.
+            val_fraction: share of the training rows for validation where there is no split for it.
+            batch_size: images a training step and process.
+            num_workers: loading processes; the batches do not depend on it.
+            seed: of the order and the augmentation.
+            eval_batch_size: images a validation, test or prediction step; None for `batch_size`.
+            image_size: height and width in pixels; None for what the backbone was pretrained with.
+            mean: three channel means of images in [0, 1]; None for the backbone's.
+            std: three channel deviations; None for the backbone's.
+            augment: `none`, `light` (crop and mirror) or `strong` (RandAugment and erasing too).
 
         Raises:
             ConfigError: `val_fraction` is out of range.

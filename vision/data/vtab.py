@@ -13,8 +13,8 @@ from typing import Literal
 
 from rich.progress import track
 
+from mmpeft.data.images import Augment, ImageData, Renamed, check_labels
 from mmpeft.errors import ConfigError, DataError, nearest
-from mmpeft.training.image_data import Augment, ImageData, Renamed, check_labels
 from mmpeft.vision.data.files import WORTH_A_BAR, ImageFiles
 
 LOG = logging.getLogger(__name__)
@@ -94,18 +94,19 @@ class VTABData(ImageData):
         std: Sequence[float] | None = None,
         augment: Augment = "none",
     ) -> None:
-        """Args:
-        root: the folder that holds the tasks' folders.
-        task: one of the 19 tasks, under any of its names (`cifar`, `cifar100`, `pets` …).
-        subset: what to train on, `train800` (validation on val200) or `train800val200` (no validation).
-        batch_size: images a training step and process.
-        num_workers: loading processes; the batches do not depend on it.
-        seed: of the order and the augmentation.
-        eval_batch_size: images a validation, test or prediction step; None for `batch_size`.
-        image_size: height and width in pixels; None for what the backbone was pretrained with.
-        mean: three channel means of images in [0, 1]; None for the backbone's.
-        std: three channel deviations; None for the backbone's.
-        augment: the benchmark has `none`.
+        """
+        Args:
+            root: the folder that holds the tasks' folders.
+            task: one of the 19 tasks, under any of its names (`cifar`, `cifar100`, `pets` …).
+            subset: what to train on, `train800` (validation on val200) or `train800val200` (no validation).
+            batch_size: images a training step and process.
+            num_workers: loading processes; the batches do not depend on it.
+            seed: of the order and the augmentation.
+            eval_batch_size: images a validation, test or prediction step; None for `batch_size`.
+            image_size: height and width in pixels; None for what the backbone was pretrained with.
+            mean: three channel means of images in [0, 1]; None for the backbone's.
+            std: three channel deviations; None for the backbone's.
+            augment: the benchmark has `none`.
 
         Raises:
             ConfigError: the task or the subset is unknown.

@@ -18,7 +18,7 @@ from mmpeft.methods.base import Method
 from mmpeft.methods.compose import Frozen
 from mmpeft.parts.in_place import InPlace
 from mmpeft.surgery.choice import use
-from mmpeft.training.module import TuningModule
+from mmpeft.tasks.module import TuningModule
 from mmpeft.tuning import Tuning
 from mmpeft.vla.backbone import create, preprocessing, tokenizer
 from mmpeft.vla.fewshot.consistency import Consistency
@@ -52,20 +52,21 @@ class FewShot(TuningModule):
         compile: bool = False,
         image_size: int | None = None,
     ) -> None:
-        """Args:
-        backbone: `<architecture>/<tag>`, `hf-hub:…`, `local-dir:<folder>` or `embedded:clip_emoji`.
-        method: what is trained of the towers and how; none for heads that leave them alone.
-        head: what is behind the towers; the plain zero-shot scores if left out.
-        pretrained: whether to load the pair's weights.
-        templates: texts around a class name; their features are averaged. Learned context replaces them.
-        optimizer: any torch optimiser, given everything that trains.
-        warmup: share of all steps with a linear rise of the learning rate; cosine decay to zero follows.
-        lr_scheduler: a scheduler in place of warm-up and cosine, stepped after each optimiser step.
-        consistency: terms that hold the tuned features near the frozen ones (PromptSRC).
-        views: augmented views of each training image that are kept where the image tower is frozen.
-        recompute: what blocks compute again in the backward pass: nothing, `pointwise` operations, or `block`.
-        compile: compile every block with torch.compile.
-        image_size: height and width in pixels; None for the pair's own.
+        """
+        Args:
+            backbone: `<architecture>/<tag>`, `hf-hub:…`, `local-dir:<folder>` or `embedded:clip_emoji`.
+            method: what is trained of the towers and how; none for heads that leave them alone.
+            head: what is behind the towers; the plain zero-shot scores if left out.
+            pretrained: whether to load the pair's weights.
+            templates: texts around a class name; their features are averaged. Learned context replaces them.
+            optimizer: any torch optimiser, given everything that trains.
+            warmup: share of all steps with a linear rise of the learning rate; cosine decay to zero follows.
+            lr_scheduler: a scheduler in place of warm-up and cosine, stepped after each optimiser step.
+            consistency: terms that hold the tuned features near the frozen ones (PromptSRC).
+            views: augmented views of each training image that are kept where the image tower is frozen.
+            recompute: what blocks compute again in the backward pass: nothing, `pointwise` operations, or `block`.
+            compile: compile every block with torch.compile.
+            image_size: height and width in pixels; None for the pair's own.
         """
         method = method or Frozen()
         super().__init__(method, optimizer, warmup, recompute, compile, train_head=False, lr_scheduler=lr_scheduler)

@@ -14,12 +14,12 @@ from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
+from mmpeft.data.transforms import evaluation
 from mmpeft.errors import ConfigError
 from mmpeft.files import write_atomic
-from mmpeft.training.run import load_run
-from mmpeft.training.transforms import evaluation
+from mmpeft.run.reload import load_run
 from mmpeft.vla.backbone import preprocessing
-from mmpeft.vla.data.captions import read
+from mmpeft.vla.contrastive.data import read
 from mmpeft.vla.segmentation.picture import overlays
 from mmpeft.vla.segmentation.show import index_png
 from mmpeft.vla.segmentation.task import Segmenter

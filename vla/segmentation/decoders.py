@@ -49,11 +49,12 @@ class CLIPSegDecoder(Decoder):
     def __init__(
         self, layers: Sequence[int] | None = None, width: int = 64, heads: int = 4, prompts: int | None = 8
     ) -> None:
-        """Args:
-        layers: depths of the blocks to decode from; None for three spread over the tower.
-        width: of the decoder's tokens.
-        heads: of its attention.
-        prompts: classes each training image is asked for: those it shows, and others drawn by chance; None for all.
+        """
+        Args:
+            layers: depths of the blocks to decode from; None for three spread over the tower.
+            width: of the decoder's tokens.
+            heads: of its attention.
+            prompts: classes each training image is asked for: those it shows, and others drawn by chance; None for all.
 
         Raises:
             ConfigError: heads do not divide the width, or there are no prompts.
@@ -149,14 +150,15 @@ class SANDecoder(Decoder):
     def __init__(
         self, width: int = 96, depth: int = 4, heads: int = 4, queries: int = 16, patch: int = 8, last: int = 2
     ) -> None:
-        """Args:
-        width: of the side network.
-        depth: its blocks.
-        heads: of its attention.
-        queries: masks an image is explained by.
-        patch: pixels of a side patch.
-        last: blocks of the tower that the copies run through; where patches are pooled, those the side network does
-            not see.
+        """
+        Args:
+            width: of the side network.
+            depth: its blocks.
+            heads: of its attention.
+            queries: masks an image is explained by.
+            patch: pixels of a side patch.
+            last: blocks of the tower that the copies run through; where patches are pooled, those the side network does
+                not see.
 
         Raises:
             ConfigError: heads do not divide the width.

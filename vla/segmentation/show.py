@@ -16,7 +16,7 @@ from rich.console import Console
 from torch import Tensor
 
 from mmpeft.files import write_atomic
-from mmpeft.training.callbacks import folder_of
+from mmpeft.tasks.publish import folder_of
 from mmpeft.vla.segmentation.picture import overlays
 
 if TYPE_CHECKING:

@@ -17,11 +17,11 @@ from mmpeft.errors import ConfigError
 from mmpeft.hosting.recompute import Recompute
 from mmpeft.methods.base import Method
 from mmpeft.methods.compose import Frozen
-from mmpeft.training.module import TuningModule
+from mmpeft.tasks.module import TuningModule
 from mmpeft.tuning import Tuning
 from mmpeft.vla.backbone import create, preprocessing, tokenizer
-from mmpeft.vla.data.segmentation import BACKGROUND, IGNORED
 from mmpeft.vla.fewshot.texts import ClassTexts
+from mmpeft.vla.segmentation.data import BACKGROUND, IGNORED
 from mmpeft.vla.segmentation.decoders import CLIPSegDecoder, Decoder
 from mmpeft.vla.segmentation.show import SegmentWriter, show
 from mmpeft.vla.taps import Taps, grid_of
@@ -56,19 +56,21 @@ class Segmenter(TuningModule):
         compile: bool = False,
         image_size: int | None = None,
     ) -> None:
-        """Args:
-        backbone: `<architecture>/<tag>`, `hf-hub:…`, `local-dir:<folder>` or `embedded:clip_emoji`.
-        method: what is trained of the image tower and how; none for the decoder alone.
-        decoder: `CLIPSegDecoder` or `SANDecoder`.
-        pretrained: whether to load the pair's weights.
-        template: text around a class name.
-        threshold: sum of scores below which a pixel belongs to no class; None where each pixel has one, as in ADE20K.
-        optimizer: any torch optimiser, given everything that trains.
-        warmup: share of all steps with a linear rise of the learning rate; cosine decay to zero follows.
-        lr_scheduler: a scheduler in place of warm-up and cosine, stepped after each optimiser step.
-        recompute: what blocks compute again in the backward pass: nothing, `pointwise` operations, or `block`.
-        compile: compile every block with torch.compile.
-        image_size: height and width in pixels that the tower sees; None for the pair's own.
+        """
+        Args:
+            backbone: `<architecture>/<tag>`, `hf-hub:…`, `local-dir:<folder>` or `embedded:clip_emoji`.
+            method: what is trained of the image tower and how; none for the decoder alone.
+            decoder: `CLIPSegDecoder` or `SANDecoder`.
+            pretrained: whether to load the pair's weights.
+            template: text around a class name.
+            threshold: sum of scores below which a pixel belongs to no class; None where each pixel has one, as in
+                ADE20K.
+            optimizer: any torch optimiser, given everything that trains.
+            warmup: share of all steps with a linear rise of the learning rate; cosine decay to zero follows.
+            lr_scheduler: a scheduler in place of warm-up and cosine, stepped after each optimiser step.
+            recompute: what blocks compute again in the backward pass: nothing, `pointwise` operations, or `block`.
+            compile: compile every block with torch.compile.
+            image_size: height and width in pixels that the tower sees; None for the pair's own.
 
         Raises:
             ConfigError: the threshold is no score in (0, 1).

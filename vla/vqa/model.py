@@ -34,12 +34,13 @@ class Looking(nn.TransformerDecoderLayer):
     def forward(  # type: ignore[override]
         self, x: Tensor, padding: Tensor, patches: Tensor, owner: Tensor, likeness: Tensor | None
     ) -> Tensor:
-        """Args:
-            x: tokens of the questions [Q, m, w].
-            padding: bool [Q, m], true where there is no token.
-            patches: of the images [B, n, w].
-            owner: int64 [Q], the image of each question.
-            likeness: s of each question and patch of its image [Q, n].
+        """
+        Args:
+                x: tokens of the questions [Q, m, w].
+                padding: bool [Q, m], true where there is no token.
+                patches: of the images [B, n, w].
+                owner: int64 [Q], the image of each question.
+                likeness: s of each question and patch of its image [Q, n].
 
         Returns:
             [Q, m, w].
@@ -75,12 +76,13 @@ class Fusion(nn.Module):
     def __init__(
         self, width: int = 192, depth: int = 3, heads: int = 4, dropout: float = 0.1, blind: bool = False
     ) -> None:
-        """Args:
-        width: of the tokens inside, a multiple of 4.
-        depth: number of blocks.
-        heads: of each attention.
-        dropout: of attention and feed-forward.
-        blind: see no image.
+        """
+        Args:
+            width: of the tokens inside, a multiple of 4.
+            depth: number of blocks.
+            heads: of each attention.
+            dropout: of attention and feed-forward.
+            blind: see no image.
 
         Raises:
             ConfigError: the width is no multiple of 4 and of the heads, or there is no block.
@@ -116,12 +118,13 @@ class Fusion(nn.Module):
     def forward(
         self, patches: Tensor | None, question: Tensor, padding: Tensor, owner: Tensor, joint: Joint | None = None
     ) -> Tensor:
-        """Args:
-            patches: of the images [B, n, d_i]; None for a blind model.
-            question: tokens of the questions [Q, m, d_t].
-            padding: bool [Q, m], true where there is no token.
-            owner: int64 [Q], the image of each question.
-            joint: both once more in the joint space.
+        """
+        Args:
+                patches: of the images [B, n, d_i]; None for a blind model.
+                question: tokens of the questions [Q, m, d_t].
+                padding: bool [Q, m], true where there is no token.
+                owner: int64 [Q], the image of each question.
+                joint: both once more in the joint space.
 
         Returns:
             scores [Q, A] before the softmax.

@@ -17,7 +17,7 @@ from rich.console import Console
 from torch import Tensor, distributed
 
 from mmpeft.files import write_atomic
-from mmpeft.training.callbacks import folder_of
+from mmpeft.tasks.publish import folder_of
 from mmpeft.vla.vqa.picture import answered
 
 

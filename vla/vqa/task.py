@@ -18,11 +18,11 @@ from mmpeft.hosting.recompute import Recompute
 from mmpeft.methods.base import Method
 from mmpeft.methods.compose import Frozen
 from mmpeft.parts.in_place import InPlace
-from mmpeft.training.module import TuningModule
+from mmpeft.tasks.module import TuningModule
 from mmpeft.tuning import Tuning
 from mmpeft.vla.backbone import Tokenizer, create, preprocessing, tokenizer
-from mmpeft.vla.data.vqa import Asked
 from mmpeft.vla.taps import Taps, projection
+from mmpeft.vla.vqa.data import Asked
 from mmpeft.vla.vqa.model import Fusion, Joint, patch_grid
 from mmpeft.vla.vqa.show import AnswerWriter, show
 
@@ -50,17 +50,18 @@ class VisualQuestions(TuningModule):
         compile: bool = False,
         image_size: int | None = 128,
     ) -> None:
-        """Args:
-        backbone: `<architecture>/<tag>`, `hf-hub:…`, `local-dir:<folder>` or `embedded:clip_emoji`.
-        method: what is trained of the towers and how; none for the fusion transformer alone.
-        fusion: its size, and whether it is blind to the image.
-        pretrained: whether to load the pair's weights.
-        optimizer: any torch optimiser, given everything that trains.
-        warmup: share of all steps with a linear rise of the learning rate; cosine decay to zero follows.
-        lr_scheduler: a scheduler in place of warm-up and cosine, stepped after each optimiser step.
-        recompute: what blocks compute again in the backward pass: nothing, `pointwise` operations, or `block`.
-        compile: compile every block with torch.compile.
-        image_size: height and width in pixels; None for the pair's own.
+        """
+        Args:
+            backbone: `<architecture>/<tag>`, `hf-hub:…`, `local-dir:<folder>` or `embedded:clip_emoji`.
+            method: what is trained of the towers and how; none for the fusion transformer alone.
+            fusion: its size, and whether it is blind to the image.
+            pretrained: whether to load the pair's weights.
+            optimizer: any torch optimiser, given everything that trains.
+            warmup: share of all steps with a linear rise of the learning rate; cosine decay to zero follows.
+            lr_scheduler: a scheduler in place of warm-up and cosine, stepped after each optimiser step.
+            recompute: what blocks compute again in the backward pass: nothing, `pointwise` operations, or `block`.
+            compile: compile every block with torch.compile.
+            image_size: height and width in pixels; None for the pair's own.
         """
         method = method or Frozen()
         super().__init__(method, optimizer, warmup, recompute, compile, train_head=False, lr_scheduler=lr_scheduler)

@@ -28,10 +28,11 @@ class CODAPrompt(TaskHeads):
     default = mmpeft.PTuningV2(at="kv & depth<=4", tokens=4)
 
     def __init__(self, method: Method | None = None, components: int = 10, orthogonal: float = 0.1) -> None:
-        """Args:
-        method: the prefix that is one component.
-        components: how many a task adds (the paper has 100 in all).
-        orthogonal: λ.
+        """
+        Args:
+            method: the prefix that is one component.
+            components: how many a task adds (the paper has 100 in all).
+            orthogonal: λ.
         """
         super().__init__(method)
         if components < 1:

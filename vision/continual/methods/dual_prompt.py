@@ -22,10 +22,11 @@ class DualPrompt(TaskHeads):
     default = mmpeft.PTuningV2(at="kv & depth>=2 & depth<=4", tokens=5)
 
     def __init__(self, method: Method | None = None, general: Method | None = None, pull: float = 1.0) -> None:
-        """Args:
-        method: the prefix of a task.
-        general: the prefix all tasks share.
-        pull: weight of the key's term.
+        """
+        Args:
+            method: the prefix of a task.
+            general: the prefix all tasks share.
+            pull: weight of the key's term.
         """
         super().__init__(method)
         self.general = general or mmpeft.PTuningV2(at="kv & depth<=1", tokens=5)

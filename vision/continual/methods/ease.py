@@ -23,9 +23,10 @@ class EASE(TaskHeads):
     default = mmpeft.AdaptFormer()
 
     def __init__(self, method: Method | None = None, others: float = 0.1) -> None:
-        """Args:
-        method: what is tuned for each task.
-        others: α.
+        """
+        Args:
+            method: what is tuned for each task.
+            others: α.
         """
         super().__init__(method)
         self.others = others

@@ -30,9 +30,10 @@ class InfLoRA(SummedLoRA):
     default = mmpeft.LoRA(rank=10, alpha=10.0, at="attn.{k,v}")
 
     def __init__(self, method: Method | None = None, share: float = 0.95) -> None:
-        """Args:
-        method: a low-rank method.
-        share: ε at the first task.
+        """
+        Args:
+            method: a low-rank method.
+            share: ε at the first task.
         """
         super().__init__(method)
         if not 0 < share <= 1:

@@ -22,11 +22,12 @@ class L2P(TaskHeads):
     default = mmpeft.VPT(tokens=5)
 
     def __init__(self, method: Method | None = None, pool: int = 10, top: int = 5, pull: float = 0.5) -> None:
-        """Args:
-        method: one prompt of the pool.
-        pool: how many there are.
-        top: how many an image uses.
-        pull: λ.
+        """
+        Args:
+            method: one prompt of the pool.
+            pool: how many there are.
+            top: how many an image uses.
+            pull: λ.
         """
         super().__init__(method)
         if not 1 <= top <= pool:

@@ -22,10 +22,11 @@ class LAE(TaskHeads):
     default = mmpeft.AdaptFormer(at="mlp & depth<=4")
 
     def __init__(self, method: Method | None = None, decay: float = 0.9999, rest: float = 0.6) -> None:
-        """Args:
-        method: what is tuned.
-        decay: of the moving average, a step (0.9999 in the paper, for long runs).
-        rest: share of the epochs, after the first task, in which only the head trains.
+        """
+        Args:
+            method: what is tuned.
+            decay: of the moving average, a step (0.9999 in the paper, for long runs).
+            rest: share of the epochs, after the first task, in which only the head trains.
         """
         super().__init__(method)
         if not 0 <= decay <= 1 or not 0 <= rest <= 1:

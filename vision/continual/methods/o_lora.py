@@ -43,10 +43,11 @@ class OLoRA(SummedLoRA):
     """Adds `λ₁ Σ |A_old A_newᵀ| + λ₂ ‖A_new, B_new‖` to the loss: tasks learn in orthogonal subspaces."""
 
     def __init__(self, method: Method | None = None, orthogonal: float = 0.5, decay: float = 0.0) -> None:
-        """Args:
-        method: a low-rank method.
-        orthogonal: λ₁.
-        decay: λ₂.
+        """
+        Args:
+            method: a low-rank method.
+            orthogonal: λ₁.
+            decay: λ₂.
         """
         super().__init__(method)
         self.orthogonal, self.decay = orthogonal, decay

@@ -14,10 +14,11 @@ class RanPAC(FirstTask):
     default = mmpeft.AdaptFormer()
 
     def __init__(self, method: Method | None = None, size: int = 2000, seed: int = 0) -> None:
-        """Args:
-        method: what is tuned on the first task; None for AdaptFormer.
-        size: random features (10,000 in the paper; memory is its square).
-        seed: of the random features.
+        """
+        Args:
+            method: what is tuned on the first task; None for AdaptFormer.
+            size: random features (10,000 in the paper; memory is its square).
+            seed: of the random features.
         """
         super().__init__(method)
         self.size, self.seed = size, seed

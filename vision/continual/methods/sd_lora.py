@@ -17,9 +17,10 @@ class SDLoRA(SummedLoRA):
     """`W x + Σ_{i<t} α_i B_i A_i x / (‖B_i‖ ‖A_i‖) + α_t B_t A_t x`: old directions stay, all magnitudes α train."""
 
     def __init__(self, method: Method | None = None, start: float = 0.8) -> None:
-        """Args:
-        method: a low-rank method.
-        start: where each α starts.
+        """
+        Args:
+            method: a low-rank method.
+            start: where each α starts.
         """
         super().__init__(method)
         self.start = start

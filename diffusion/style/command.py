@@ -1,0 +1,227 @@
+"""`mmpeft sample` and `mmpeft export-pipeline`: draw with adapters, and write them for other tools."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple, get_args
+
+import torch
+import yaml
+from rich.console import Console
+from torch import Tensor
+from torchvision.transforms.v2 import functional as tf
+from torchvision.utils import make_grid
+
+from mmpeft.combine.strength import strength
+from mmpeft.data.loading import mix
+from mmpeft.diffusion.backbone import DTYPES, create
+from mmpeft.diffusion.families import family_of
+from mmpeft.diffusion.family import Family
+from mmpeft.diffusion.style.grid import labelled_grid
+from mmpeft.diffusion.style.words import FOLDER, load_words
+from mmpeft.errors import ConfigError
+from mmpeft.files import write_atomic
+from mmpeft.formats.exchange import Format, export
+from mmpeft.formats.exchange import export_pipeline as write_pipeline
+from mmpeft.formats.inspection import read
+from mmpeft.formats.merged import merged_copy
+from mmpeft.formats.native import MANIFEST
+from mmpeft.surgery.choice import use
+from mmpeft.surgery.together import Together
+from mmpeft.tuning import Tuning, load, load_foreign
+
+PIPELINE = "a hub repository, a folder, or embedded:<name> (default: what the adapter's run was tuned on)"
+
+
+def sample(argv: Sequence[str] | None = None) -> int:
+    """Draw prompts by a pipeline with any number of adapters; one picture with all images."""
+    parser = argparse.ArgumentParser("mmpeft sample", description=sample.__doc__)
+    parser.add_argument("--prompt", nargs="+", required=True, help="one text or several")
+    parser.add_argument(
+        "--adapter", type=Path, nargs="*", default=[], help="adapters of any known format, run as a weighted sum"
+    )
+    parser.add_argument("--weights", type=float, nargs="*", help="one for each adapter (default: 1 each)")
+    parser.add_argument("--strength", type=float, default=1.0, help="of all adapters together (default: %(default)s)")
+    parser.add_argument("--compare", action="store_true", help="draw the base, half and full strength side by side")
+    parser.add_argument("--words", type=Path, nargs="*", default=[], help="textual inversions, or folders of them")
+    parser.add_argument("--pipeline", help=PIPELINE)
+    parser.add_argument("--dtype", choices=tuple(DTYPES), help="of the pipeline (default: that of the adapter's run)")
+    parser.add_argument("--count", type=positive, default=1, help="images a prompt (default: %(default)s)")
+    parser.add_argument("--steps", type=positive, default=20, help="denoising steps (default: %(default)s)")
+    parser.add_argument("--guidance", type=float, default=3.0, help="guidance scale (default: %(default)s)")
+    parser.add_argument("--negative", default="", help="what guidance leads away from")
+    parser.add_argument(
+        "--size", type=positive, help="height and width in pixels (default: the run's or the pipeline's)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the noise (default: %(default)s)")
+    parser.add_argument("--out", type=Path, default=Path("sample.png"), help="picture to write (default: %(default)s)")
+    options = parser.parse_args(arguments(argv))
+    base = base_of(options.pipeline, options.adapter)
+    family = family_of(create(base.pipeline, DTYPES[options.dtype or base.dtype], base.quantization))
+    size = options.size or base.size or family.size
+    if size % family.multiple:
+        raise ConfigError(f"--size is a multiple of {family.multiple} for this pipeline, got {size}")
+    family.sides(size)
+    for path in options.words:
+        load_words(family, path)
+    tunings = open_adapters(family, options.adapter)
+    weights = options.weights if options.weights is not None else [1.0] * len(options.adapter)
+    if len(weights) != len(options.adapter):
+        raise ConfigError(f"--weights wants one for each of {len(options.adapter)} adapters, got {len(weights)}")
+    prompts = [prompt for prompt in options.prompt for _ in range(options.count)]
+    family.check_prompts([*prompts, options.negative])
+    family.pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
+
+    def drawn(share: float) -> Tensor:
+        noise = [torch.Generator().manual_seed(mix(options.seed, i)) for i in range(len(prompts))]
+        with running(tunings, [share * weight for weight in weights]), torch.no_grad():
+            found = family.draw(prompts, noise, options.steps, options.guidance, size, options.negative)
+        return found.float().cpu()
+
+    if options.compare:
+        png = labelled_grid({"base": drawn(0.0), "half": drawn(0.5), "full": drawn(1.0)}, prompts)
+        write_atomic(options.out, png)
+    else:
+        save_grid(drawn(options.strength), options.out, options.count)
+    Console().print(f"picture: {options.out}", soft_wrap=True)
+    return 0
+
+
+def export_pipeline(argv: Sequence[str] | None = None) -> int:
+    """Write an adapter for another tool, read back by it, or a whole pipeline with the adapter merged in."""
+    formats = (*get_args(Format), "pipeline")
+    parser = argparse.ArgumentParser("mmpeft export-pipeline", description=export_pipeline.__doc__)
+    parser.add_argument("--adapter", type=Path, required=True, help="an adapter of any known format")
+    parser.add_argument("--pipeline", help=PIPELINE)
+    parser.add_argument("--to", choices=formats, default="diffusers", help="format (default: %(default)s)")
+    parser.add_argument("--out", type=Path, required=True, help="the file or folder to write")
+    options = parser.parse_args(arguments(argv))
+    family = family_of(create(base_of(options.pipeline, [options.adapter]).pipeline))
+    tunings = open_adapters(family, [options.adapter])[0]
+    if options.to == "pipeline":
+        save_pipeline(family, tunings, options.out)
+        print(f"{options.out}: the pipeline with {tunings[0].method} merged in")
+        return 0
+    if len(tunings) > 1:
+        if options.to not in ("diffusers", "kohya"):
+            raise ConfigError(f"the text encoders are tuned as well, and a {options.to} file is for one model")
+        parts = {name: tuning for tuning in tunings for name in _names(family, tuning)}
+        written = write_pipeline(parts, options.out, options.to)
+    else:
+        written = export(tunings[0], options.out, options.to, prefix=family.part)
+    by = " and ".join(dict.fromkeys(written.verified_by)) or "nobody"
+    print(f"{written.path}: {written.format}, {written.layers} layers, {written.bytes:,} bytes; read back by {by}")
+    print(f"largest relative difference {written.difference:.1e}")
+    for note in written.notes:
+        print(f"note: {note}")
+    return 0
+
+
+class Base(NamedTuple):
+    """What an adapter was tuned on."""
+
+    pipeline: str
+    dtype: str = "float32"
+    quantization: Mapping[str, Any] | None = None
+    size: int | None = None
+
+
+def base_of(name: str | None, adapters: Sequence[Path]) -> Base:
+    """The pipeline that was named, or the one the first adapter's run was tuned on, as it was held there.
+
+    Raises:
+        ConfigError: none was named, and there is no run to tell.
+    """
+    if name:
+        return Base(name)
+    for path in adapters[:1]:
+        config = path.parent / "config.yaml"
+        if config.is_file():
+            facts = yaml.safe_load(config.read_text("utf-8"))
+            model, data = (facts[key].get("init_args", {}) for key in ("model", "data"))
+            if model.get("pipeline"):
+                size = model.get("resolution") or data.get("resolution")
+                return Base(model["pipeline"], model.get("dtype", "float32"), model.get("quantization"), size)
+    raise ConfigError("--pipeline says what draws; it may be left out for an adapter in the folder of its run")
+
+
+def positive(text: str) -> int:
+    """A whole number above 0, for a command's option."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number of 1 or more, got {text!r}")
+    return int(text)
+
+
+def open_adapters(family: Family, paths: Sequence[Path]) -> list[list[Tuning]]:
+    """For each adapter its tunings: of the denoiser first, then of the text encoders it comes with.
+
+    Raises:
+        AdapterFileError: a file that cannot be read, or one for another pipeline.
+    """
+    found = []
+    for number, path in enumerate(paths):
+        name = f"adapter{number}"
+        if (path / FOLDER).is_dir():
+            load_words(family, path / FOLDER)
+        native = (path / MANIFEST).is_file()
+        held = () if native else read(path).components
+        tunings = [load_foreign(family.denoiser, path, name, family.part if len(held) > 1 else "")]
+        for part, encoder in family.encoders.items():
+            if (path / part / MANIFEST).is_file():
+                tunings.append(load(encoder, path / part, name))
+            elif len(held) > 1 and part in held:
+                tunings.append(load_foreign(encoder, path, name, part))
+        found.append(tunings)
+    return found
+
+
+@contextmanager
+def running(tunings: Sequence[Sequence[Tuning]], weights: Sequence[float]) -> Iterator[None]:
+    """All adapters run, each at its weight."""
+    models = {id(tuning.model): tuning.model for own in tunings for tuning in own}.values()
+    with ExitStack() as stack:
+        for model in models:
+            own = {t: w for tuned, w in zip(tunings, weights) for t in tuned if t.model is model}
+            if not any(own.values()):
+                stack.enter_context(use(model, None))
+            elif len(own) == 1:
+                stack.enter_context(strength(*own.popitem()))
+            else:
+                names = tuple(tuning.name for tuning in own)
+                stack.enter_context(use(model, Together(names, tuple(own.values()))))
+        yield
+
+
+def _names(family: Family, tuning: Tuning) -> list[str]:
+    """What the pipeline calls the model of a tuning."""
+    return [name for name, part in family.pipeline.components.items() if part is tuning.model]
+
+
+def save_pipeline(family: Family, tunings: Sequence[Tuning], folder: Path) -> None:
+    """Write the pipeline with its tunings merged in, as diffusers reads it.
+
+    Raises:
+        Refused: a part is no change of weights.
+    """
+    pipeline = family.pipeline
+    parts = {id(part): name for name, part in pipeline.components.items()}
+    merged = {parts[id(tuning.model)]: merged_copy(tuning) for tuning in tunings}
+    type(pipeline)(**{**pipeline.components, **merged}).save_pretrained(folder)
+
+
+def save_grid(images: Tensor, path: Path, columns: int) -> None:
+    """A PNG of images [B, 3, H, W] in [0, 1]; small ones are enlarged without smoothing."""
+    grid = make_grid(images, nrow=columns if columns > 1 else min(len(images), 4), padding=2, pad_value=1.0)
+    times = max(1, 256 // images.shape[-1])
+    picture: Any = tf.to_pil_image(grid)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    picture.resize((picture.width * times, picture.height * times), 0).save(path)
+
+
+def arguments(argv: Sequence[str] | None) -> list[str]:
+    """What follows the name of the sub-command."""
+    return (sys.argv[1:] if argv is None else list(argv))[1:]

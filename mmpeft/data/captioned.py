@@ -1,0 +1,162 @@
+"""Images with texts in files: a table that names them, or a folder with metadata.jsonl or a .txt beside each."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from mmpeft.data.pictures import PICTURES, contents, decoded, pictures_below
+from mmpeft.errors import DataError, nearest
+
+TABLES = {".csv": ",", ".tsv": "\t", ".jsonl": ""}
+METADATA = ("metadata.jsonl", "metadata.csv")  # of a folder, by Hugging Face's convention
+FILE_NAME = "file_name"
+
+
+class Captioned:
+    """Samples `(PIL image, text, row)`; samples of one image share its row."""
+
+    texts: list[str]
+    rows: list[int]
+
+    def __len__(self) -> int:
+        """Return the number of texts."""
+        return len(self.texts)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, str, int]:
+        """Return one image, in RGB, with one of its texts."""
+        return decoded(self.data(index), self.where(index)), self.texts[index], self.rows[index]
+
+    def data(self, index: int) -> bytes:
+        """The image of a sample as a file's content."""
+        raise NotImplementedError
+
+    def where(self, index: int) -> str:
+        """What an error calls the image of a sample."""
+        raise NotImplementedError
+
+
+class FileCaptions(Captioned):
+    """Image files and a text for each; a file may stand there several times."""
+
+    def __init__(self, files: Sequence[Path], texts: Sequence[str]) -> None:
+        self.files, self.texts = list(files), list(texts)
+        known: dict[Path, int] = {}
+        self.rows = [known.setdefault(file, len(known)) for file in self.files]
+
+    def data(self, index: int) -> bytes:
+        return contents(self.files[index])
+
+    def where(self, index: int) -> str:
+        return str(self.files[index])
+
+
+def table_captions(table: Path, image: str, text: str) -> FileCaptions:
+    """A .csv, .tsv or .jsonl file with a column of image files, relative to its folder, and one of texts.
+
+    Raises:
+        DataError: a column, a value or a file is missing.
+    """
+    lines = _lines(table)
+    for number, line in enumerate(lines, 1):
+        for name in (image, text):
+            if name not in line:
+                known = ", ".join(line) or "none"
+                raise DataError(
+                    f"{table}, entry {number} has no column {name!r}; columns: {known}.{nearest(name, line)}"
+                )
+            if not isinstance(line[name], str | None) or (name == image and not line[name]):
+                raise DataError(f"{table}, entry {number}: expected text in {name!r}, got {line[name]!r}")
+    files = [table.parent / line[image] for line in lines]
+    missing = next((file for file in files if not file.is_file()), None)
+    if missing is not None:
+        raise DataError(f"{table} names {missing}, which does not exist; paths are relative to the table's folder")
+    return FileCaptions(files, [line[text] or "" for line in lines])
+
+
+def _lines(table: Path) -> list[dict[str, Any]]:
+    try:
+        with table.open(newline="", encoding="utf-8-sig") as file:
+            if table.suffix != ".jsonl":
+                return _rows(csv.DictReader(file, delimiter=TABLES[table.suffix]), table)
+            content = [(number, line) for number, line in enumerate(file, 1) if line.strip()]
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise DataError(f"{table} cannot be read: {error}") from error
+    found = []
+    for number, line in content:
+        try:
+            found.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            raise DataError(f"{table}, line {number} is no JSON: {error}") from error
+        if not isinstance(found[-1], dict):
+            raise DataError(f"{table}, line {number}: expected an object {{…}}, got {line.strip()[:40]}")
+    return found
+
+
+def _rows(reader: csv.DictReader[str], table: Path) -> list[dict[str, Any]]:
+    rows = list(reader)
+    long = next((number for number, row in enumerate(rows, 1) if reader.restkey in row), None)
+    if long is not None:
+        raise DataError(f"{table}, entry {long} has more cells than columns; put texts with a separator in quotes")
+    return rows
+
+
+def folder_captions(folder: Path, text: str, prompt: str | None = None) -> FileCaptions:
+    """Images with metadata.jsonl (or .csv; columns `file_name` and `text`), with a .txt beside each, or one prompt.
+
+    Raises:
+        DataError: there are no images or no texts, an image has none or two, or a text has no image.
+    """
+    images = pictures_below(folder)
+    if not images:
+        raise DataError(f"{folder} holds no images; expected files {', '.join(PICTURES)}")
+    if prompt is not None:
+        return FileCaptions(images, [prompt] * len(images))
+    beside = {path.with_suffix(""): path for path in sorted(folder.rglob("*.txt"))}
+    table = next((folder / name for name in METADATA if (folder / name).is_file()), None)
+    if table is not None:
+        found = table_captions(table, FILE_NAME, text)
+        without = sorted(set(images) - set(found.files))
+        two = [file for file in found.files if file.with_suffix("") in beside]
+        if two:
+            raise DataError(f"{listed(two)}: texts in {table} and in a .txt beside the image; remove one of them")
+        if without:
+            raise DataError(f"{table} has no line for {listed(without)}; add them, or move the images away")
+        return found
+    stems = [path.with_suffix("") for path in images]
+    if not beside.keys() & set(stems):
+        deeper = next((path for name in METADATA for path in folder.glob(f"*/{name}")), None)
+        raise DataError(
+            f"{folder} holds {len(images)} images and no captions; expected {METADATA[0]} with lines "
+            f'{{"{FILE_NAME}": "{images[0].name}", "{text}": "…"}}, or {images[0].stem}.txt beside {images[0].name}, '
+            "or one prompt for all" + (f"; {deeper} is there: give {deeper.parent}" if deeper else "")
+        )
+    without = [path for path, stem in zip(images, stems) if stem not in beside]
+    if without:
+        raise DataError(f"no .txt beside {listed(without)}; write the captions, or move the images away")
+    lost = [path for stem, path in beside.items() if stem not in set(stems)]
+    if lost:
+        raise DataError(f"no image beside {listed(lost)}; restore the images, or remove the texts")
+    twice = [stem for stem, count in Counter(stems).items() if count > 1]
+    if twice:
+        raise DataError(f"several images share the text of {listed(twice)}; rename or remove all but one")
+    return FileCaptions(images, [_text(beside[stem]) for stem in stems])
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text("utf-8-sig").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path} cannot be read: {error}; save it as UTF-8") from error
+
+
+def listed(things: Iterable[Any], most: int = 3) -> str:
+    """The first of many things, and how many more there are."""
+    named = [str(thing) for thing in things]
+    return "; ".join(named[:most]) + (f" and {len(named) - most} more" if len(named) > most else "")

@@ -1,0 +1,158 @@
+"""`ImageData`: what all image classification data modules share — classes, size, normalisation, augmentation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from mmpeft.data.loading import DataModule, SizedDataset
+from mmpeft.data.transforms import AUGMENTS, OfImage, evaluation, training
+from mmpeft.errors import ConfigError, DataError, nearest
+
+Augment = Literal["none", "light", "strong"]
+FALLBACK_SIZE, FALLBACK_MEAN, FALLBACK_STD = 224, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
+
+
+class ImageData(DataModule):
+    """Batches of `(images float [B, 3, S, S] normalised, labels int64 [B])`; to predict, `(images, identifiers)`.
+
+    Size, mean and std are the backbone's own unless given here: the task calls `configure`, before or after `setup`.
+    A subclass fills the sets with samples `(PIL image or uint8 [3, H, W], label)` and names its `classes`.
+    """
+
+    classes: list[str]
+    paper: int | None = None  # grey value behind drawings, 0 or 255; None for photographs
+
+    def __init__(
+        self,
+        batch_size: int = 64,
+        num_workers: int = 0,
+        seed: int = 0,
+        eval_batch_size: int | None = None,
+        image_size: int | None = None,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
+        augment: Augment = "light",
+    ) -> None:
+        """
+        Args:
+            batch_size: images a training step and process.
+            num_workers: loading processes; the batches do not depend on it.
+            seed: of the order and the augmentation.
+            eval_batch_size: images a validation, test or prediction step; None for `batch_size`.
+            image_size: height and width in pixels; None for what the backbone was pretrained with.
+            mean: three channel means of images in [0, 1]; None for the backbone's.
+            std: three channel deviations; None for the backbone's.
+            augment: `none` (resize alone), `light` (crop and flip, or a small shift and turn of drawings), `strong`.
+
+        Raises:
+            ConfigError: a value is out of its range, or the augmentation is unknown.
+        """
+        super().__init__(batch_size, num_workers, seed, eval_batch_size)
+        if augment not in AUGMENTS:
+            raise ConfigError(
+                f"augment is one of {', '.join(AUGMENTS)}, got {augment!r}.{nearest(str(augment), AUGMENTS)}"
+            )
+        if image_size is not None and image_size < 1:
+            raise ConfigError(
+                f"image_size is a number of pixels >= 1, got {image_size}; leave it out for the backbone's"
+            )
+        for name, values in (("mean", mean), ("std", std)):
+            if values is not None and (len(values) != 3 or (name == "std" and min(values) <= 0)):
+                positive = "positive " if name == "std" else ""
+                raise ConfigError(f"{name} is three {positive}numbers for images in [0, 1], got {list(values)}")
+        self.image_size, self.augment = image_size, augment
+        self.mean = None if mean is None else tuple(mean)
+        self.std = None if std is None else tuple(std)
+        self.classes = []
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes; 0 before they are known."""
+        return len(self.classes)
+
+    def configure(self, image_size: int | Sequence[int], mean: Sequence[float], std: Sequence[float]) -> None:
+        """Take size and normalisation from the backbone where the user has given none."""
+        own = image_size if isinstance(image_size, int) else image_size[-1]
+        self.image_size = self.image_size or own
+        self.mean, self.std = self.mean or tuple(mean), self.std or tuple(std)
+        self._set_transforms()
+
+    def setup(self, stage: str | None = None) -> None:
+        """Lightning's hook: fill the sets, then build the transforms for what is known of the backbone."""
+        super().setup(stage)
+        self._set_transforms()
+
+    def _set_transforms(self) -> None:
+        size = self.image_size or FALLBACK_SIZE
+        mean, std = self.mean or FALLBACK_MEAN, self.std or FALLBACK_STD
+        self.train_transform = OfImage(training(self.augment, size, mean, std, self.paper))
+        self.eval_transform = OfImage(evaluation(size, mean, std))
+
+
+class Pairs:
+    """Samples `(images[i], second[i])` from uint8 images `[n, 3, H, W]` and labels or identifiers."""
+
+    def __init__(self, images: Tensor, second: Tensor | Sequence[Any]) -> None:
+        self.images, self.second = images, second
+
+    def __len__(self) -> int:
+        """Return the number of samples."""
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Any]:
+        """Return one image (a copy: a transform may write into it) and its label or identifier."""
+        second = self.second[index]
+        return self.images[index].clone(), int(second) if isinstance(second, Tensor) else second
+
+
+class Renamed:
+    """The images of a labelled set with identifiers in place of labels, for prediction."""
+
+    def __init__(self, dataset: SizedDataset, name: Callable[[int], str]) -> None:
+        self.dataset, self.name = dataset, name
+
+    def __len__(self) -> int:
+        """Return the number of samples."""
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> tuple[Any, str]:
+        """Return one image and its identifier."""
+        return self.dataset[index][0], self.name(index)
+
+
+def check_labels(labels: Sequence[Any], classes: int, where: Callable[[int], str], remedy: str) -> list[int]:
+    """Return labels as integers in [0, classes).
+
+    Raises:
+        DataError: a label is missing, no integer, negative or too large; `where(row)` says which.
+    """
+    for row, label in enumerate(labels):
+        if isinstance(label, bool) or not isinstance(label, int):
+            raise DataError(f"{where(row)}: expected an integer label, got {label!r}; {remedy}")
+        if not 0 <= label < classes:
+            raise DataError(f"{where(row)}: label {label} is out of range 0 … {classes - 1}; {remedy}")
+    return list(labels)
+
+
+def few(labels: Sequence[int] | Tensor, shots: int, classes: int, seed: int) -> list[int]:
+    """Rows of `shots` samples of each class, drawn by `seed`; the choice for k shots is part of that for k + 1.
+
+    Raises:
+        ConfigError: `shots` is below one.
+        DataError: a class has fewer samples.
+    """
+    if shots < 1:
+        raise ConfigError(f"shots is a number of images a class >= 1, got {shots}; leave it out for all images")
+    found = torch.as_tensor(labels)
+    order = torch.randperm(len(found), generator=torch.Generator().manual_seed(seed))
+    rows = []
+    for label in range(classes):
+        own = order[found[order] == label]
+        if len(own) < shots:
+            raise DataError(f"shots={shots}, but class {label} has {len(own)} training images; ask for fewer shots")
+        rows += own[:shots].tolist()
+    return rows

@@ -1,0 +1,1 @@
+"""Runs: from a configuration to a trainer with its callbacks, checkpoints, and a finished run read back."""

@@ -1,0 +1,214 @@
+"""`mmpeft fit | validate | test | predict`: LightningCLI with a method as a key of its own and short class names."""
+
+from __future__ import annotations
+
+import re
+import sys
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, NoReturn
+
+import lightning
+from jsonargparse import set_parsing_settings
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_warn
+
+from mmpeft.errors import ConfigError, MMPEFTError, nearest
+from mmpeft.methods import METHODS
+from mmpeft.methods.base import Method
+from mmpeft.run.arguments import afresh, domain_classes, import_named, words
+from mmpeft.run.callbacks import LearningCurves, Outcome
+from mmpeft.run.checkpoint import LAST, LastCheckpoint, RandomState
+from mmpeft.tasks.checkpoint import AtomicCheckpointIO
+from mmpeft.tasks.module import TuningModule
+
+ROOT = "runs"
+UNWANTED = ("Total length of .* across ranks is zero", ".*isinstance\\(treespec, LeafSpec\\)")
+"""Warnings of Lightning's about a validation set that was left out on purpose, and about its own code."""
+
+set_parsing_settings(subclasses_enabled=[Method])
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Parse, build and run; `argv` starts with the sub-command."""
+    for said in UNWANTED:
+        warnings.filterwarnings("ignore", said)
+    arguments = afresh(sys.argv[1:] if argv is None else argv)
+    import_named(words(arguments))
+    if argv is None:
+        sys.argv[1:] = arguments  # from where Lightning reads them, in the processes it starts as well
+    TuningCLI(
+        TuningModule,
+        lightning.LightningDataModule,
+        subclass_mode_model=True,
+        subclass_mode_data=True,
+        parser_class=Parser,
+        parser_kwargs={"prog": "mmpeft"},
+        save_config_kwargs={"overwrite": True},
+        trainer_defaults={"log_every_n_steps": 10, "callbacks": [RandomState(), LearningCurves(), Outcome()]},
+        seed_everything_default=0,
+        auto_configure_optimizers=False,
+        load_from_checkpoint_support=False,
+        args=None if argv is None else arguments,
+    )
+    return 0
+
+
+class Parser(LightningArgumentParser):
+    """Short errors with the nearest known name, and no abbreviated options."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **{"allow_abbrev": False, **kwargs})
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        message = explain(message, set(options(self)))
+        if not self.exit_on_error:
+            super().error(message, ex)
+        sys.stderr.write(f"error: {message}\n")
+        sys.stderr.write("tip: `mmpeft fit --help` lists all options, `--method.help LoRA` those of a class\n")
+        self.exit(2)
+
+
+class TuningCLI(LightningCLI):
+    """Adds `method`, `name` and `checkpoint`, and keeps all a run writes in one folder."""
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_subclass_arguments(
+            Method, "method", required=False, help="What is trained and how: a method's name, or class_path and fields."
+        )
+        parser.link_arguments("method", "model.init_args.method", apply_on="parse")
+        parser.add_argument(
+            "--name",
+            type=str | None,
+            default=None,
+            help=f"Folder of the run under {ROOT}/. Default: data and method, such as EmojiData-LoRA.",
+        )
+        parser.add_lightning_class_args(LastCheckpoint, "checkpoint")
+
+    def _parse_ckpt_path(self) -> None:
+        """Settle the run's folder: a new one, or that of the checkpoint, so that a resumed run goes on in its own."""
+        config = self.config[self.config["subcommand"]]
+        root = Path(config.trainer.default_root_dir or ROOT)
+        self.folder = root / (config.name or default_name(config))
+        self.version: int | str = next_version(self.folder)
+        wanted = config.get("ckpt_path")
+        fitting = self.config["subcommand"] == "fit"
+        if wanted == "last":
+            found = last_checkpoint(self.folder)
+            if found is None and not fitting:
+                raise ConfigError(f"--ckpt_path last: no {LAST} in {self.folder}/*/checkpoints; run `mmpeft fit` first")
+            if found is None:
+                rank_zero_warn(
+                    f"--ckpt_path last: no checkpoint in {self.folder} yet; training starts from the beginning"
+                )
+            config.ckpt_path = wanted = found and str(found)
+        if wanted:
+            path = Path(wanted)
+            if "://" not in wanted and not path.is_file():
+                raise ConfigError(f"--ckpt_path: no file {wanted}; give a .ckpt file or `last`")
+            if path.parent.name == "checkpoints":
+                run = path.parent.parent
+                self.folder, self.version = run.parent, run.name
+        elif not fitting:
+            rank_zero_warn("no --ckpt_path given: the method and the head are evaluated untrained")
+
+    def before_instantiate_classes(self) -> None:
+        subcommand = self.config["subcommand"]
+        self.save_config_kwargs["config_filename"] = "config.yaml" if subcommand == "fit" else f"{subcommand}.yaml"
+
+    def instantiate_classes(self) -> None:
+        try:
+            super().instantiate_classes()
+        except ValueError as error:
+            # jsonargparse wraps what a constructor raises into its own account of types
+            cause: BaseException | None = error
+            while cause is not None and not isinstance(cause, MMPEFTError):
+                cause = cause.__cause__
+            raise cause or error from None
+
+    def instantiate_trainer(self, **kwargs: Any) -> lightning.Trainer:
+        config = self._get(self.config_init, "trainer")
+        if config.get("logger") in (None, True):
+            kwargs["logger"] = logger(self.folder, self.version)
+        kwargs["plugins"] = [*as_list(config.get("plugins")), AtomicCheckpointIO()]
+        kwargs["default_root_dir"] = config.get("default_root_dir") or ROOT
+        return super().instantiate_trainer(**kwargs)
+
+
+def as_list(value: Any) -> list[Any]:
+    """A list of what was given: nothing, one, or several."""
+    return [] if value is None else list(value) if isinstance(value, list | tuple) else [value]
+
+
+def logger(folder: Path, version: int | str) -> Logger:
+    """TensorBoard where it is installed, CSV elsewhere."""
+    place: dict[str, Any] = {"save_dir": folder.parent, "name": folder.name, "version": version}
+    if find_spec("tensorboard"):
+        return TensorBoardLogger(**place, default_hp_metric=False)
+    return CSVLogger(**place)
+
+
+def default_name(config: Any) -> str:
+    """`<data>-<method>`, or the model's name where the method has none."""
+    parts = (config.get("data"), config.get("method") or config.get("model"))
+    names = [str(part.class_path).rsplit(".", 1)[-1] for part in parts if part]
+    return "-".join(names) or "default"
+
+
+def next_version(folder: Path) -> int:
+    """One more than the newest `version_<n>` of a folder."""
+    found = [re.fullmatch(r"version_(\d+)", path.name) for path in folder.glob("version_*")]
+    return 1 + max((int(match[1]) for match in found if match), default=-1)
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """The newest `checkpoints/last.ckpt` of all versions of a run."""
+    return max(folder.glob(f"*/checkpoints/{LAST}"), key=lambda path: path.stat().st_mtime, default=None)
+
+
+# -- errors -------------------------------------------------------------------------------------------------
+
+
+def options(parser: Any) -> Iterator[str]:
+    """Names of all options of a parser and of its sub-commands."""
+    for action in parser._actions:
+        yield action.dest
+        if isinstance(action.choices, dict):
+            for inner in action.choices.values():
+                yield from options(inner)
+
+
+_NOISE = re.compile(
+    r"^\s*(- )?(Does not validate against|Subtypes:|Errors:|Given value|Expected a <class 'NoneType'>|Expected a path)"
+)
+_UNKNOWN_CLASS = re.compile(
+    r"(?:dot import path string|given class_path|Import of).*?['\s]([\w.]+)'?$",
+    re.MULTILINE,
+)
+_UNKNOWN_KEY = re.compile(
+    r"(?:[Oo]ption|[Kk]ey|arguments:) ['\"]?(?:--)?([\w.-]+)['\"]?(?: is not|=| |$)",
+    re.MULTILINE,
+)
+
+
+def explain(message: str, keys: Iterable[str]) -> str:
+    """An error of the parser without its type algebra, and with the nearest of the names it may have meant.
+
+    `keys` are the options of the parser that complains; classes have parsers of their own.
+    """
+    short = "\n".join(line for line in message.splitlines() if not _NOISE.match(line))
+    if "Did you mean" in short:
+        return short
+    if match := _UNKNOWN_CLASS.search(short):
+        method = 'key "method' in short or '.method"' in short
+        name = match[1].rsplit(".", 1)[-1]
+        return short + nearest(name, METHODS if method else domain_classes())
+    if "not" in short or "nrecognized" in short:
+        for name in _UNKNOWN_KEY.findall(short):
+            known = {key: key.rsplit(".", 1)[-1] for key in keys}
+            if name not in known and (found := nearest(name, known) or nearest(name, known.values())):
+                return short + found
+    return short

@@ -1,0 +1,51 @@
+"""Checkpoint files: whole or absent, and of tensors and plain data only."""
+
+from __future__ import annotations
+
+import io
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric.plugins.io import TorchCheckpointIO
+
+from mmpeft.errors import AdapterFileError
+from mmpeft.files import write_atomic
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Writes through a temporary file and a rename; reads tensors and plain data only, never code."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
+        """Write a checkpoint; the former file at `path` is whole until the new one is.
+
+        Raises:
+            MMPEFTError: the disk is full or not writable.
+        """
+        if "://" in str(path):  # object stores put whole files anyway
+            super().save_checkpoint(checkpoint, path, storage_options)
+            return
+        buffer = io.BytesIO()
+        torch.save(checkpoint, buffer)
+        write_atomic(Path(path), buffer.getvalue())
+
+    def load_checkpoint(self, path: Any, map_location: Any = "cpu", weights_only: bool | None = None) -> dict[str, Any]:
+        """Read a checkpoint.
+
+        Raises:
+            AdapterFileError: missing, truncated, or it holds objects that only unpickling code could make.
+        """
+        if "://" not in str(path) and not Path(path).is_file():
+            raise AdapterFileError(f"no checkpoint at {path}; give the path of a .ckpt file, or `last`")
+        safe = True if weights_only is None else weights_only
+        try:
+            found: dict[str, Any] = super().load_checkpoint(path, map_location, weights_only=safe)
+        except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+            raise AdapterFileError(
+                f"{path} is no whole checkpoint of plain tensors and data: {str(error).splitlines()[0]}"
+            ) from error
+        handed_over = Path(path).name == ".temp.ckpt"  # bare weights, from Lightning's own forked processes
+        if not handed_over and (not isinstance(found, dict) or "state_dict" not in found):
+            raise AdapterFileError(f"{path} is a torch file, but no checkpoint of a training run")
+        return found

@@ -1,0 +1,48 @@
+"""Where a run shows what it made: its folder, and TensorBoard."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+from lightning import Trainer
+from lightning.pytorch.loggers import TensorBoardLogger
+
+from mmpeft.files import write_atomic
+
+
+def folder_of(trainer: Trainer) -> Path | None:
+    """The run's folder, or None where nothing is to be written: on other processes, in a dry run, without a folder.
+
+    All processes must call it: `log_dir` is broadcast.
+    """
+    folder = Path(trainer.log_dir or trainer.default_root_dir)
+    nowhere = not trainer.loggers and folder.resolve() == Path.cwd()  # Lightning's stand-in for no folder at all
+    dry = getattr(trainer, "fast_dev_run", False)
+    return folder if trainer.is_global_zero and not (dry or nowhere) else None
+
+
+def tensorboard(trainer: Trainer) -> Any:
+    """TensorBoard's writer, if the run has one and this process writes; None else."""
+    if not trainer.is_global_zero:
+        return None
+    found = (logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger))
+    return next((logger.experiment for logger in found), None)
+
+
+def publish(trainer: Trainer, png: bytes, file: str, tag: str) -> None:
+    """Write a picture to `file` in the run's folder, and add it to TensorBoard under `tag`.
+
+    All processes must call it: see `folder_of`.
+    """
+    folder = folder_of(trainer)
+    if folder is not None:
+        write_atomic(folder / file, png)
+    writer = tensorboard(trainer)
+    if writer is not None:
+        import numpy as np
+        from PIL import Image
+
+        pixels = np.asarray(Image.open(io.BytesIO(png)).convert("RGB"))
+        writer.add_image(tag, pixels, trainer.global_step, dataformats="HWC")

@@ -1,1 +1,0 @@
-"""Data of image-text tasks."""

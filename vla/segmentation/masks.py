@@ -1,0 +1,171 @@
+"""Folders of images and index masks, as ADE20K and VOC are laid out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+from rich.progress import track
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from mmpeft.embedded import spoken
+from mmpeft.errors import DataError
+from mmpeft.vla.contrastive.data import PICTURES, read
+from mmpeft.vla.segmentation.data import BACKGROUND, IGNORED, Named, SegmentationData
+
+WORTH_A_BAR = 500
+
+
+class Masked(Dataset[tuple[Tensor, Tensor]]):
+    """`images/<name>.jpg` with `masks/<name>.png`, a PNG of class numbers (grey or palette)."""
+
+    def __init__(
+        self, folder: Path, classes: int, background: int | None = None, first: int = 0, ignored: int = IGNORED
+    ) -> None:
+        if not (folder / "images").is_dir() or not (folder / "masks").is_dir():
+            raise DataError(f"{folder} has no folders `images` and `masks`")
+        masks = {path.stem: path for path in sorted((folder / "masks").glob("*.png"))}
+        paths = pictures(folder / "images")
+        alone = next((path for path in paths if path.stem not in masks), None)
+        if alone is not None or not paths:
+            raise DataError(
+                f"{alone} has no mask {folder / 'masks'}/{alone.stem}.png" if alone else f"{folder} is empty"
+            )
+        self.pairs = [(path, masks[path.stem]) for path in paths]
+        self.classes, self.background, self.first, self.ignored = classes, background, first, ignored
+
+    def __len__(self) -> int:
+        """Return the number of images."""
+        return len(self.pairs)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        """Return a uint8 image [3, H, W] and class numbers, uint8 [H, W].
+
+        Raises:
+            DataError: the mask is of another size, or holds a number that is no class.
+        """
+        return array(self.pairs[index][0]), self.mask(index)
+
+    def mask(self, index: int) -> Tensor:
+        """Class numbers from 0, 254 for background and 255 for what does not count, uint8 [H, W]."""
+        path, file = self.pairs[index]
+        try:
+            with Image.open(path) as image:
+                size = (image.height, image.width)
+            with Image.open(file) as stored:
+                found = np.array(stored)
+        except (OSError, UnidentifiedImageError, ValueError, TypeError) as error:
+            raise DataError(f"{path.name} or its mask {file} cannot be read: {error}") from error
+        if found.shape != size:
+            raise DataError(
+                f"{file} is {found.shape}, its image {path.name} {size}: expected one number a pixel and the same size"
+            )
+        number = torch.from_numpy(found.astype(np.int64))
+        uncounted, empty = number == self.ignored, torch.zeros(size, dtype=torch.bool)
+        empty = empty if self.background is None else number == self.background
+        number = number - self.first
+        wrong = number[~uncounted & ~empty & ((number < 0) | (number >= self.classes))]
+        if len(wrong):
+            raise DataError(
+                f"{file} holds {int(wrong[0]) + self.first}, the classes are {self.first} … "
+                f"{self.first + self.classes - 1} and {self.ignored} does not count; `first` is the number of the "
+                "first class, `background` that of no class"
+            )
+        return number.masked_fill(empty, BACKGROUND).masked_fill(uncounted, IGNORED).to(torch.uint8)
+
+
+class FolderSegmentationData(SegmentationData):
+    """`root/classes.txt` (a name a line) and `root/{train,val,test}/{images,masks}`, as ADE20K or VOC are laid out.
+
+    Both count their classes from 1. In ADE20K 0 does not count: `first: 1, ignored: 0`; in VOC it is background, and
+    255 does not count: `first: 1, background: 0`. The last `unseen` classes are for testing an open vocabulary: their
+    pixels do not count in training. Pictures in `root/predict`, or those of the test, are predicted.
+    """
+
+    mirror = True
+
+    def __init__(
+        self,
+        root: str,
+        background: int | None = None,
+        first: int = 0,
+        ignored: int = IGNORED,
+        unseen: int = 0,
+        check: bool = True,
+        image_size: int = 224,
+        batch_size: int = 8,
+        num_workers: int = 0,
+        seed: int = 0,
+        eval_batch_size: int = 8,
+    ) -> None:
+        """
+        Args:
+            root: the folder.
+            background: number in the masks that stands for no class; None if every pixel has one.
+            first: number in the masks of the first class of the list.
+            ignored: number in the masks of pixels that do not count.
+            unseen: classes at the end of the list that are not trained on.
+            check: read every mask before the first step, so that a wrong one comes out there.
+            image_size: height and width that images and masks are resized to, unless the backbone has its own.
+            batch_size: images a training step and process.
+            num_workers: loading processes; the batches do not depend on it.
+            seed: of the order.
+            eval_batch_size: images a validation or test step.
+
+        Raises:
+            DataError: the list of classes is missing, empty or names one twice, or fewer than one is seen.
+        """
+        super().__init__(batch_size, num_workers, seed, image_size, eval_batch_size)
+        self.root, self.background, self.first, self.ignored = Path(root), background, first, ignored
+        self.unseen, self.check = unseen, check
+        file = self.root / "classes.txt"
+        if not file.is_file():
+            raise DataError(f"there is no {file}; expected a class name a line, in the order of their numbers")
+        self.classes = [spoken(line.strip()) for line in file.read_text("utf-8").splitlines() if line.strip()]
+        if len(set(self.classes)) < max(len(self.classes), 1) or len(self.classes) >= BACKGROUND:
+            raise DataError(f"{file} must name 1 … {BACKGROUND - 1} different classes, got {len(self.classes)}")
+        if not 0 <= unseen < len(self.classes):
+            raise DataError(f"unseen is a number of classes below the {len(self.classes)} of {file}, got {unseen}")
+
+    def datasets(self, stage: str | None = None) -> None:
+        """Open the folders that are there; training needs `train`.
+
+        Raises:
+            DataError: an image without a mask; with `check`, a mask that is no mask, or a class without pixels.
+        """
+        wanted = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",), "predict": ("test",)}
+        for name in wanted.get(stage or "", ("train", "val", "test")):
+            if (self.root / name).is_dir():
+                found = Masked(self.root / name, len(self.classes), self.background, self.first, self.ignored)
+                setattr(self, f"{name}_set", found)
+                if self.check and stage != "predict":
+                    self._check(found, name)
+        paths = pictures(self.root / "predict") if (self.root / "predict").is_dir() else []
+        if isinstance(self.test_set, Masked) and not paths:
+            paths = [path for path, _ in self.test_set.pairs]
+        self.predict_set = Named(lambda i: array(paths[i]), [path.stem for path in paths])
+
+    def _check(self, found: Masked, name: str) -> None:
+        bar = {"disable": len(found) < WORTH_A_BAR, "transient": True}
+        pixels = torch.zeros(256, dtype=torch.long)
+        for i in track(range(len(found)), f"Checking the masks of {name}", **bar):  # type: ignore[arg-type]
+            pixels += found.mask(i).flatten().bincount(minlength=256)
+        missing = [self.classes[i] for i in range(len(self.classes) - self.unseen) if not pixels[i]]
+        if name == "train" and missing:
+            raise DataError(
+                f"no training mask in {self.root / name} has a pixel of {', '.join(missing)}: nothing can be learned "
+                "of it; take it from classes.txt, put it last and count it as `unseen`, or set `check: false`"
+            )
+
+
+def pictures(folder: Path) -> list[Path]:
+    """The picture files of a folder, sorted."""
+    return [path for path in sorted(folder.iterdir()) if path.suffix.lower() in PICTURES]
+
+
+def array(path: Path) -> Tensor:
+    """A picture file as uint8 [3, H, W]."""
+    return torch.from_numpy(np.array(read(path))).permute(2, 0, 1)
