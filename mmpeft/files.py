@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import os
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from mmpeft.errors import MMPEFTError
 
@@ -43,3 +45,10 @@ def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
+
+
+def png_of(figure: Any, **options: Any) -> bytes:
+    """A matplotlib figure as the content of a PNG file; options as for `savefig`."""
+    out = io.BytesIO()
+    figure.savefig(out, format="png", **options)
+    return out.getvalue()

@@ -19,6 +19,7 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from mmpeft.data.contract import Preprocessing
 from mmpeft.embedded.store import (
     REMEDY,
     WEIGHTS,
@@ -60,8 +61,8 @@ def create(name: str, num_classes: int = 0, pretrained: bool = True, **kwargs: A
     return _registered(name, num_classes, pretrained, kwargs)
 
 
-def normalisation(model: nn.Module) -> tuple[tuple[int, int], tuple[float, ...], tuple[float, ...]]:
-    """Return `((height, width), mean, std)` of the images a backbone wants.
+def normalisation(model: nn.Module) -> Preprocessing:
+    """Size, mean and std of the images a backbone wants.
 
     The size is the one the model was built for; where it takes any size, the one it was pretrained with.
     """
@@ -70,7 +71,7 @@ def normalisation(model: nn.Module) -> tuple[tuple[int, int], tuple[float, ...],
     height, width = fixed or tuple(config.get("input_size") or (3, 224, 224))[-2:]
     mean = config.get("mean") or IMAGENET_DEFAULT_MEAN
     std = config.get("std") or IMAGENET_DEFAULT_STD
-    return (int(height), int(width)), tuple(map(float, mean)), tuple(map(float, std))
+    return Preprocessing((int(height), int(width)), tuple(map(float, mean)), tuple(map(float, std)))
 
 
 def embedded_names() -> list[str]:

@@ -18,6 +18,7 @@ from huggingface_hub import hf_hub_download
 from timm.models import VisionTransformer, is_model, register_model
 from torch import Tensor, nn
 
+from mmpeft.data.contract import Preprocessing
 from mmpeft.embedded.store import REMEDY, WEIGHTS, differences, read_card, read_weights, write_weights
 from mmpeft.errors import ConfigError, DataError, nearest
 from mmpeft.files import write_atomic
@@ -86,13 +87,13 @@ def tokenizer(name: str) -> Tokenizer:
     return found
 
 
-def preprocessing(model: Any) -> tuple[tuple[int, int], tuple[float, ...], tuple[float, ...]]:
-    """`((height, width), mean, std)` of the images a pair wants."""
+def preprocessing(model: Any) -> Preprocessing:
+    """Size, mean and std of the images a pair wants."""
     size = model.visual.image_size
     height, width = (size, size) if isinstance(size, int) else size
     mean = getattr(model.visual, "image_mean", None) or open_clip.OPENAI_DATASET_MEAN
     std = getattr(model.visual, "image_std", None) or open_clip.OPENAI_DATASET_STD
-    return (int(height), int(width)), tuple(map(float, mean)), tuple(map(float, std))
+    return Preprocessing((int(height), int(width)), tuple(map(float, mean)), tuple(map(float, std)))
 
 
 def check_length(texts: Sequence[str], tokens: Tokenizer) -> None:

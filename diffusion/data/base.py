@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import NotRequired, TypedDict
+from collections.abc import Iterable, Sequence
+from typing import NotRequired, Protocol, TypedDict, Unpack, runtime_checkable
 
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Subset
 
 from mmpeft.data.loading import DataModule, ResumableLoader
+from mmpeft.data.options import LoadingOptions
 from mmpeft.diffusion.data.buckets import Size
 from mmpeft.errors import ConfigError
 
@@ -42,6 +43,20 @@ def as_sample(image: Tensor, prompt: str, original: Size, corner: Size, key: str
     return sample
 
 
+@runtime_checkable
+class HasPrompts(Protocol):
+    """Data of images with prompts, which a task tells the side of its images and what sides are multiples of."""
+
+    resolution: int | None
+
+    @property
+    def has_prior(self) -> bool: ...
+
+    def configure(self, resolution: int, multiple: int) -> None: ...
+
+    def prompts(self) -> Sequence[str]: ...
+
+
 class TextToImageData(DataModule):
     """Batches of `Sample`s: one size a batch, a prompt for each image, and what a cache of latents needs.
 
@@ -55,12 +70,9 @@ class TextToImageData(DataModule):
         self,
         resolution: int | None,
         repeats: int,
-        batch_size: int,
-        num_workers: int,
-        seed: int,
-        eval_batch_size: int | None = None,
+        **options: Unpack[LoadingOptions],
     ) -> None:
-        super().__init__(batch_size, num_workers, seed, eval_batch_size)
+        super().__init__(**options)
         if repeats < 1:
             raise ConfigError(f"repeats is how often an epoch shows each image, a number >= 1, got {repeats}")
         if resolution is not None and resolution < 1:
@@ -118,6 +130,11 @@ class TextToImageData(DataModule):
             )
         if self.multiple is None:
             self.configure(self.resolution, USUAL)
+
+    @property
+    def has_prior(self) -> bool:
+        """Whether samples have a `prior`."""
+        return False
 
     @property
     def samples(self) -> int:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from mmpeft.data.loading import EpochSampler, mix
+from mmpeft.data.loading import EpochSampler, hash_seed
 
 Size = tuple[int, int]  # height and width
 ASPECT = 2.0  # of the longest bucket
@@ -102,8 +102,8 @@ class BucketSampler(EpochSampler):
             for rows in own.values()
             for start in range(0, len(rows), self.global_batch)
         ]
-        generator = torch.Generator().manual_seed(mix(self.seed, self.epoch, len(batches)))
+        generator = torch.Generator().manual_seed(hash_seed(self.seed, self.epoch, len(batches)))
         return [row for i in torch.randperm(len(batches), generator=generator).tolist() for row in batches[i]]
 
     def identity(self) -> dict[str, int]:
-        return {**super().identity(), "buckets": mix(*self.buckets)}
+        return {**super().identity(), "buckets": hash_seed(*self.buckets)}

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-from typing import Any, Literal
+from typing import Any, Literal, Unpack
 
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from mmpeft.data.options import LoaderOptions
 from mmpeft.diffusion.data.base import Sample, TextToImageData, as_sample, repeated, unique
 from mmpeft.diffusion.style.emoji_judge import EmojiJudge
 from mmpeft.embedded import EmojiSet, emoji
@@ -27,6 +28,8 @@ class EmojiStyle(TextToImageData):
     The embedded pipelines were pretrained on Noto and Twemoji of the same training identities: OpenMoji is new to them.
     """
 
+    small_batch = 128
+
     def __init__(
         self,
         style: str = "openmoji",
@@ -37,9 +40,7 @@ class EmojiStyle(TextToImageData):
         resolution: int | None = None,
         repeats: int = 1,
         batch_size: int = 16,
-        num_workers: int = 0,
-        seed: int = 0,
-        eval_batch_size: int | None = 128,
+        **options: Unpack[LoaderOptions],
     ) -> None:
         """
         Args:
@@ -53,15 +54,13 @@ class EmojiStyle(TextToImageData):
             resolution: 32 or 64; None for what the pipeline was made for.
             repeats: how often an epoch shows each drawing.
             batch_size: drawings a training step and process.
-            num_workers: loading processes; the batches do not depend on it.
-            seed: of the choice of drawings, the order and the captions.
-            eval_batch_size: drawings a validation or test step.
+            options: those of `DataModule`; `seed` is of the choice of drawings and the captions too.
 
         Raises:
             ConfigError: the style, the kind of captions or the resolution is unknown.
             DataError: there are fewer training drawings than `images`.
         """
-        super().__init__(resolution, repeats, batch_size, num_workers, seed, eval_batch_size)
+        super().__init__(resolution, repeats, batch_size=batch_size, **options)
         if captions not in ("name", "any"):
             raise ConfigError(f"captions is name or any, got {captions!r}")
         self.style, self.any = style, captions == "any"
@@ -74,7 +73,7 @@ class EmojiStyle(TextToImageData):
         if not 1 <= test_images <= tested:
             raise ConfigError(f"test_images is a number of test drawings in 1 … {tested}, got {test_images}")
         self.template, self.test_images = template, test_images
-        self.rows = spread(known, len(known) if images is None else images, seed)
+        self.rows = spread(known, len(known) if images is None else images, self.seed)
 
     def cut(self, resolution: int, multiple: int) -> None:
         if resolution not in SIZES:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, Unpack
 
 import torch
 from PIL import Image, ImageColor
@@ -15,6 +15,7 @@ from torchvision.transforms.v2 import functional as tf
 from mmpeft.data.caption_sources import open_captions
 from mmpeft.data.captioned import listed
 from mmpeft.data.loading import EpochSampler, SizedDataset
+from mmpeft.data.options import LoaderOptions
 from mmpeft.diffusion.data.album import Album
 from mmpeft.diffusion.data.base import Sample, TextToImageData, as_sample, repeated, unique
 from mmpeft.diffusion.data.buckets import BucketSampler, Size, bucket_sizes, crop, nearest_size
@@ -53,8 +54,7 @@ class CaptionedImages(TextToImageData):
         background: str | None = None,
         repeats: int = 1,
         batch_size: int = 1,
-        num_workers: int = 0,
-        seed: int = 0,
+        **options: Unpack[LoaderOptions],
     ) -> None:
         """
         Args:
@@ -82,13 +82,12 @@ class CaptionedImages(TextToImageData):
             background: the colour behind transparent pixels; None to refuse images that have some.
             repeats: how often an epoch shows each image.
             batch_size: images a training step and process.
-            num_workers: loading processes; the batches do not depend on it.
-            seed: of the order, the random crops and the prior images.
+            options: those of `DataModule`; `seed` is of the random crops and the prior images too.
 
         Raises:
             ConfigError: an option is unknown or contradicts another. `setup` checks the images.
         """
-        super().__init__(resolution, repeats, batch_size, num_workers, seed)
+        super().__init__(resolution, repeats, batch_size=batch_size, **options)
         if prior_prompt is not None and prior_root is None:
             raise ConfigError("prior_prompt is said of the images in prior_root; give that, or leave both out")
         if crop not in ("center", "random"):

@@ -17,7 +17,7 @@ from torchvision.transforms.v2 import functional as tf
 from torchvision.utils import make_grid
 
 from mmpeft.combine.strength import strength
-from mmpeft.data.loading import mix
+from mmpeft.data.loading import hash_seed
 from mmpeft.diffusion.backbone import DTYPES, create
 from mmpeft.diffusion.families import family_of
 from mmpeft.diffusion.family import Family
@@ -77,7 +77,7 @@ def sample(argv: Sequence[str] | None = None) -> int:
     family.pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
 
     def drawn(share: float) -> Tensor:
-        noise = [torch.Generator().manual_seed(mix(options.seed, i)) for i in range(len(prompts))]
+        noise = [torch.Generator().manual_seed(hash_seed(options.seed, i)) for i in range(len(prompts))]
         with running(tunings, [share * weight for weight in weights]), torch.no_grad():
             found = family.draw(prompts, noise, options.steps, options.guidance, size, options.negative)
         return found.float().cpu()

@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from mmpeft.errors import ConfigError, Refused
-from mmpeft.files import write_atomic
+from mmpeft.files import png_of, write_atomic
 from mmpeft.tasks.publish import folder_of
 
 if TYPE_CHECKING:
@@ -113,6 +113,4 @@ def labelled_grid(columns: dict[str, Tensor], rows: Sequence[str]) -> bytes:
             if column == 0:
                 name = rows[row] if len(rows[row]) < 24 else f"{rows[row][:22]}…"
                 cell.set_ylabel(name, rotation=0, ha="right", va="center", fontsize=8)
-    out = io.BytesIO()
-    figure.savefig(out, format="png")
-    return out.getvalue()
+    return png_of(figure)

@@ -14,7 +14,7 @@ from rich.progress import track
 from torch import Generator, Tensor
 
 from mmpeft.combine.zip import penalty, zip_lora
-from mmpeft.data.loading import mix as mixed_seed
+from mmpeft.data.loading import hash_seed
 from mmpeft.diffusion.backbone import create
 from mmpeft.diffusion.families import family_of
 from mmpeft.diffusion.family import Condition, Family
@@ -80,7 +80,7 @@ class Maker:
     @classmethod
     @torch.no_grad()
     def of(cls, family: Family, tuning: Tuning, prompt: str, count: int, seed: int) -> Maker:
-        noise = [torch.Generator().manual_seed(mixed_seed(seed, i)) for i in range(count)]
+        noise = [torch.Generator().manual_seed(hash_seed(seed, i)) for i in range(count)]
         with use(tuning.model, tuning.name):
             images = family.draw([prompt] * count, noise, STEPS, GUIDANCE, family.size)
         latents = family.encode_image(images.to(family.denoiser.dtype) * 2 - 1)
@@ -111,12 +111,12 @@ def fit(
 
     def measured() -> float:
         with torch.no_grad():
-            return float(distance(torch.Generator().manual_seed(mixed_seed(seed, 10_000))))
+            return float(distance(torch.Generator().manual_seed(hash_seed(seed, 10_000))))
 
     first = measured()
     for step in track(range(steps), "ZipLoRA", transient=True, disable=steps < 10):
         optimizer.zero_grad()
-        loss = distance(torch.Generator().manual_seed(mixed_seed(seed, 20_000 + step))) + weight * penalty(zipped)
+        loss = distance(torch.Generator().manual_seed(hash_seed(seed, 20_000 + step))) + weight * penalty(zipped)
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
     return first, measured()

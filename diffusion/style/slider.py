@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmpeft.data.loading import mix
+from mmpeft.data.loading import hash_seed
 from mmpeft.diffusion.style.task import StyleTuner
 from mmpeft.errors import ConfigError
 
@@ -56,7 +56,7 @@ class SliderTuner(StyleTuner):
         return [*super().own_prompts(), self.concept, *(prompt for pair in self.ends for prompt in pair)]
 
     def loss(self, batch: dict[str, Any], index: int) -> Tensor:
-        generator = torch.Generator().manual_seed(mix(self.seed, self.current_epoch, index, self.global_rank))
+        generator = torch.Generator().manual_seed(hash_seed(self.seed, self.current_epoch, index, self.global_rank))
         latents = self.latents(batch)
         noise, steps = self._draw(latents, generator)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict, Unpack
 
 import torch
 from lightning.pytorch.callbacks import Callback
@@ -14,8 +14,9 @@ from rich.progress import track
 from torch import Generator, Tensor, nn
 
 from mmpeft.combine.strength import strength
-from mmpeft.data.loading import mix
+from mmpeft.data.loading import hash_seed
 from mmpeft.diffusion.backbone import DTYPES, create
+from mmpeft.diffusion.data.base import HasPrompts
 from mmpeft.diffusion.families import family_of
 from mmpeft.diffusion.family import FACTS, Condition, Family
 from mmpeft.diffusion.objective import Levels, Objective, objective_of
@@ -31,6 +32,15 @@ from mmpeft.tasks.publish import folder_of
 from mmpeft.tuning import Tuning, attach
 
 
+class StyleOptions(TypedDict, total=False):
+    """Options of `TuningModule`, which explains them, but for `warmup`."""
+
+    optimizer: OptimizerCallable
+    lr_scheduler: LRSchedulerCallable | None
+    recompute: Recompute
+    compile: bool
+
+
 class StyleTuner(TuningModule):
     """`mean_b w_b ‖f(x_t, t, c) − target‖²`, f the pipeline's denoiser under a method, on images with captions.
 
@@ -44,9 +54,7 @@ class StyleTuner(TuningModule):
         pipeline: str,
         method: Method | None = None,
         text_method: Method | None = None,
-        optimizer: OptimizerCallable = torch.optim.AdamW,
         warmup: float = 0.05,
-        lr_scheduler: LRSchedulerCallable | None = None,
         snr_gamma: float | None = None,
         levels: Levels | None = None,
         no_caption: float = 0.0,
@@ -57,18 +65,15 @@ class StyleTuner(TuningModule):
         quantization: dict[str, Any] | None = None,
         cache_dir: str | None = None,
         show: Show | None = None,
-        recompute: Recompute = None,
-        compile: bool = False,
         seed: int = 0,
+        **options: Unpack[StyleOptions],
     ) -> None:
         """
         Args:
             pipeline: a hub repository, a folder of diffusers' layout, `embedded:unet_emoji` or `embedded:dit_emoji`.
             method: what is trained in the denoiser; the command line fills it from the key `method`.
             text_method: what is trained in every text encoder; None leaves them frozen.
-            optimizer: any torch optimiser, given everything that trains.
             warmup: share of all steps with a linear rise of the learning rate; cosine decay to zero follows.
-            lr_scheduler: a scheduler in place of warm-up and cosine.
             snr_gamma: γ of min-SNR weights for ε, v and x₀ models, usually 5; None for equal weights.
             levels: which noise levels are drawn; None for those the pipeline was made with.
             no_caption: share of captions left empty.
@@ -80,11 +85,10 @@ class StyleTuner(TuningModule):
             quantization: arguments of diffusers' PipelineQuantizationConfig, to hold the base in few bits.
             cache_dir: where latents and text features are kept for other runs; None keeps them in memory.
             show: prompts and strengths of the validation grid.
-            recompute: what blocks compute again in the backward pass: nothing, `pointwise` operations, or `block`.
-            compile: compile every block with torch.compile.
             seed: of noise, timesteps and dropped captions.
+            options: those of `TuningModule`.
         """
-        super().__init__(method, optimizer, warmup, recompute, compile, train_head=False, lr_scheduler=lr_scheduler)
+        super().__init__(method, warmup=warmup, train_head=False, **options)
         if not 0 <= no_caption < 1:
             raise ConfigError(f"no_caption is a share of captions in [0, 1), got {no_caption}")
         if prior_weight < 0:
@@ -112,38 +116,33 @@ class StyleTuner(TuningModule):
         self.objective: Objective = objective_of(family.pipeline.scheduler, self.snr_gamma, self.levels)
         self._check(family)
         denoiser: nn.Module = family.denoiser
-        return denoiser.train()
+        return denoiser
 
     def _check(self, family: Family) -> None:
         """Raise before any compute what would be wrong after some: sizes, long prompts, a prior of nothing."""
-        data = getattr(self._trainer, "datamodule", None)
-        self.size = self.resolution or getattr(data, "resolution", None) or family.size
+        data = self.data(HasPrompts)
+        self.size = self.resolution or (data and data.resolution) or family.size
         family.sides(self.size)
-        if hasattr(data, "configure"):
+        family.check_prompts(self.own_prompts())
+        if data is not None:
             data.configure(self.size, family.multiple)
             if data.resolution != self.size:
                 raise ConfigError(f"the model's resolution is {self.size} and the data's is {data.resolution}; set one")
-        family.check_prompts(self.own_prompts())
-        if hasattr(data, "prompts"):
             family.check_prompts(data.prompts(), getattr(data, "where", None))
-        if self.prior_weight and self.prior_prompt is None and not getattr(data, "has_prior", False):
+        if self.prior_weight and self.prior_prompt is None and not (data and data.has_prior):
             raise ConfigError("prior_weight needs prior images in the data (prior_root), or a prior_prompt")
 
     def own_prompts(self) -> list[str]:
         """Prompts that are the task's and not the data's."""
         return [*self.show.prompts, *([self.prior_prompt] if self.prior_prompt else [])]
 
-    def prepare(self) -> Tuning:
-        first = self.tuning is None
-        tuning = super().prepare()
-        if first and self.text_method is not None:
+    def start(self) -> None:
+        if self.text_method is not None:
             for name, encoder in self.family.encoders.items():
                 self.text_tunings[name] = attach(encoder, self.text_method)
-                self.texts[name] = encoder.train()
-        if first:
-            self.text_cache = Cache(list(self.family.encoders.values()), self.cache_dir)
-            self.latent_cache = Cache([self.family.vae] if self.family.vae is not None else [], self.cache_dir)
-        return tuning
+                self.texts[name] = encoder
+        self.text_cache = Cache(list(self.family.encoders.values()), self.cache_dir)
+        self.latent_cache = Cache([self.family.vae] if self.family.vae is not None else [], self.cache_dir)
 
     @property
     def family(self) -> Family:
@@ -152,7 +151,6 @@ class StyleTuner(TuningModule):
         return found
 
     def configure_callbacks(self) -> list[Callback]:
-        """Lightning's hook: beside the controllers' driver, the validation grid, and scores of what is drawn."""
         return [*super().configure_callbacks(), StrengthGrid(self.show), StyleScores(self.show), StyleTest()]
 
     # -- features -------------------------------------------------------------------------------------------
@@ -160,8 +158,8 @@ class StyleTuner(TuningModule):
     def on_fit_start(self) -> None:
         """Text features of all captions, once; then the frozen encoders leave the device."""
         self.family.pipeline.to(self.device)
-        data = getattr(self.trainer, "datamodule", None)
-        if not self.text_tunings and hasattr(data, "prompts"):
+        data = self.data(HasPrompts)
+        if not self.text_tunings and data is not None:
             self._encode_all([*data.prompts(), "", *([self.prior_prompt] if self.prior_prompt else [])])
             if self.device.type != "cpu":
                 for encoder in self.family.encoders.values():
@@ -207,7 +205,7 @@ class StyleTuner(TuningModule):
     # -- the loss -------------------------------------------------------------------------------------------
 
     def loss(self, batch: dict[str, Any], index: int) -> Tensor:
-        generator = torch.Generator().manual_seed(mix(self.seed, self.current_epoch, index, self.global_rank))
+        generator = torch.Generator().manual_seed(hash_seed(self.seed, self.current_epoch, index, self.global_rank))
         loss = self._error(batch, generator, self.no_caption)
         self.log("train/loss", loss, prog_bar=True, on_step=True, on_epoch=True, batch_size=len(batch["image"]))
         if self.prior_weight:
@@ -218,7 +216,7 @@ class StyleTuner(TuningModule):
 
     def validation_step(self, batch: dict[str, Any], index: int) -> None:
         """The error on images that are not trained on, at the same noise and timesteps each time."""
-        loss = self._error(batch, torch.Generator().manual_seed(mix(self.seed, index, self.global_rank)), 0.0)
+        loss = self._error(batch, torch.Generator().manual_seed(hash_seed(self.seed, index, self.global_rank)), 0.0)
         self.log("val/loss", loss, prog_bar=True, sync_dist=True, batch_size=len(batch["image"]))
 
     def _error(self, batch: dict[str, Any], generator: Generator, no_caption: float = 0.0) -> Tensor:
@@ -266,7 +264,7 @@ class StyleTuner(TuningModule):
         Raises:
             Refused: a strength other than 0 and 1 of a method that has none.
         """
-        generators = [torch.Generator().manual_seed(mix(self.show.seed, s)) for s in seeds or range(len(prompts))]
+        generators = [torch.Generator().manual_seed(hash_seed(self.show.seed, s)) for s in seeds or range(len(prompts))]
         training = self.training
         self.eval()
         self.family.pipeline.to(self.device)

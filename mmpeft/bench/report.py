@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from math import isnan, nan
@@ -10,6 +9,8 @@ from statistics import mean, stdev
 from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
+
+from mmpeft.files import png_of
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -95,9 +96,7 @@ def plot(results: Sequence[Result], title: str, columns: Sequence[str], metric: 
     axis = next(iter(results[0].setting), None)
     several = axis is not None and len({r.setting[axis] for r in results}) > 1
     figure = along(results, title, columns, str(axis)) if several else against_parameters(results, title, metric)
-    out = io.BytesIO()
-    figure.savefig(out, format="png")
-    return out.getvalue()
+    return png_of(figure)
 
 
 def against_parameters(results: Sequence[Result], title: str, metric: str) -> Figure:

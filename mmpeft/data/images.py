@@ -3,55 +3,49 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any, ClassVar, Unpack
 
 import torch
 from torch import Tensor
 
+from mmpeft.data.contract import Preprocessed, Preprocessing
 from mmpeft.data.loading import DataModule, SizedDataset
+from mmpeft.data.options import Augment, ImageOptions, LoadingOptions
 from mmpeft.data.transforms import AUGMENTS, OfImage, evaluation, training
 from mmpeft.errors import ConfigError, DataError, nearest
 
-Augment = Literal["none", "light", "strong"]
 FALLBACK_SIZE, FALLBACK_MEAN, FALLBACK_STD = 224, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
 
 
-class ImageData(DataModule):
-    """Batches of `(images float [B, 3, S, S] normalised, labels int64 [B])`; to predict, `(images, identifiers)`.
+class AugmentedImages(Preprocessed, DataModule):
+    """Images of one size, normalised and augmented: samples whose first member is a PIL image or uint8 [3, H, W].
 
-    Size, mean and std are the backbone's own unless given here: the task calls `configure`, before or after `setup`.
-    A subclass fills the sets with samples `(PIL image or uint8 [3, H, W], label)` and names its `classes`.
+    Size, mean and std are the backbone's own unless given here.
     """
 
-    classes: list[str]
-    paper: int | None = None  # grey value behind drawings, 0 or 255; None for photographs
+    paper: ClassVar[int | None] = None
+    """Grey value behind drawings, 0 or 255; None for photographs."""
 
     def __init__(
         self,
-        batch_size: int = 64,
-        num_workers: int = 0,
-        seed: int = 0,
-        eval_batch_size: int | None = None,
         image_size: int | None = None,
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
         augment: Augment = "light",
+        **options: Unpack[LoadingOptions],
     ) -> None:
         """
         Args:
-            batch_size: images a training step and process.
-            num_workers: loading processes; the batches do not depend on it.
-            seed: of the order and the augmentation.
-            eval_batch_size: images a validation, test or prediction step; None for `batch_size`.
             image_size: height and width in pixels; None for what the backbone was pretrained with.
             mean: three channel means of images in [0, 1]; None for the backbone's.
             std: three channel deviations; None for the backbone's.
             augment: `none` (resize alone), `light` (crop and flip, or a small shift and turn of drawings), `strong`.
+            options: those of `DataModule`.
 
         Raises:
             ConfigError: a value is out of its range, or the augmentation is unknown.
         """
-        super().__init__(batch_size, num_workers, seed, eval_batch_size)
+        super().__init__(**options)
         if augment not in AUGMENTS:
             raise ConfigError(
                 f"augment is one of {', '.join(AUGMENTS)}, got {augment!r}.{nearest(str(augment), AUGMENTS)}"
@@ -67,18 +61,11 @@ class ImageData(DataModule):
         self.image_size, self.augment = image_size, augment
         self.mean = None if mean is None else tuple(mean)
         self.std = None if std is None else tuple(std)
-        self.classes = []
 
-    @property
-    def num_classes(self) -> int:
-        """Number of classes; 0 before they are known."""
-        return len(self.classes)
-
-    def configure(self, image_size: int | Sequence[int], mean: Sequence[float], std: Sequence[float]) -> None:
+    def preprocess(self, wanted: Preprocessing) -> None:
         """Take size and normalisation from the backbone where the user has given none."""
-        own = image_size if isinstance(image_size, int) else image_size[-1]
-        self.image_size = self.image_size or own
-        self.mean, self.std = self.mean or tuple(mean), self.std or tuple(std)
+        self.image_size = self.image_size or wanted.size[-1]
+        self.mean, self.std = self.mean or wanted.mean, self.std or wanted.std
         self._set_transforms()
 
     def setup(self, stage: str | None = None) -> None:
@@ -91,6 +78,22 @@ class ImageData(DataModule):
         mean, std = self.mean or FALLBACK_MEAN, self.std or FALLBACK_STD
         self.train_transform = OfImage(training(self.augment, size, mean, std, self.paper))
         self.eval_transform = OfImage(evaluation(size, mean, std))
+
+
+class ImageData(AugmentedImages):
+    """Batches of `(images float [B, 3, S, S] normalised, labels int64 [B])`; to predict, `(images, identifiers)`.
+
+    A subclass fills the sets with samples `(PIL image or uint8 [3, H, W], label)` and names its `classes`.
+    """
+
+    def __init__(self, **options: Unpack[ImageOptions]) -> None:
+        super().__init__(**options)
+        self.classes: list[str] = []
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes; 0 before they are known."""
+        return len(self.classes)
 
 
 class Pairs:
@@ -124,7 +127,7 @@ class Renamed:
         return self.dataset[index][0], self.name(index)
 
 
-def check_labels(labels: Sequence[Any], classes: int, where: Callable[[int], str], remedy: str) -> list[int]:
+def check_label_column(labels: Sequence[Any], classes: int, where: Callable[[int], str], remedy: str) -> list[int]:
     """Return labels as integers in [0, classes).
 
     Raises:
@@ -138,7 +141,7 @@ def check_labels(labels: Sequence[Any], classes: int, where: Callable[[int], str
     return list(labels)
 
 
-def few(labels: Sequence[int] | Tensor, shots: int, classes: int, seed: int) -> list[int]:
+def draw_shots(labels: Sequence[int] | Tensor, shots: int, classes: int, seed: int) -> list[int]:
     """Rows of `shots` samples of each class, drawn by `seed`; the choice for k shots is part of that for k + 1.
 
     Raises:

@@ -9,13 +9,14 @@ order, so the global batch is the same set of samples as one process with W time
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import lightning
 import torch
 from torch import distributed
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
+from mmpeft.data.options import inherit_options
 from mmpeft.errors import ConfigError, DataError
 
 
@@ -28,7 +29,7 @@ class SizedDataset(Protocol):
     def __getitem__(self, index: int, /) -> Any: ...
 
 
-def mix(*numbers: int) -> int:
+def hash_seed(*numbers: int) -> int:
     """Hash integers into one 63-bit seed (splitmix64), independent of any random number generator."""
     state = 0
     for number in numbers:
@@ -57,7 +58,7 @@ class Seeded(Dataset[Any]):
         """Return one sample, transformed under its own random seed."""
         epoch, row = index if isinstance(index, tuple) else (0, index)
         with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(mix(self.seed, epoch, row))
+            torch.default_generator.manual_seed(hash_seed(self.seed, epoch, row))
             sample = self.dataset[row]
             return sample if self.transform is None else self.transform(sample)
 
@@ -83,7 +84,7 @@ class EpochSampler(DistributedSampler[Any]):
         """Return the indices of the current epoch for all ranks."""
         if not self.shuffle:
             return list(range(self.length))
-        generator = torch.Generator().manual_seed(mix(self.seed, self.epoch))
+        generator = torch.Generator().manual_seed(hash_seed(self.seed, self.epoch))
         order: list[int] = torch.randperm(self.length, generator=generator).tolist()
         short = len(self) * self.num_replicas - self.length
         return order + (order * -(-short // max(self.length, 1)))[:short]
@@ -177,9 +178,27 @@ class DataModule(lightning.LightningDataModule):
     `collate`.
     """
 
+    small_batch: ClassVar[int | None] = None
+    """Samples in an evaluation step by default, for data whose samples are small."""
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        inherit_options(cls)
+
     def __init__(
         self, batch_size: int = 64, num_workers: int = 0, seed: int = 0, eval_batch_size: int | None = None
     ) -> None:
+        """
+        Args:
+            batch_size: samples a training step and process.
+            num_workers: loading processes; the batches do not depend on it.
+            seed: of the order and of random transforms.
+            eval_batch_size: samples a validation, test or prediction step; None for as many as suits the data: 256
+                small images, else `batch_size`.
+
+        Raises:
+            ConfigError: a value is out of its range.
+        """
         super().__init__()
         for name, value, least in (
             ("batch_size", batch_size, 1),
@@ -191,7 +210,7 @@ class DataModule(lightning.LightningDataModule):
                     f"Expected `{name}` of {type(self).__name__} to be an integer >= {least}, but got {value!r}."
                 )
         self.batch_size, self.num_workers, self.seed = batch_size, num_workers, seed
-        self.eval_batch_size = eval_batch_size or batch_size
+        self.eval_batch_size = eval_batch_size or self.small_batch or batch_size
         self.train_set: SizedDataset | None = None
         self.val_set: SizedDataset | None = None
         self.test_set: SizedDataset | None = None

@@ -13,14 +13,14 @@ AUGMENTS = ("none", "light", "strong")
 
 
 class OfImage:
-    """Apply a transform to the first half of a sample `(image, label or identifier)`."""
+    """Apply a transform to the image that a sample begins with: `(image, label or identifier)`."""
 
     def __init__(self, transform: Callable[[Any], Tensor]) -> None:
         self.transform = transform
 
-    def __call__(self, sample: tuple[Any, Any]) -> tuple[Tensor, Any]:
-        """Return the transformed image as a plain tensor, and the second half unchanged."""
-        return self.transform(sample[0]), sample[1]
+    def __call__(self, sample: tuple[Any, ...]) -> tuple[Any, ...]:
+        """Return the transformed image as a plain tensor, and the rest unchanged."""
+        return self.transform(sample[0]), *sample[1:]
 
 
 def evaluation(size: int, mean: Sequence[float], std: Sequence[float]) -> v2.Compose:

@@ -91,9 +91,13 @@ def _reader(name: str) -> property:
     return property(read, write)
 
 
-@cache
-def tuned_class(base: type, reads: frozenset[str]) -> TunedMeta:
+def tuned_class(base: Any, reads: frozenset[str]) -> TunedMeta:
     """The subclass of `base` that hosts parts and lets them answer for the attributes `reads`."""
+    return _tuned_class(base, reads, base.forward)  # another one where the forward of `base` has been replaced
+
+
+@cache
+def _tuned_class(base: type, reads: frozenset[str], forward: Callable[..., Any]) -> TunedMeta:
     still = MODE in reads
     namespace: dict[str, Any] = {name: _reader(name) for name in reads - {MODE}}
     namespace |= {name: _guarded(getattr(base, name), GUARDS[name]) for name in GUARDS if hasattr(base, name)}

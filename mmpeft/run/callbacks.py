@@ -16,7 +16,7 @@ from lightning.pytorch.callbacks import Callback
 from rich.console import Console
 from rich.table import Table
 
-from mmpeft.files import write_atomic
+from mmpeft.files import png_of, write_atomic
 from mmpeft.methods.base import Method
 from mmpeft.methods.compose import Union
 from mmpeft.methods.selective.plan import Plan
@@ -93,9 +93,7 @@ def draw(rows: list[dict[str, float]]) -> bytes:
             axes.plot(*zip(*points), marker=".", label=kind, color=f"C{kinds.index(kind) % 10}")
         axes.set(title=metric, xlabel="step")
         axes.legend()
-    out = io.BytesIO()
-    figure.savefig(out, format="png", dpi=120)
-    return out.getvalue()
+    return png_of(figure, dpi=120)
 
 
 class Outcome(Callback):

@@ -17,8 +17,8 @@ LAST = "last.ckpt"
 class LastCheckpoint(ModelCheckpoint):
     """Keeps `checkpoints/last.ckpt`: written each epoch, or every `every_n_train_steps`, and at the end of training.
 
-    Once `fit` is through it is written again where the task has decided something after the last step
-    (`TuningModule.decided`), and where nothing was written: for a run of no steps.
+    Once `fit` is through it is written again where the task has chosen something after the last step
+    (`TuningModule.resave_after_fit`), and where nothing was written: for a run of no steps.
     """
 
     def __init__(self, every_n_train_steps: int | None = None, dirpath: str | None = None) -> None:
@@ -39,7 +39,7 @@ class LastCheckpoint(ModelCheckpoint):
             self._save(trainer)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if stage == "fit" and (getattr(pl_module, "decided", False) or not self._last_checkpoint_saved):
+        if stage == "fit" and (getattr(pl_module, "resave_after_fit", False) or not self._last_checkpoint_saved):
             self._save(trainer)
 
     def _save(self, trainer: Trainer) -> None:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Self, TypeVar
 
 import lightning
 import torch
@@ -15,29 +15,38 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _IncompatibleKeys
 
 from mmpeft.controllers.scores import default_loss
+from mmpeft.data.contract import expected
+from mmpeft.data.options import inherit_options
 from mmpeft.errors import AdapterFileError, ConfigError, nearest
 from mmpeft.hosting.recompute import Recompute
 from mmpeft.methods import LinearProbe
 from mmpeft.methods.base import Method
 from mmpeft.methods.spec import from_spec
-from mmpeft.sites import sites
+from mmpeft.sites import Site, sites
 from mmpeft.tasks.checkpoint import AtomicCheckpointIO
 from mmpeft.tasks.control import METHOD, Control
 from mmpeft.tasks.metrics import FreshMetrics
 from mmpeft.tasks.schedule import warmup_cosine
 from mmpeft.tuning import Tuning, attach
 
+D = TypeVar("D")
+
 
 class TuningModule(lightning.LightningModule):
     """A backbone, a method and an optimiser; a task adds the backbone (`build`) and the loss of a batch (`loss`).
 
-    The optimiser sees only what trains. Weight decay is left off vectors (biases, norms, scalings: (IA)³ must
-    decay to 1, not to 0). Checkpoints hold only what trains, and loading one is strict. `train_head` adds the
-    sites of role `head` unless the method trains them already.
+    What a task has beside the backbone it makes in `start`, once the method is attached. Towers in which nothing
+    trains stay in evaluation mode. The optimiser sees only what trains. Weight decay is left off vectors (biases,
+    norms, scalings: (IA)³ must decay to 1, not to 0). Checkpoints hold only what trains, and loading one is strict.
+    `train_head` adds the sites of role `head` unless the method trains them already.
     """
 
-    decided = False
-    """Whether the task has decided something after the last step, so that checkpoints are to be written again."""
+    resave_after_fit = False
+    """Whether the task has chosen something after the last step, so that checkpoints are to be written again."""
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        inherit_options(cls)
 
     def __init__(
         self,
@@ -72,6 +81,7 @@ class TuningModule(lightning.LightningModule):
         self.model: nn.Module | None = None
         self.tuning: Tuning | None = None
         self._waiting: Mapping[str, Any] | None = None
+        self._frozen_towers: list[nn.Module] = []
         self.register_state_dict_post_hook(_drop_frozen)  # type: ignore[no-untyped-call]
         self.register_load_state_dict_pre_hook(_lend_frozen)  # type: ignore[no-untyped-call]
 
@@ -79,9 +89,28 @@ class TuningModule(lightning.LightningModule):
     def build(self) -> nn.Module:
         """Create the backbone, pretrained or not. The trainer and its data module are known by now."""
 
+    def start(self) -> None:
+        """Make what the task has beside `model` and `tuning`, which are there; a checkpoint is restored after it."""
+
     @abstractmethod
     def loss(self, batch: Any, index: int) -> Tensor:
         """The task's loss on a training batch, a scalar."""
+
+    @property
+    def datamodule(self) -> Any:
+        """The trainer's data module; None without a trainer, or for bare loaders."""
+        return getattr(self._trainer, "datamodule", None)
+
+    def data(self, contract: type[D]) -> D | None:
+        """The data module, as what a task needs of it; None where the task is given no data module.
+
+        Raises:
+            ConfigError: the data module lacks what the contract names.
+        """
+        found = self.datamodule
+        if found is not None:
+            expected(found, contract, type(self).__name__)
+        return found  # type: ignore[no-any-return]  # a protocol's attributes were just looked for
 
     def training_step(self, batch: Any, index: int) -> Tensor | None:
         """The task's loss and the terms that the method's controllers add; None where nothing trains."""
@@ -109,19 +138,29 @@ class TuningModule(lightning.LightningModule):
             method: Method = self.method
             if self.train_head and not method.trains_head:
                 method = method + LinearProbe()
-            tuning = attach(model, self._decided(model, method))
+            tuning = attach(model, self._resolved(model, method))
             tuning.recompute = self.recompute
+            blocks = [site for site in sites(model) if site.role == "block"]
             if self.compile_blocks:
-                for site in sites(model):
-                    if site.role == "block":
-                        model.get_submodule(site.path).compile()
+                for block in blocks:
+                    model.get_submodule(block.path).compile()
             self.model, self.tuning = model, tuning
+            self.start()
+            self._frozen_towers = frozen_towers(model, blocks)
+            self.train(self.training)
             if self._waiting is not None:
-                self.load_state_dict(self._waiting)
-                self._waiting = None
+                waiting, self._waiting = self._waiting, None
+                self.load_state_dict(waiting)
         return self.tuning
 
-    def _decided(self, model: nn.Module, method: Method) -> Method:
+    def train(self, mode: bool = True) -> Self:
+        """PyTorch's switch; a tower in which nothing trains stays in evaluation mode."""
+        super().train(mode)
+        for tower in self._frozen_towers if mode else ():
+            tower.eval()
+        return self
+
+    def _resolved(self, model: nn.Module, method: Method) -> Method:
         """The method with all chosen that data choose: by the checkpoint that is resumed, or by scoring now."""
         if method.decided:
             return method
@@ -131,11 +170,11 @@ class TuningModule(lightning.LightningModule):
             return from_spec(kept)
         if not method.needs_data:
             return method.resolve(model)
-        data = getattr(self._trainer, "datamodule", None)
+        data = self.datamodule
         if data is None or self._trainer is None:
             raise ConfigError(f"{method} chooses by data what trains; fit with a data module, or load a checkpoint")
         device = self._trainer.strategy.root_device
-        batches = _Moved(data.train_dataloader(), device)
+        batches = OnDevice(data.train_dataloader(), device)
         return method.resolve(model.to(device), batches, self.scoring_loss)
 
     def configure_model(self) -> None:
@@ -209,7 +248,7 @@ class TuningModule(lightning.LightningModule):
         return _IncompatibleKeys(missing, extra)
 
 
-class _Moved:
+class OnDevice:
     """Batches on another device."""
 
     def __init__(self, loader: Any, device: torch.device) -> None:
@@ -220,6 +259,25 @@ class _Moved:
 
     def __len__(self) -> int:
         return len(self.loader)
+
+
+def frozen_towers(model: nn.Module, blocks: Sequence[Site]) -> list[nn.Module]:
+    """The modules that hold towers of which nothing trains, each with all that belongs to that tower alone."""
+    if not any(p.requires_grad for p in model.parameters()):
+        return [model]
+    found = []
+    for tower in {block.tower: None for block in blocks}:
+        others = [block.path for block in blocks if block.tower != tower]
+        path = next(block.path for block in blocks if block.tower == tower)
+        while path:
+            above = path.rpartition(".")[0]
+            if others and (not above or any(other.startswith(f"{above}.") for other in others)):
+                break
+            path = above
+        module = model.get_submodule(path)
+        if not any(p.requires_grad for p in module.parameters()):
+            found.append(module)
+    return found
 
 
 def _frozen(module: nn.Module) -> dict[str, nn.Parameter]:

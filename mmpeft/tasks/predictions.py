@@ -1,14 +1,15 @@
-"""Predictions as a file: one line an image, with its path, class, probability, runners-up and all probabilities."""
+"""Predictions as files in the run's folder: lines of a table, or a file for each input."""
 
 from __future__ import annotations
 
 import csv
+import io
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 from lightning import LightningModule, Trainer
@@ -16,54 +17,75 @@ from lightning.pytorch.callbacks import Callback
 from rich.console import Console
 
 from mmpeft.errors import ConfigError, MMPEFTError
+from mmpeft.files import write_atomic
+
+SUFFIXES = (".csv", ".jsonl")
+Line = Mapping[str, Any]
 
 
-class PredictionWriter(Callback):
-    """Streams what `predict_step` returns (`{"id": [...], "probabilities": [B, C]}`) to a CSV or JSONL file.
+def run_folder(trainer: Trainer) -> Path:
+    """Where a run writes. All processes must ask: `log_dir` is broadcast."""
+    return Path(trainer.log_dir or trainer.default_root_dir)
 
-    Lines go to a temporary file, renamed when all is predicted: the file is whole or absent. With several
-    processes, those of rank 0 come first.
+
+class PredictionFile(Callback):
+    """Streams what `predict_step` returns to a CSV or JSONL file, by what the task says the lines are.
+
+    Lines go to a temporary file, renamed when all is predicted: the file is whole or absent. With several processes,
+    those of rank 0 come first. A CSV's columns are the keys of its first line.
     """
 
-    def __init__(self, path: str = "predictions.csv", top: int = 5) -> None:
+    def __init__(self, path: str, lines: Callable[[Any, str], Iterable[Line]]) -> None:
+        """
+        Args:
+            path: of the file, in the run's folder unless absolute.
+            lines: the lines for one output of `predict_step`, and the suffix of the file they are for.
+
+        Raises:
+            ConfigError: the suffix is neither .csv nor .jsonl.
+        """
         super().__init__()
-        if Path(path).suffix not in (".csv", ".jsonl"):
-            raise ConfigError(f"predictions are written as .csv or .jsonl, got {path!r}")
-        self.path, self.top = path, top
+        if Path(path).suffix not in SUFFIXES:
+            raise ConfigError(f"predictions are written as {' or '.join(SUFFIXES)}, got {path!r}")
+        self.path, self.lines = path, lines
         self._target = Path(path)
-        self._file: Any = None
+        self._file: TextIO | None = None
+        self._begun = False
 
     def _part(self, rank: int) -> Path:
         return self._target.with_name(f".{self._target.name}.{rank}.tmp")
 
-    def on_predict_start(self, trainer: Trainer, module: LightningModule) -> None:
-        # asked once, by all processes: `log_dir` is broadcast
-        self._target = Path(trainer.log_dir or trainer.default_root_dir) / self.path
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._target = run_folder(trainer) / self.path
         self._target.parent.mkdir(parents=True, exist_ok=True)
         self._file = self._part(trainer.global_rank).open("w", newline="", encoding="utf-8")
-        if self._target.suffix == ".csv" and trainer.is_global_zero:
-            csv.writer(self._file).writerow(header(module.classes, self.top))
+        self._begun = not trainer.is_global_zero  # the head of the table is rank 0's
 
     def on_predict_batch_end(
-        self,
-        trainer: Trainer,
-        module: LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, loader: int = 0
     ) -> None:
-        table = csv.writer(self._file)
+        suffix = self._target.suffix
         try:
-            for name, row in zip(outputs["id"], outputs["probabilities"]):
-                if self._target.suffix == ".csv":
-                    table.writerow(csv_row(name, row, module.classes, self.top))
-                else:
-                    self._file.write(json.dumps(record(name, row, module.classes, self.top), ensure_ascii=False) + "\n")
+            for line in self.lines(outputs, suffix):
+                self._write(json.dumps(line, ensure_ascii=False) + "\n" if suffix == ".jsonl" else self._row(line))
         except OSError as error:
             raise MMPEFTError(f"cannot write {self._target}: {error}") from error
 
-    def on_predict_end(self, trainer: Trainer, module: LightningModule) -> None:
+    def _write(self, text: str) -> None:
+        assert self._file is not None
+        self._file.write(text)
+
+    def _row(self, line: Line) -> str:
+        out = io.StringIO()
+        table = csv.writer(out)
+        if not self._begun:
+            table.writerow(line)
+            self._begun = True
+        table.writerow(line.values())
+        return out.getvalue()
+
+    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        assert self._file is not None
         try:
             self._file.flush()
             os.fsync(self._file.fileno())
@@ -80,9 +102,9 @@ class PredictionWriter(Callback):
                 file.write(part.read_bytes())
                 part.unlink()
         os.replace(first, self._target)
-        Console().print(f"predictions: {self._target}", soft_wrap=True)
+        Console().print(f"{self._target.stem}: {self._target}", soft_wrap=True)
 
-    def on_exception(self, trainer: Trainer, module: LightningModule, exception: BaseException) -> None:
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         if self._file is not None:
             with suppress(OSError):
                 self._file.close()
@@ -90,22 +112,57 @@ class PredictionWriter(Callback):
             self._part(trainer.global_rank).unlink(missing_ok=True)
 
 
-def header(classes: Sequence[str], top: int) -> list[str]:
-    """Column names of the CSV file."""
-    ranks = range(2, min(top, len(classes)) + 1)
-    runners = [column for k in ranks for column in (f"class_{k}", f"probability_{k}")]
-    return ["path", "class", "probability", *runners, *(f"p({name})" for name in classes)]
+class PredictionFolder(Callback):
+    """Writes what `predict_step` returns as files, by what the task says they hold."""
+
+    def __init__(self, name: str, files: Callable[[Any], Iterable[tuple[str, bytes]]], note: Callable[[], str]) -> None:
+        """
+        Args:
+            name: of the folder, in the run's folder.
+            files: name and content of each file for one output of `predict_step`.
+            note: what is said with the folder's path once all is predicted.
+        """
+        super().__init__()
+        self.name, self.files, self.note = name, files, note
+        self._folder = Path(name)
+
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._folder = run_folder(trainer) / self.name
+
+    def on_predict_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, loader: int = 0
+    ) -> None:
+        for name, content in self.files(outputs):
+            write_atomic(self._folder / name, content)
+
+    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.is_global_zero:
+            Console().print(f"{self.name}: {self._folder} {self.note()}".rstrip(), soft_wrap=True)
 
 
-def csv_row(name: str, probabilities: torch.Tensor, classes: Sequence[str], top: int) -> list[str]:
-    """One line of the CSV file."""
+def class_lines(outputs: Mapping[str, Any], classes: Sequence[str], suffix: str, top: int = 5) -> Iterable[Line]:
+    """Lines of class probabilities: the class, its probability, the runners-up, and the probabilities of all.
+
+    Args:
+        outputs: `{"id": [...], "probabilities": [B, C]}`.
+        classes: C names.
+        suffix: of the file; a table has a column for each number.
+        top: how many classes are ranked.
+    """
+    for name, row in zip(outputs["id"], outputs["probabilities"]):
+        yield _columns(name, row, classes, top) if suffix == ".csv" else _record(name, row, classes, top)
+
+
+def _columns(name: str, probabilities: torch.Tensor, classes: Sequence[str], top: int) -> dict[str, str]:
     values, indices = probabilities.topk(min(top, len(classes)))
-    best = [cell for v, i in zip(values.tolist(), indices.tolist()) for cell in (classes[i], f"{v:.6f}")]
-    return [str(name), *best, *(f"{p:.6f}" for p in probabilities.tolist())]
+    line = {"path": str(name)}
+    for rank, (value, index) in enumerate(zip(values.tolist(), indices.tolist()), 1):
+        place = f"_{rank}" if rank > 1 else ""
+        line |= {f"class{place}": classes[index], f"probability{place}": f"{value:.6f}"}
+    return line | {f"p({label})": f"{p:.6f}" for label, p in zip(classes, probabilities.tolist())}
 
 
-def record(name: str, probabilities: torch.Tensor, classes: Sequence[str], top: int) -> dict[str, Any]:
-    """One line of the JSONL file."""
+def _record(name: str, probabilities: torch.Tensor, classes: Sequence[str], top: int) -> dict[str, Any]:
     values, indices = probabilities.topk(min(top, len(classes)))
     best = [{"class": classes[i], "probability": round(v, 6)} for v, i in zip(values.tolist(), indices.tolist())]
     every = {c: round(p, 6) for c, p in zip(classes, probabilities.tolist())}

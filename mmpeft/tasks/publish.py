@@ -6,8 +6,10 @@ import io
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from lightning import Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
+from PIL import Image
 
 from mmpeft.files import write_atomic
 
@@ -31,18 +33,23 @@ def tensorboard(trainer: Trainer) -> Any:
     return next((logger.experiment for logger in found), None)
 
 
-def publish(trainer: Trainer, png: bytes, file: str, tag: str) -> None:
-    """Write a picture to `file` in the run's folder, and add it to TensorBoard under `tag`.
+class Board:
+    """What a run shows goes here: its folder, and TensorBoard."""
 
-    All processes must call it: see `folder_of`.
-    """
-    folder = folder_of(trainer)
-    if folder is not None:
-        write_atomic(folder / file, png)
-    writer = tensorboard(trainer)
-    if writer is not None:
-        import numpy as np
-        from PIL import Image
+    def __init__(self, trainer: Trainer, folder: Path | None) -> None:
+        self.trainer, self.folder = trainer, folder
 
-        pixels = np.asarray(Image.open(io.BytesIO(png)).convert("RGB"))
-        writer.add_image(tag, pixels, trainer.global_step, dataformats="HWC")
+    @classmethod
+    def of(cls, trainer: Trainer) -> Board | None:
+        """The board of a run; None where nobody keeps pictures. All processes must ask: see `folder_of`."""
+        folder = folder_of(trainer)
+        return cls(trainer, folder) if trainer.is_global_zero and trainer.loggers else None
+
+    def publish(self, png: bytes, file: str, tag: str) -> None:
+        """Write a picture to `file` in the run's folder, and add it to TensorBoard under `tag`."""
+        if self.folder is not None:
+            write_atomic(self.folder / file, png)
+        writer = tensorboard(self.trainer)
+        if writer is not None:
+            pixels = np.asarray(Image.open(io.BytesIO(png)).convert("RGB"))
+            writer.add_image(tag, pixels, self.trainer.global_step, dataformats="HWC")

@@ -17,9 +17,10 @@ import torch.nn.functional as F
 from PIL import Image
 
 import mmpeft
+from mmpeft.data.caption_sources import open_captions
 from mmpeft.errors import ConfigError, DataError
 from mmpeft.vla import backbone
-from mmpeft.vla.contrastive.data import CaptionData, open_captions
+from mmpeft.vla.contrastive.data import CaptionData
 from mmpeft.vla.contrastive.task import ContrastiveTuner, recall
 
 NAME = "embedded:clip_emoji"

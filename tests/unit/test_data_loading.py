@@ -12,7 +12,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from torch.utils.data import TensorDataset
 
-from mmpeft.data.loading import DataModule, EpochSampler, ResumableLoader, Seeded, mix
+from mmpeft.data.loading import DataModule, EpochSampler, ResumableLoader, Seeded, hash_seed
 from mmpeft.errors import ConfigError, DataError
 
 
@@ -74,10 +74,10 @@ def test_reading_leaves_the_global_generators_alone():
 
 
 def test_mix_is_fixed_and_spreads():
-    assert mix(0) == 0xE220A8397B1DCDAF >> 1  # the published first output of splitmix64 from state 0
-    assert len({mix(seed, e, i) for seed in range(10) for e in range(10) for i in range(100)}) == 10_000
-    assert mix(1, 2) != mix(2, 1)
-    assert all(0 <= mix(-1, i) < 2**63 for i in range(100))
+    assert hash_seed(0) == 0xE220A8397B1DCDAF >> 1  # the published first output of splitmix64 from state 0
+    assert len({hash_seed(seed, e, i) for seed in range(10) for e in range(10) for i in range(100)}) == 10_000
+    assert hash_seed(1, 2) != hash_seed(2, 1)
+    assert all(0 <= hash_seed(-1, i) < 2**63 for i in range(100))
 
 
 # -- one epoch ----------------------------------------------------------------------------------------------

@@ -7,6 +7,5 @@ __getattr__, __dir__ = exports(
     {
         "ImageClassifier": "task",
         "metrics": "task",
-        "check_labels": "task",
     },
 )

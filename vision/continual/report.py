@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from statistics import mean, stdev
 
 import numpy as np
 from rich.table import Table
 
+from mmpeft.files import png_of
 from mmpeft.vision.continual.metrics import Summary, summary
 from mmpeft.vision.continual.runner import Record
 
@@ -90,9 +90,7 @@ def heat_map(records: Sequence[Record], title: str) -> bytes:
         line[0].set_ylabel("after task")
     if picture is not None:
         figure.colorbar(picture, ax=axes, shrink=0.8)
-    out = io.BytesIO()
-    figure.savefig(out, format="png")
-    return out.getvalue()
+    return png_of(figure)
 
 
 def curves(records: Sequence[Record], title: str) -> bytes:
@@ -109,6 +107,4 @@ def curves(records: Sequence[Record], title: str) -> bytes:
         axes.plot(range(1, len(points) + 1), points, marker=marks[n % len(marks)], label=name)
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
-    out = io.BytesIO()
-    figure.savefig(out, format="png")
-    return out.getvalue()
+    return png_of(figure)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from mmpeft.bank import Bank
 from mmpeft.data.images import ImageData
-from mmpeft.data.loading import mix
+from mmpeft.data.loading import hash_seed
 from mmpeft.errors import AdapterFileError, ConfigError, DataError
 from mmpeft.files import write_atomic
 from mmpeft.tasks.schedule import warmup_cosine
@@ -93,7 +93,7 @@ class ContinualClassifier:
         self.learner, self.data, self.seed, self.epochs = learner, data, seed, epochs
         self.lr, self.weight_decay, self.warmup, self.trainer = lr, weight_decay, warmup, dict(trainer or {})
         self.model = create(backbone, num_classes=0, pretrained=pretrained, **(model_args or {}))
-        data.configure(*normalisation(self.model))
+        data.configure(normalisation(self.model))
         self.sequence = TaskSequence(data, initial, increment, order)
 
     def run(self, folder: Path | None = None, key: str = "", name: str = "", tell: Tell | None = None) -> Record:
@@ -105,7 +105,7 @@ class ContinualClassifier:
             start = time.monotonic()
             if tell:
                 tell(f"task {task.number + 1} of {task.total}")
-            lightning.seed_everything(mix(self.seed, task.number) % 2**32, verbose=False)
+            lightning.seed_everything(hash_seed(self.seed, task.number) % 2**32, verbose=False)
             self._learn(task, record)
             record.matrix.append(self._measured(task))
             record.counts = [len(self.sequence.rows("test", t.classes)) for t in self.sequence.tasks[: task.number + 1]]

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from typing import Unpack
 
 import torch
 from sklearn.datasets import load_digits
 
-from mmpeft.data.images import Augment, ImageData, Pairs
-from mmpeft.data.loading import mix
+from mmpeft.data.images import ImageData, Pairs
+from mmpeft.data.loading import hash_seed
+from mmpeft.data.options import ImageOptions
 
 TEST_SHARE, VAL_SHARE = 0.2, 0.1
 
@@ -22,20 +23,11 @@ class DigitsData(ImageData):
     """
 
     paper = 0
+    small_batch = 256
 
-    def __init__(
-        self,
-        batch_size: int = 64,
-        num_workers: int = 0,
-        seed: int = 0,
-        eval_batch_size: int | None = 256,
-        image_size: int | None = None,
-        mean: Sequence[float] | None = None,
-        std: Sequence[float] | None = None,
-        augment: Augment = "light",
-    ) -> None:
-        """Arguments as in `ImageData`."""
-        super().__init__(batch_size, num_workers, seed, eval_batch_size, image_size, mean, std, augment)
+    def __init__(self, **options: Unpack[ImageOptions]) -> None:
+        """Options as in `ImageData`."""
+        super().__init__(**options)
         self.classes = [str(digit) for digit in range(10)]
 
     def datasets(self, stage: str | None = None) -> None:
@@ -58,7 +50,7 @@ def split_rows(labels: list[int]) -> dict[str, list[int]]:
         own[label].append(row)
     out: dict[str, list[int]] = {"train": [], "val": [], "test": []}
     for rows in own.values():
-        rows.sort(key=lambda row: mix(row))
+        rows.sort(key=lambda row: hash_seed(row))
         first, second = round(TEST_SHARE * len(rows)), round((TEST_SHARE + VAL_SHARE) * len(rows))
         out["test"] += rows[:first]
         out["val"] += rows[first:second]

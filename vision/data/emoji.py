@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from typing import Unpack
 
 import torch
 from torch import Tensor
 
-from mmpeft.data.images import Augment, ImageData, Pairs, few
+from mmpeft.data.images import ImageData, Pairs, draw_shots
+from mmpeft.data.options import ImageOptions
 from mmpeft.embedded import EmojiSet, emoji
 from mmpeft.embedded.emoji import composite
 
@@ -19,42 +20,29 @@ class EmojiData(ImageData):
     """
 
     paper = 255
+    small_batch = 256
 
     def __init__(
         self,
         style: str = "openmoji",
         shots: int | None = None,
-        batch_size: int = 64,
-        num_workers: int = 0,
-        seed: int = 0,
-        eval_batch_size: int | None = 256,
-        image_size: int | None = None,
-        mean: Sequence[float] | None = None,
-        std: Sequence[float] | None = None,
-        augment: Augment = "light",
+        **options: Unpack[ImageOptions],
     ) -> None:
         """
         Args:
             style: `openmoji`, `noto` or `twemoji`.
             shots: training images of each category, drawn by `seed`; None for all.
-            batch_size: images a training step and process.
-            num_workers: loading processes; the batches do not depend on it.
-            seed: of the order, the augmentation and the choice of shots.
-            eval_batch_size: images a validation, test or prediction step.
-            image_size: height and width in pixels; None for what the backbone was pretrained with.
-            mean: three channel means of images in [0, 1]; None for the backbone's.
-            std: three channel deviations; None for the backbone's.
-            augment: `none`, `light` (shift, scale and turn a little) or `strong` (colour, background and erasing too).
+            options: those of `ImageData`.
 
         Raises:
             ConfigError: the style or another value is unknown or out of range.
             DataError: a category has fewer training images than `shots`.
         """
-        super().__init__(batch_size, num_workers, seed, eval_batch_size, image_size, mean, std, augment)
+        super().__init__(**options)
         self.style, self.shots = style, shots
         known = emoji(style, "train")
         self.classes = known.classes
-        self.rows = None if shots is None else few(known.labels, shots, len(known.classes), seed)
+        self.rows = None if shots is None else draw_shots(known.labels, shots, len(known.classes), self.seed)
 
     def datasets(self, stage: str | None = None) -> None:
         """Set all four sets; prediction takes the test emoji, named by their code points."""

@@ -6,8 +6,10 @@ import hashlib
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Unpack
 
-from mmpeft.data.images import Augment, ImageData, Renamed
+from mmpeft.data.images import ImageData, Renamed
+from mmpeft.data.options import ImageOptions
 from mmpeft.errors import ConfigError, DataError
 from mmpeft.vision.data.files import SUFFIXES, ImageFiles, images_below, readable
 
@@ -31,14 +33,7 @@ class FolderData(ImageData):
         test_fraction: float = 0.1,
         skip_unreadable: bool = False,
         predict: str | list[str] | None = None,
-        batch_size: int = 64,
-        num_workers: int = 0,
-        seed: int = 0,
-        eval_batch_size: int | None = None,
-        image_size: int | None = None,
-        mean: Sequence[float] | None = None,
-        std: Sequence[float] | None = None,
-        augment: Augment = "light",
+        **options: Unpack[ImageOptions],
     ) -> None:
         """
         Args:
@@ -47,20 +42,13 @@ class FolderData(ImageData):
             test_fraction: share of each class for the test where there is no folder `train`.
             skip_unreadable: leave broken image files out, with a warning, where the default is to refuse them.
             predict: files and folders to predict; None for the test images.
-            batch_size: images a training step and process.
-            num_workers: loading processes; the batches do not depend on it.
-            seed: of the order and the augmentation.
-            eval_batch_size: images a validation, test or prediction step; None for `batch_size`.
-            image_size: height and width in pixels; None for what the backbone was pretrained with.
-            mean: three channel means of images in [0, 1]; None for the backbone's.
-            std: three channel deviations; None for the backbone's.
-            augment: `none`, `light` (crop and mirror) or `strong` (RandAugment and erasing too).
+            options: those of `ImageData`.
 
         Raises:
             ConfigError: a fraction is out of range.
             DataError: the folder is missing or holds no class folders. `setup` checks the images.
         """
-        super().__init__(batch_size, num_workers, seed, eval_batch_size, image_size, mean, std, augment)
+        super().__init__(**options)
         if min(val_fraction, test_fraction) < 0 or val_fraction + test_fraction >= 1:
             raise ConfigError(
                 "val_fraction and test_fraction are shares >= 0 with a sum below 1, "

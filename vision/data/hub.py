@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import datasets as hf
 from PIL import Image
 
-from mmpeft.data.images import Augment, ImageData, Renamed, check_labels
-from mmpeft.data.loading import mix
+from mmpeft.data.images import ImageData, Renamed, check_label_column
+from mmpeft.data.loading import hash_seed
+from mmpeft.data.options import ImageOptions
 from mmpeft.errors import ConfigError, DataError, nearest
 from mmpeft.vision.data.files import to_rgb
 
@@ -32,14 +33,7 @@ class HubData(ImageData):
         val_split: str | None = None,
         test_split: str | None = None,
         val_fraction: float = 0.1,
-        batch_size: int = 64,
-        num_workers: int = 0,
-        seed: int = 0,
-        eval_batch_size: int | None = None,
-        image_size: int | None = None,
-        mean: Sequence[float] | None = None,
-        std: Sequence[float] | None = None,
-        augment: Augment = "light",
+        **options: Unpack[ImageOptions],
     ) -> None:
         """
         Args:
@@ -52,19 +46,12 @@ class HubData(ImageData):
             val_split: the split to validate on; None for `validation` if there is one.
             test_split: the split to test on; None for `test` if there is one.
             val_fraction: share of the training rows for validation where there is no split for it.
-            batch_size: images a training step and process.
-            num_workers: loading processes; the batches do not depend on it.
-            seed: of the order and the augmentation.
-            eval_batch_size: images a validation, test or prediction step; None for `batch_size`.
-            image_size: height and width in pixels; None for what the backbone was pretrained with.
-            mean: three channel means of images in [0, 1]; None for the backbone's.
-            std: three channel deviations; None for the backbone's.
-            augment: `none`, `light` (crop and mirror) or `strong` (RandAugment and erasing too).
+            options: those of `ImageData`.
 
         Raises:
             ConfigError: `val_fraction` is out of range.
         """
-        super().__init__(batch_size, num_workers, seed, eval_batch_size, image_size, mean, std, augment)
+        super().__init__(**options)
         if not 0 <= val_fraction < 1:
             raise ConfigError(f"val_fraction is a share in [0, 1), got {val_fraction}")
         self.path, self.name, self.val_fraction = path, name, val_fraction
@@ -97,7 +84,7 @@ class HubData(ImageData):
         if self.train_set is None:
             rows = labelled("train")
             if "val" not in tables and self.val_fraction:
-                order = sorted(range(len(rows)), key=lambda row: mix(row))
+                order = sorted(range(len(rows)), key=lambda row: hash_seed(row))
                 cut = round(self.val_fraction * len(order))
                 self.val_set, rows = rows.take(sorted(order[:cut])), rows.take(sorted(order[cut:]))
             self.train_set = rows
@@ -249,4 +236,4 @@ def _numbered(values: Sequence[Any], known: dict[str, int] | None, classes: int,
                 f"{nearest(str(values[lost]), known)}; repair or remove the row"
             )
         return [known[value] for value in values]
-    return check_labels(values, classes, lambda row: f"{where}, row {row}", "repair or remove the row")
+    return check_label_column(values, classes, lambda row: f"{where}, row {row}", "repair or remove the row")

@@ -9,11 +9,12 @@ import os
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Unpack
 
 from rich.progress import track
 
-from mmpeft.data.images import Augment, ImageData, Renamed, check_labels
+from mmpeft.data.images import ImageData, Renamed, check_label_column
+from mmpeft.data.options import Augment, LoadingOptions, SizeOptions
 from mmpeft.errors import ConfigError, DataError, nearest
 from mmpeft.vision.data.files import WORTH_A_BAR, ImageFiles
 
@@ -73,6 +74,10 @@ def vtab_task(name: str) -> str:
     return _TASK_OF[key]
 
 
+class VTABOptions(LoadingOptions, SizeOptions, total=False):
+    """Options of `ImageData`, but for `augment`."""
+
+
 class VTABData(ImageData):
     """One VTAB-1k task: lists `{train800,val200,train800val200,test}.txt` with lines `images/<split>/000000.jpg 12`.
 
@@ -85,34 +90,22 @@ class VTABData(ImageData):
         root: str,
         task: str,
         subset: Subset = "train800",
-        batch_size: int = 64,
-        num_workers: int = 0,
-        seed: int = 0,
-        eval_batch_size: int | None = None,
-        image_size: int | None = None,
-        mean: Sequence[float] | None = None,
-        std: Sequence[float] | None = None,
         augment: Augment = "none",
+        **options: Unpack[VTABOptions],
     ) -> None:
         """
         Args:
             root: the folder that holds the tasks' folders.
             task: one of the 19 tasks, under any of its names (`cifar`, `cifar100`, `pets` …).
             subset: what to train on, `train800` (validation on val200) or `train800val200` (no validation).
-            batch_size: images a training step and process.
-            num_workers: loading processes; the batches do not depend on it.
-            seed: of the order and the augmentation.
-            eval_batch_size: images a validation, test or prediction step; None for `batch_size`.
-            image_size: height and width in pixels; None for what the backbone was pretrained with.
-            mean: three channel means of images in [0, 1]; None for the backbone's.
-            std: three channel deviations; None for the backbone's.
             augment: the benchmark has `none`.
+            options: those of `ImageData`.
 
         Raises:
             ConfigError: the task or the subset is unknown.
             DataError: the task's folder is missing.
         """
-        super().__init__(batch_size, num_workers, seed, eval_batch_size, image_size, mean, std, augment)
+        super().__init__(augment=augment, **options)
         if subset not in ("train800", "train800val200"):
             raise ConfigError(f"subset is train800 or train800val200, got {subset!r}")
         self.task, self.subset = vtab_task(task), subset
@@ -164,7 +157,7 @@ class VTABData(ImageData):
             raise DataError(f"the list {path} is empty; restore it")
         count = self.num_classes
         remedy = f"{self.task} has {count} classes, numbered from 0: is this the list of another task?"
-        labels = check_labels(words, count, lambda row: f"{path}:{numbers[row]}", remedy)
+        labels = check_label_column(words, count, lambda row: f"{path}:{numbers[row]}", remedy)
         lost = [row for row, file in enumerate(paths) if not os.path.isfile(file)]
         if lost:
             raise DataError(

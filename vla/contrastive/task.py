@@ -2,89 +2,71 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, Literal
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, Unpack
 
 import torch
-from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from open_clip.loss import ClipLoss, SigLipLoss
 from torch import Tensor, distributed, nn
 from torch.utils.checkpoint import checkpoint
 
 from mmpeft.errors import ConfigError
-from mmpeft.hosting.recompute import Recompute
 from mmpeft.methods.base import Method
-from mmpeft.tasks.module import TuningModule
-from mmpeft.vla.backbone import Tokenizer, create, preprocessing, tokenizer
+from mmpeft.vla.pair import PairOptions, PairTask
 
 RANKS = (1, 5, 10)
 MAX_SCALE = 100.0
 
 
-class ContrastiveTuner(TuningModule):
+class ContrastiveTuner(PairTask):
     """Adapts an image-text pair to captions: `L = ½ (CE(s f gᵀ) + CE(s g fᵀ))`, or SigLIP's sigmoid loss.
 
     Batches are `(images float [B, 3, H, W], texts: B strings, rows int64 [B])`; pairs of one row belong together, so
     that several captions of one image all count as right in retrieval.
     """
 
+    headline = ("image_to_text@1", "text_to_image@1")
+
     def __init__(
         self,
         backbone: str,
         method: Method | None = None,
-        pretrained: bool = True,
-        optimizer: OptimizerCallable = torch.optim.AdamW,
-        warmup: float = 0.1,
-        lr_scheduler: LRSchedulerCallable | None = None,
         objective: Literal["clip", "siglip"] = "clip",
         micro_batch: int | None = None,
         tune_scale: bool = False,
-        recompute: Recompute = None,
-        compile: bool = False,
-        image_size: int | None = None,
+        **options: Unpack[PairOptions],
     ) -> None:
         """
         Args:
             backbone: `<architecture>/<tag>`, `hf-hub:…`, `local-dir:<folder>` or `embedded:clip_emoji`.
             method: what is trained and how; the command line fills it from the key `method`.
-            pretrained: whether to load the pair's weights.
-            optimizer: any torch optimiser, given everything that trains.
-            warmup: share of all steps with a linear rise of the learning rate; cosine decay to zero follows.
-            lr_scheduler: a scheduler in place of warm-up and cosine, stepped after each optimiser step.
             objective: `clip` (softmax over the batch) or `siglip` (sigmoid of every pair).
             micro_batch: images and texts encoded at a time. The loss sees the whole batch, memory one micro-batch:
                 each is encoded again in the backward pass, with the same gradients as without.
             tune_scale: also train the logit scale and bias, clamped to a factor of 100 at most.
-            recompute: what blocks compute again in the backward pass: nothing, `pointwise` operations, or `block`.
-            compile: compile every block with torch.compile.
-            image_size: height and width in pixels; None for the pair's own.
+            options: those of `PairTask`.
         """
-        super().__init__(method, optimizer, warmup, recompute, compile, train_head=False, lr_scheduler=lr_scheduler)
+        if method is None and not tune_scale:
+            raise ConfigError(
+                "ContrastiveTuner trains nothing beside the pair: give a method such as mmpeft.LoRA(rank=8); on the "
+                "command line: --method LoRA, or -c configs/method/lora.yaml"
+            )
+        super().__init__(backbone, method, **options)
         if micro_batch is not None and micro_batch < 1:
             raise ConfigError(f"micro_batch is a number of pairs >= 1, got {micro_batch}; leave it out for all at once")
-        self.backbone, self.pretrained, self.image_size = backbone, pretrained, image_size
         self.objective, self.micro_batch, self.tune_scale = objective, micro_batch, tune_scale
-        self.tokenizer: Tokenizer | None = None
         self._kept: list[tuple[Tensor, Tensor, Tensor]] = []
 
     def build(self) -> nn.Module:
-        model: Any = create(self.backbone, self.pretrained, self.image_size)
-        self.tokenizer = tokenizer(self.backbone)
-        size, mean, std = preprocessing(model)
-        if self._trainer is not None and hasattr(self._trainer.datamodule, "configure"):
-            self._trainer.datamodule.configure(size, mean, std)
-            self._trainer.datamodule.check(self.tokenizer)
-        if self.objective == "siglip" and model.logit_bias is None:
-            model.logit_bias = nn.Parameter(torch.tensor(-10.0))
-        return model
+        pair: Any = super().build()
+        if self.objective == "siglip" and pair.logit_bias is None:
+            pair.logit_bias = nn.Parameter(torch.tensor(-10.0))
+        return pair  # type: ignore[no-any-return]  # open_clip has no types
 
-    def prepare(self) -> Any:
-        first = self.tuning is None
-        tuning = super().prepare()
-        if first and self.tune_scale:
+    def start(self) -> None:
+        if self.tune_scale:
             for tensor in self._scales():
                 tensor.requires_grad_(True)
-        return tuning
 
     def _scales(self) -> list[nn.Parameter]:
         model: Any = self.model
@@ -93,7 +75,6 @@ class ContrastiveTuner(TuningModule):
     def tokens(self, texts: Sequence[str]) -> Tensor:
         """Token numbers of texts on the model's device, int64 [B, context]."""
         self.prepare()
-        assert self.tokenizer is not None
         return self.tokenizer(list(texts)).to(self.device)
 
     def encode(self, images: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
@@ -125,20 +106,11 @@ class ContrastiveTuner(TuningModule):
         self.log("train/loss", loss, prog_bar=True, on_step=True, on_epoch=True, batch_size=len(images))
         return loss
 
-    def validation_step(self, batch: tuple[Tensor, Sequence[str], Tensor], index: int) -> None:
+    def evaluate(self, batch: tuple[Tensor, Sequence[str], Tensor], stage: str) -> None:
         images, texts, rows = batch
         self._kept.append((*(side.float().cpu() for side in self.encode(images, self.tokens(texts))), rows.cpu()))
 
-    def test_step(self, batch: tuple[Tensor, Sequence[str], Tensor], index: int) -> None:
-        self.validation_step(batch, index)
-
-    def on_validation_epoch_end(self) -> None:
-        self._finish("val")
-
-    def on_test_epoch_end(self) -> None:
-        self._finish("test")
-
-    def _finish(self, stage: str) -> None:
+    def results(self, stage: str) -> Mapping[str, Tensor]:
         own = tuple(torch.cat(side) for side in zip(*self._kept))
         self._kept = []
         every = [own]
@@ -146,8 +118,7 @@ class ContrastiveTuner(TuningModule):
             every = [own] * distributed.get_world_size()
             distributed.all_gather_object(every, own)
         image, text, rows = (torch.cat(side) for side in zip(*every))
-        for name, value in recall(image, text, rows).items():
-            self.log(f"{stage}/{name}", value, prog_bar=name.endswith("@1"), sync_dist=True)
+        return recall(image, text, rows)
 
 
 def recall(image: Tensor, text: Tensor, rows: Tensor) -> dict[str, Tensor]:

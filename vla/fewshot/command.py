@@ -14,13 +14,13 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from mmpeft.data.pictures import read
 from mmpeft.data.transforms import evaluation
 from mmpeft.errors import ConfigError
 from mmpeft.files import write_atomic
 from mmpeft.run.reload import load_run
 from mmpeft.vla.backbone import preprocessing
-from mmpeft.vla.contrastive.data import read
-from mmpeft.vla.fewshot.picture import labelled
+from mmpeft.vla.fewshot.draw import labelled
 from mmpeft.vla.fewshot.task import FewShot
 
 

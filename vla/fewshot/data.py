@@ -5,20 +5,24 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch.utils.data import Subset
 
-from mmpeft.data.images import Augment, ImageData, Renamed
+from mmpeft.data.images import ImageData, Renamed
+from mmpeft.data.options import LoaderOptions, LookOptions
 from mmpeft.embedded import spoken
 from mmpeft.errors import ConfigError, DataError
 from mmpeft.files import write_atomic
 
 VAL_SHOTS = 4
 FORMAT = 1
+
+
+class FewShotOptions(LoaderOptions, LookOptions, total=False):
+    """Options of `ImageData`, but for `batch_size`."""
 
 
 class FewShotData(ImageData):
@@ -29,6 +33,8 @@ class FewShotData(ImageData):
     forgotten; they are nobody's test. The choice for k shots is part of that for k + 1. Batches are `(images, labels)`.
     """
 
+    small_batch = 256
+
     def __init__(
         self,
         source: ImageData,
@@ -36,13 +42,7 @@ class FewShotData(ImageData):
         base_share: float = 0.5,
         split_file: str | None = None,
         batch_size: int = 32,
-        num_workers: int = 0,
-        seed: int = 0,
-        eval_batch_size: int | None = 256,
-        image_size: int | None = None,
-        mean: Sequence[float] | None = None,
-        std: Sequence[float] | None = None,
-        augment: Augment = "light",
+        **options: Unpack[FewShotOptions],
     ) -> None:
         """
         Args:
@@ -52,19 +52,13 @@ class FewShotData(ImageData):
             split_file: a JSON file of rows and classes: read if it is there, written if not. Whoever has it, and the
                 same source, trains and tests on the same images.
             batch_size: images a training step and process.
-            num_workers: loading processes; the batches do not depend on it.
-            seed: of the shots, the order and the augmentation.
-            eval_batch_size: images a validation, test or prediction step.
-            image_size: height and width in pixels; None for what the backbone was pretrained with.
-            mean: three channel means of images in [0, 1]; None for the backbone's.
-            std: three channel deviations; None for the backbone's.
-            augment: `none`, `light` or `strong`.
+            options: those of `ImageData`; `seed` is of the shots too.
 
         Raises:
             ConfigError: `base_share` leaves no base class, or another value is out of range.
             DataError: class names are not told apart, a class has fewer images than shots, or none to test on.
         """
-        super().__init__(batch_size, num_workers, seed, eval_batch_size, image_size, mean, std, augment)
+        super().__init__(batch_size=batch_size, **options)
         if not 0 < base_share <= 1:
             raise ConfigError(f"base_share is a share of the classes in (0, 1], got {base_share}")
         if shots < 1:

@@ -2,32 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, Unpack
 
 import torch
 import torch.nn.functional as F
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
+from mmpeft.data.contract import HasClasses
 from mmpeft.errors import ConfigError
-from mmpeft.hosting.recompute import Recompute
 from mmpeft.methods.base import Method
-from mmpeft.methods.compose import Frozen
 from mmpeft.parts.in_place import InPlace
 from mmpeft.surgery.choice import use
-from mmpeft.tasks.module import TuningModule
-from mmpeft.tuning import Tuning
-from mmpeft.vla.backbone import create, preprocessing, tokenizer
+from mmpeft.tasks.labels import check_labels
+from mmpeft.tasks.predictions import Line, PredictionFile, class_lines
 from mmpeft.vla.fewshot.consistency import Consistency
 from mmpeft.vla.fewshot.features import CachedViews, tuned_towers
 from mmpeft.vla.fewshot.heads import Head
 from mmpeft.vla.fewshot.texts import ClassTexts
+from mmpeft.vla.pair import PairOptions, PairTask
 
 
-class FewShot(TuningModule):
+class FewShot(PairTask):
     """Adapts an image-text pair to the base classes of the data module; scores are `s f tᵀ` unless the head says else.
 
     What is known as CoOp, MaPLe or CLIP-LoRA is a method on the towers; CLIP-Adapter, Tip-Adapter, TaskRes or a linear
@@ -36,45 +34,35 @@ class FewShot(TuningModule):
     harmonic mean.
     """
 
+    headline = ("base", "new", "harmonic")
+
     def __init__(
         self,
         backbone: str,
         method: Method | None = None,
         head: Head | None = None,
-        pretrained: bool = True,
         templates: Sequence[str] = ("a photo of a {}.",),
-        optimizer: OptimizerCallable = torch.optim.AdamW,
-        warmup: float = 0.1,
-        lr_scheduler: LRSchedulerCallable | None = None,
         consistency: Consistency | None = None,
         views: int = 10,
-        recompute: Recompute = None,
-        compile: bool = False,
-        image_size: int | None = None,
+        predictions: str = "predictions.csv",
+        **options: Unpack[PairOptions],
     ) -> None:
         """
         Args:
             backbone: `<architecture>/<tag>`, `hf-hub:…`, `local-dir:<folder>` or `embedded:clip_emoji`.
             method: what is trained of the towers and how; none for heads that leave them alone.
             head: what is behind the towers; the plain zero-shot scores if left out.
-            pretrained: whether to load the pair's weights.
             templates: texts around a class name; their features are averaged. Learned context replaces them.
-            optimizer: any torch optimiser, given everything that trains.
-            warmup: share of all steps with a linear rise of the learning rate; cosine decay to zero follows.
-            lr_scheduler: a scheduler in place of warm-up and cosine, stepped after each optimiser step.
             consistency: terms that hold the tuned features near the frozen ones (PromptSRC).
             views: augmented views of each training image that are kept where the image tower is frozen.
-            recompute: what blocks compute again in the backward pass: nothing, `pointwise` operations, or `block`.
-            compile: compile every block with torch.compile.
-            image_size: height and width in pixels; None for the pair's own.
+            predictions: file that `predict` writes, .csv or .jsonl, inside the run's folder unless absolute.
+            options: those of `PairTask`.
         """
-        method = method or Frozen()
-        super().__init__(method, optimizer, warmup, recompute, compile, train_head=False, lr_scheduler=lr_scheduler)
+        super().__init__(backbone, method, **options)
         if views < 1:
             raise ConfigError(f"views is a number of augmented views >= 1, got {views}")
-        self.backbone, self.pretrained, self.image_size = backbone, pretrained, image_size
         self.templates, self.views, self.consistency = list(templates), views, consistency
-        self.head = head or Head()
+        self.head, self.predictions = head or Head(), predictions
         self.classes: list[str] = []
         self.base = 0
         self.kept: CachedViews | None = None
@@ -83,46 +71,39 @@ class FewShot(TuningModule):
     # -- towers, texts and head ------------------------------------------------------------------------------
 
     def build(self) -> nn.Module:
-        data = getattr(self._trainer, "datamodule", None)
+        data = self.data(HasClasses)
         if data is not None:
-            self.classes = list(getattr(data, "classes", ()))
+            self.classes = list(data.classes)
             self.base = int(getattr(data, "base", len(self.classes)))
         if not self.classes:
             raise ConfigError(f"{type(data).__name__} names no classes; FewShot needs their names")
-        model = create(self.backbone, self.pretrained, self.image_size)
-        if data is not None:
-            data.configure(*preprocessing(model))
-        return model
+        return super().build()
 
-    def prepare(self) -> Tuning:
-        first = self.tuning is None
-        tuning = super().prepare()
-        if first:
-            model: Any = self.model
-            self.tuned = tuned_towers(tuning)
-            contexts = [p.part for p in tuning.placements if isinstance(p.part, InPlace)]
-            if self.head.by_image and not contexts:
-                raise ConfigError(f"{type(self.head).__name__} moves a learned context: give it the method CoOp")
-            if self.head.keeps_features and self.tuned & {"image", ""}:
-                raise ConfigError(
-                    f"{type(self.head).__name__} keeps features of the training images, which {self.method} would "
-                    "change: tune the text tower alone (at='text:…'), or take another head"
-                )
-            tokens = tokenizer(self.backbone)
-            self.texts = ClassTexts(self.classes, self.templates, tokens, tuning)
-            with torch.no_grad(), use(model, None):
-                plain = ClassTexts(self.classes, self.templates, tokens, tuning) if not contexts else None
-                frozen = (plain or ClassTexts(self.classes, self.templates, tokens, _Nothing())).encode(model)
-            self.register_buffer("frozen_text", frozen, persistent=False)
-            self.head.start(frozen, self.base, contexts[0].tokens.shape[1] if contexts else 0)
-            self.contexts = contexts
-            self._keep_features()
-        return tuning
+    def start(self) -> None:
+        assert self.tuning is not None
+        pair: Any = self.model
+        self.tuned = tuned_towers(self.tuning)
+        contexts = [p.part for p in self.tuning.placements if isinstance(p.part, InPlace)]
+        if self.head.by_image and not contexts:
+            raise ConfigError(f"{type(self.head).__name__} moves a learned context: give it the method CoOp")
+        if self.head.keeps_features and self.tuned & {"image", ""}:
+            raise ConfigError(
+                f"{type(self.head).__name__} keeps features of the training images, which {self.method} would "
+                "change: tune the text tower alone (at='text:…'), or take another head"
+            )
+        self.texts = ClassTexts(self.classes, self.templates, self.tokenizer, self.tuning)
+        with torch.no_grad(), use(pair, None):
+            plain = self.tuning if not contexts else _Nothing()
+            frozen = ClassTexts(self.classes, self.templates, self.tokenizer, plain).encode(pair)
+        self.register_buffer("frozen_text", frozen, persistent=False)
+        self.head.start(frozen, self.base, contexts[0].tokens.shape[1] if contexts else 0)
+        self.contexts = contexts
+        self._keep_features()
 
     def _keep_features(self) -> None:
         """Compute the training features of a frozen image tower once, and let the head see them, before the optimiser
         asks what trains: the keys of a Tip-Adapter do."""
-        data: Any = getattr(self._trainer, "datamodule", None)
+        data = self.datamodule
         if data is None or data.train_set is None or self.tuned & {"image", ""}:
             return
         device = self._trainer.strategy.root_device  # type: ignore[union-attr]
@@ -134,15 +115,14 @@ class FewShot(TuningModule):
     def configure_model(self) -> None:
         """Lightning's hook, called before any batch: train on the features that are kept of this run's images."""
         super().configure_model()
-        data: Any = getattr(self._trainer, "datamodule", None)
+        data = self.datamodule
         if data is not None and self.kept is not None and self.kept.images is data.train_set:
             data.lend(self.kept)
 
     def teardown(self, stage: str) -> None:
         """Lightning's hook: others may train on the images themselves."""
-        data: Any = getattr(self._trainer, "datamodule", None)
-        if data is not None and self.kept is not None:
-            data.lend(None)
+        if self.datamodule is not None and self.kept is not None:
+            self.datamodule.lend(None)
 
     def image_features(self, images: Tensor) -> Tensor:
         """Unit features [B, d]; features that were kept are passed on."""
@@ -184,8 +164,11 @@ class FewShot(TuningModule):
     # -- training --------------------------------------------------------------------------------------------
 
     def configure_callbacks(self) -> list[Callback]:
-        """Lightning's hook: what a task brings along."""
-        return [*super().configure_callbacks(), *(self.consistency.callbacks() if self.consistency else ())]
+        own = self.consistency.callbacks() if self.consistency else ()
+        return [*super().configure_callbacks(), PredictionFile(self.predictions, self.lines), *own]
+
+    def check(self, batch: tuple[Tensor, Tensor]) -> None:
+        check_labels(batch[1], len(self.classes))
 
     def loss(self, batch: tuple[Tensor, Tensor], index: int) -> Tensor:
         images, labels = batch
@@ -200,22 +183,15 @@ class FewShot(TuningModule):
 
     def on_fit_end(self) -> None:
         """Let the head choose by the validation images what no gradient chooses."""
-        data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
-        loader = data.val_dataloader()
+        loader = self.datamodule.val_dataloader()
         batches = [(self.image_features(i.to(self.device)), lab.to(self.device)) for i, lab in loader] if loader else []
         if batches:
             image, labels = (torch.cat(side) for side in zip(*batches))
             with torch.no_grad():
                 self.head.tune(image, self.frozen_text, labels, self.scale)
-            self.decided = self.head.keeps_features
+            self.resave_after_fit = self.head.keeps_features
 
     # -- evaluation ------------------------------------------------------------------------------------------
-
-    def validation_step(self, batch: tuple[Tensor, Tensor], index: int) -> None:
-        self.evaluate(batch, "val")
-
-    def test_step(self, batch: tuple[Tensor, Tensor], index: int) -> None:
-        self.evaluate(batch, "test")
 
     def evaluate(self, batch: tuple[Tensor, Tensor], stage: str) -> None:
         """Count what is right in a batch."""
@@ -228,16 +204,7 @@ class FewShot(TuningModule):
             new = scores[~base, self.base :].argmax(1) + self.base == labels[~base]
             self.metrics[f"{stage}_new"].update(new.float())
 
-    def on_validation_epoch_end(self) -> None:
-        self._finish("val")
-
-    def on_test_epoch_end(self) -> None:
-        self._finish("test")
-
-    def _finish(self, stage: str) -> None:
-        self.log_dict({f"{stage}/{key}": value for key, value in self.collect(stage).items()}, prog_bar=True)
-
-    def collect(self, stage: str) -> dict[str, Tensor]:
+    def results(self, stage: str) -> Mapping[str, Tensor]:
         """Accuracies since the last call and their harmonic mean `2 b n / (b + n)`.
 
         Not a number where a head cannot name new classes; base classes alone where there are no others.
@@ -252,9 +219,16 @@ class FewShot(TuningModule):
         return found
 
     def predict_step(self, batch: tuple[Tensor, Sequence[str]], index: int) -> dict[str, Any]:
-        """Identifiers and class probabilities of one batch."""
+        """Identifiers and class probabilities of one batch; `PredictionFile` puts them into a file."""
         images, identifiers = batch
         return {"id": list(identifiers), "probabilities": self(images).softmax(-1).cpu()}
+
+    def lines(self, outputs: Mapping[str, Any], suffix: str) -> Sequence[Line]:
+        """Lines of the predictions' file."""
+        return list(class_lines(outputs, self.classes, suffix))
+
+    def meaning(self) -> Mapping[str, Any]:
+        return {"classes": self.classes}
 
 
 class _Nothing:

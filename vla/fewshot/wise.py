@@ -17,7 +17,7 @@ from rich.progress import track
 
 from mmpeft.combine.interpolate import interpolate
 from mmpeft.errors import ConfigError, Refused
-from mmpeft.files import write_atomic
+from mmpeft.files import png_of, write_atomic
 from mmpeft.vla.fewshot.heads import Head
 from mmpeft.vla.fewshot.task import FewShot
 
@@ -99,6 +99,4 @@ def plot(rows: Sequence[dict[str, float]]) -> bytes:
         best["test/base"], best[other], "s", color="tab:red", label=f"α = {best['alpha']:g}, chosen on validation"
     )
     axes.legend()
-    out = io.BytesIO()
-    figure.savefig(out, format="png")
-    return out.getvalue()
+    return png_of(figure)

@@ -14,14 +14,13 @@ from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
+from mmpeft.data.pictures import read
 from mmpeft.data.transforms import evaluation
 from mmpeft.errors import ConfigError
 from mmpeft.files import write_atomic
 from mmpeft.run.reload import load_run
 from mmpeft.vla.backbone import preprocessing
-from mmpeft.vla.contrastive.data import read
-from mmpeft.vla.segmentation.picture import overlays
-from mmpeft.vla.segmentation.show import index_png
+from mmpeft.vla.segmentation.draw import index_png, overlays
 from mmpeft.vla.segmentation.task import Segmenter
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Protocol, Unpack, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -10,8 +11,9 @@ from torch.utils.data import Dataset
 from torchvision import tv_tensors
 from torchvision.transforms import InterpolationMode, v2
 
-from mmpeft.data.images import FALLBACK_MEAN, FALLBACK_STD
-from mmpeft.data.loading import DataModule, mix
+from mmpeft.data.contract import HasClasses, Preprocessed, Preprocessing
+from mmpeft.data.loading import DataModule, hash_seed
+from mmpeft.data.options import LoaderOptions, LoadingOptions
 from mmpeft.embedded import emoji, spoken
 from mmpeft.embedded.emoji import EmojiSet
 from mmpeft.embedded.scenes import compose
@@ -26,7 +28,14 @@ HELD_BACK = 6
 """Every sixth training identity of a kind is for validation."""
 
 
-class SegmentationData(DataModule):
+@runtime_checkable
+class HasUnseenClasses(HasClasses, Protocol):
+    """Data whose last `unseen` classes no training image shows."""
+
+    unseen: int
+
+
+class SegmentationData(Preprocessed, DataModule):
     """Batches `(images float [B, 3, S, S] normalised, target int64 [B, S, S])`; to predict,
     `(images, names, heights and widths int64 [B, 2])`.
 
@@ -38,28 +47,30 @@ class SegmentationData(DataModule):
     unseen = 0
     mirror = False  # whether training images are mirrored at random
 
-    def __init__(self, batch_size: int, num_workers: int, seed: int, image_size: int, eval_batch_size: int) -> None:
-        super().__init__(batch_size, num_workers, seed, eval_batch_size)
+    small_batch = 32
+
+    def __init__(self, image_size: int, **options: Unpack[LoadingOptions]) -> None:
+        super().__init__(**options)
         if image_size < 1:
             raise ConfigError(f"image_size is a number of pixels >= 1, got {image_size}")
-        self.configure(image_size, FALLBACK_MEAN, FALLBACK_STD)
+        self.preprocess(Preprocessing((image_size, image_size)))
 
-    def configure(self, image_size: int | Sequence[int], mean: Sequence[float], std: Sequence[float]) -> None:
+    def preprocess(self, wanted: Preprocessing) -> None:
         """Take size and normalisation of the backbone."""
-        size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
-        self.train_transform = Prepared(size, mean, std, self.mirror)
-        self.eval_transform = Prepared(size, mean, std)
+        self.train_transform = Prepared(wanted, self.mirror)
+        self.eval_transform = Prepared(wanted)
         self.predict_transform = self.eval_transform.alone
 
 
 class Prepared:
     """Resize image and mask, the mask without mixing classes; scale and normalise the image."""
 
-    def __init__(self, size: Sequence[int], mean: Sequence[float], std: Sequence[float], mirror: bool = False) -> None:
-        steps: list[v2.Transform] = [v2.Resize(list(size), interpolation=InterpolationMode.BICUBIC, antialias=True)]
+    def __init__(self, wanted: Preprocessing, mirror: bool = False) -> None:
+        resize = v2.Resize(list(wanted.size), interpolation=InterpolationMode.BICUBIC, antialias=True)
+        steps: list[v2.Transform] = [resize]
         steps += [v2.RandomHorizontalFlip()] if mirror else []
         self.steps = v2.Compose([*steps, v2.ToDtype({tv_tensors.Image: torch.float32, "others": None}, scale=True)])
-        self.normalise = v2.Normalize(list(mean), list(std))
+        self.normalise = v2.Normalize(list(wanted.mean), list(wanted.std))
 
     def __call__(self, sample: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         """uint8 image [3, H, W] and uint8 mask [H, W] to `(float [3, S, S], int64 [S, S])`."""
@@ -105,7 +116,7 @@ class Scenes(Dataset[tuple[Tensor, Tensor]]):
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         """Return a uint8 image [3, S, S] and the class at each pixel, uint8 [S, S]."""
-        start = int(torch.randint(2**62, ())) if self.key is None else mix(self.key, index)
+        start = int(torch.randint(2**62, ())) if self.key is None else hash_seed(self.key, index)
         generator = torch.Generator().manual_seed(start)
         filled = [own for own in self.rows if len(own)]
 
@@ -136,9 +147,7 @@ class SceneSegmentationData(SegmentationData):
         unseen: int = 4,
         image_size: int = 128,
         batch_size: int = 16,
-        num_workers: int = 0,
-        seed: int = 0,
-        eval_batch_size: int = 32,
+        **options: Unpack[LoaderOptions],
     ) -> None:
         """
         Args:
@@ -149,14 +158,12 @@ class SceneSegmentationData(SegmentationData):
             unseen: kinds at the end of the list that are not trained on.
             image_size: height and width of a scene in pixels; it is resized to what the backbone takes.
             batch_size: scenes a training step and process.
-            num_workers: loading processes; the batches do not depend on it.
-            seed: of the training scenes and their order.
-            eval_batch_size: scenes a validation or test step.
+            options: those of `DataModule`.
 
         Raises:
             ConfigError: no kind is left to train on, or there are no scenes.
         """
-        super().__init__(batch_size, num_workers, seed, image_size, eval_batch_size)
+        super().__init__(image_size, batch_size=batch_size, **options)
         if not 0 <= unseen < len(KINDS):
             raise ConfigError(f"unseen is a number of kinds below {len(KINDS)}, got {unseen}")
         if min(scenes, eval_scenes) < 1:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Unpack
 
 import numpy as np
 import torch
@@ -11,9 +12,10 @@ from rich.progress import track
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from mmpeft.data.options import LoaderOptions
+from mmpeft.data.pictures import PICTURES, read
 from mmpeft.embedded import spoken
 from mmpeft.errors import DataError
-from mmpeft.vla.contrastive.data import PICTURES, read
 from mmpeft.vla.segmentation.data import BACKGROUND, IGNORED, Named, SegmentationData
 
 WORTH_A_BAR = 500
@@ -86,6 +88,7 @@ class FolderSegmentationData(SegmentationData):
     """
 
     mirror = True
+    small_batch = 8
 
     def __init__(
         self,
@@ -97,9 +100,7 @@ class FolderSegmentationData(SegmentationData):
         check: bool = True,
         image_size: int = 224,
         batch_size: int = 8,
-        num_workers: int = 0,
-        seed: int = 0,
-        eval_batch_size: int = 8,
+        **options: Unpack[LoaderOptions],
     ) -> None:
         """
         Args:
@@ -111,14 +112,12 @@ class FolderSegmentationData(SegmentationData):
             check: read every mask before the first step, so that a wrong one comes out there.
             image_size: height and width that images and masks are resized to, unless the backbone has its own.
             batch_size: images a training step and process.
-            num_workers: loading processes; the batches do not depend on it.
-            seed: of the order.
-            eval_batch_size: images a validation or test step.
+            options: those of `DataModule`.
 
         Raises:
             DataError: the list of classes is missing, empty or names one twice, or fewer than one is seen.
         """
-        super().__init__(batch_size, num_workers, seed, image_size, eval_batch_size)
+        super().__init__(image_size, batch_size=batch_size, **options)
         self.root, self.background, self.first, self.ignored = Path(root), background, first, ignored
         self.unseen, self.check = unseen, check
         file = self.root / "classes.txt"

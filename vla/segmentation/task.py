@@ -3,33 +3,29 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Unpack
 
 import torch
 import torch.nn.functional as F
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 from torchmetrics.classification import MulticlassJaccardIndex
 
 from mmpeft.errors import ConfigError
-from mmpeft.hosting.recompute import Recompute
 from mmpeft.methods.base import Method
-from mmpeft.methods.compose import Frozen
-from mmpeft.tasks.module import TuningModule
-from mmpeft.tuning import Tuning
-from mmpeft.vla.backbone import create, preprocessing, tokenizer
+from mmpeft.tasks.predictions import PredictionFolder
 from mmpeft.vla.fewshot.texts import ClassTexts
-from mmpeft.vla.segmentation.data import BACKGROUND, IGNORED
+from mmpeft.vla.pair import PairOptions, PairTask
+from mmpeft.vla.segmentation.data import BACKGROUND, IGNORED, HasUnseenClasses
 from mmpeft.vla.segmentation.decoders import CLIPSegDecoder, Decoder
-from mmpeft.vla.segmentation.show import SegmentWriter, show
+from mmpeft.vla.segmentation.draw import index_png, overlays
 from mmpeft.vla.taps import Taps, grid_of
 
 SHOWN = 6
 
 
-class Segmenter(TuningModule):
+class Segmenter(PairTask):
     """Trains a decoder, and by a method the image tower, on masks of seen classes; tested on seen and unseen ones.
 
     A pixel belongs to the class of the highest score if the scores of all sum to more than `threshold`, else to none:
@@ -46,79 +42,58 @@ class Segmenter(TuningModule):
         backbone: str,
         method: Method | None = None,
         decoder: Decoder | None = None,
-        pretrained: bool = True,
         template: str = "a photo of a {}.",
         threshold: float | None = 0.5,
-        optimizer: OptimizerCallable = torch.optim.AdamW,
-        warmup: float = 0.1,
-        lr_scheduler: LRSchedulerCallable | None = None,
-        recompute: Recompute = None,
-        compile: bool = False,
-        image_size: int | None = None,
+        **options: Unpack[PairOptions],
     ) -> None:
         """
         Args:
             backbone: `<architecture>/<tag>`, `hf-hub:…`, `local-dir:<folder>` or `embedded:clip_emoji`.
             method: what is trained of the image tower and how; none for the decoder alone.
             decoder: `CLIPSegDecoder` or `SANDecoder`.
-            pretrained: whether to load the pair's weights.
             template: text around a class name.
             threshold: sum of scores below which a pixel belongs to no class; None where each pixel has one, as in
                 ADE20K.
-            optimizer: any torch optimiser, given everything that trains.
-            warmup: share of all steps with a linear rise of the learning rate; cosine decay to zero follows.
-            lr_scheduler: a scheduler in place of warm-up and cosine, stepped after each optimiser step.
-            recompute: what blocks compute again in the backward pass: nothing, `pointwise` operations, or `block`.
-            compile: compile every block with torch.compile.
-            image_size: height and width in pixels that the tower sees; None for the pair's own.
+            options: those of `PairTask`.
 
         Raises:
             ConfigError: the threshold is no score in (0, 1).
         """
-        method = method or Frozen()
-        super().__init__(method, optimizer, warmup, recompute, compile, train_head=False, lr_scheduler=lr_scheduler)
+        super().__init__(backbone, method, **options)
         if threshold is not None and not 0 < threshold < 1:
             raise ConfigError(f"threshold is a score in (0, 1) or None, got {threshold}")
-        self.backbone, self.pretrained, self.image_size = backbone, pretrained, image_size
         self.template, self.threshold = template, threshold
         self.decoder = decoder or CLIPSegDecoder()
         self.classes: list[str] = []
         self.unseen = 0
 
     def build(self) -> nn.Module:
-        data = getattr(self._trainer, "datamodule", None)
+        data = self.data(HasUnseenClasses)
         if data is not None:
             self.classes, self.unseen = list(data.classes), int(data.unseen)
-        model = create(self.backbone, self.pretrained, self.image_size)
-        if data is not None:
-            data.configure(*preprocessing(model))
-        return model
+        return super().build()
 
-    def prepare(self) -> Tuning:
-        first = self.tuning is None
-        tuning = super().prepare()
-        if first:
-            model: Any = self.model
-            self.taps = Taps(model)
-            size, self.mean, self.std = preprocessing(model)
-            with torch.no_grad():
-                probe = self.taps(torch.zeros(1, 3, *size), [len(self.taps.paths) - 1])
-            patches = next(iter(probe.values())).shape[1] - self.taps.prefix
-            text = self.encode(self.classes or ["thing"])
-            self.decoder.start(self.taps, text.shape[1], size[0] // grid_of(patches, size)[0])
-            visual = {id(p) for p in model.visual.parameters()}
-            self.live = any(p.requires_grad and id(p) not in visual for p in model.parameters())
-            if not self.live:  # the text tower says the same in every step
-                self.register_buffer("text", text.detach(), persistent=False)
-            count = len(self.classes) + 1
-            self.iou = nn.ModuleDict({f"{stage}_iou": overlap(count) for stage in ("val", "test")})
-        return tuning
+    def start(self) -> None:
+        pair: Any = self.model
+        self.taps = Taps(pair)
+        size = self.preprocessing.size
+        with torch.no_grad():
+            probe = self.taps(torch.zeros(1, 3, *size), [len(self.taps.paths) - 1])
+        patches = next(iter(probe.values())).shape[1] - self.taps.prefix
+        text = self.encode(self.classes or ["thing"])
+        self.decoder.start(self.taps, text.shape[1], size[0] // grid_of(patches, size)[0])
+        visual = {id(p) for p in pair.visual.parameters()}
+        self.live = any(p.requires_grad and id(p) not in visual for p in pair.parameters())
+        if not self.live:  # the text tower says the same in every step
+            self.register_buffer("text", text.detach(), persistent=False)
+        count = len(self.classes) + 1
+        self.iou = nn.ModuleDict({f"{stage}_iou": overlap(count) for stage in ("val", "test")})
 
     def encode(self, classes: Sequence[str]) -> Tensor:
         """Unit text features [C, e] of class names, any that the text tower can read."""
         assert self.model is not None
         assert self.tuning is not None
-        found = ClassTexts(classes, [self.template], tokenizer(self.backbone), self.tuning)
+        found = ClassTexts(classes, [self.template], self.tokenizer, self.tuning)
         return found.encode(self.model).float()
 
     def texts(self) -> Tensor:
@@ -149,50 +124,54 @@ class Segmenter(TuningModule):
         self.log("train/loss", loss, prog_bar=True, on_step=False, on_epoch=True, batch_size=len(images))
         return loss
 
-    def validation_step(self, batch: tuple[Tensor, Tensor], index: int) -> None:
-        self._evaluate(batch, index, "val")
-
-    def test_step(self, batch: tuple[Tensor, Tensor], index: int) -> None:
-        self._evaluate(batch, index, "test")
-
-    def _evaluate(self, batch: tuple[Tensor, Tensor], index: int, stage: str) -> None:
+    def evaluate(self, batch: tuple[Tensor, Tensor], stage: str) -> tuple[Tensor, Tensor]:
         images, target = batch
         found = self.segment(self(images))
         truth = target.masked_fill(target == BACKGROUND, len(self.classes))
         self.iou[f"{stage}_iou"].update(found, truth)
-        if index == 0 and not self.trainer.sanity_checking:
-            show(self, self.pictures(images[:SHOWN]), truth[:SHOWN], found[:SHOWN], stage)
+        return truth, found
 
-    def pictures(self, images: Tensor) -> Tensor:
-        """Images as they were before normalisation, in [0, 1]."""
-        mean, std = (torch.tensor(v, device=images.device)[:, None, None] for v in (self.mean, self.std))
-        return (images * std + mean).clamp(0, 1)
+    def results(self, stage: str) -> Mapping[str, Tensor]:
+        metric = self.iou[f"{stage}_iou"]
+        iou = metric.compute()[: len(self.classes)]
+        metric.reset()
+        return means(iou, self.unseen)
+
+    def draw(self, batch: tuple[Tensor, Tensor], found: tuple[Tensor, Tensor], stage: str) -> Mapping[str, bytes]:
+        seen = len(self.classes) - self.unseen
+        names = [name if i < seen else f"{name} (unseen)" for i, name in enumerate(self.classes)]
+        pictures = self.preprocessing.restore(batch[0][:SHOWN])
+        return {"masks": overlays(pictures, [masks[:SHOWN] for masks in found], names)}
+
+    def meaning(self) -> Mapping[str, Any]:
+        return {"classes": self.classes}
 
     def predict_step(self, batch: tuple[Tensor, Sequence[str], Tensor], index: int) -> dict[str, Any]:
-        """Identifiers, pictures in [0, 1] and class numbers at each picture's own size; `SegmentWriter` stores them."""
+        """Identifiers, pictures in [0, 1] and class numbers at each picture's own size, which become files."""
         images, names, sizes = batch
         whole = [tuple(size) for size in sizes.tolist()]
-        found, pictures = self(images).float(), self.pictures(images)
+        found, pictures = self(images).float(), self.preprocessing.restore(images)
         return {
             "id": list(names),
             "pictures": [F.interpolate(p[None], s, mode="bilinear").cpu() for p, s in zip(pictures, whole)],
             "masks": [self.segment(F.interpolate(f[None], s, mode="bilinear")).cpu() for f, s in zip(found, whole)],
         }
 
+    def files(self, outputs: Mapping[str, Any]) -> Iterator[tuple[str, bytes]]:
+        """The picture with its segments, and the class numbers, for each prediction."""
+        for name, picture, mask in zip(outputs["id"], outputs["pictures"], outputs["masks"]):
+            yield f"{name}.png", overlays(picture, [mask], self.classes)
+            yield f"{name}_classes.png", index_png(mask[0])
+
+    def note(self) -> str:
+        """What is said beside the folder of predictions."""
+        return f"(number {len(self.classes)}: none)"
+
     def configure_callbacks(self) -> list[Callback]:
-        """Lightning's hook: what a task brings along."""
-        return [*super().configure_callbacks(), SegmentWriter()]
-
-    def on_validation_epoch_end(self) -> None:
-        self._finish("val")
-
-    def on_test_epoch_end(self) -> None:
-        self._finish("test")
-
-    def _finish(self, stage: str) -> None:
-        iou = self.iou[f"{stage}_iou"].compute()[: len(self.classes)]
-        self.iou[f"{stage}_iou"].reset()
-        self.log_dict({f"{stage}/{key}": value for key, value in means(iou, self.unseen).items()}, prog_bar=True)
+        return [
+            *super().configure_callbacks(),
+            PredictionFolder("segments", self.files, self.note),
+        ]
 
 
 def overlap(classes: int) -> MulticlassJaccardIndex:

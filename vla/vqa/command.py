@@ -14,13 +14,13 @@ from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
+from mmpeft.data.pictures import read
 from mmpeft.data.transforms import evaluation
 from mmpeft.errors import ConfigError
 from mmpeft.files import write_atomic
 from mmpeft.run.reload import load_run
 from mmpeft.vla.backbone import check_length, preprocessing
-from mmpeft.vla.contrastive.data import read
-from mmpeft.vla.vqa.picture import answered
+from mmpeft.vla.vqa.draw import answered
 from mmpeft.vla.vqa.task import VisualQuestions
 
 
@@ -66,7 +66,6 @@ def ask(task: VisualQuestions, picture: Image.Image, questions: Sequence[str]) -
     Raises:
         DataError: a question is longer than the text tower's context.
     """
-    assert task.tokenizer is not None
     check_length(questions, task.tokenizer)
     (size, _), mean, std = preprocessing(task.model)
     transform: Any = evaluation(size, mean, std)

@@ -6,19 +6,20 @@ import json
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, Unpack, runtime_checkable
 
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from mmpeft.data.images import FALLBACK_MEAN, FALLBACK_STD
-from mmpeft.data.loading import DataModule, mix
+from mmpeft.data.contract import Preprocessed, Preprocessing
+from mmpeft.data.loading import DataModule, hash_seed
+from mmpeft.data.options import LoaderOptions, LoadingOptions
+from mmpeft.data.pictures import read
 from mmpeft.data.transforms import evaluation
 from mmpeft.embedded import emoji
 from mmpeft.errors import ConfigError, DataError
 from mmpeft.vla.backbone import check_length
-from mmpeft.vla.contrastive.data import read
 from mmpeft.vla.vqa.questions import ANSWERS, TYPES, Grammar
 
 AGREED = 3
@@ -36,28 +37,37 @@ class Asked(NamedTuple):
     ids: list[str]
 
 
-class QuestionData(DataModule):
+@runtime_checkable
+class HasAnswers(Protocol):
+    """Data that name the answers to choose from and the types of questions, and say whether several may be right."""
+
+    answers: Sequence[str]
+    types: Sequence[str]
+    soft: bool
+
+
+class QuestionData(Preprocessed, DataModule):
     """Batches `Asked`; `answers` and `types` are names, `soft` says that several answers may be right to a degree."""
 
     answers: list[str]
     types: list[str]
     soft = False
 
-    def __init__(self, batch_size: int, num_workers: int, seed: int, image_size: int, eval_batch_size: int) -> None:
-        super().__init__(batch_size, num_workers, seed, eval_batch_size)
-        self.image_size, self.collate = image_size, collate
-        self.configure(image_size, FALLBACK_MEAN, FALLBACK_STD)
+    def __init__(self, image_size: int, **options: Unpack[LoadingOptions]) -> None:
+        super().__init__(**options)
+        self.collate = collate
+        self.preprocess(Preprocessing((image_size, image_size)))
 
-    def configure(self, image_size: int | Sequence[int], mean: Sequence[float], std: Sequence[float]) -> None:
+    def preprocess(self, wanted: Preprocessing) -> None:
         """Take size and normalisation of the backbone, whose position embeddings know one size only."""
-        self.image_size = image_size if isinstance(image_size, int) else image_size[-1]
-        self.train_transform = self.eval_transform = OfImage(evaluation(self.image_size, mean, std))
+        self.image_size = wanted.size[-1]
+        self.train_transform = self.eval_transform = OfQuestions(evaluation(self.image_size, wanted.mean, wanted.std))
 
     def check(self, tokens: Callable[[Sequence[str]], Tensor]) -> None:
         """Raise DataError for a question that a tokenizer would cut."""
 
 
-class OfImage:
+class OfQuestions:
     """Apply a transform to the image of a sample."""
 
     def __init__(self, transform: Callable[[Any], Tensor]) -> None:
@@ -95,7 +105,7 @@ class Scenes(Dataset[Asked]):
 
     def __getitem__(self, index: int) -> Asked:
         """Return one scene, uint8 [3, S, S], with its questions."""
-        seed = mix(self.salt, int(torch.randint(2**62, ())))
+        seed = hash_seed(self.salt, int(torch.randint(2**62, ())))
         scene, questions = self.grammar.ask(torch.Generator().manual_seed(seed))
         scores = torch.zeros(len(questions), len(ANSWERS))
         for row, question in zip(scores, questions):
@@ -107,6 +117,8 @@ class Scenes(Dataset[Asked]):
 
 class SceneQuestionData(QuestionData):
     """Questions of five types about composed scenes; those of validation and test are of emoji no training shows."""
+
+    small_batch = 32
 
     def __init__(
         self,
@@ -129,11 +141,12 @@ class SceneQuestionData(QuestionData):
             num_workers: loading processes; the batches do not depend on it.
             seed: of the scenes and the questions.
             eval_batch_size: scenes a validation, test or prediction step.
+            options: those of `DataModule`.
 
         Raises:
             ConfigError: a number of scenes below 1.
         """
-        super().__init__(batch_size, num_workers, seed, image_size, eval_batch_size)
+        super().__init__(image_size, batch_size=batch_size, **options)
         for name, value in (("scenes", scenes), ("eval_scenes", eval_scenes)):
             if value < 1:
                 raise ConfigError(f"{name} is a number of scenes >= 1, got {value}")
@@ -182,6 +195,7 @@ class VQAData(QuestionData):
     """
 
     soft = True
+    small_batch = 64
 
     def __init__(
         self,
@@ -190,9 +204,7 @@ class VQAData(QuestionData):
         vocabulary: int = 1000,
         image_size: int = 224,
         batch_size: int = 32,
-        num_workers: int = 0,
-        seed: int = 0,
-        eval_batch_size: int = 64,
+        **options: Unpack[LoaderOptions],
     ) -> None:
         """
         Args:
@@ -201,16 +213,14 @@ class VQAData(QuestionData):
             vocabulary: how many answers can be given at most.
             image_size: height and width that images are resized to, unless the backbone says otherwise.
             batch_size: questions a training step and process.
-            num_workers: loading processes; the batches do not depend on it.
-            seed: of the order.
-            eval_batch_size: questions a validation, test or prediction step.
+            options: those of `DataModule`.
 
         Raises:
             ConfigError: a vocabulary below two answers.
             DataError: a file is missing or has other keys, a question has no image or no annotation, or no question of
                 a set is answered by the vocabulary.
         """
-        super().__init__(batch_size, num_workers, seed, image_size, eval_batch_size)
+        super().__init__(image_size, batch_size=batch_size, **options)
         if vocabulary < 2:
             raise ConfigError(f"vocabulary is a number of answers >= 2, got {vocabulary}")
         self.root = Path(root)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from typing import TYPE_CHECKING, Any
 
 from mmpeft.bench.anatomy.fit import Fit
@@ -26,6 +25,7 @@ from mmpeft.bench.anatomy.layout import (
 from mmpeft.bench.anatomy.overview import Line, Overview
 from mmpeft.bench.anatomy.table import shape_text
 from mmpeft.errors import ConfigError
+from mmpeft.files import png_of
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -37,9 +37,7 @@ def draw(found: Overview, fitted: Fit | None = None) -> bytes:
     Raises:
         ConfigError: matplotlib is not installed.
     """
-    out = io.BytesIO()
-    figure_of(found, fitted).savefig(out, format="png", dpi=130, facecolor="white")
-    return out.getvalue()
+    return png_of(figure_of(found, fitted), dpi=130, facecolor="white")
 
 
 def figure_of(found: Overview, fitted: Fit | None = None) -> Figure:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mmpeft.errors import ConfigError
+from mmpeft.files import png_of
 
 MARKS = {"module": "M", "whole": "W", "entries": ""}
 
@@ -53,9 +53,7 @@ def draw_plan(units: Sequence[Mapping[str, Any]], title: str) -> bytes:
     axes.set(xlabel="layer    (M: a module instead of entries, W: trained whole)", title=title)
     axes.title.set_fontsize(9)
     figure.colorbar(image, label="share of entries selected")
-    out = io.BytesIO()
-    figure.savefig(out, format="png", dpi=130)
-    return out.getvalue()
+    return png_of(figure, dpi=130)
 
 
 def _row(unit: Mapping[str, Any]) -> str:

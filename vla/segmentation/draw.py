@@ -6,7 +6,10 @@ import io
 from collections.abc import Sequence
 
 import torch
+from PIL import Image
 from torch import Tensor
+
+from mmpeft.files import png_of
 
 TITLES = ("image", "truth", "prediction")
 
@@ -46,6 +49,11 @@ def overlays(images: Tensor, masks: Sequence[Tensor], classes: Sequence[str]) ->
     if shown:
         handles = [Patch(color=tuple(colours[i].tolist()), label=classes[i]) for i in sorted(shown)]
         figure.legend(handles=handles, loc="outside right upper", fontsize=8)
+    return png_of(figure)
+
+
+def index_png(mask: Tensor) -> bytes:
+    """Class numbers [H, W] below 256 as a grey PNG."""
     out = io.BytesIO()
-    figure.savefig(out, format="png")
+    Image.fromarray(mask.to(torch.uint8).cpu().numpy()).save(out, format="PNG")
     return out.getvalue()

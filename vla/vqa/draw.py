@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import io
 import textwrap
 from collections.abc import Sequence
 
 from torch import Tensor
+
+from mmpeft.files import png_of
 
 LINE = 26
 """Characters in a line over an image."""
@@ -35,6 +36,4 @@ def answered(images: Tensor | Sequence[Tensor], lines: Sequence[tuple[str, str, 
         colour = "tab:red" if wrong else "tab:green" if truth else "black"
         place = {"transform": cell.transAxes, "ha": "center", "va": "top"}
         cell.text(0.5, -0.03, textwrap.fill(said, LINE), color=colour, fontsize=10, fontweight="bold", **place)
-    out = io.BytesIO()
-    figure.savefig(out, format="png")
-    return out.getvalue()
+    return png_of(figure)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from typing import Any
+
+from mmpeft.files import png_of
 
 
 def labelled(pictures: Sequence[Any], rows: Sequence[Sequence[tuple[str, float]]]) -> bytes:
@@ -32,6 +33,4 @@ def labelled(pictures: Sequence[Any], rows: Sequence[Sequence[tuple[str, float]]
         bars.set(xlim=(0, 1), yticks=[], xticks=[])
         for place, (name, value) in enumerate(zip(names, values)):
             bars.text(0.02, place, f"{name}  {value:.2f}", va="center", fontsize=8)
-    out = io.BytesIO()
-    figure.savefig(out, format="png")
-    return out.getvalue()
+    return png_of(figure)
