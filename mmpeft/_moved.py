@@ -27,6 +27,7 @@ MOVED = {
     "mmpeft.training.cli": "mmpeft.run.cli",
     "mmpeft.training.arguments": "mmpeft.run.arguments",
     "mmpeft.training.run": "mmpeft.run.reload",
+    "mmpeft.bench.written": "mmpeft.run.written",
     "mmpeft.vision.board": "mmpeft.vision.classification.draw",
     "mmpeft.vision.predict": "mmpeft.tasks.predictions",
     "mmpeft.vision.pretraining": "mmpeft.vision.pretrain",

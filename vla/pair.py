@@ -23,9 +23,9 @@ class PairOptions(TrainingOptions, total=False):
 
 @runtime_checkable
 class HasTexts(Protocol):
-    """Data with texts, which `check` refuses where the tokenizer would cut one."""
+    """Data with texts, which it refuses where the tokenizer would cut one."""
 
-    def check(self, tokens: Tokenizer, /) -> None: ...
+    def check_texts(self, tokens: Tokenizer, /) -> None: ...
 
 
 class PairTask(Task):
@@ -60,5 +60,5 @@ class PairTask(Task):
         data = self.datamodule
         configure(data, self.preprocessing)
         if isinstance(data, HasTexts):
-            data.check(self.tokenizer)
+            data.check_texts(self.tokenizer)
         return pair  # type: ignore[no-any-return]  # open_clip has no types

@@ -10,42 +10,29 @@ on where it stopped.
 from __future__ import annotations
 
 import argparse
-import copy
 import csv
-import hashlib
 import io
 import json
-import logging
 import sys
 import time
-import warnings
 from collections.abc import Mapping, Sequence
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-import lightning
 import torch
 import yaml
-from jsonargparse import ArgumentParser
 from rich.console import Console
-from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from mmpeft.bench.memory import MemoryMeter
 from mmpeft.bench.report import Result, plot, table, to_markdown
 from mmpeft.errors import ConfigError, nearest
 from mmpeft.files import write_atomic
-from mmpeft.run.arguments import import_named, words
-from mmpeft.tasks.module import TuningModule
+from mmpeft.run.experiment import Experiment
+from mmpeft.run.study import choose_entries, key_of, override, quiet_progress, read_file
 
-QUIET = {
-    "logger": False,
-    "enable_progress_bar": False,
-    "enable_model_summary": False,
-    "enable_checkpointing": False,
-    "num_sanity_val_steps": 0,
-}
 KEYS = {"model", "data", "trainer", "methods", "seeds", "metric", "title", "columns", "axes"}
+NEEDED = ("model", "data", "methods", "metric")
 Setting = dict[str, Any]
 
 
@@ -60,11 +47,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=Path("runs/compare"))
     parser.epilog = "An axis of the configuration is an option too: --shots 1,2,4"
     args, rest = parser.parse_known_args(list(sys.argv[1:] if argv is None else argv)[1:])
-    if not args.config.is_file():
-        raise ConfigError(f"no configuration {args.config}")
-    import_named(words(["-c", str(args.config)]))
-    config = read(args.config.read_text("utf-8"))
-    chosen = _choose(config["methods"], args.methods)
+    config = read_file(args.config, KEYS, NEEDED)
+    chosen = choose_entries(config["methods"], args.methods)
     seeds = _seeds(args.seeds) if args.seeds else list(config.get("seeds", [0]))
     compare(config, chosen, seeds, args.out, settings(config.get("axes") or {}, rest))
     return 0
@@ -95,30 +79,6 @@ def settings(axes: Mapping[str, str], arguments: Sequence[str]) -> list[Setting]
     return found
 
 
-def read(text: str) -> dict[str, Any]:
-    """A comparison's configuration, checked for unknown and missing keys."""
-    config = yaml.safe_load(text)
-    if not isinstance(config, dict):
-        raise ConfigError("expected a YAML mapping with model, data and methods")
-    for key in config:
-        if key not in KEYS:
-            raise ConfigError(f"unknown key {key!r}; keys: {', '.join(sorted(KEYS))}.{nearest(key, KEYS)}")
-    for key in ("model", "data", "methods", "metric"):
-        if not config.get(key):
-            raise ConfigError(f"the configuration of a comparison needs {key!r}")
-    return config
-
-
-def _choose(methods: Mapping[str, Any], wanted: str | None) -> dict[str, Any]:
-    if not wanted:
-        return dict(methods)
-    names = [name.strip() for name in wanted.split(",")]
-    for name in names:
-        if name not in methods:
-            raise ConfigError(f"no entry {name!r} in methods: {', '.join(methods)}.{nearest(name, methods)}")
-    return {name: methods[name] for name in names}
-
-
 def compare(
     config: Mapping[str, Any],
     methods: Mapping[str, Any],
@@ -136,26 +96,23 @@ def compare(
         for setting in every
         for seed in seeds
     ]
-    for *_, run in runs:
-        parse(run)  # every configuration error comes out before the first training step
+    for name, *_, run in runs:  # every configuration error comes out before the first training step
+        Experiment.read(run, f"the configuration of {name}")
     log = out / "results.jsonl"
     known = {r.key: r for r in _past(log)}
     results = []
-    console = Console()
-    bar = (TextColumn("{task.description}"), MofNCompleteColumn(), TimeElapsedColumn())
-    with _quiet(), Progress(*bar, console=console) as progress:
-        task = progress.add_task("compare", total=len(runs))
+    with quiet_progress(Console(), "compare", len(runs)) as (console, move):
         for name, seed, setting, run in runs:
-            title = ", ".join([name, *(f"{axis} {value}" for axis, value in setting.items()), f"seed {seed}"])
-            key = hashlib.sha256(json.dumps(run, sort_keys=True).encode()).hexdigest()[:16]
-            progress.update(task, description=title)
+            label = ", ".join([name, *(f"{axis} {value}" for axis, value in setting.items()), f"seed {seed}"])
+            key = key_of(run)
+            move(description=label)
             if key not in known:
                 known[key] = one(run, name, seed, key, str(config["metric"]), setting)
                 lines = "".join(json.dumps(r.__dict__) + "\n" for r in known.values())
                 write_atomic(log, lines.encode())
-                progress.console.print(f"{title}: {known[key].score:.3f} in {known[key].seconds:.0f} s")
+                console.print(f"{label}: {known[key].score:.3f} in {known[key].seconds:.0f} s")
             results.append(known[key])
-            progress.advance(task)
+            move(advance=1)
     title, columns = str(config.get("title", "comparison")), list(config.get("columns") or [config["metric"]])
     console.print(table(results, title, columns))
     write_atomic(out / "table.md", to_markdown(results, columns).encode())
@@ -169,12 +126,12 @@ def merged(
     config: Mapping[str, Any], entry: Mapping[str, Any], seed: int, setting: Mapping[str, Any] = {}
 ) -> dict[str, Any]:
     """The configuration of one run: the common part under an entry's own, with a setting of the axes."""
-    run = {key: copy.deepcopy(config.get(key, {})) for key in ("model", "data", "trainer")}
+    run = {key: config.get(key, {}) for key in ("model", "data", "trainer")}
     over = {key: value for key, value in entry.items() if key not in ("method", "lr")}
     for key in over:
         if key not in run:
             raise ConfigError(f"a method's entry overrides model, data or trainer, not {key!r}.{nearest(key, run)}")
-    _merge(run, over)
+    run = override(run, over)
     arguments = run["model"].setdefault("init_args", {})
     if "method" in entry:
         arguments["method"] = entry["method"]
@@ -189,48 +146,26 @@ def merged(
         for part in above:
             place = place.setdefault(part, {})
         place[last] = value
-    run["trainer"] = {**QUIET, **run["trainer"]}
+    run["trainer"] = {**Experiment.quiet, **run["trainer"]}
     return run | {"seed": seed}
-
-
-def _merge(into: dict[str, Any], over: Mapping[str, Any]) -> None:
-    for key, value in over.items():
-        if isinstance(value, Mapping) and isinstance(into.get(key), dict):
-            _merge(into[key], value)
-        else:
-            into[key] = copy.deepcopy(value)
-
-
-def parse(run: Mapping[str, Any]) -> tuple[ArgumentParser, Any]:
-    """Parse one run; raises ConfigError with jsonargparse's account of what is wrong."""
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_subclass_arguments(TuningModule, "model")
-    parser.add_subclass_arguments(lightning.LightningDataModule, "data")
-    parser.add_class_arguments(lightning.Trainer, "trainer")
-    try:
-        return parser, parser.parse_object(copy.deepcopy({key: run[key] for key in ("model", "data", "trainer")}))
-    except Exception as error:
-        raise ConfigError(f"the configuration of a run is wrong: {error}") from error
 
 
 def one(run: Mapping[str, Any], name: str, seed: int, key: str, metric: str, setting: Mapping[str, Any] = {}) -> Result:
     """Train and test one method with one seed."""
-    lightning.seed_everything(seed, verbose=False)
-    parser, config = parse(run)
-    built = parser.instantiate_classes(config)
+    task, data, trainer = Experiment.read(run).build()
     meter = MemoryMeter()
-    built.trainer.callbacks.append(meter)
+    trainer.callbacks.append(meter)  # type: ignore[attr-defined]  # Lightning's Trainer has it, undeclared
     start = time.monotonic()
-    built.trainer.fit(built.model, datamodule=built.data)
+    trainer.fit(task, datamodule=data)
     seconds = time.monotonic() - start
-    values = {k: float(v) for k, v in built.trainer.callback_metrics.items() if v.numel() == 1}
-    values |= {k: float(v) for k, v in built.trainer.test(built.model, datamodule=built.data, verbose=False)[0].items()}
+    values = {k: float(v) for k, v in trainer.callback_metrics.items() if v.numel() == 1}
+    values |= {k: float(v) for k, v in trainer.test(task, datamodule=data, verbose=False)[0].items()}
     if metric not in values:
         raise ConfigError(
             f"the task reports no metric {metric!r}; it has {', '.join(sorted(values))}.{nearest(metric, values)}"
         )
-    tuning = built.model.prepare()
-    trainable = sum(p.numel() for _, p in built.model.trainable())
+    tuning = task.prepare()
+    trainable = sum(p.numel() for _, p in task.trainable())
     beside = trainable - sum(p.numel() for p in tuning.parameters())
     head = sum(p.numel() for placed in tuning.placements if "head" in placed.home for p in placed.part.parameters())
     memory = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else meter.found.total if meter.found else 0
@@ -250,14 +185,3 @@ def _csv(results: Sequence[Result]) -> str:
     writer.writeheader()
     writer.writerows({**r.__dict__, **r.setting, **r.metrics} for r in results)
     return out.getvalue()
-
-
-class _quiet(warnings.catch_warnings):
-    """No chatter of Lightning between the rows of the table."""
-
-    def __enter__(self) -> Any:
-        entered = super().__enter__()
-        warnings.simplefilter("ignore")
-        for name in ("lightning", "lightning.pytorch", "lightning.fabric"):
-            logging.getLogger(name).setLevel(logging.ERROR)
-        return entered

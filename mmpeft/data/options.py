@@ -36,6 +36,10 @@ class LookOptions(SizeOptions, total=False):
     augment: Augment
 
 
+class UnbatchedImageOptions(LoaderOptions, LookOptions, total=False):
+    """Options of `ImageData`, but for `batch_size`."""
+
+
 class ImageOptions(LoadingOptions, LookOptions, total=False):
     """Options of `ImageData`."""
 

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Iterator, Sequence
-from importlib import import_module
-from importlib.metadata import entry_points
-from importlib.util import find_spec
+import json
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,97 +11,89 @@ import yaml
 
 from mmpeft.errors import ConfigError
 from mmpeft.methods import METHODS
+from mmpeft.run.written import as_class, is_call, read_method
 
 CONFIG = ("-c", "--config")
+SECTIONS = ("model", "data", "methods", "learner")
+"""Parts of a configuration whose values may be class names without `class_path`."""
 
 
-def words(arguments: Sequence[str]) -> set[str]:
-    """Every word on the command line and in the configuration files it names.
+def class_names(arguments: Sequence[str]) -> set[str]:
+    """The names of classes on the command line and in the configuration files it names.
 
     Raises:
         ConfigError: a file is no YAML.
     """
-    files = (configuration(value) for flag, value in given(arguments) if flag in CONFIG)
-    return {word for text in (*arguments, *(text for text, _ in files)) for word in re.findall(r"\w+", text)}
+    found = set()
+    for flag, value in options_of(arguments):
+        found |= named_in(configuration(value)) if flag in CONFIG else {value.rpartition(".")[2]}
+    return found
 
 
-def given(arguments: Sequence[str]) -> Iterator[tuple[str, str]]:
+def named_in(content: Any, inside: bool = False) -> set[str]:
+    """The names of classes in a configuration: each `class_path`, and values in the sections that hold classes."""
+    if isinstance(content, str):
+        return {content.rpartition(".")[2]} if inside else set()
+    if isinstance(content, list):
+        return {name for item in content for name in named_in(item, inside)}
+    if not isinstance(content, dict):
+        return set()
+    return {
+        name
+        for key, value in content.items()
+        for name in named_in(value, inside or key in SECTIONS or key == "class_path")
+    }
+
+
+def options_of(arguments: Sequence[str]) -> Iterator[tuple[str, str]]:
     """Each argument as an option and its value, `--a=b` and `--a b` alike; the other value is empty."""
     for before, argument in zip(["", *arguments], arguments):
         flag, _, value = argument.partition("=")
         yield (flag, value) if flag.startswith("-") else (before, argument)
 
 
-def configuration(name: str) -> tuple[str, Any]:
-    """Text and content of a configuration file; nothing for what is no file.
+def configuration(name: str) -> Any:
+    """Content of a configuration file; None for what is no file.
 
     Raises:
         ConfigError: it is no YAML.
     """
     if not name or not Path(name).is_file():
-        return "", None
-    text = Path(name).read_text("utf-8", errors="replace")
+        return None
     try:
-        return text, yaml.safe_load(text)
+        return yaml.safe_load(Path(name).read_text("utf-8", errors="replace"))
     except yaml.YAMLError as error:
         raise ConfigError(f"{name} is no YAML: {' '.join(str(error).split())}") from error
 
 
-def afresh(arguments: Sequence[str]) -> list[str]:
+def reset_changed_methods(arguments: Sequence[str]) -> list[str]:
     """The arguments, with `--method null` before each that names another method than the one before it.
 
     A parser keeps the fields that two classes have in common: DiffFit after a LoRA of attention would be one of
     attention. Only reparameterisations pass on their sites, rank and alpha, so that `--method DoRA` is the DoRA
-    of a configuration's LoRA.
+    of a configuration's LoRA. A method that is written as a call is itself alone.
     """
-    found: list[str] = []
+    kept: list[str] = []
     known = None
-    for argument, (flag, value) in zip(arguments, given(arguments)):
+    for argument, (flag, value) in zip(arguments, options_of(arguments)):
         named: Any = None
+        call = False
         if flag in CONFIG:
-            content = configuration(value)[1]
+            content = configuration(value)
             named = content.get("method") if isinstance(content, dict) else None
         elif flag == "--method":
-            named = value
+            named, call = value, is_call(value)
+        if is_call(named):
+            named = as_class(read_method(named))
+        if call:
+            argument = f"--method={json.dumps(named)}" if argument.startswith("-") else json.dumps(named)
         named = named.get("class_path") if isinstance(named, dict) else named
         new = METHODS.get(str(named).rpartition(".")[2])
         if new is not None:
             kinds = {cls.info.taxonomy for cls in (known, new) if cls is not None}
-            if known not in (None, new) and kinds != {"reparameterized"}:
-                place = len(found) if argument.startswith("-") else len(found) - 1
-                found[place:place] = ["--method", "null"]
+            if known is not None and (call or (known is not new and kinds != {"reparameterized"})):
+                place = len(kept) if argument.startswith("-") else len(kept) - 1
+                kept[place:place] = ["--method", "null"]
             known = new
-        found.append(argument)
-    return found
-
-
-def domain_classes() -> dict[str, str]:
-    """Class name -> module for every class of every installed domain, found in the sources without importing them."""
-    found: dict[str, str] = {}
-    for entry in entry_points(group="mmpeft.domains"):
-        package = entry.value.partition(":")[0]
-        spec = find_spec(package)
-        for folder in (spec.submodule_search_locations or []) if spec else []:
-            for path in sorted(Path(folder).rglob("*.py")):
-                parts = path.relative_to(folder).with_suffix("").parts
-                module = ".".join([package, *(part for part in parts if part != "__init__")])
-                for name in re.findall(r"^class (\w+)\(", path.read_text("utf-8"), re.MULTILINE):
-                    found.setdefault(name, module)
-    return found
-
-
-def import_named(names: Iterable[str]) -> None:
-    """Import the domain modules whose classes are named, so that jsonargparse resolves `ImageClassifier` alone.
-
-    Raises:
-        ConfigError: the library of that domain is not installed.
-    """
-    known = domain_classes()
-    for name in sorted(set(names) & set(known)):
-        try:
-            import_module(known[name])
-        except ModuleNotFoundError as error:
-            if (error.name or "").startswith("mmpeft"):
-                raise
-            domain = known[name].split(".")[1]
-            raise ConfigError(f"{name} needs {error.name}: pip install 'mmpeft[{domain}]'") from error
+        kept.append(argument)
+    return kept

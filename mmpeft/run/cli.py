@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import lightning
-from jsonargparse import set_parsing_settings
+import yaml
+from jsonargparse import get_loader, set_loader, set_parsing_settings
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_warn
@@ -19,9 +20,11 @@ from lightning.pytorch.utilities import rank_zero_warn
 from mmpeft.errors import ConfigError, MMPEFTError, nearest
 from mmpeft.methods import METHODS
 from mmpeft.methods.base import Method
-from mmpeft.run.arguments import afresh, domain_classes, import_named, words
-from mmpeft.run.callbacks import LearningCurves, Outcome
-from mmpeft.run.checkpoint import LAST, LastCheckpoint, RandomState
+from mmpeft.run.arguments import class_names, reset_changed_methods
+from mmpeft.run.checkpoint import LAST, LastCheckpoint
+from mmpeft.run.domains import classes, import_named
+from mmpeft.run.experiment import reporting_callbacks, run_callbacks
+from mmpeft.run.written import spelled_out
 from mmpeft.tasks.checkpoint import AtomicCheckpointIO
 from mmpeft.tasks.module import TuningModule
 
@@ -30,14 +33,16 @@ UNWANTED = ("Total length of .* across ranks is zero", ".*isinstance\\(treespec,
 """Warnings of Lightning's about a validation set that was left out on purpose, and about its own code."""
 
 set_parsing_settings(subclasses_enabled=[Method])
+_read_yaml = get_loader("yaml")
+set_loader("yaml", lambda text: spelled_out(_read_yaml(text)), exceptions=(yaml.YAMLError,))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse, build and run; `argv` starts with the sub-command."""
     for said in UNWANTED:
         warnings.filterwarnings("ignore", said)
-    arguments = afresh(sys.argv[1:] if argv is None else argv)
-    import_named(words(arguments))
+    arguments = reset_changed_methods(sys.argv[1:] if argv is None else argv)
+    import_named(class_names(arguments))
     if argv is None:
         sys.argv[1:] = arguments  # from where Lightning reads them, in the processes it starts as well
     TuningCLI(
@@ -48,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser_class=Parser,
         parser_kwargs={"prog": "mmpeft"},
         save_config_kwargs={"overwrite": True},
-        trainer_defaults={"log_every_n_steps": 10, "callbacks": [RandomState(), LearningCurves(), Outcome()]},
+        trainer_defaults={"log_every_n_steps": 10, "callbacks": [*run_callbacks(), *reporting_callbacks()]},
         seed_everything_default=0,
         auto_configure_optimizers=False,
         load_from_checkpoint_support=False,
@@ -205,7 +210,7 @@ def explain(message: str, keys: Iterable[str]) -> str:
     if match := _UNKNOWN_CLASS.search(short):
         method = 'key "method' in short or '.method"' in short
         name = match[1].rsplit(".", 1)[-1]
-        return short + nearest(name, METHODS if method else domain_classes())
+        return short + nearest(name, METHODS if method else classes())
     if "not" in short or "nrecognized" in short:
         for name in _UNKNOWN_KEY.findall(short):
             known = {key: key.rsplit(".", 1)[-1] for key in keys}

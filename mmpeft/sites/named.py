@@ -90,7 +90,7 @@ def find_named(text: str) -> Named:
     prefix, colon, name = text.partition(":")
     if colon and prefix in _LIBRARIES:
         return Named(_LIBRARIES[prefix], name)
-    found = [library for library in _LIBRARIES.values() if library.knows(text)]
+    found = [library for _, library in sorted(_LIBRARIES.items()) if library.knows(text)]
     if len(found) > 1:
         choices = " or ".join(f"{library.name}:{text}" for library in found)
         raise ConfigError(f"{text!r} is a name of {' and of '.join(lib.name for lib in found)}: write {choices}")

@@ -12,8 +12,8 @@ import transformers
 from torch import nn
 
 import mmpeft
-from mmpeft.bench.written import read_method
 from mmpeft.cli import main
+from mmpeft.run.written import read_method
 from mmpeft.sites import sites
 from mmpeft.sites.named import find_named
 
@@ -205,7 +205,7 @@ def test_a_call_of_the_users_own(capsys):
         (["transformers:berrt"], "Did you mean 'bert'"),
         (["diffusers:UNet2DModell"], "Did you mean 'UNet2DModel'"),
         (["torchvision:resnet5"], "torchvision has no model 'resnet5'"),
-        (["convnext_base"], "write timm:convnext_base or open_clip:convnext_base"),
+        (["convnext_base"], "write open_clip:convnext_base or timm:convnext_base"),
         ([TINY, "--method", "LoRAA"], "Did you mean 'LoRA'"),
         ([TINY, "--method", "LoRA(rnk=3)"], "Did you mean 'rank'"),
         ([TINY, "--method", "LoRA("], "cannot read the method 'LoRA('"),

@@ -46,7 +46,7 @@ def pair(monkeypatch: pytest.MonkeyPatch) -> Any:
         enliven(model)
         return model
 
-    for module in ("mmpeft.vla.fewshot.task",):
+    for module in ("mmpeft.vla.pair",):
         monkeypatch.setattr(f"{module}.create", make)
         monkeypatch.setattr(f"{module}.tokenizer", lambda name: Letters())
     return make

@@ -14,7 +14,7 @@ import mmpeft
 from mmpeft.errors import AdapterFileError, ConfigError, DataError, SiteError
 from mmpeft.run.callbacks import LearningCurves, Outcome
 from mmpeft.run.checkpoint import LastCheckpoint, RandomState
-from mmpeft.tasks.predictions import PredictionWriter
+from mmpeft.tasks.predictions import PredictionFile
 from tests.tasks.tiny import TinyData, classifier, trainer, weights
 
 LR = {"optimizer": lambda p: torch.optim.AdamW(p, lr=3e-2)}
@@ -97,7 +97,7 @@ def test_predictions_name_classes_and_probabilities(tmp_path, ending):
     assert {name for _, name, _ in best} <= {f"class {i}" for i in range(4)}
     assert [path.name for path in tmp_path.iterdir()] == [f"out{ending}"]
     with pytest.raises(ConfigError, match=r"\.csv or \.jsonl"):
-        PredictionWriter("out.txt")
+        PredictionFile("out.txt", lambda outputs, suffix: [])
 
 
 def test_bad_input_is_refused_before_compute(tmp_path, monkeypatch):

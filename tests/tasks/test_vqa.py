@@ -58,8 +58,8 @@ def pair(monkeypatch: pytest.MonkeyPatch) -> None:
         enliven(model)
         return model
 
-    monkeypatch.setattr("mmpeft.vla.vqa.task.create", make)
-    monkeypatch.setattr("mmpeft.vla.vqa.task.tokenizer", lambda name: Letters())
+    monkeypatch.setattr("mmpeft.vla.pair.create", make)
+    monkeypatch.setattr("mmpeft.vla.pair.tokenizer", lambda name: Letters())
 
 
 def scenes(**options: Any) -> SceneQuestionData:

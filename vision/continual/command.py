@@ -9,29 +9,27 @@ from __future__ import annotations
 
 import argparse
 import copy
-import hashlib
 import json
-import logging
 import sys
-import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
 from jsonargparse import ArgumentParser
 from rich.console import Console
-from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from mmpeft.data.images import ImageData
 from mmpeft.errors import ConfigError, nearest
 from mmpeft.files import write_atomic
-from mmpeft.run.arguments import import_named, words
+from mmpeft.run.arguments import named_in
+from mmpeft.run.domains import import_named
+from mmpeft.run.study import choose_entries, key_of, quiet_progress, read_file
 from mmpeft.vision.continual import report
 from mmpeft.vision.continual.learner import Learner
 from mmpeft.vision.continual.runner import ContinualClassifier, Record
 
 KEYS = {"run", "data", "methods", "seeds", "title"}
+NEEDED = ("run", "data", "methods")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -43,36 +41,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seeds", help="comma-separated integers; default: those of the configuration")
     parser.add_argument("--out", type=Path, default=Path("runs/continual"))
     args = parser.parse_args(list(sys.argv[1:] if argv is None else argv)[1:])
-    if not args.config.is_file():
-        raise ConfigError(f"no configuration {args.config}")
-    import_named(words(["-c", str(args.config)]))
-    config = read(args.config.read_text("utf-8"))
+    config = read_file(args.config, KEYS, NEEDED)
+    import_named(named_in(config))
     seeds = [int(seed) for seed in args.seeds.split(",")] if args.seeds else list(config.get("seeds", [1993]))
-    sequence(config, chosen(config["methods"], args.methods), seeds, args.out)
+    sequence(config, choose_entries(config["methods"], args.methods), seeds, args.out)
     return 0
-
-
-def read(text: str) -> dict[str, Any]:
-    """A configuration, checked for unknown and missing keys."""
-    config = yaml.safe_load(text)
-    if not isinstance(config, dict):
-        raise ConfigError("expected a YAML mapping with run, data and methods")
-    for key in config:
-        if key not in KEYS:
-            raise ConfigError(f"unknown key {key!r}; keys: {', '.join(sorted(KEYS))}.{nearest(str(key), KEYS)}")
-    for key in ("run", "data", "methods"):
-        if not config.get(key):
-            raise ConfigError(f"the configuration of a task sequence needs {key!r}")
-    return config
-
-
-def chosen(methods: Mapping[str, Any], wanted: str | None) -> dict[str, Any]:
-    """The entries named, in that order; all of them for None."""
-    names = [name.strip() for name in wanted.split(",")] if wanted else list(methods)
-    for name in names:
-        if name not in methods:
-            raise ConfigError(f"no entry {name!r} in methods: {', '.join(methods)}.{nearest(name, methods)}")
-    return {name: methods[name] for name in names}
 
 
 def merged(config: Mapping[str, Any], entry: Mapping[str, Any], seed: int) -> dict[str, Any]:
@@ -118,25 +91,20 @@ def sequence(config: Mapping[str, Any], methods: Mapping[str, Any], seeds: Seque
     for run in runs.values():
         parse(run)  # every configuration error comes out before the first training step
     console, records = Console(), []
-    columns = (TextColumn("{task.description}"), MofNCompleteColumn(), TimeElapsedColumn())
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    with warnings.catch_warnings(), Progress(*columns, console=console) as progress:
-        warnings.simplefilter("ignore")
-        bar = progress.add_task("continual", total=len(runs))
+    with quiet_progress(console, "continual", len(runs)) as (above, move):
         for (name, seed), run in runs.items():
-            key = hashlib.sha256(json.dumps(run, sort_keys=True).encode()).hexdigest()[:16]
 
             def tell(text: str, label: str = f"{name}, seed {seed}") -> None:
-                progress.update(bar, description=f"{label}, {text}")
+                move(description=f"{label}, {text}")
 
             folder = out / f"{''.join(c if c.isalnum() else '_' for c in name)}-{seed}"
-            record = build(run).run(folder, key, name, tell)
+            record = build(run).run(folder, key_of(run), name, tell)
             last = report.summaries([record])[0]
-            progress.console.print(
+            above.print(
                 f"{name}, seed {seed}: last {last.last:.3f}, average {last.average:.3f} in {record.seconds:.0f} s"
             )
             records.append(record)
-            progress.advance(bar)
+            move(advance=1)
     title = str(config.get("title", "class-incremental learning"))
     console.print(report.table(records, title))
     facts = [r.__dict__ | {"metrics": s.__dict__} for r, s in zip(records, report.summaries(records))]

@@ -4,20 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from mmpeft.data.images import Augment, ImageData, Pairs
+from mmpeft.data.images import ImageData, Pairs
 from mmpeft.data.loading import EpochSampler, ResumableLoader, Seeded, SizedDataset
+from mmpeft.data.options import UnbatchedImageOptions
 from mmpeft.embedded import emoji
 from mmpeft.errors import ConfigError, DataError
 
 
 @dataclass(frozen=True)
-class Task:
+class SequenceTask:
     """One step of a sequence: its number, its classes `start:stop` in the order of arrival, and how many steps."""
 
     number: int
@@ -31,7 +32,7 @@ class Task:
         return range(self.start, self.stop)
 
 
-def split(classes: int, initial: int, increment: int) -> list[Task]:
+def split(classes: int, initial: int, increment: int) -> list[SequenceTask]:
     """`initial` classes first, then `increment` at a time, the last task with what is left.
 
     Raises:
@@ -44,7 +45,7 @@ def split(classes: int, initial: int, increment: int) -> list[Task]:
         )
     starts = [0, *range(initial, classes, increment)]
     stops = [*starts[1:], classes]
-    return [Task(i, start, stop, len(starts)) for i, (start, stop) in enumerate(zip(starts, stops))]
+    return [SequenceTask(i, start, stop, len(starts)) for i, (start, stop) in enumerate(zip(starts, stops))]
 
 
 class Slice:
@@ -138,6 +139,8 @@ class EmojiKinds(ImageData):
 
     paper = 255
 
+    small_batch = 256
+
     def __init__(
         self,
         style: str = "openmoji",
@@ -146,12 +149,9 @@ class EmojiKinds(ImageData):
         most: int = 40,
         most_test: int = 20,
         batch_size: int = 32,
-        num_workers: int = 0,
-        seed: int = 0,
-        eval_batch_size: int | None = 256,
-        augment: Augment = "light",
+        **options: Unpack[UnbatchedImageOptions],
     ) -> None:
-        super().__init__(batch_size, num_workers, seed, eval_batch_size, augment=augment)
+        super().__init__(batch_size=batch_size, **options)
         if not (1 <= least <= most and 1 <= least_test <= most_test):
             raise ConfigError(f"expected 1 <= least <= most, got {least}, {most} and {least_test}, {most_test}")
         self.style, self.most, self.most_test = style, most, most_test

@@ -13,7 +13,7 @@ from mmpeft.bank import Bank, LinearHead
 from mmpeft.bank.bank import Rows
 from mmpeft.errors import ConfigError
 from mmpeft.methods.base import Method
-from mmpeft.vision.continual.data import Task
+from mmpeft.vision.continual.data import SequenceTask
 
 Batches = Iterable[tuple[Tensor, Tensor]]
 
@@ -42,10 +42,10 @@ class Learner(ABC):
         self.bank, self.width = bank, width
 
     @abstractmethod
-    def begin(self, task: Task, samples: Batches) -> None:
+    def begin(self, task: SequenceTask, samples: Batches) -> None:
         """Before training: add entries, freeze old ones. `samples` are the task's, without augmentation."""
 
-    def trains(self, task: Task) -> bool:
+    def trains(self, task: SequenceTask) -> bool:
         """Whether this task is trained by gradients."""
         return True
 
@@ -59,7 +59,7 @@ class Learner(ABC):
     def after_step(self) -> None:  # noqa: B027 - optional
         """After each optimiser step."""
 
-    def end(self, task: Task, samples: Batches) -> None:  # noqa: B027 - optional
+    def end(self, task: SequenceTask, samples: Batches) -> None:  # noqa: B027 - optional
         """After training: statistics, freezing."""
 
     @abstractmethod
@@ -79,14 +79,14 @@ class TaskHeads(Learner):
     Subclasses say what runs (`route`) and what a task adds (`extend`).
     """
 
-    def begin(self, task: Task, samples: Batches) -> None:
+    def begin(self, task: SequenceTask, samples: Batches) -> None:
         for name in self.heads():
             self.bank.freeze(name)
         self.bank.add_task(f"head{task.number}", head=LinearHead(self.width, task.classes))
         self.extend(task, samples)
 
     @abstractmethod
-    def extend(self, task: Task, samples: Batches) -> None:
+    def extend(self, task: SequenceTask, samples: Batches) -> None:
         """Add the entries of a task."""
 
     @abstractmethod
@@ -122,7 +122,7 @@ class TaskHeads(Learner):
             found.append(head(features))
         return torch.cat(found, dim=1)
 
-    def end(self, task: Task, samples: Batches) -> None:
+    def end(self, task: SequenceTask, samples: Batches) -> None:
         for name in self.bank.ids:
             self.bank.freeze(name)
 

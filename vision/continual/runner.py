@@ -21,7 +21,7 @@ from mmpeft.errors import AdapterFileError, ConfigError, DataError
 from mmpeft.files import write_atomic
 from mmpeft.tasks.schedule import warmup_cosine
 from mmpeft.vision.backbone import create, normalisation
-from mmpeft.vision.continual.data import Task, TaskSequence
+from mmpeft.vision.continual.data import SequenceTask, TaskSequence
 from mmpeft.vision.continual.learner import Learner
 
 QUIET = {"logger": False, "enable_checkpointing": False, "enable_model_summary": False, "enable_progress_bar": False}
@@ -131,7 +131,7 @@ class ContinualClassifier:
                     raise AdapterFileError(f"cannot resume: {error}; remove {folder} to start again") from error
         return Bank(self.model), Record()
 
-    def _learn(self, task: Task, record: Record) -> None:
+    def _learn(self, task: SequenceTask, record: Record) -> None:
         learner, bank = self.learner, self.learner.bank
         classes = range(task.stop) if learner.revisits else task.classes
         device = next(self.model.parameters()).device
@@ -152,7 +152,7 @@ class ContinualClassifier:
         learner.end(task, plain)
 
     @torch.no_grad()
-    def _measured(self, task: Task) -> list[float]:
+    def _measured(self, task: SequenceTask) -> list[float]:
         """Accuracy on each task so far, among all classes so far."""
         device = next(self.model.parameters()).device
         row = []
@@ -184,7 +184,7 @@ class _Moved:
 class _Fit(lightning.LightningModule):
     """One task under Lightning's Trainer."""
 
-    def __init__(self, owner: ContinualClassifier, task: Task) -> None:
+    def __init__(self, owner: ContinualClassifier, task: SequenceTask) -> None:
         super().__init__()
         self.bank, self.learner, self.owner, self.task = owner.learner.bank, owner.learner, owner, task
 

@@ -52,7 +52,7 @@ class CaptionData(AugmentedImages):
                 opened[source] = opened.get(source) or open_captions(source, *self.columns)
                 setattr(self, f"{name}_set", opened[source])
 
-    def check(self, tokens: Callable[[Sequence[str]], Tensor]) -> None:
+    def check_texts(self, tokens: Callable[[Sequence[str]], Tensor]) -> None:
         """Raise DataError for a text that a tokenizer would cut."""
         for found in (self.train_set, self.val_set, self.test_set):
             if isinstance(found, Captioned):

@@ -12,17 +12,13 @@ import torch
 from torch.utils.data import Subset
 
 from mmpeft.data.images import ImageData, Renamed
-from mmpeft.data.options import LoaderOptions, LookOptions
+from mmpeft.data.options import UnbatchedImageOptions
 from mmpeft.embedded import spoken
 from mmpeft.errors import ConfigError, DataError
 from mmpeft.files import write_atomic
 
 VAL_SHOTS = 4
 FORMAT = 1
-
-
-class FewShotOptions(LoaderOptions, LookOptions, total=False):
-    """Options of `ImageData`, but for `batch_size`."""
 
 
 class FewShotData(ImageData):
@@ -42,7 +38,7 @@ class FewShotData(ImageData):
         base_share: float = 0.5,
         split_file: str | None = None,
         batch_size: int = 32,
-        **options: Unpack[FewShotOptions],
+        **options: Unpack[UnbatchedImageOptions],
     ) -> None:
         """
         Args:

@@ -63,7 +63,7 @@ class QuestionData(Preprocessed, DataModule):
         self.image_size = wanted.size[-1]
         self.train_transform = self.eval_transform = OfQuestions(evaluation(self.image_size, wanted.mean, wanted.std))
 
-    def check(self, tokens: Callable[[Sequence[str]], Tensor]) -> None:
+    def check_texts(self, tokens: Callable[[Sequence[str]], Tensor]) -> None:
         """Raise DataError for a question that a tokenizer would cut."""
 
 
@@ -127,9 +127,7 @@ class SceneQuestionData(QuestionData):
         eval_scenes: int = 500,
         image_size: int = 128,
         batch_size: int = 16,
-        num_workers: int = 0,
-        seed: int = 0,
-        eval_batch_size: int = 32,
+        **options: Unpack[LoaderOptions],
     ) -> None:
         """
         Args:
@@ -138,10 +136,7 @@ class SceneQuestionData(QuestionData):
             eval_scenes: scenes for validation, and for the test; always the same for a seed.
             image_size: height and width in pixels of the scenes.
             batch_size: scenes a training step and process.
-            num_workers: loading processes; the batches do not depend on it.
-            seed: of the scenes and the questions.
-            eval_batch_size: scenes a validation, test or prediction step.
-            options: those of `DataModule`.
+            options: those of `DataModule`; `seed` is of the scenes and the questions too.
 
         Raises:
             ConfigError: a number of scenes below 1.
@@ -249,7 +244,7 @@ class VQAData(QuestionData):
             setattr(self, f"{split}_set", Annotated(items, self.answers, self.types))
         self.predict_set = self.predict_set or self.test_set
 
-    def check(self, tokens: Callable[[Sequence[str]], Tensor]) -> None:
+    def check_texts(self, tokens: Callable[[Sequence[str]], Tensor]) -> None:
         """Raise DataError for a question that a tokenizer would cut."""
         check_length([item["question"] for items in self.items.values() for item in items], tokens)
 

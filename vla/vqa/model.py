@@ -13,7 +13,7 @@ from mmpeft.errors import ConfigError
 from mmpeft.vla.taps import Taps, grid_of
 
 
-class Joint(NamedTuple):
+class SharedSpace(NamedTuple):
     """Patches [B, n, e] and whole questions [Q, e] in the space that a pair has for both, of unit length."""
 
     patches: Tensor
@@ -116,7 +116,7 @@ class Fusion(nn.Module):
         self.head = nn.Sequential(nn.LayerNorm(w), nn.Linear(w, answers))
 
     def forward(
-        self, patches: Tensor | None, question: Tensor, padding: Tensor, owner: Tensor, joint: Joint | None = None
+        self, patches: Tensor | None, question: Tensor, padding: Tensor, owner: Tensor, joint: SharedSpace | None = None
     ) -> Tensor:
         """
         Args:
@@ -143,7 +143,7 @@ class Fusion(nn.Module):
         scores: Tensor = self.head(x[:, 0])
         return scores
 
-    def likeness(self, joint: Joint, owner: Tensor) -> Tensor:
+    def likeness(self, joint: SharedSpace, owner: Tensor) -> Tensor:
         """`s` [Q, n] of each question and the patches of its image, of mean 0 and variance 1."""
         questions = joint.questions.float()
         s = torch.einsum("qne,qe->qn", joint.patches.float()[owner], questions + self.turn(questions))

@@ -21,7 +21,7 @@ from mmpeft.vla.pair import PairTask
 from mmpeft.vla.taps import Taps, projection
 from mmpeft.vla.vqa.data import Asked, HasAnswers
 from mmpeft.vla.vqa.draw import answered
-from mmpeft.vla.vqa.model import Fusion, Joint, patch_grid
+from mmpeft.vla.vqa.model import Fusion, SharedSpace, patch_grid
 
 SHOWN = 8
 TOP = 3
@@ -102,7 +102,7 @@ class VisualQuestions(PairTask):
         if not self.fusion.blind:
             patches = self.image.patches(self._last(self.image, images)[0])
             if self.joint:
-                joint = Joint(F.normalize(projection(self.model)(patches), dim=-1), F.normalize(whole, dim=-1))
+                joint = SharedSpace(F.normalize(projection(self.model)(patches), dim=-1), F.normalize(whole, dim=-1))
         owner = torch.arange(len(asked), device=images.device) if owner is None else owner
         scores: Tensor = self.fusion(patches, asked[:, :longest], padding[:, :longest], owner, joint)
         return scores

@@ -17,10 +17,10 @@ from mmpeft.bench.anatomy.fit import Fit, fit
 from mmpeft.bench.anatomy.overview import overview, shape_of
 from mmpeft.bench.anatomy.picture import draw
 from mmpeft.bench.anatomy.table import tables
-from mmpeft.bench.written import read_method
 from mmpeft.errors import MMPEFTError
 from mmpeft.files import write_atomic
 from mmpeft.methods import Method
+from mmpeft.run.written import read_method
 from mmpeft.sites import Site, sites
 from mmpeft.sites.named import Named, find_named
 from mmpeft.sites.selector import select

@@ -14,7 +14,7 @@ from mmpeft.errors import ConfigError
 from mmpeft.methods.base import Method
 from mmpeft.parts import Prefix
 from mmpeft.surgery.mixture import Mixture
-from mmpeft.vision.continual.data import Task
+from mmpeft.vision.continual.data import SequenceTask
 from mmpeft.vision.continual.learner import Batches, TaskHeads
 
 
@@ -39,7 +39,7 @@ class CODAPrompt(TaskHeads):
             raise ConfigError(f"each task adds at least one component, got {components}")
         self.components, self.orthogonal = components, orthogonal
 
-    def extend(self, task: Task, samples: Batches) -> None:
+    def extend(self, task: SequenceTask, samples: Batches) -> None:
         one = self.tuned()
         if not isinstance(one, mmpeft.PTuningV2):
             raise ConfigError(f"components are learned keys and values; expected PTuningV2, got {one}")

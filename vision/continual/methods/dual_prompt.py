@@ -9,7 +9,7 @@ from torch import Tensor, nn
 import mmpeft
 from mmpeft.methods.base import Method
 from mmpeft.surgery.together import Together
-from mmpeft.vision.continual.data import Task
+from mmpeft.vision.continual.data import SequenceTask
 from mmpeft.vision.continual.learner import Batches, TaskHeads
 
 
@@ -32,7 +32,7 @@ class DualPrompt(TaskHeads):
         self.general = general or mmpeft.PTuningV2(at="kv & depth<=1", tokens=5)
         self.pull = pull
 
-    def extend(self, task: Task, samples: Batches) -> None:
+    def extend(self, task: SequenceTask, samples: Batches) -> None:
         for name in list(self.bank.keys()):
             self.bank.freeze(name)
         if "general" not in self.bank:

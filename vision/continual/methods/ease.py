@@ -9,7 +9,7 @@ from torch import Tensor
 import mmpeft
 from mmpeft.bank.bank import Rows
 from mmpeft.methods.base import Method
-from mmpeft.vision.continual.data import Task
+from mmpeft.vision.continual.data import SequenceTask
 from mmpeft.vision.continual.learner import Batches, TaskHeads, collected
 
 
@@ -31,7 +31,7 @@ class EASE(TaskHeads):
         super().__init__(method)
         self.others = others
 
-    def extend(self, task: Task, samples: Batches) -> None:
+    def extend(self, task: SequenceTask, samples: Batches) -> None:
         for name in self.spaces():
             self.bank.freeze(name)
         self.bank.add_task(f"t{task.number}", self.tuned())
@@ -43,7 +43,7 @@ class EASE(TaskHeads):
     def route(self) -> Rows:
         return self.spaces()[-1]
 
-    def end(self, task: Task, samples: Batches) -> None:
+    def end(self, task: SequenceTask, samples: Batches) -> None:
         super().end(task, samples)
         if "means" not in self.bank:
             self.bank.add_task("means")

@@ -8,7 +8,7 @@ from torch import Tensor
 import mmpeft
 from mmpeft.bank import LinearHead
 from mmpeft.bank.bank import Rows
-from mmpeft.vision.continual.data import Task
+from mmpeft.vision.continual.data import SequenceTask
 from mmpeft.vision.continual.learner import Batches, TaskHeads
 
 
@@ -17,7 +17,7 @@ class Finetune(TaskHeads):
 
     default = mmpeft.LoRA(rank=8, at="attn.{q,v}")
 
-    def extend(self, task: Task, samples: Batches) -> None:
+    def extend(self, task: SequenceTask, samples: Batches) -> None:
         if "all" not in self.bank:
             self.bank.add_task("all", self.tuned())
         for name in self.bank.ids:
@@ -35,7 +35,7 @@ class Joint(Finetune):
 
     revisits = True
 
-    def begin(self, task: Task, samples: Batches) -> None:
+    def begin(self, task: SequenceTask, samples: Batches) -> None:
         for name in self.bank.ids:
             self.bank.remove(name)
         self.bank.add_task("all", self.tuned(), LinearHead(self.width, range(task.stop)))

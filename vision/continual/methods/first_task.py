@@ -9,7 +9,7 @@ from torch import Tensor
 
 from mmpeft.bank import LinearHead, PrototypeHead, RidgeHead
 from mmpeft.bank.bank import Rows
-from mmpeft.vision.continual.data import Task
+from mmpeft.vision.continual.data import SequenceTask
 from mmpeft.vision.continual.learner import Batches, Learner, collected
 
 
@@ -24,10 +24,10 @@ class FirstTask(Learner):
         """Whose features lie side by side: the plain backbone's, or those tuned on the first task."""
         return [None] if self.method is None else ["first"]
 
-    def trains(self, task: Task) -> bool:
+    def trains(self, task: SequenceTask) -> bool:
         return self.method is not None and task.number == 0
 
-    def begin(self, task: Task, samples: Batches) -> None:
+    def begin(self, task: SequenceTask, samples: Batches) -> None:
         if self.trains(task):
             self.bank.add_task("first", self.method, LinearHead(self.width, task.classes))
         if "count" not in self.bank:
@@ -38,7 +38,7 @@ class FirstTask(Learner):
         assert isinstance(head, LinearHead)
         return F.cross_entropy(head(self.bank.features(images, "first")).float(), head.columns(labels))
 
-    def end(self, task: Task, samples: Batches) -> None:
+    def end(self, task: SequenceTask, samples: Batches) -> None:
         if "first" in self.bank:
             self.bank.freeze("first")
         self._head().fit(*collected(samples, self.routes(), self.bank))

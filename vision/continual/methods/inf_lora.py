@@ -12,7 +12,7 @@ from mmpeft.errors import ConfigError
 from mmpeft.hosting.modules import module_at
 from mmpeft.methods.base import Method
 from mmpeft.parts import LowRank
-from mmpeft.vision.continual.data import Task
+from mmpeft.vision.continual.data import SequenceTask
 from mmpeft.vision.continual.learner import Batches
 from mmpeft.vision.continual.methods.gpm import Memory
 from mmpeft.vision.continual.methods.o_lora import SummedLoRA
@@ -40,7 +40,7 @@ class InfLoRA(SummedLoRA):
             raise ConfigError(f"share is a part of the energy in (0, 1], got {share}")
         self.share = share
 
-    def extend(self, task: Task, samples: Batches) -> None:
+    def extend(self, task: SequenceTask, samples: Batches) -> None:
         if "memory" not in self.bank:
             self.bank.add_task("memory")
         name = f"t{task.number}"
@@ -81,7 +81,7 @@ class InfLoRA(SummedLoRA):
                 handle.remove()
         return {home: total / count[home] for home, total in found.items()}
 
-    def end(self, task: Task, samples: Batches) -> None:
+    def end(self, task: SequenceTask, samples: Batches) -> None:
         names = self.loras()
         self.bank.fold(names, into="past")
         wanted = self.share + (1 - self.share) * task.number / task.total

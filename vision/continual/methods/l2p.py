@@ -8,7 +8,7 @@ from torch import Tensor, nn
 import mmpeft
 from mmpeft.errors import ConfigError
 from mmpeft.methods.base import Method
-from mmpeft.vision.continual.data import Task
+from mmpeft.vision.continual.data import SequenceTask
 from mmpeft.vision.continual.learner import Batches, TaskHeads
 
 
@@ -34,7 +34,7 @@ class L2P(TaskHeads):
             raise ConfigError(f"top must lie in 1 … pool={pool}, got {top}")
         self.pool, self.top, self.pull = pool, top, pull
 
-    def extend(self, task: Task, samples: Batches) -> None:
+    def extend(self, task: SequenceTask, samples: Batches) -> None:
         for i in range(self.pool):
             name = f"prompt{i}"
             if name not in self.bank:

@@ -9,7 +9,7 @@ import mmpeft
 from mmpeft.bank.bank import Rows
 from mmpeft.errors import ConfigError
 from mmpeft.methods.base import Method
-from mmpeft.vision.continual.data import Task
+from mmpeft.vision.continual.data import SequenceTask
 from mmpeft.vision.continual.learner import Batches, TaskHeads
 
 
@@ -33,7 +33,7 @@ class LAE(TaskHeads):
             raise ConfigError(f"decay and rest lie in [0, 1], got {decay} and {rest}")
         self.decay, self.rest = decay, rest
 
-    def extend(self, task: Task, samples: Batches) -> None:
+    def extend(self, task: SequenceTask, samples: Batches) -> None:
         if "online" not in self.bank:
             for name in ("online", "average"):
                 self.bank.add_task(name, self.tuned())

@@ -12,7 +12,7 @@ from mmpeft.bank.bank import Rows
 from mmpeft.methods.base import Method
 from mmpeft.parts import Delta
 from mmpeft.surgery.together import Together
-from mmpeft.vision.continual.data import Task
+from mmpeft.vision.continual.data import SequenceTask
 from mmpeft.vision.continual.learner import Batches, TaskHeads
 
 
@@ -21,7 +21,7 @@ class SummedLoRA(TaskHeads):
 
     default: Method | None = mmpeft.LoRA(rank=10, alpha=10.0, at="attn.{q,v}")
 
-    def extend(self, task: Task, samples: Batches) -> None:
+    def extend(self, task: SequenceTask, samples: Batches) -> None:
         for name in self.loras():
             self.bank.freeze(name)
         self.bank.add_task(f"t{task.number}", self.tuned())

@@ -8,7 +8,7 @@ from torch import nn
 from mmpeft.bank.bank import Rows
 from mmpeft.methods.base import Method
 from mmpeft.surgery.together import Together
-from mmpeft.vision.continual.data import Task
+from mmpeft.vision.continual.data import SequenceTask
 from mmpeft.vision.continual.learner import Batches
 from mmpeft.vision.continual.methods.o_lora import SummedLoRA
 
@@ -25,7 +25,7 @@ class SDLoRA(SummedLoRA):
         super().__init__(method)
         self.start = start
 
-    def extend(self, task: Task, samples: Batches) -> None:
+    def extend(self, task: SequenceTask, samples: Batches) -> None:
         super().extend(task, samples)
         if "gains" not in self.bank:
             self.bank.add_task("gains")

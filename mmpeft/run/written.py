@@ -1,4 +1,4 @@
-"""Methods as a user writes them on a command line: a call as in Python, a name, or a YAML file."""
+"""Methods as a user writes them: a call as in Python, a name, a mapping, or a YAML file that holds one of these."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ import yaml
 
 from mmpeft.errors import ConfigError, nearest
 from mmpeft.methods import METHODS, Method
-from mmpeft.methods.spec import from_spec
+from mmpeft.methods.spec import from_spec, to_spec
+
+KEYS = ("method", "text_method")
+"""Keys of a configuration that hold a method."""
 
 FORM = "expected a method such as LoRA, 'LoRA(rank=8, at=\"attn.*\") + BitFit()', or a YAML file that names one"
 
@@ -39,6 +42,39 @@ def read_method(text: str) -> Method:
     if not isinstance(found, Method):
         raise ConfigError(f"{text!r} is no method; {FORM}")
     return found
+
+
+def as_class(method: Method) -> dict[str, Any]:
+    """A method as a parser of classes takes it: `{"class_path": "LoRA", "init_args": {"rank": 8}}`."""
+    form: dict[str, Any] = _class_form(to_spec(method))
+    return form
+
+
+def _class_form(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_class_form(item) for item in value]
+    if isinstance(value, Mapping) and value.get("name") in METHODS:
+        own = {key: _class_form(item) for key, item in value.items() if key not in ("name", "version")}
+        cls = METHODS[value["name"]]
+        return {"class_path": f"{cls.__module__}.{cls.__qualname__}", "init_args": own}
+    return value
+
+
+def spelled_out(content: Any) -> Any:
+    """A configuration in which each `method` that is written as a call is a class with its arguments."""
+    if isinstance(content, list):
+        return [spelled_out(item) for item in content]
+    if not isinstance(content, dict):
+        return content
+    return {
+        key: as_class(read_method(value)) if key in KEYS and is_call(value) else spelled_out(value)
+        for key, value in content.items()
+    }
+
+
+def is_call(value: Any) -> bool:
+    """Whether a value is a method written as in Python, such as `LoRA(rank=8) + BitFit()`, and not just a name."""
+    return isinstance(value, str) and ("(" in value or "+" in value)
 
 
 def _spec(content: Any, text: str) -> dict[str, Any]:

@@ -1,0 +1,68 @@
+"""What the installed domains bring: tasks, data modules and commands, which are named without being imported.
+
+A domain is a package with an entry point in the group `mmpeft.domains`. Its `__init__` has any of
+
+- `TASKS` and `DATA`: class name → `module:Class`;
+- `COMMANDS`: name of a sub-command → `Command`, or (`module:function`, help).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from importlib import import_module
+from importlib.metadata import entry_points
+from typing import Any, NamedTuple
+
+from mmpeft.errors import ConfigError
+
+DOMAINS = "mmpeft.domains"
+
+
+class Command(NamedTuple):
+    """A sub-command: `target` is `module:function`, imported when it runs and called with all arguments."""
+
+    target: str
+    help: str
+
+
+def table(name: str) -> dict[str, tuple[str, Any]]:
+    """The entries of a table of all domains, with the domain each is of: `{"ImageClassifier": ("vision", …)}`.
+
+    Raises:
+        ConfigError: two domains have an entry of one name.
+    """
+    found: dict[str, tuple[str, Any]] = {}
+    for entry in entry_points(group=DOMAINS):
+        own: Mapping[str, Any] = getattr(entry.load(), name, {})
+        for key, value in own.items():
+            if key in found and found[key][1] != value:
+                raise ConfigError(f"{key!r} is in {name} of {found[key][0]} and of {entry.name}: one must be renamed")
+            found[key] = (entry.name, value)
+    return found
+
+
+def classes() -> dict[str, tuple[str, str]]:
+    """Class name → (domain, `module:Class`) of every task and data module."""
+    return {**table("TASKS"), **table("DATA")}
+
+
+def commands() -> dict[str, Command]:
+    """The sub-commands of all domains."""
+    return {name: Command(*value) for name, (_, value) in table("COMMANDS").items()}
+
+
+def import_named(names: Iterable[str]) -> None:
+    """Import the modules of the tasks and data modules that are named, so that a parser resolves the names alone.
+
+    Raises:
+        ConfigError: the library of that domain is not installed.
+    """
+    known = classes()
+    for name in sorted(set(names) & set(known)):
+        domain, target = known[name]
+        try:
+            import_module(target.partition(":")[0])
+        except ModuleNotFoundError as error:
+            if (error.name or "").startswith("mmpeft"):
+                raise
+            raise ConfigError(f"{name} needs {error.name}: pip install 'mmpeft[{domain}]'") from error
