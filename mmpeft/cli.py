@@ -4,20 +4,12 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from importlib import import_module
 
 from mmpeft import __version__
 from mmpeft.errors import MMPEFTError, nearest
-
-
-@dataclass(frozen=True)
-class Command:
-    """A sub-command: `target` is `module:function`, imported when it runs and called with all arguments."""
-
-    target: str
-    help: str
-
+from mmpeft.run import domains
+from mmpeft.run.domains import Command
 
 COMMANDS: dict[str, Command] = {
     "fit": Command("mmpeft.run.cli:main", "train a model by a method"),
@@ -25,29 +17,16 @@ COMMANDS: dict[str, Command] = {
     "test": Command("mmpeft.run.cli:main", "evaluate on the test data"),
     "predict": Command("mmpeft.run.cli:main", "write predictions to a file"),
     "compare": Command("mmpeft.bench.compare:main", "train by several methods and put them into one table"),
-    "continual": Command("mmpeft.vision.continual.command:main", "learn a sequence of tasks by several methods"),
     "inspect": Command("mmpeft.formats.commands:inspect_command", "describe adapter files of any known format"),
     "export": Command("mmpeft.formats.commands:export_command", "write an adapter in another tool's format, verified"),
     "convert": Command("mmpeft.formats.commands:convert_command", "rewrite an adapter file in another format"),
     "merge": Command("mmpeft.formats.commands:merge_command", "write a whole model with an adapter merged in"),
-    "classify": Command(
-        "mmpeft.vla.fewshot.command:main", "name what is in your pictures, zero-shot or by a few-shot run"
-    ),
-    "segment": Command(
-        "mmpeft.vla.segmentation.command:main", "find things of any names in a picture by a segmentation run"
-    ),
-    "ask": Command("mmpeft.vla.vqa.command:main", "ask a trained run about a picture"),
-    "export-clip": Command("mmpeft.vla.export:main", "write a tuned image-text pair as open_clip reads it"),
-    "sample": Command("mmpeft.diffusion.style.command:sample", "draw by a pipeline with adapters, at any strength"),
-    "mix": Command("mmpeft.diffusion.style.mix:mix", "write several LoRAs of a pipeline as one: a sum, or ZipLoRA"),
-    "export-pipeline": Command(
-        "mmpeft.diffusion.style.command:export_pipeline", "write a pipeline's adapter for other tools, or merged in"
-    ),
     "sites": Command(
         "mmpeft.bench.anatomy.command:main", "show where a model can be tuned, and where a method would sit"
     ),
     "methods": Command("mmpeft.cli:methods", "list the methods, or those a wildcard names: mmpeft methods '*lora*'"),
 }
+"""Commands of the core; those of domains stand in each domain's own table."""
 
 USAGE = """usage: mmpeft <command> [options]
 
@@ -69,19 +48,19 @@ Examples:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a sub-command; return the exit code (2 for what the user can mend)."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    if not arguments or arguments[0] in ("-h", "--help", "help"):
-        width = max(map(len, COMMANDS)) + 2
-        print(USAGE.format(commands="\n".join(f"  {name:<{width}} {c.help}" for name, c in COMMANDS.items())))
-        return 0
-    if arguments[0] in ("-V", "--version"):
+    if arguments and arguments[0] in ("-V", "--version"):
         print(f"mmpeft {__version__}")
         return 0
-    name = arguments[0]
+    name = arguments[0] if arguments else "--help"
     try:
-        if name not in COMMANDS:
-            known = ", ".join(COMMANDS)
-            raise MMPEFTError(f"unknown command {name!r}; commands: {known}.{nearest(name, COMMANDS)}")
-        module, _, function = COMMANDS[name].target.partition(":")
+        known = COMMANDS if name in COMMANDS else {**COMMANDS, **domains.commands()}
+        if name in ("-h", "--help", "help"):
+            width = max(map(len, known)) + 2
+            print(USAGE.format(commands="\n".join(f"  {name:<{width}} {c.help}" for name, c in known.items())))
+            return 0
+        if name not in known:
+            raise MMPEFTError(f"unknown command {name!r}; commands: {', '.join(known)}.{nearest(name, known)}")
+        module, _, function = known[name].target.partition(":")
         code = getattr(import_module(module), function)(None if argv is None else arguments)
         return int(code or 0)
     except MMPEFTError as error:
