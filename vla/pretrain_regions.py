@@ -17,7 +17,7 @@ from mmpeft.errors import ConfigError
 from mmpeft.methods.base import Method
 from mmpeft.vla.backbone import CONFIG, create, folder_of, tokenizer, vit_emoji_64
 from mmpeft.vla.pretrain import PairPretraining
-from mmpeft.vla.taps import Taps, projection
+from mmpeft.vla.taps import image_taps, projection
 
 
 class RegionPretraining(PairPretraining):
@@ -87,7 +87,7 @@ class RegionPretraining(PairPretraining):
     def regions(self, drawings: Tensor) -> Tensor:
         """Unit features [4B, e] of drawings [4B, 4, S, S] in mosaics: the mean of the patches each covers."""
         pictures, cover = self.scattered.mosaic(drawings.float() / 255, self.generator)
-        taps, model = Taps(self.model), self.model
+        taps, model = image_taps(self.model), self.model
         last = len(taps.paths) - 1
         patches = taps.patches(taps((pictures - 0.5) / 0.5, [last])[last]).float()
         side = round(patches.shape[1] ** 0.5)

@@ -56,6 +56,7 @@ def compose(
     scale: tuple[float, float] = (0.28, 0.5),
     colours: Sequence[str | None] | None = None,
     overlap: float = 0.0,
+    by_size: bool = False,
 ) -> Scene:
     """Draw emoji at random places and sizes over a light background, the first one furthest back.
 
@@ -68,6 +69,7 @@ def compose(
         colours: for each emoji the name of the colour of a ring around it, or None; rings fill the boxes. Inside a ring
             it is white: on a disc of that colour, drawings of the same colour would go under.
         overlap: largest share of the smaller of two boxes that the other may cover.
+        by_size: the smallest furthest back, as if all were of one size and at different distances.
 
     Raises:
         ConfigError: an unknown colour, or as many colours as rows are not given.
@@ -79,7 +81,7 @@ def compose(
     for name in colours:
         if name is not None and name not in COLOURS:
             raise ConfigError(f"no colour {name!r}; colours: {', '.join(COLOURS)}.{nearest(name, COLOURS)}")
-    boxes = _places(len(rows), generator, size, scale, overlap)
+    boxes = _places(len(rows), generator, size, scale, overlap, by_size)
     image = _background(generator, size)
     owner = torch.full((size, size), -1, dtype=torch.int16)
     for number, (row, box, colour) in enumerate(zip(rows, boxes, colours)):
@@ -100,13 +102,13 @@ def compose(
 
 
 def _places(
-    count: int, generator: Generator, size: int, scale: tuple[float, float], overlap: float
+    count: int, generator: Generator, size: int, scale: tuple[float, float], overlap: float, by_size: bool
 ) -> list[tuple[int, int, int, int]]:
     """Boxes drawn one after another; all anew where one finds no place."""
     for _ in range(TRIES):
         boxes: list[tuple[int, int, int, int]] = []
         sides = (torch.rand(count, generator=generator) * (scale[1] - scale[0]) + scale[0]).mul(size).round().int()
-        for side in sides.tolist():
+        for side in sorted(sides.tolist()) if by_size else sides.tolist():
             corners = (torch.rand(20, 2, generator=generator) * (size - side + 1)).int().tolist()
             free = ((x, y, x + side, y + side) for x, y in corners)
             box = next((b for b in free if all(_shared(b, other) <= overlap for other in boxes)), None)

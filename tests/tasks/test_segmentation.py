@@ -15,13 +15,14 @@ from torch import Tensor
 
 import mmpeft
 from mmpeft.errors import ConfigError, DataError, Refused
+from mmpeft.tasks.taps import Taps, grid_of
 from mmpeft.vla import backbone
 from mmpeft.vla.segmentation.data import BACKGROUND, KINDS, SceneSegmentationData
 from mmpeft.vla.segmentation.decoders import CLIPSegDecoder, Decoder, SANDecoder, pooled, prompted
 from mmpeft.vla.segmentation.losses import assign, matched
 from mmpeft.vla.segmentation.masks import FolderSegmentationData
 from mmpeft.vla.segmentation.task import Segmenter, means, overlap
-from mmpeft.vla.taps import Taps, grid_of
+from mmpeft.vla.taps import image_taps
 from tests.matrix.example import enliven
 
 NAME = "embedded:clip_emoji"
@@ -43,7 +44,7 @@ def native() -> CLIP:
 
 
 def started(decoder: Decoder, model: Any) -> tuple[Decoder, Taps]:
-    taps = Taps(model)
+    taps = image_taps(model)
     size = backbone.preprocessing(model)[0]
     decoder.start(taps, 192 if hasattr(model.visual, "trunk") else 16, 16)
     assert size
@@ -188,7 +189,7 @@ def test_patches_fill_a_grid() -> None:
     with pytest.raises(Refused, match="fill no grid"):
         grid_of(19, (64, 64))
     with pytest.raises(ConfigError, match="blocks 0 … 2, asked for"):
-        Taps(native()).layers([1, 5])
+        image_taps(native()).layers([1, 5])
 
 
 def test_scenes_hide_unseen_kinds_and_test_identities_from_training() -> None:

@@ -11,9 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmpeft.errors import ConfigError, Refused
+from mmpeft.tasks.decoders import check_heads, resized, token_blocks, upsampler
+from mmpeft.tasks.taps import Taps, grid_of
 from mmpeft.vla.segmentation.losses import IGNORED, matched
 from mmpeft.vla.segmentation.tower import heads, through
-from mmpeft.vla.taps import Taps, grid_of, projection
+from mmpeft.vla.taps import projection
 
 
 class Decoder(nn.Module):
@@ -67,7 +69,7 @@ class CLIPSegDecoder(Decoder):
 
     def start(self, taps: Taps, text_width: int, patch: int) -> None:
         self.depths = taps.layers(self.wanted)[::-1]
-        width, half = self.width, max(patch // 4, 1)
+        width = self.width
         self.reduce = nn.ModuleList(nn.Linear(taps.width, width) for _ in self.depths)
         self.scale, self.shift = nn.Linear(text_width, width), nn.Linear(text_width, width)
         self.last = len(taps.paths) - 1
@@ -77,16 +79,8 @@ class CLIPSegDecoder(Decoder):
             self.pull = nn.Parameter(model.logit_scale.detach().exp().clamp(max=100.0).clone())
         except Refused:  # pooled by attention
             self.register_parameter("pull", None)
-        self.blocks = nn.ModuleList(
-            nn.TransformerEncoderLayer(width, self.heads, 4 * width, 0.0, batch_first=True) for _ in self.depths
-        )
-        self.up = nn.Sequential(
-            nn.Conv2d(width, width, 3, padding=1),
-            nn.ReLU(),
-            nn.ConvTranspose2d(width, width // 2, half, stride=half),
-            nn.ReLU(),
-            nn.ConvTranspose2d(width // 2, 1, patch // half, stride=patch // half),
-        )
+        self.blocks = token_blocks(width, self.heads, len(self.depths))
+        self.up = upsampler(width, 1, patch)
 
     def film(self, x: Tensor, text: Tensor) -> Tensor:
         """`γ(√e t) ⊙ x + β(√e t)` for images and classes: x [B, n, w], text [C, e] or [B, C, e] to [B, C, n, w]."""
@@ -280,19 +274,6 @@ def prompted(target: Tensor, classes: int, prompts: int | None) -> Tensor:
         return every.expand(len(target), -1)
     present = torch.stack([(target == number).flatten(1).any(1) for number in every], 1)
     return (present + torch.rand(present.shape, device=target.device)).topk(prompts, dim=1).indices
-
-
-def resized(maps: Tensor, images: Tensor) -> Tensor:
-    """Maps [B, C, h, w] at the images' height and width."""
-    if maps.shape[-2:] == images.shape[-2:]:
-        return maps
-    return F.interpolate(maps, images.shape[-2:], mode="bilinear", align_corners=False)
-
-
-def check_heads(width: int, heads: int) -> None:
-    """Raise ConfigError unless heads divide the width."""
-    if heads < 1 or width < 1 or width % heads:
-        raise ConfigError(f"{heads} heads do not divide a width of {width}")
 
 
 def mlp(width: int, out: int) -> nn.Sequential:

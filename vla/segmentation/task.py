@@ -15,12 +15,13 @@ from torchmetrics.classification import MulticlassJaccardIndex
 from mmpeft.errors import ConfigError
 from mmpeft.methods.base import Method
 from mmpeft.tasks.predictions import PredictionFolder
+from mmpeft.tasks.taps import grid_of
 from mmpeft.vla.fewshot.texts import ClassTexts
 from mmpeft.vla.pair import PairOptions, PairTask
 from mmpeft.vla.segmentation.data import BACKGROUND, IGNORED, HasUnseenClasses
 from mmpeft.vla.segmentation.decoders import CLIPSegDecoder, Decoder
 from mmpeft.vla.segmentation.draw import index_png, overlays
-from mmpeft.vla.taps import Taps, grid_of
+from mmpeft.vla.taps import image_taps
 
 SHOWN = 6
 
@@ -75,7 +76,7 @@ class Segmenter(PairTask):
 
     def start(self) -> None:
         pair: Any = self.model
-        self.taps = Taps(pair)
+        self.taps = image_taps(pair)
         size = self.preprocessing.size
         with torch.no_grad():
             probe = self.taps(torch.zeros(1, 3, *size), [len(self.taps.paths) - 1])

@@ -10,7 +10,7 @@ from timm.layers import build_sincos2d_pos_embed
 from torch import Tensor, nn
 
 from mmpeft.errors import ConfigError
-from mmpeft.vla.taps import Taps, grid_of
+from mmpeft.tasks.taps import Taps, grid_of
 
 
 class SharedSpace(NamedTuple):

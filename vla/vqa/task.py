@@ -17,8 +17,9 @@ from mmpeft.methods.base import Method
 from mmpeft.parts.in_place import InPlace
 from mmpeft.tasks.options import TrainingOptions
 from mmpeft.tasks.predictions import PredictionFile
+from mmpeft.tasks.taps import Taps
 from mmpeft.vla.pair import PairTask
-from mmpeft.vla.taps import Taps, projection
+from mmpeft.vla.taps import image_taps, projection, text_taps
 from mmpeft.vla.vqa.data import Asked, HasAnswers
 from mmpeft.vla.vqa.draw import answered
 from mmpeft.vla.vqa.model import Fusion, SharedSpace, patch_grid
@@ -77,7 +78,7 @@ class VisualQuestions(PairTask):
         if any(isinstance(p.part, InPlace) for p in self.tuning.placements):
             raise Refused(f"{self.method} puts learned tokens in the place of the question's words; take others")
         pair: Any = self.model
-        self.image, self.text = Taps(pair), Taps(pair, "text")
+        self.image, self.text = image_taps(pair), text_taps(pair)
         grid, joint = patch_grid(self.image, self.preprocessing.size), None
         with suppress(Refused):  # of a tower that pools by attention, single patches are not in the joint space
             joint = projection(pair)(torch.zeros(1, 1, self.image.width)).shape[-1]
