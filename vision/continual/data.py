@@ -151,7 +151,13 @@ class EmojiKinds(ImageData):
         eval_batch_size: int | None = 256,
         augment: Augment = "light",
     ) -> None:
-        super().__init__(batch_size, num_workers, seed, eval_batch_size, augment=augment)
+        super().__init__(
+            batch_size=batch_size,
+            num_workers=num_workers,
+            seed=seed,
+            eval_batch_size=eval_batch_size,
+            augment=augment,
+        )
         if not (1 <= least <= most and 1 <= least_test <= most_test):
             raise ConfigError(f"expected 1 <= least <= most, got {least}, {most} and {least_test}, {most_test}")
         self.style, self.most, self.most_test = style, most, most_test

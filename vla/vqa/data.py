@@ -127,9 +127,7 @@ class SceneQuestionData(QuestionData):
         eval_scenes: int = 500,
         image_size: int = 128,
         batch_size: int = 16,
-        num_workers: int = 0,
-        seed: int = 0,
-        eval_batch_size: int = 32,
+        **options: Unpack[LoaderOptions],
     ) -> None:
         """
         Args:
@@ -138,9 +136,6 @@ class SceneQuestionData(QuestionData):
             eval_scenes: scenes for validation, and for the test; always the same for a seed.
             image_size: height and width in pixels of the scenes.
             batch_size: scenes a training step and process.
-            num_workers: loading processes; the batches do not depend on it.
-            seed: of the scenes and the questions.
-            eval_batch_size: scenes a validation, test or prediction step.
             options: those of `DataModule`.
 
         Raises:
