@@ -1,32 +1,44 @@
 """Vision backbones and tasks through timm and torchvision.
 
-Importing this package registers the anatomies and loads neither library; other names load when first used.
+Importing this package loads nothing: names load when first used.
 """
 
-from __future__ import annotations
+from mmpeft import _lazy
 
-from importlib import import_module
-from typing import Any
-
-from mmpeft.sites.named import Library, add_library
-from mmpeft.vision import anatomy  # noqa: F401 - registers the anatomies
-
-add_library(Library("timm", "mmpeft.vision.named", domain="vision"))
-add_library(Library("torchvision", "mmpeft.vision.named_torchvision", domain="vision"))
-
-_HOME = {
-    "create": "backbone",
-    "normalisation": "backbone",
-    "ImageClassifier": "classification.task",
-    "EmojiData": "data",
-    "DigitsData": "data",
-    "FolderData": "data",
-    "HubData": "data",
-    "VTABData": "data",
+TASKS = {
+    "ImageClassifier": "mmpeft.vision.classification.task:ImageClassifier",
+    "EmojiPretraining": "mmpeft.vision.pretrain:EmojiPretraining",
+}
+DATA = {
+    "DigitsData": "mmpeft.vision.data.digits:DigitsData",
+    "EmojiData": "mmpeft.vision.data.emoji:EmojiData",
+    "EmojiKinds": "mmpeft.vision.continual.data:EmojiKinds",
+    "EmojiPairs": "mmpeft.vision.pretrain:EmojiPairs",
+    "FolderData": "mmpeft.vision.data.folder:FolderData",
+    "HubData": "mmpeft.vision.data.hub:HubData",
+    "VTABData": "mmpeft.vision.data.vtab:VTABData",
+}
+COMMANDS = {
+    "continual": ("mmpeft.vision.continual.command:main", "learn a sequence of tasks by several methods"),
 }
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module 'mmpeft.vision' has no attribute {name!r}")
-    return getattr(import_module(f"mmpeft.vision.{_HOME[name]}"), name)
+def register() -> None:
+    """Tell the core where models of timm and torchvision can be tuned, and by what names they are known."""
+    from mmpeft.sites.named import Library, add_library
+    from mmpeft.vision import anatomy  # noqa: F401 - registers the anatomies
+
+    add_library(Library("timm", "mmpeft.vision.named", domain="vision"))
+    add_library(Library("torchvision", "mmpeft.vision.named_torchvision", domain="vision"))
+
+
+__getattr__, __dir__ = _lazy.exports(
+    __name__,
+    {
+        "create": "backbone",
+        "normalisation": "backbone",
+        "ContinualClassifier": "continual.runner",
+        **TASKS,
+        **DATA,
+    },
+)

@@ -1,9 +1,68 @@
 """Vision-language models through open_clip.
 
-Importing this package registers the anatomies and does not load open_clip.
+Importing this package loads nothing: names load when first used.
 """
 
-from mmpeft.sites.named import Library, add_library
-from mmpeft.vla import anatomy  # noqa: F401 - registers the anatomies
+from mmpeft import _lazy
 
-add_library(Library("open_clip", "mmpeft.vla.named", domain="vla"))
+TASKS = {
+    "ContrastiveTuner": "mmpeft.vla.contrastive.task:ContrastiveTuner",
+    "FewShot": "mmpeft.vla.fewshot.task:FewShot",
+    "PairPretraining": "mmpeft.vla.pretrain:PairPretraining",
+    "RegionPretraining": "mmpeft.vla.pretrain_regions:RegionPretraining",
+    "Segmenter": "mmpeft.vla.segmentation.task:Segmenter",
+    "VisualQuestions": "mmpeft.vla.vqa.task:VisualQuestions",
+}
+DATA = {
+    "CaptionData": "mmpeft.vla.contrastive.data:CaptionData",
+    "CaptionedEmojiData": "mmpeft.vla.pretrain:CaptionedEmojiData",
+    "FewShotData": "mmpeft.vla.fewshot.data:FewShotData",
+    "FolderSegmentationData": "mmpeft.vla.segmentation.masks:FolderSegmentationData",
+    "SceneQuestionData": "mmpeft.vla.vqa.data:SceneQuestionData",
+    "SceneSegmentationData": "mmpeft.vla.segmentation.data:SceneSegmentationData",
+    "VQAData": "mmpeft.vla.vqa.data:VQAData",
+}
+COMMANDS = {
+    "classify": (
+        "mmpeft.vla.fewshot.command:main",
+        "name what is in your pictures, zero-shot or by a few-shot run",
+    ),
+    "segment": (
+        "mmpeft.vla.segmentation.command:main",
+        "find things of any names in a picture by a segmentation run",
+    ),
+    "ask": ("mmpeft.vla.vqa.command:main", "ask a trained run about a picture"),
+    "export-clip": ("mmpeft.vla.export:main", "write a tuned image-text pair as open_clip reads it"),
+}
+
+
+def register() -> None:
+    """Tell the core where models of open_clip can be tuned, and by what names they are known."""
+    from mmpeft.sites.named import Library, add_library
+    from mmpeft.vla import anatomy  # noqa: F401 - registers the anatomies
+
+    add_library(Library("open_clip", "mmpeft.vla.named", domain="vla"))
+
+
+__getattr__, __dir__ = _lazy.exports(
+    __name__,
+    {
+        "create": "backbone",
+        "tokenizer": "backbone",
+        "preprocessing": "backbone",
+        "save_pair": "export",
+        "save_classifier": "export",
+        "Consistency": "fewshot.consistency",
+        "WiseCurve": "fewshot.wise",
+        "ClipAdapter": "fewshot.heads",
+        "CoCoOp": "fewshot.heads",
+        "LinearHead": "fewshot.heads",
+        "TaskRes": "fewshot.heads",
+        "TipAdapter": "fewshot.heads",
+        "CLIPSegDecoder": "segmentation.decoders",
+        "SANDecoder": "segmentation.decoders",
+        "Fusion": "vqa.model",
+        **TASKS,
+        **DATA,
+    },
+)

@@ -156,20 +156,25 @@ def anatomy(*class_names: str) -> Callable[[Anatomy], Anatomy]:
 
 
 def load_domains() -> list[str]:
-    """Import every installed domain (entry-point group `mmpeft.domains`); return their names.
+    """Register every installed domain (entry-point group `mmpeft.domains`); return their names.
 
-    A domain whose own library is not installed is skipped: its backbones cannot exist in this process.
+    A domain registers when it is imported, or in a function `register` of its own, where importing it is to load
+    nothing. A domain whose own library is not installed is skipped: its backbones cannot exist in this process.
     """
     for entry in entry_points(group="mmpeft.domains"):
         if entry.name not in _LOADED_DOMAINS:
             try:
-                entry.load()
+                getattr(entry.load(), "register", _nothing)()
             except ModuleNotFoundError as error:
                 if (error.name or "").startswith("mmpeft"):
                     raise
                 continue
             _LOADED_DOMAINS.add(entry.name)
     return sorted(_LOADED_DOMAINS)
+
+
+def _nothing() -> None:
+    """What is left to do for a domain that registers when it is imported."""
 
 
 def qualified_name(cls: type) -> str:

@@ -1,14 +1,14 @@
 """Data modules of image tasks."""
 
-from __future__ import annotations
+from mmpeft import _lazy
 
-from importlib import import_module
-from typing import Any
-
-_HOME = {"EmojiData": "emoji", "DigitsData": "digits", "FolderData": "folder", "HubData": "hub", "VTABData": "vtab"}
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module 'mmpeft.vision.data' has no attribute {name!r}")
-    return getattr(import_module(f"mmpeft.vision.data.{_HOME[name]}"), name)
+__getattr__, __dir__ = _lazy.exports(
+    __name__,
+    {
+        "EmojiData": "emoji",
+        "DigitsData": "digits",
+        "FolderData": "folder",
+        "HubData": "hub",
+        "VTABData": "vtab",
+    },
+)
