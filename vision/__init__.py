@@ -7,6 +7,7 @@ from mmpeft import _lazy
 
 TASKS = {
     "ImageClassifier": "mmpeft.vision.classification.task:ImageClassifier",
+    "DepthEstimator": "mmpeft.vision.depth.task:DepthEstimator",
     "EmojiPretraining": "mmpeft.vision.pretrain:EmojiPretraining",
 }
 DATA = {
@@ -16,6 +17,7 @@ DATA = {
     "EmojiPairs": "mmpeft.vision.pretrain:EmojiPairs",
     "FolderData": "mmpeft.vision.data.folder:FolderData",
     "HubData": "mmpeft.vision.data.hub:HubData",
+    "SceneDepthData": "mmpeft.vision.depth.data:SceneDepthData",
     "VTABData": "mmpeft.vision.data.vtab:VTABData",
 }
 COMMANDS = {

@@ -10,6 +10,8 @@ from mmpeft.vision.data.emoji import EmojiData as EmojiData
 from mmpeft.vision.data.folder import FolderData as FolderData
 from mmpeft.vision.data.hub import HubData as HubData
 from mmpeft.vision.data.vtab import VTABData as VTABData
+from mmpeft.vision.depth.data import SceneDepthData as SceneDepthData
+from mmpeft.vision.depth.task import DepthEstimator as DepthEstimator
 from mmpeft.vision.pretrain import EmojiPairs as EmojiPairs
 from mmpeft.vision.pretrain import EmojiPretraining as EmojiPretraining
 

@@ -10,7 +10,7 @@ from mmpeft.files import png_of
 
 
 def depth_png(images: Tensor, maps: Mapping[str, Tensor]) -> bytes:
-    """A PNG: a row for each image [B, 3, H, W] in [0, 1], then its depth [B, 1, H, W] of each kind, in the same colours."""
+    """A PNG: a row for each image [B, 3, H, W] in [0, 1], beside it its depth [B, 1, H, W] of each kind."""
     from matplotlib.figure import Figure
 
     titles = ["image", *maps]

@@ -88,8 +88,8 @@ class DepthEstimator(Task):
         images, depth = batch
         if depth.shape != (len(images), 1, *images.shape[-2:]) or not bool((depth > 0).all()):
             raise DataError(
-                f"expected a positive depth for each pixel of images {list(images.shape)}, got {list(depth.shape)} from "
-                f"{float(depth.min())}"
+                f"expected a positive depth for each pixel of images {list(images.shape)}, got {list(depth.shape)} "
+                f"from {float(depth.min())}"
             )
 
     def loss(self, batch: tuple[Tensor, Tensor], index: int) -> Tensor:
