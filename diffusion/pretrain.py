@@ -30,7 +30,7 @@ from mmpeft.files import write_atomic
 from mmpeft.formats.merged import merged_copy
 from mmpeft.methods import Full
 from mmpeft.methods.base import Method
-from mmpeft.tasks.module import TuningModule
+from mmpeft.tasks.pretraining import WritesWeights
 
 STYLES = ("noto", "twemoji")
 PROMPTS = (
@@ -80,8 +80,10 @@ class DrawnCaptionsData(DataModule):
         self.val_set = DrawnCaptions("val", self.size, move=False)
 
 
-class PipelinePretraining(TuningModule):
+class PipelinePretraining(WritesWeights):
     """Trains a UNet or a DiT from scratch by the method `Full` with flow matching, and writes an embedded pipeline."""
+
+    seen = "Noto Emoji and Twemoji, split train, with names and kinds; OpenMoji and other identities never seen"
 
     def __init__(
         self,
@@ -94,7 +96,7 @@ class PipelinePretraining(TuningModule):
         shift: float = 1.0,
         seed: int = 0,
         name: str = "unet_emoji",
-        folder: str = "mmpeft/embedded/weights",
+        folder: str | None = None,
     ) -> None:
         """
         Args:
@@ -102,7 +104,8 @@ class PipelinePretraining(TuningModule):
             config: its keyword arguments.
             no_caption: share of captions left empty, for guidance.
             shift: of the noise levels towards noise.
-            folder: where the pipeline's folder `<name>` is written when training ends.
+            folder: where the pipeline's folder `<name>` is written when training ends; None for `weights` in the
+                run's folder.
         """
         super().__init__(method or Full(), optimizer, warmup, train_head=False)
         if denoiser not in ("UNet2DConditionModel", "PixArtTransformer2DModel"):
@@ -110,7 +113,7 @@ class PipelinePretraining(TuningModule):
         self.denoiser, self.config, self.no_caption = denoiser, dict(config), no_caption
         self.objective = FlowMatching(Levels("logit_normal", shift=shift))
         self.generator = torch.Generator().manual_seed(seed)
-        self.name, self.folder = name, Path(folder) / name
+        self.name, self.folder = name, folder
         self.pipeline: PixelPipeline | None = None
 
     def build(self) -> nn.Module:
@@ -164,20 +167,14 @@ class PipelinePretraining(TuningModule):
         images = self.pipeline(list(prompts) * rows, latents=latents.to(self.device), output_type="pt").images
         return make_grid(images.cpu(), nrow=len(prompts), padding=1, pad_value=1.0)
 
-    def on_train_end(self) -> None:
-        """Write the pipeline in fp16 with its card."""
-        stopped = self.trainer.interrupted or self.trainer.received_sigterm
-        if stopped or self.trainer.sanity_checking or not self.trainer.is_global_zero:
-            return
+    def write(self, folder: Path, card: dict[str, Any]) -> None:
+        """The pipeline in fp16 with its card."""
         assert self.pipeline is not None
         assert self.tuning is not None
         plain = merged_copy(self.tuning).half()
         part = "unet" if self.pipeline.unet is not None else "transformer"
         pipeline = self.pipeline
         whole = PixelPipeline(pipeline.scheduler, pipeline.text_encoder, pipeline.tokenizer, **{part: plain})
-        whole.to(torch.float16).save_pretrained(self.folder)
+        whole.to(torch.float16).save_pretrained(folder / self.name)
         pipeline.text_encoder.float()
-        metrics = {key: round(float(value), 4) for key, value in self.trainer.callback_metrics.items()}
-        data = "Noto Emoji and Twemoji, split train, with names and kinds; OpenMoji and other identities never seen"
-        card = {"name": self.name, "data": data, "steps": self.trainer.global_step, "metrics": metrics}
-        write_atomic(self.folder / CARD, (json.dumps(card, indent=2) + "\n").encode())
+        write_atomic(folder / self.name / CARD, (json.dumps(card, indent=2) + "\n").encode())

@@ -14,6 +14,13 @@ class ConfigError(MMPEFTError):
     """An option, name or selector is wrong."""
 
 
+class StateError(ConfigError):
+    """A call comes at the wrong time: before what it needs, or in a state in which it would do harm.
+
+    It is a ConfigError too, which it was before it had a name.
+    """
+
+
 class SiteError(MMPEFTError):
     """A selector matches nothing, or a model has no known anatomy."""
 
@@ -26,8 +33,19 @@ class DataError(MMPEFTError):
     """A data set, file or label is not what a task needs."""
 
 
-class AdapterFileError(MMPEFTError):
+class FileError(MMPEFTError):
+    """A file that the suite writes or reads is partial, foreign, tampered with, or made for something else."""
+
+
+class AdapterFileError(FileError):
     """An adapter file is partial, foreign, tampered with, or made for another base."""
+
+
+class CheckpointError(AdapterFileError):
+    """A training run's checkpoint is partial, foreign, or of another method or task.
+
+    It is an AdapterFileError too, which it was before it had a name.
+    """
 
 
 class MMPEFTWarning(UserWarning):
@@ -40,6 +58,13 @@ class FreshHeadWarning(MMPEFTWarning):
 
 class MovedBuffersWarning(MMPEFTWarning):
     """Buffers of the frozen base are no longer what they were."""
+
+
+def expect(holds: bool, owner: object, name: str, value: object, wanted: str) -> None:
+    """Raise ConfigError unless a value is as wanted: `expect(0 <= p < 1, "LoRA", "dropout", p, "in [0, 1)")`."""
+    if not holds:
+        said = owner if isinstance(owner, str) else type(owner).__name__
+        raise ConfigError(f"{said}: {name} must be {wanted}, got {value!r}")
 
 
 def nearest(name: str, names: Iterable[str]) -> str:

@@ -23,7 +23,7 @@ from mmpeft.embedded import EmojiSet, emoji
 from mmpeft.embedded.augment import StyleAugment
 from mmpeft.methods import Full
 from mmpeft.methods.base import Method
-from mmpeft.tasks.module import TuningModule
+from mmpeft.tasks.pretraining import WritesWeights
 from mmpeft.tasks.schedule import warmup_cosine
 
 STYLES = ("noto", "twemoji")
@@ -83,8 +83,10 @@ class EmojiPairs(DataModule):
         )
 
 
-class EmojiPretraining(TuningModule):
+class EmojiPretraining(WritesWeights):
     """Trains a timm VisionTransformer from scratch by the method `Full`, and writes it as an embedded backbone."""
+
+    seen = "Noto Emoji and Twemoji, split train; OpenMoji and the identities of val and test never seen"
 
     def __init__(
         self,
@@ -96,15 +98,16 @@ class EmojiPretraining(TuningModule):
         label_smoothing: float = 0.1,
         seed: int = 0,
         name: str = "vit_emoji",
-        folder: str = "mmpeft/embedded/weights",
+        folder: str | None = None,
     ) -> None:
         """
         Args:
             architecture: keyword arguments of timm's VisionTransformer.
-            folder: where `<name>.safetensors` and `<name>.json` are written when training ends.
+            folder: where `<name>.safetensors` and `<name>.json` are written when training ends; None for `weights` in
+                the run's folder.
         """
         super().__init__(method or Full(), optimizer, warmup, train_head=False)
-        self.architecture, self.name, self.folder = dict(architecture), name, Path(folder)
+        self.architecture, self.name, self.folder = dict(architecture), name, folder
         self.identity_weight, self.label_smoothing = identity_weight, label_smoothing
         self.augment = StyleAugment()
         self.generator = torch.Generator().manual_seed(seed)
@@ -172,28 +175,14 @@ class EmojiPretraining(TuningModule):
             if own.any():
                 self.log(f"val/{name}", right[own].float().mean(), prog_bar=True, batch_size=int(own.sum()))
 
-    def on_train_end(self) -> None:
-        """Write the backbone alone, with its architecture, data and final metrics as the card."""
+    def write(self, folder: Path, card: dict[str, Any]) -> None:
+        """The backbone alone, with its architecture, data and final metrics as the card."""
         from mmpeft.vision.backbone import save_embedded
 
-        if (
-            self.trainer.sanity_checking
-            or self.trainer.interrupted
-            or self.trainer.received_sigterm
-            or not self.trainer.is_global_zero
-        ):
-            return
-        assert self.model is not None
-        assert self.tuning is not None
-        self.tuning.merge()
-        card = {
+        facts = {
             "architecture": self.architecture,
             "num_classes": 0,
             "pretrained_cfg": {"mean": [MEAN] * 3, "std": [STD] * 3, "input_size": [3, 64, 64]},
-            "data": "Noto Emoji and Twemoji, split train; OpenMoji and the identities of val and test never seen",
-            "steps": self.trainer.global_step,
-            "epochs": self.trainer.current_epoch,
-            "metrics": {key: round(float(value), 4) for key, value in self.trainer.callback_metrics.items()},
         }
-        save_embedded(self.model, self.name, self.folder, card)
-        self.tuning.unmerge()
+        with self.merged() as model:
+            save_embedded(model, self.name, folder, {**facts, **card})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,8 @@ from mmpeft.embedded.store import WEIGHTS, backbone_tensors, read_weights
 from mmpeft.files import write_atomic
 from mmpeft.methods import Full
 from mmpeft.methods.base import Method
+from mmpeft.tasks.pretraining import WritesWeights
+from mmpeft.tasks.schedule import warmup_cosine
 from mmpeft.vla.backbone import build, save, tokenizer
 from mmpeft.vla.contrastive.task import MAX_SCALE, ContrastiveTuner, recall
 
@@ -104,11 +106,14 @@ class CaptionedEmojiData(DataModule):
         self.val_set = torch.utils.data.TensorDataset(*columns, row, style)
 
 
-class PairPretraining(ContrastiveTuner):
+class PairPretraining(WritesWeights, ContrastiveTuner):
     """Trains an image-text pair by the method `Full`, and writes it as an embedded one.
 
     The image tower starts from an embedded ViT that saw the same drawings, the text tower from nothing.
     """
+
+    seen = "Noto Emoji and Twemoji, split train, with names and kinds; OpenMoji and other identities never seen"
+    headline = ("openmoji_image_to_text@5", "openmoji_kind", "openmoji_category")
 
     def __init__(
         self,
@@ -122,7 +127,7 @@ class PairPretraining(ContrastiveTuner):
         smoothing: float = 0.1,
         seed: int = 0,
         name: str = "clip_emoji",
-        folder: str = "mmpeft/embedded/weights",
+        folder: str | None = None,
     ) -> None:
         """
         Args:
@@ -131,10 +136,10 @@ class PairPretraining(ContrastiveTuner):
             image_lr: learning rate of the image tower as a share of the text tower's.
             kind_weight: of the cross entropies over kinds and categories, beside the contrast with captions.
             smoothing: label smoothing of those.
-            folder: where the folder `<name>` is written when training ends.
+            folder: where the folder `<name>` is written when training ends; None for `weights` in the run's folder.
         """
-        super().__init__(name, method or Full(), False, optimizer, warmup, tune_scale=True)
-        self.model_cfg, self.name, self.folder = dict(model_cfg), name, Path(folder) / name
+        super().__init__(name, method or Full(), tune_scale=True, pretrained=False, optimizer=optimizer, warmup=warmup)
+        self.model_cfg, self.name, self.folder = dict(model_cfg), name, folder
         self.image_tower, self.image_lr = image_tower, image_lr
         self.kind_weight, self.smoothing = kind_weight, smoothing
         known = emoji(STYLES[0], "train")
@@ -146,9 +151,10 @@ class PairPretraining(ContrastiveTuner):
         known = emoji(STYLES[0], "train")
         texts = [caption for own in captions(known) for caption in own] + [WORDS, *TEMPLATES] * 20
         text = self.model_cfg["text_cfg"]
-        train_tokenizer(texts, text["vocab_size"], self.folder, text["context_length"])
-        write_atomic(self.folder / "open_clip_config.json", (json.dumps(self._config(), indent=2) + "\n").encode())
-        self.tokenizer = tokenizer(str(self.folder))
+        folder = self.target() / self.name
+        train_tokenizer(texts, text["vocab_size"], folder, text["context_length"])
+        write_atomic(folder / "open_clip_config.json", (json.dumps(self._config(), indent=2) + "\n").encode())
+        self.tokenizer = tokenizer(str(folder))
         self.unfuse()
         model: Any = build(self.model_cfg)
         model.visual.trunk.load_state_dict(read_weights(WEIGHTS / f"{self.image_tower}.safetensors"))
@@ -177,8 +183,6 @@ class PairPretraining(ContrastiveTuner):
         )
         for group in optimizer.param_groups:
             group["lr"] *= group["share"]
-        from mmpeft.tasks.schedule import warmup_cosine
-
         schedule = warmup_cosine(optimizer, int(self.trainer.estimated_stepping_batches), self.warmup)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
@@ -213,14 +217,14 @@ class PairPretraining(ContrastiveTuner):
         self.log("train/loss", loss, prog_bar=True, on_step=True, on_epoch=True, batch_size=count)
         return loss
 
-    def validation_step(self, batch: tuple[Tensor, ...], index: int) -> None:
+    def evaluate(self, batch: tuple[Tensor, ...], stage: str) -> None:
         drawings, *rest = batch
         rgba = drawings.float() / 255
         images = (rgba[:, :3] * rgba[:, 3:] + 1 - rgba[:, 3:] - 0.5) / 0.5
         model: Any = self.model
         self._kept.append((model.encode_image(images, normalize=True).float(), torch.stack(rest, 1), rest[0]))
 
-    def _finish(self, stage: str) -> None:
+    def results(self, stage: str) -> Mapping[str, Tensor]:
         """Retrieval among unseen identities and zero-shot naming of their kinds, in each style."""
         model: Any = self.model
         image, facts = (torch.cat([kept[i] for kept in self._kept]) for i in (0, 1))
@@ -230,35 +234,16 @@ class PairPretraining(ContrastiveTuner):
             model.encode_text(self.tokens(texts), normalize=True).float()
             for texts in ([spoken(name) for name in known.names], *self.names)
         )
+        values = {}
         for k, style in enumerate((*STYLES, "openmoji")):
             own = facts[:, 3] == k
             found = {"image_to_text@5": recall(image[own], names[facts[own, 2]], facts[own, 2])["image_to_text@5"]}
             found["kind"] = ((image[own] @ kinds.t()).argmax(1) == facts[own, 0]).float().mean()
             found["category"] = ((image[own] @ groups.t()).argmax(1) == facts[own, 1]).float().mean()
-            self.log_dict({f"{stage}/{style}_{key}": value for key, value in found.items()}, prog_bar=k == 2)
+            values |= {f"{style}_{key}": value for key, value in found.items()}
+        return values
 
-    def on_train_end(self) -> None:
-        """Write the pair in open_clip's layout, with data and final metrics as the card."""
-        if (
-            self.trainer.sanity_checking
-            or self.trainer.interrupted
-            or self.trainer.received_sigterm
-            or not self.trainer.is_global_zero
-        ):
-            return
-        assert self.model is not None
-        assert self.tuning is not None
-        self.tuning.merge()
-        metrics = {key: round(float(value), 4) for key, value in self.trainer.callback_metrics.items()}
-        save(
-            self.model,
-            self.folder,
-            self._config(),
-            backbone_tensors(self.model),
-            name=self.name,
-            data="Noto Emoji and Twemoji, split train, with names and kinds; OpenMoji and other identities never seen",
-            steps=self.trainer.global_step,
-            epochs=self.trainer.current_epoch,
-            metrics=metrics,
-        )
-        self.tuning.unmerge()
+    def write(self, folder: Path, card: dict[str, Any]) -> None:
+        """The pair in open_clip's layout, with data and final metrics as the card."""
+        with self.merged() as pair:
+            save(pair, folder / self.name, self._config(), backbone_tensors(pair), **card)

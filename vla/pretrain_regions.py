@@ -39,7 +39,7 @@ class RegionPretraining(PairPretraining):
         smoothing: float = 0.1,
         seed: int = 0,
         name: str = "clip_emoji",
-        folder: str = "mmpeft/embedded/weights",
+        folder: str | None = None,
     ) -> None:
         """
         Args:
@@ -47,14 +47,14 @@ class RegionPretraining(PairPretraining):
             mosaic: share of the steps that show mosaics.
             kind_weight: of the cross entropies over kinds and categories, beside the contrast with captions.
             smoothing: label smoothing of those.
-            folder: where the folder `<name>` is written when training ends.
+            folder: where the folder `<name>` is written when training ends; None for `weights` in the run's folder.
         """
         found = folder_of(start)
         if found is None:
             raise ConfigError(f"start is a pair in a folder or an embedded one, got {start!r}")
         if not 0 <= mosaic <= 1:
             raise ConfigError(f"mosaic is a share of steps in [0, 1], got {mosaic}")
-        self.start = found
+        self.pair = found
         config = read_card(found / CONFIG)["model_cfg"]
         options: dict[str, Any] = {"kind_weight": kind_weight, "smoothing": smoothing, "seed": seed}
         super().__init__(
@@ -64,12 +64,13 @@ class RegionPretraining(PairPretraining):
         self.scattered = StyleAugment(scale=(0.5, 1.1), shift=0.25, p_white=0.5)
 
     def build(self) -> nn.Module:
-        if self.folder.resolve() != self.start.resolve():
-            self.folder.mkdir(parents=True, exist_ok=True)
-            for path in (self.start / CONFIG, *self.start.glob("tokenizer*.json")):
-                shutil.copyfile(path, self.folder / path.name)
-        self.tokenizer = tokenizer(str(self.folder))
-        model: Any = create(str(self.start))
+        folder = self.target() / self.name
+        if folder.resolve() != self.pair.resolve():
+            folder.mkdir(parents=True, exist_ok=True)
+            for path in (self.pair / CONFIG, *self.pair.glob("tokenizer*.json")):
+                shutil.copyfile(path, folder / path.name)
+        self.tokenizer = tokenizer(str(folder))
+        model: Any = create(str(self.pair))
         trunk = vit_emoji_64(dynamic_img_size=True)
         trunk.load_state_dict(model.visual.trunk.state_dict())
         model.visual.trunk = trunk

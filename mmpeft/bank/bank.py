@@ -14,7 +14,7 @@ from mmpeft.bank.compose import fill, summed
 from mmpeft.bank.entry import Entry
 from mmpeft.bank.heads import Head, PrototypeHead
 from mmpeft.bank.router import Choice, nearest_keys
-from mmpeft.errors import ConfigError, Refused, nearest
+from mmpeft.errors import ConfigError, Refused, StateError, nearest
 from mmpeft.methods.base import Method
 from mmpeft.surgery.choice import use
 from mmpeft.surgery.state import state_of
@@ -88,7 +88,7 @@ class Bank(nn.Module):
             ConfigError: the name is taken or no identifier.
         """
         if name in self.entries:
-            raise ConfigError(f"the bank has an entry {name!r} already; remove() it or choose another name")
+            raise StateError(f"the bank has an entry {name!r} already; remove() it or choose another name")
         if not name.isidentifier() or hasattr(nn.ModuleDict, name):
             raise ConfigError(f"the name of an entry must be a plain identifier, got {name!r}")
         with unchanged_on_error(self):
@@ -248,7 +248,7 @@ class Bank(nn.Module):
         """
         method, tensors = self._summed(names, [1.0] * len(names) if weights is None else weights)
         if into in self and into not in names:
-            raise ConfigError(f"the bank has an entry {into!r} already, which is not among those folded")
+            raise StateError(f"the bank has an entry {into!r} already, which is not among those folded")
         with unchanged_on_error(self):
             for name in names:
                 self.remove(name)

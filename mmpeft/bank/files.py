@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from mmpeft.bank.entry import Entry
 from mmpeft.bank.heads import head_from
-from mmpeft.errors import AdapterFileError, ConfigError, MMPEFTError
+from mmpeft.errors import AdapterFileError, MMPEFTError, StateError
 from mmpeft.files import write_atomic
 from mmpeft.formats.content import parse_object
 from mmpeft.formats.fingerprint import Fingerprint
@@ -38,7 +38,7 @@ def save(bank: Bank, folder: Path) -> Path:
     """Write every entry; files whose content is unchanged are left as they are."""
     state = state_of(bank.model)
     if state is not None and state.merged:
-        raise ConfigError(f"unmerge() {list(state.merged)} before saving: the base holds merged weights")
+        raise StateError(f"unmerge() {list(state.merged)} before saving: the base holds merged weights")
     entries, files = [], []
     for name in bank.ids:
         data = dump_tensors(_tensors(bank, name), metadata={"format": "pt"})

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from mmpeft.controllers import Controllers
 from mmpeft.controllers.scores import Loss, default_loss
-from mmpeft.errors import ConfigError, DataError, FreshHeadWarning, MovedBuffersWarning, Refused, SiteError
+from mmpeft.errors import ConfigError, DataError, FreshHeadWarning, MovedBuffersWarning, Refused, SiteError, StateError
 from mmpeft.hosting.few_bits import guard, packs
 from mmpeft.hosting.forward import Seat
 from mmpeft.hosting.fused_layers import close_layers, open_layers
@@ -103,9 +103,9 @@ def _check_name(state: State, name: str) -> None:
     if not name.isidentifier() or hasattr(nn.ModuleDict, name):
         raise ConfigError(f"the name of a tuning must be a plain identifier, got {name!r}")
     if name in state.placements:
-        raise ConfigError(f"a tuning named {name!r} is attached already; detach it or choose another name")
+        raise StateError(f"a tuning named {name!r} is attached already; detach it or choose another name")
     if state.merged:
-        raise ConfigError(f"tuning {next(iter(state.merged))!r} is merged into the base; unmerge it before attaching")
+        raise StateError(f"tuning {next(iter(state.merged))!r} is merged into the base; unmerge it before attaching")
 
 
 def _resolved(model: nn.Module, state: State, method: Method, data: Iterable[Any] | None, loss: Loss) -> Method:
@@ -214,7 +214,7 @@ def detach(model: nn.Module, name: str) -> None:
     """
     state = state_with(model, name)
     if name in state.merged:
-        raise ConfigError(f"tuning {name!r} is merged; unmerge() first, or keep the merged weights and drop the handle")
+        raise StateError(f"tuning {name!r} is merged; unmerge() first, or keep the merged weights and drop the handle")
     own = CHOICES.get().get(state.key)
     for choice in list(state.live):
         if choice.entered and choice is not own and name in names_of(choice.route):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from mmpeft.errors import ConfigError, Refused
+from mmpeft.errors import ConfigError, Refused, StateError
 from mmpeft.hosting.few_bits import FewBits
 from mmpeft.hosting.host import base_value, is_sharded
 from mmpeft.hosting.modules import own_modules
@@ -30,7 +30,7 @@ def _fold(tuning: Attached) -> None:
     state = tuning._state
     check_whole(tuning)
     if tuning.name in state.merged:
-        raise ConfigError(f"tuning {tuning.name!r} is merged already")
+        raise StateError(f"tuning {tuning.name!r} is merged already")
     folded: list[tuple[nn.Module, str, Tensor | None]] = []
     for path, hooks in _hooks_by_host(tuning).items():
         host = state.hosts[path]
@@ -72,9 +72,9 @@ def unmerge(tuning: Attached) -> None:
     """Put the original tensors back, bit for bit."""
     state = tuning._state
     if tuning.name not in state.merged:
-        raise ConfigError(f"tuning {tuning.name!r} is not merged")
+        raise StateError(f"tuning {tuning.name!r} is not merged")
     if next(reversed(state.merged)) != tuning.name:
-        raise ConfigError(f"unmerge {next(reversed(state.merged))!r} first: it was merged on top of {tuning.name!r}")
+        raise StateError(f"unmerge {next(reversed(state.merged))!r} first: it was merged on top of {tuning.name!r}")
     with unchanged_on_error(tuning.model), state.changing():
         for path, name, _ in state.merged[tuning.name]:
             check_writable(state.hosts[path], name, path)

@@ -13,7 +13,7 @@ from weakref import WeakSet, WeakValueDictionary
 from torch import Tensor, nn
 
 from mmpeft.controllers import Controllers
-from mmpeft.errors import ConfigError, nearest
+from mmpeft.errors import ConfigError, StateError, nearest
 from mmpeft.hosting.offload import looked, take_back
 from mmpeft.hosting.recompute import Recompute
 from mmpeft.hosting.running import Choice, Gate, Planned, chosen
@@ -149,7 +149,7 @@ def state_with(model: nn.Module, name: str | None = None) -> State:
     known = list(state.placements) if state else []
     if state is None or (name is not None and name not in state.placements):
         what = f"no tuning named {name!r}" if name is not None else "no tuning"
-        raise ConfigError(f"the model has {what}; attached: {known or 'none'}.{nearest(name or '', known)}")
+        raise StateError(f"the model has {what}; attached: {known or 'none'}.{nearest(name or '', known)}")
     if not looked(state):
         take_back(state)
     return state

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from lightning.fabric.plugins.io import TorchCheckpointIO
 
-from mmpeft.errors import AdapterFileError
+from mmpeft.errors import CheckpointError
 from mmpeft.files import write_atomic
 
 
@@ -34,18 +34,18 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         """Read a checkpoint.
 
         Raises:
-            AdapterFileError: missing, truncated, or it holds objects that only unpickling code could make.
+            CheckpointError: missing, truncated, or it holds objects that only unpickling code could make.
         """
         if "://" not in str(path) and not Path(path).is_file():
-            raise AdapterFileError(f"no checkpoint at {path}; give the path of a .ckpt file, or `last`")
+            raise CheckpointError(f"no checkpoint at {path}; give the path of a .ckpt file, or `last`")
         safe = True if weights_only is None else weights_only
         try:
             found: dict[str, Any] = super().load_checkpoint(path, map_location, weights_only=safe)
         except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
-            raise AdapterFileError(
+            raise CheckpointError(
                 f"{path} is no whole checkpoint of plain tensors and data: {str(error).splitlines()[0]}"
             ) from error
         handed_over = Path(path).name == ".temp.ckpt"  # bare weights, from Lightning's own forked processes
         if not handed_over and (not isinstance(found, dict) or "state_dict" not in found):
-            raise AdapterFileError(f"{path} is a torch file, but no checkpoint of a training run")
+            raise CheckpointError(f"{path} is a torch file, but no checkpoint of a training run")
         return found

@@ -17,7 +17,7 @@ from torch.nn.modules.module import _IncompatibleKeys
 from mmpeft.controllers.scores import default_loss
 from mmpeft.data.contract import expected
 from mmpeft.data.options import inherit_options
-from mmpeft.errors import AdapterFileError, ConfigError, nearest
+from mmpeft.errors import CheckpointError, ConfigError, SiteError, nearest
 from mmpeft.hosting.recompute import Recompute
 from mmpeft.methods import LinearProbe
 from mmpeft.methods.base import Method
@@ -138,9 +138,9 @@ class TuningModule(lightning.LightningModule):
             method: Method = self.method
             if self.train_head and not method.trains_head:
                 method = method + LinearProbe()
+            blocks = [site for site in self._sites(model) if site.role == "block"]
             tuning = attach(model, self._resolved(model, method))
             tuning.recompute = self.recompute
-            blocks = [site for site in sites(model) if site.role == "block"]
             if self.compile_blocks:
                 for block in blocks:
                     model.get_submodule(block.path).compile()
@@ -159,6 +159,26 @@ class TuningModule(lightning.LightningModule):
         for tower in self._frozen_towers if mode else ():
             tower.eval()
         return self
+
+    def example(self) -> Any:
+        """A batch that the backbone takes, asked for where its library is not known; None for none.
+
+        By default what a training batch of the data module begins with.
+        """
+        if self.datamodule is None:
+            return None
+        batch = next(iter(self.datamodule.train_dataloader()))
+        return batch[0] if isinstance(batch, tuple | list) else batch
+
+    def _sites(self, model: nn.Module) -> list[Site]:
+        """The model's sites, which are found once; by watching an example where nothing is known of its inputs."""
+        try:
+            return sites(model)
+        except SiteError:
+            example = self.example()
+            if example is None:
+                raise
+            return sites(model, example)
 
     def _resolved(self, model: nn.Module, method: Method) -> Method:
         """The method with all chosen that data choose: by the checkpoint that is resumed, or by scoring now."""
@@ -225,7 +245,7 @@ class TuningModule(lightning.LightningModule):
         Before the backbone exists (a main process whose forked workers have trained), the tensors wait for it.
 
         Raises:
-            AdapterFileError: names or shapes differ from what this method trains.
+            CheckpointError: names or shapes differ from what this method trains.
         """
         if self.tuning is None:
             self._waiting = state_dict
@@ -233,14 +253,14 @@ class TuningModule(lightning.LightningModule):
         own: dict[str, Tensor] = self.state_dict()
         missing, extra = sorted(set(own) - set(state_dict)), sorted(set(state_dict) - set(own))
         if strict and (missing or extra):
-            raise AdapterFileError(
+            raise CheckpointError(
                 f"the checkpoint was written by another method or task than {self.method}: {len(missing)} tensors "
                 f"missing (first: {missing[:2]}), {len(extra)} unknown (first: {extra[:2]})."
                 f"{nearest((extra or [''])[0], missing)}"
             )
         for name in set(own) & set(state_dict):
             if own[name].shape != state_dict[name].shape:
-                raise AdapterFileError(
+                raise CheckpointError(
                     f"{name}: expected shape {tuple(own[name].shape)}, got {tuple(state_dict[name].shape)}; the "
                     "checkpoint was written with other settings of the method, or for another number of classes"
                 )
