@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mmpeft.data.contract import Preprocessed, Preprocessing
 from mmpeft.data.loading import DataModule, SizedDataset
-from mmpeft.data.options import Augment, ImageOptions, LoadingOptions
+from mmpeft.data.options import Augment, ImageOptions
 from mmpeft.data.transforms import AUGMENTS, OfImage, evaluation, training
 from mmpeft.errors import ConfigError, DataError, nearest
 
@@ -28,24 +28,30 @@ class AugmentedImages(Preprocessed, DataModule):
 
     def __init__(
         self,
+        batch_size: int = 64,
+        num_workers: int = 0,
+        seed: int = 0,
+        eval_batch_size: int | None = None,
         image_size: int | None = None,
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
         augment: Augment = "light",
-        **options: Unpack[LoadingOptions],
     ) -> None:
         """
         Args:
+            batch_size: images a training step and process.
+            num_workers: loading processes; the batches do not depend on it.
+            seed: of the order and the augmentation.
+            eval_batch_size: images a validation, test or prediction step; None for as many as suits the data.
             image_size: height and width in pixels; None for what the backbone was pretrained with.
             mean: three channel means of images in [0, 1]; None for the backbone's.
             std: three channel deviations; None for the backbone's.
             augment: `none` (resize alone), `light` (crop and flip, or a small shift and turn of drawings), `strong`.
-            options: those of `DataModule`.
 
         Raises:
             ConfigError: a value is out of its range, or the augmentation is unknown.
         """
-        super().__init__(**options)
+        super().__init__(batch_size, num_workers, seed, eval_batch_size)
         if augment not in AUGMENTS:
             raise ConfigError(
                 f"augment is one of {', '.join(AUGMENTS)}, got {augment!r}.{nearest(str(augment), AUGMENTS)}"
@@ -86,8 +92,13 @@ class ImageData(AugmentedImages):
     A subclass fills the sets with samples `(PIL image or uint8 [3, H, W], label)` and names its `classes`.
     """
 
-    def __init__(self, **options: Unpack[ImageOptions]) -> None:
-        super().__init__(**options)
+    def __init__(self, *former: Any, **options: Unpack[ImageOptions]) -> None:
+        """
+        Args:
+            former: options by position, as older data modules give them.
+            options: those of `AugmentedImages`.
+        """
+        super().__init__(*former, **options)
         self.classes: list[str] = []
 
     @property

@@ -36,8 +36,8 @@ class Taps:
         blocks = sorted((s for s in found if s.role == "block"), key=lambda s: s.depth)
         tokens = [s for s in found if s.role == "tokens"]
         name = f"the {tower} tower of {type(model).__name__}" if tower else type(model).__name__
-        if not blocks or (patches and not tokens) or any(s.refuse for s in tokens):
-            raise Refused(f"{name} sees no plain sequence of patches to decode from")
+        if not blocks or (patches and (not tokens or any(s.refuse for s in tokens))):
+            raise Refused(f"{name} sees no plain sequence of {'patches' if patches else 'tokens'} to decode from")
         self.model, self.run, self.name = model, run or model, name
         self.paths = [s.path for s in blocks]
         self.prefix, self.width = (tokens[0].prefix, tokens[0].width) if patches else (0, blocks[0].width)

@@ -119,7 +119,7 @@ def test_a_tokenizer_without_a_start_token_is_noticed(monkeypatch: pytest.Monkey
             n = context_length or self.context_length
             return F.pad(super().__call__(texts, n + 1)[:, 1:], (0, 0))
 
-    monkeypatch.setattr("mmpeft.vla.fewshot.task.tokenizer", lambda name: Bare())
+    monkeypatch.setattr("mmpeft.vla.pair.tokenizer", lambda name: Bare())
     with pytest.raises(ConfigError, match="position=0"):
         ready(method=mmpeft.CoOp(tokens=2))
     task = ready(method=mmpeft.CoOp(tokens=2, position=0))

@@ -178,7 +178,7 @@ def test_a_caption_longer_than_the_context_is_named(table: Path) -> None:
     data = CaptionData(str(table), batch_size=1)
     data.setup()
     with pytest.raises(DataError, match="longer than the 32 tokens"):
-        data.check(backbone.tokenizer(NAME))
+        data.check_texts(backbone.tokenizer(NAME))
 
 
 def test_names_of_pairs() -> None:

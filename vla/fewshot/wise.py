@@ -74,7 +74,7 @@ class WiseCurve(Callback):
         loader = data.val_dataloader() if stage == "val" else data.test_dataloader()
         for batch in loader:
             task.evaluate(move_data_to_device(batch, task.device), stage)
-        return {f"{stage}/{key}": float(value) for key, value in task.collect(stage).items()}
+        return {f"{stage}/{key}": float(value) for key, value in task.results(stage).items()}
 
 
 def plot(rows: Sequence[dict[str, float]]) -> bytes:
