@@ -24,10 +24,11 @@ test-all: lint  ## the same with every cell of the matrix, and what takes minute
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy
+	$(BIN)/python -m tests.support.typed
 	$(BIN)/lint-imports
 
-docs: $(STAMP)  ## regenerate the tables in docs/
+docs: $(STAMP)  ## regenerate the tables in docs/, and the stubs of the public names
+	$(BIN)/python -m tests.support.stubs
 	$(BIN)/python -m tests.matrix.table
 	$(BIN)/python -m tests.compat.table
 
