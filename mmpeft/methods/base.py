@@ -19,6 +19,7 @@ from mmpeft.hosting.host import base_value
 from mmpeft.hosting.modules import module_at
 from mmpeft.hosting.offload import fetched, same_tensor
 from mmpeft.methods.fields import check_fields
+from mmpeft.methods.needs import Need, Refusal, lacking
 from mmpeft.parts.base import Placement
 from mmpeft.sites import Kind, Selector, Site
 from mmpeft.sites.selector import select
@@ -96,6 +97,20 @@ class Method(ABC):
     def __post_init__(self) -> None:
         check_fields(self)
 
+    @property
+    def needs(self) -> tuple[Need, ...]:
+        """What a model must have, beyond sites that an `at` selects; a class may give it as a plain attribute."""
+        return ()
+
+    def check(self, model: nn.Module, available: list[Site]) -> None:
+        """Raise for what the model lacks or has that this method cannot work with, before anything is computed.
+
+        Raises:
+            SiteError: it has not what the method needs. Refused: a fact of it stands against the method.
+        """
+        for need in self.needs:
+            need.check(type(self).__name__, available)
+
     @abstractmethod
     def place(self, model: nn.Module, available: list[Site]) -> list[Placement]:
         """Build the parts. Everything is checked here, before the model is changed.
@@ -171,6 +186,11 @@ class Sited(Method):
     """Kinds of site the method can work on; empty for any."""
     elsewhere: ClassVar[tuple[str, ...]] = ()
     """Where the method goes by default in a model that has none of its paper's sites; the first that matches."""
+    refuses: ClassVar[tuple[Refusal, ...]] = ()
+    """Facts of the chosen sites that the method cannot work with."""
+
+    def check(self, model: nn.Module, available: list[Site]) -> None:
+        self.chosen(available)
 
     def chosen(self, available: list[Site]) -> list[Site]:
         """The sites of this method in a model; a default selector may match in part, a user's may not.
@@ -178,11 +198,14 @@ class Sited(Method):
         Sites of the wrong kind, or refused, are passed over where the default selector also finds better ones.
 
         Raises:
-            SiteError: nothing matches. Refused: a site says why it cannot be tuned, or is of the wrong kind.
+            SiteError: nothing matches. Refused: a site says why it cannot be tuned, is of the wrong kind, or has what
+                the method refuses.
         """
-        default = next(f.default for f in fields(self) if f.name == "at")
-        found = self._by_default(available) if self.at == default else select(available, self.at)
         name = type(self).__name__
+        for need in self.needs:
+            need.check(name, available)
+        default = next(f.default for f in fields(self) if f.name == "at")
+        found = self._by_default(available) if self.at == default else self.named(available, every=True)
         for site in found:
             if site.refuse:
                 raise Refused(f"{name} at {site}: {site.refuse}")
@@ -191,6 +214,8 @@ class Sited(Method):
                     f"{name} works on {' or '.join(self.takes)} sites; at={self.at!r} also selects {site}, "
                     f"which is of kind {site.kind!r}"
                 )
+        for refusal in self.refuses:
+            refusal.check(self, found, available)
         return found
 
     def _by_default(self, available: list[Site]) -> list[Site]:
@@ -203,7 +228,14 @@ class Sited(Method):
             usable = [site for site in found if not site.refuse and (not self.takes or site.kind in self.takes)]
             if usable or at == self.at:
                 return usable or found
-        return select(available, self.at, every=False)
+        return self.named(available)
+
+    def named(self, available: list[Site], *, every: bool = False) -> list[Site]:
+        """The sites that `at` names, whether the method can work on them or not; see `select` for `every`."""
+        try:
+            return select(available, self.at, every=every)
+        except SiteError as error:
+            raise lacking(type(self).__name__, f"sites at={self.at!r}", error) from None
 
 
 WEIGHTS = "{attn.*,cross.*,mlp.*,mixer.*,expert.*,conv,proj}"

@@ -78,6 +78,10 @@ class Union(Method):
                 placements.append(replace(p, key=key, owners=(*p.owners, number)))
         return placements
 
+    def check(self, model: nn.Module, available: list[Site]) -> None:
+        for method in self.methods:
+            method.check(model, available)
+
     @property
     def decided(self) -> bool:
         return all(method.decided for method in self.methods)
@@ -133,6 +137,9 @@ class Wrapped(Method):
 
     method: Method
 
+    def check(self, model: nn.Module, available: list[Site]) -> None:
+        self.method.check(model, available)
+
     def place(self, model: nn.Module, available: list[Site]) -> list[Placement]:
         return self.method.place(model, available)
 
@@ -178,6 +185,9 @@ class Restricted(Wrapped):
 
     info: ClassVar[MethodInfo] = MethodInfo("Restricted", "", "hybrid", mergeable=True, identity=True)
     at: Selector
+
+    def check(self, model: nn.Module, available: list[Site]) -> None:
+        super().check(model, select(available, self.at))
 
     def place(self, model: nn.Module, available: list[Site]) -> list[Placement]:
         return super().place(model, select(available, self.at))

@@ -52,6 +52,9 @@ class Gated(Method):
         assert isinstance(self.method, Sited)
         return self.method
 
+    def check(self, model: nn.Module, available: list[Site]) -> None:
+        self.method.check(model, available)
+
     def place(self, model: nn.Module, available: list[Site]) -> list[Placement]:
         placed = self.method.place(model, available)
         own = iter(self.sited.chosen(available))

@@ -55,6 +55,7 @@ def attach(
         state = state_of(model) or State()
         _check_name(state, name)
         available = sites(model, example)
+        method.check(model, available)
         method = _resolved(model, state, method, data, loss)
         placements = method.place(model, available)  # all checks happen here, before anything is changed
         for placement in placements:

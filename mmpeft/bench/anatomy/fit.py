@@ -84,6 +84,7 @@ def fit(model: nn.Module, method: Method, found: Sequence[Site], at: str = "", n
             name = f"{name} at {at}"
             sited = any(own.name == "at" for own in fields(method))
             method = replace(method, at=at) if sited else method.where(at)  # type: ignore[call-arg]
+        method.check(model, list(found))
         if method.needs_data:
             return Fit(name, refused=BY_DATA.format(type(method).__name__))
         placements = method.resolve(model).place(model, list(found))

@@ -60,6 +60,9 @@ class LLaMAAdapter(Sited):
     def __post_init__(self) -> None:
         positive(self, tokens=self.tokens, layers=self.layers)
 
+    def check(self, model: nn.Module, available: list[Site]) -> None:
+        self.last(available)
+
     def last(self, available: list[Site]) -> list[tuple[Site, Site, Site]]:
         """The last chosen `kv` sites of each tower, with the projections of their keys and values."""
         chosen = self.chosen(available)

@@ -4,18 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
-from mmpeft.errors import ConfigError, Refused
+from mmpeft.errors import ConfigError
 from mmpeft.hosting.modules import module_at
 from mmpeft.methods.base import Method, Sited, any_tensor, own_weight, positive, register
+from mmpeft.methods.needs import Need, Refusal
 from mmpeft.parts.attention import connection
 from mmpeft.parts.base import Hook, Placement, trainable_dtype
 from mmpeft.parts.prompt import Prompt, PromptBeside, PromptLayer, PromptLSTM, PromptMLP
 from mmpeft.sites import Selector, Site
+
+
+def _of_fixed_length(method: InputPrompt, chosen: Sequence[Site], available: Sequence[Site]) -> Site | None:
+    """An embedding, if there is not exactly one that the model's anatomy can lengthen."""
+    words = [site for site in chosen if site.kind == "embedding"]
+    return None if sum(site.connect is not None for site in words) == 1 else [*words, *chosen][0]
 
 
 @dataclass(frozen=True)
@@ -30,8 +37,20 @@ class InputPrompt(Sited):
     at: Selector = "embed"
     tokens: int = 20
 
+    refuses: ClassVar[tuple[Refusal, ...]] = (
+        Refusal(
+            _of_fixed_length,
+            "the anatomy knows no way to lengthen the text of this model (it does for decoders, BERT's family and T5); "
+            "use PrefixTuning or PTuningV2, which learn keys and values directly",
+        ),
+    )
+
     def __post_init__(self) -> None:
         positive(self, tokens=self.tokens)
+
+    @property
+    def needs(self) -> tuple[Need, ...]:
+        return (Need("an embedding of words to put learned ones beside", self.at, "embedding"),)
 
     def start(self, model: nn.Module, site: Site) -> Tensor | None:
         """Values the embeddings [p, d] start from; None where an encoder makes them."""
@@ -43,17 +62,7 @@ class InputPrompt(Sited):
 
     def only(self, available: list[Site]) -> Site:
         """The one input embedding that learned ones can stand beside."""
-        chosen = [site for site in self.chosen(available) if site.kind == "embedding"]
-        name = type(self).__name__
-        if not chosen:
-            raise Refused(f"{name}: the model has no embedding of words to put learned ones beside")
-        found = [site for site in chosen if site.connect is not None]
-        if len(found) != 1:
-            raise Refused(
-                f"{name} at {chosen[0]}: the anatomy knows no way to lengthen the text of this model (it does for "
-                "decoders, BERT's family and T5); use PrefixTuning or PTuningV2, which learn keys and values directly"
-            )
-        return found[0]
+        return next(s for s in self.chosen(available) if s.kind == "embedding" and s.connect is not None)
 
     def place(self, model: nn.Module, available: list[Site]) -> list[Placement]:
         site = self.only(available)

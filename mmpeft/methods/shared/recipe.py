@@ -28,6 +28,9 @@ class Recipe(Method):
     def recipe(self) -> Method:
         """What it stands for."""
 
+    def check(self, model: nn.Module, available: list[Site]) -> None:
+        self.recipe.check(model, available)
+
     def place(self, model: nn.Module, available: list[Site]) -> list[Placement]:
         return self.recipe.place(model, available)
 

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import nn
 
-from mmpeft.controllers.scores import DATA_FREE, Loss, Score, Tensors, default_loss, score
+from mmpeft.controllers.scores import DATA_FREE, Loss, Score, Tensors, check_gradients, default_loss, score
 from mmpeft.errors import ConfigError, DataError
 from mmpeft.functional.rows import put_rows, take_rows
 from mmpeft.functional.top_k import top_k_masks
@@ -38,6 +38,12 @@ class EntryMask(TensorMethod):
     scope: ClassVar[Literal["global", "tensor"]] = "global"
     matrices: ClassVar[bool] = False
     """Whether vectors (biases, norms) are left out."""
+    trains_base: ClassVar[bool] = False
+
+    def check(self, model: nn.Module, available: list[Site]) -> None:
+        chosen = self.candidates(model, available)
+        if self.needs_data:
+            check_gradients([tensor_of(model, path) for path in dict.fromkeys(site.path for site in chosen)])
 
     def __post_init__(self) -> None:
         if not 0 < self.density <= 1:
