@@ -11,7 +11,6 @@ from typing import Any, ClassVar, Literal, TypeVar
 
 from torch import Tensor, nn
 
-from mmpeft.controllers.base import Controller
 from mmpeft.controllers.scores import Loss, default_loss
 from mmpeft.errors import ConfigError, Refused, SiteError, nearest
 from mmpeft.functional.rows import count_rows, turned
@@ -19,7 +18,9 @@ from mmpeft.hosting.host import base_value
 from mmpeft.hosting.modules import module_at
 from mmpeft.hosting.offload import fetched, same_tensor
 from mmpeft.methods.fields import check_fields
+from mmpeft.methods.former import FormerContract
 from mmpeft.methods.needs import Need, Refusal, lacking
+from mmpeft.methods.placed import Placed, Traits
 from mmpeft.parts.base import Placement
 from mmpeft.sites import Kind, Selector, Site
 from mmpeft.sites.selector import select
@@ -76,10 +77,11 @@ def list_methods(pattern: str = "*", **metadata: Any) -> list[str]:
 
 
 @dataclass(frozen=True)
-class Method(ABC):
+class Method(FormerContract, ABC):
     """A recipe: given a model and its sites, which parts go where."""
 
-    info: ClassVar[MethodInfo]
+    info: ClassVar[MethodInfo] = MethodInfo("", "", "hybrid", mergeable=True, identity=True)
+    """What is registered; a class that is not is held to the strictest."""
 
     def __init_subclass__(cls, **options: Any) -> None:
         """Checks of a class's own come after that of its fields' types, which they may rely on."""
@@ -112,8 +114,10 @@ class Method(ABC):
             need.check(type(self).__name__, available)
 
     @abstractmethod
-    def place(self, model: nn.Module, available: list[Site]) -> list[Placement]:
-        """Build the parts. Everything is checked here, before the model is changed.
+    def place(self, model: nn.Module, available: list[Site]) -> Placed | list[Placement]:
+        """Build the parts, and all that follows from them. Everything is checked here, before the model is changed.
+
+        A plain list of placements stands for parts that nothing drives and of which everything is left.
 
         Raises:
             SiteError: nothing to tune. Refused: a selected site cannot take this method.
@@ -124,51 +128,42 @@ class Method(ABC):
         """Trainable parameters in closed form, without building anything."""
 
     @property
+    def traits(self) -> Traits:
+        """What is so of this method with its options; by default what is registered of its class."""
+        return Traits(self.info.mergeable, self.info.identity, self.info.trains_head)
+
+    @property
     def mergeable(self) -> bool:
-        return self.info.mergeable
+        return self.traits.mergeable
 
     @property
     def identity(self) -> bool:
-        return self.info.identity
+        return self.traits.identity
 
     @property
     def trains_head(self) -> bool:
-        return self.info.trains_head
+        return self.traits.trains_head
+
+    @property
+    def sitewise(self) -> bool:
+        return self.traits.sitewise
+
+    @property
+    def decided(self) -> bool:
+        return self.traits.decided
+
+    @property
+    def needs_data(self) -> bool:
+        return self.traits.needs_data
 
     def __add__(self, other: Method) -> Method:
         from mmpeft.methods.compose import united
 
         return united(self, other) if isinstance(other, Method) else NotImplemented
 
-    @property
-    def decided(self) -> bool:
-        """Whether what trains follows from the model's sites alone; if not, `resolve` gives the method that is."""
-        return True
-
-    @property
-    def needs_data(self) -> bool:
-        """Whether `resolve` must see batches."""
-        return False
-
-    @property
-    def sitewise(self) -> bool:
-        """Whether each part acts at its own site alone, so that any of them can be left out."""
-        return False
-
     def resolve(self, model: nn.Module, data: Iterable[Any] = (), loss: Loss = default_loss) -> Method:
         """The method with everything decided that its data decide; the model is left as it was."""
         return self
-
-    def controllers(self, placements: Sequence[Placement]) -> list[Controller]:
-        """What drives this method's parts while they train."""
-        return []
-
-    def compact(self, placements: Sequence[Placement]) -> tuple[Method, list[dict[str, Tensor]]]:
-        """What is left of trained parts when only the forward pass counts: a method, and its tensors part by part.
-
-        The tensors are in the order in which that method places its parts. By default everything is left.
-        """
-        return self, [{**dict(p.part.named_parameters()), **p.part.frozen()} for p in placements]
 
     def where(self, at: Selector) -> Method:
         """This method on the sites that also match `at`: `LoRA(at="mlp.*").where("depth>=6")`."""
@@ -248,8 +243,8 @@ class SiteMethod(Sited):
     """A method that treats each selected site alone: subclasses give `build` and `count_at` for one site."""
 
     @property
-    def sitewise(self) -> bool:
-        return True
+    def traits(self) -> Traits:
+        return replace(super().traits, sitewise=True)
 
     @abstractmethod
     def build(self, model: nn.Module, site: Site) -> Placement:
@@ -259,8 +254,8 @@ class SiteMethod(Sited):
     def count_at(self, model: nn.Module, site: Site) -> int:
         """Its parameters in closed form."""
 
-    def place(self, model: nn.Module, available: list[Site]) -> list[Placement]:
-        return [self.build(model, site) for site in self.chosen(available)]
+    def place(self, model: nn.Module, available: list[Site]) -> Placed:
+        return Placed([self.build(model, site) for site in self.chosen(available)])
 
     def count(self, model: nn.Module, available: list[Site]) -> int:
         return sum(self.count_at(model, site) for site in self.chosen(available))

@@ -10,6 +10,7 @@ from torch import nn
 
 from mmpeft.methods.base import register
 from mmpeft.methods.needs import Need, Refusal
+from mmpeft.methods.placed import Placed
 from mmpeft.methods.shared.in_place import InPlacePrompt
 from mmpeft.parts.base import Hook, Placement
 from mmpeft.parts.in_place import Coupled, InPlace
@@ -47,7 +48,7 @@ class MaPLe(InPlacePrompt):
         """The image tower's token sites up to `depth`, as many as there are text levels."""
         return _images(self, available)[: len(self.levels(available))]
 
-    def place(self, model: nn.Module, available: list[Site]) -> list[Placement]:
+    def place(self, model: nn.Module, available: list[Site]) -> Placed:
         texts = self.texts(model, available)
         images = self.pairs(available)
         every = [site for site in available if site.role == "tokens" and site.tower == "image"]
@@ -60,7 +61,7 @@ class MaPLe(InPlacePrompt):
             start = Hook(site.entry or site.path, "enter")
             hooks = (start, Hook(spans[-1].path, "exit"), *readers)
             texts.append(Placement(part, site.path, "maple", hooks, site.role))
-        return texts
+        return Placed(texts)
 
     def count(self, model: nn.Module, available: list[Site]) -> int:
         levels, images = self.levels(available), self.pairs(available)

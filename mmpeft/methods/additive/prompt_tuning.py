@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import ClassVar, Literal
 
 import torch
@@ -13,6 +14,7 @@ from mmpeft.errors import ConfigError
 from mmpeft.hosting.modules import module_at
 from mmpeft.methods.base import Method, Sited, any_tensor, own_weight, positive, register
 from mmpeft.methods.needs import Need, Refusal
+from mmpeft.methods.placed import Placed, Tensors
 from mmpeft.parts.attention import connection
 from mmpeft.parts.base import Hook, Placement, trainable_dtype
 from mmpeft.parts.prompt import Prompt, PromptBeside, PromptLayer, PromptLSTM, PromptMLP
@@ -64,7 +66,7 @@ class InputPrompt(Sited):
         """The one input embedding that learned ones can stand beside."""
         return next(s for s in self.chosen(available) if s.kind == "embedding" and s.connect is not None)
 
-    def place(self, model: nn.Module, available: list[Site]) -> list[Placement]:
+    def place(self, model: nn.Module, available: list[Site]) -> Placed:
         site = self.only(available)
         like = any_tensor(model, site)
         dtype = trainable_dtype(like.dtype)
@@ -85,7 +87,7 @@ class InputPrompt(Sited):
             connect = connection(layer)
             hook = Hook(layer.path, "read", connect.attribute)
             placements.append(Placement(PromptLayer(prompt, i, connect.view), layer.path, key, (hook,), "kv"))
-        return placements
+        return Placed(placements)
 
     def count(self, model: nn.Module, available: list[Site]) -> int:
         return self.tokens * self.only(available).width
@@ -147,9 +149,11 @@ class PTuning(InputPrompt):
         lstm = 2 * 4 * h * (d + h + 2) + 2 * 4 * h * (2 * h + h + 2)
         return own + lstm + 2 * h * (2 * h + 1) + d * (2 * h + 1)
 
-    def compact(self, placements: Sequence[Placement]) -> tuple[Method, list[dict[str, Tensor]]]:
+    def place(self, model: nn.Module, available: list[Site]) -> Placed:
+        placed = super().place(model, available)
+        return replace(placed, bake=partial(self._bake, placed.placements)) if self.hidden else placed
+
+    def _bake(self, placements: Sequence[Placement]) -> tuple[Method, Tensors]:
         """The embeddings that the encoder makes, without it."""
-        if not self.hidden:
-            return super().compact(placements)
         prompts = [p.part if isinstance(p.part, Prompt) else None for p in placements]
         return replace(self, hidden=0), [{"tokens": part.embeddings()} if part else {} for part in prompts]

@@ -11,6 +11,7 @@ from torch import nn
 
 from mmpeft.methods.base import Sited, any_tensor, own_weight, positive, rate, register
 from mmpeft.methods.needs import Refusal
+from mmpeft.methods.placed import Placed
 from mmpeft.parts import Context
 from mmpeft.parts.base import Hook, Placement
 from mmpeft.sites import Selector, Site
@@ -51,11 +52,11 @@ class VPT(Sited):
         positive(self, tokens=self.tokens)
         rate(self, dropout=self.dropout)
 
-    def place(self, model: nn.Module, available: list[Site]) -> list[Placement]:
+    def place(self, model: nn.Module, available: list[Site]) -> Placed:
         fans = [own_weight(model, s)[0].numel() for s in available if s.role == "embed" and s.kind == "conv"]
         chosen = self.chosen(available)
         spans = [[site] for site in chosen] if self.deep else _spans(chosen)
-        return [self._one(model, span, fans[0] if fans else span[0].width) for span in spans]
+        return Placed([self._one(model, span, fans[0] if fans else span[0].width) for span in spans])
 
     def _one(self, model: nn.Module, span: list[Site], fan_in: int) -> Placement:
         first, last = span[0], span[-1]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from torch import nn
@@ -10,6 +10,7 @@ from torch import nn
 from mmpeft.errors import ConfigError
 from mmpeft.methods.base import Sited, any_tensor, positive, register
 from mmpeft.methods.needs import Refusal, at_site
+from mmpeft.methods.placed import Placed, Traits
 from mmpeft.parts import Branch
 from mmpeft.parts.base import Hook, Placement
 from mmpeft.parts.conditional import Conditional
@@ -48,10 +49,10 @@ class CoDA(Sited):
             raise ConfigError(f"CoDA: reduction is tokens over tokens that run, 1 or more, got {self.reduction}")
 
     @property
-    def identity(self) -> bool:
-        return self.reduction == 1
+    def traits(self) -> Traits:
+        return replace(super().traits, identity=self.reduction == 1)
 
-    def place(self, model: nn.Module, available: list[Site]) -> list[Placement]:
+    def place(self, model: nn.Module, available: list[Site]) -> Placed:
         placements: list[Placement] = []
         before: dict[str, Conditional] = {}
         for site in self.chosen(available):
@@ -67,7 +68,7 @@ class CoDA(Sited):
             )
             before[site.tower] = part
             placements.append(Placement(part, site.path, "coda", (Hook(site.path, "around"),), site.role))
-        return placements
+        return Placed(placements)
 
     def count(self, model: nn.Module, available: list[Site]) -> int:
         total, towers = 0, set()

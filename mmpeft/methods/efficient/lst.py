@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 from torch import nn
@@ -11,6 +11,7 @@ from torch import nn
 from mmpeft.errors import Refused
 from mmpeft.methods.base import Sited, any_tensor, positive, register
 from mmpeft.methods.needs import Refusal, at_site
+from mmpeft.methods.placed import Placed, Traits
 from mmpeft.parts.base import Hook, Placement
 from mmpeft.parts.side import Ladder, SideBlock, SideLayer
 from mmpeft.sites import Selector, Site
@@ -78,14 +79,14 @@ class LST(Sited):
         positive(self, reduction=self.reduction, drop=self.drop, temperature=self.temperature)
 
     @property
-    def identity(self) -> bool:
-        return self.output == "add"
+    def traits(self) -> Traits:
+        return replace(super().traits, identity=self.output == "add")
 
     def stacks(self, available: list[Site]) -> list[list[Site]]:
         """The chosen blocks of each tower, in the order in which they run."""
         return _towers(self.chosen(available))
 
-    def place(self, model: nn.Module, available: list[Site]) -> list[Placement]:
+    def place(self, model: nn.Module, available: list[Site]) -> Placed:
         placements = []
         for stack in self.stacks(available):
             ladder, below = Ladder(), self.width(stack[0])
@@ -100,7 +101,7 @@ class LST(Sited):
                 if i == len(stack) - 1:
                     part.end(below, site.width, self.output == "add", like)
                 placements.append(Placement(part, site.path, "lst", (Hook(site.path, "around"),), site.role))
-        return placements
+        return Placed(placements)
 
     def count(self, model: nn.Module, available: list[Site]) -> int:
         total = 0

@@ -10,6 +10,7 @@ from torch import nn
 
 from mmpeft.hosting.modules import module_at
 from mmpeft.methods.base import identity, register, tensor_of
+from mmpeft.methods.placed import Placed
 from mmpeft.methods.shared.tensors import TensorMethod, check_bits, elements, tied, train_tensors
 from mmpeft.parts import Mask
 from mmpeft.parts.base import Hook, Placement
@@ -58,7 +59,7 @@ class BitFit(TensorMethod):
             and module_at(model, site.path)._parameters.get("bias", 0) is None
         ]
 
-    def place(self, model: nn.Module, available: list[Site]) -> list[Placement]:
+    def place(self, model: nn.Module, available: list[Site]) -> Placed:
         placements = train_tensors("bitfit", model, self.found(model, available))
         for path in self._created(model, available):
             weight = tensor_of(model, f"{path}.weight")
@@ -66,7 +67,7 @@ class BitFit(TensorMethod):
             placements.append(Placement(part, path, "bitfit_bias", (Hook(path, "read", "bias"),), "param"))
         if not placements:
             raise self.nothing(available)
-        return placements
+        return Placed(placements)
 
     def count(self, model: nn.Module, available: list[Site]) -> int:
         held = sum(elements(model, group[0]) for group in tied(model, self.found(model, available)))

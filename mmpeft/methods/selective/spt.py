@@ -16,12 +16,12 @@ from mmpeft.functional.rows import Rows, put_rows, take_rows
 from mmpeft.functional.top_k import BITS
 from mmpeft.hosting.host import original_class
 from mmpeft.methods.base import Method, Sited, identity, positive, register, tensor_of
+from mmpeft.methods.placed import Placed, Traits
 from mmpeft.methods.reparameterized.lora import LoRA
 from mmpeft.methods.selective.plan import Plan
 from mmpeft.methods.shared.plan_file import plan_content
 from mmpeft.methods.shared.plan_picture import label_of
 from mmpeft.methods.spec import to_spec
-from mmpeft.parts.base import Placement
 from mmpeft.sites import Site, sites
 from mmpeft.sites.selector import select
 
@@ -63,20 +63,10 @@ class SPT(Method):
         return (self.structured,) if isinstance(self.structured, Method) else tuple(self.structured)
 
     @property
-    def decided(self) -> bool:
-        return False
-
-    @property
-    def needs_data(self) -> bool:
-        return True
-
-    @property
-    def mergeable(self) -> bool:
-        return all(method.mergeable for method in self.modules)
-
-    @property
-    def identity(self) -> bool:
-        return all(method.identity for method in self.modules)
+    def traits(self) -> Traits:
+        inside = Traits.of_all(self.modules)
+        own = super().traits
+        return replace(own, mergeable=inside.mergeable, identity=inside.identity, decided=False, needs_data=True)
 
     def check(self, model: nn.Module, available: list[Site]) -> None:
         for method in self.modules:
@@ -90,7 +80,7 @@ class SPT(Method):
         first = {identity(model, name): name for name in reversed(names)}
         return {name: tensor_of(model, name) for name in names if first[identity(model, name)] == name}
 
-    def place(self, model: nn.Module, available: list[Site]) -> list[Placement]:
+    def place(self, model: nn.Module, available: list[Site]) -> Placed:
         raise DataError("SPT allocates by data: mmpeft.allocate(model, loader, ...), or attach(..., data=loader)")
 
     def count(self, model: nn.Module, available: list[Site]) -> int:

@@ -10,6 +10,7 @@ from torch import nn
 
 from mmpeft.methods.base import Sited, any_tensor, positive
 from mmpeft.methods.needs import Need, Refusal
+from mmpeft.methods.placed import Placed
 from mmpeft.parts.base import Hook, Placement
 from mmpeft.parts.in_place import InPlace
 from mmpeft.sites import Selector, Site
@@ -59,8 +60,8 @@ class InPlacePrompt(Sited):
             placements.append(Placement(part, site.path, type(self).__name__.lower(), (kind,), site.role))
         return placements
 
-    def place(self, model: nn.Module, available: list[Site]) -> list[Placement]:
-        return self.texts(model, available)
+    def place(self, model: nn.Module, available: list[Site]) -> Placed:
+        return Placed(self.texts(model, available))
 
     def count(self, model: nn.Module, available: list[Site]) -> int:
         return sum(self.tokens * site.width for site in self.levels(available))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -15,11 +15,11 @@ from mmpeft.functional.rows import put_rows, take_rows
 from mmpeft.functional.top_k import top_k_masks
 from mmpeft.hosting.host import original_class
 from mmpeft.methods.base import tensor_of
+from mmpeft.methods.placed import Placed, Traits
 from mmpeft.methods.selective.plan import Plan
 from mmpeft.methods.shared.plan_file import plan_content
 from mmpeft.methods.shared.plan_picture import label_of
 from mmpeft.methods.shared.tensors import TensorMethod, elements, tied
-from mmpeft.parts.base import Placement
 from mmpeft.sites import Site, sites
 
 
@@ -50,12 +50,8 @@ class EntryMask(TensorMethod):
             raise ConfigError(f"{type(self).__name__}: density is the share that trains, in (0, 1], got {self.density}")
 
     @property
-    def decided(self) -> bool:
-        return False
-
-    @property
-    def needs_data(self) -> bool:
-        return self.score not in DATA_FREE
+    def traits(self) -> Traits:
+        return replace(super().traits, decided=False, needs_data=self.score not in DATA_FREE)
 
     def tensors(self, model: nn.Module, available: list[Site]) -> Iterable[Site]:
         for site in available:
@@ -128,7 +124,7 @@ class EntryMask(TensorMethod):
             )
         return [total, *[0] * (len(sizes) - 1)]
 
-    def place(self, model: nn.Module, available: list[Site]) -> list[Placement]:
+    def place(self, model: nn.Module, available: list[Site]) -> Placed:
         raise DataError(f"{type(self).__name__} chooses entries first: place the plan that its resolve() gives")
 
     def count(self, model: nn.Module, available: list[Site]) -> int:

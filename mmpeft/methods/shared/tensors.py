@@ -14,6 +14,7 @@ from mmpeft.functional.rows import Rows, take_rows
 from mmpeft.hosting.few_bits import FewBits
 from mmpeft.methods.base import Method, identity, tensor_of
 from mmpeft.methods.needs import lacking
+from mmpeft.methods.placed import Placed
 from mmpeft.parts import Mask, Sparse
 from mmpeft.parts.base import Hook, Part, Placement
 from mmpeft.sites import Selector, Site
@@ -63,8 +64,8 @@ class TensorMethod(Method):
             type(self).__name__, "tensors of its kind", f"there is none{where}; roles here: {roles_of(available)}"
         )
 
-    def place(self, model: nn.Module, available: list[Site]) -> list[Placement]:
-        return train_tensors(type(self).__name__.lower(), model, self.chosen(model, available))
+    def place(self, model: nn.Module, available: list[Site]) -> Placed:
+        return Placed(train_tensors(type(self).__name__.lower(), model, self.chosen(model, available)))
 
     def count(self, model: nn.Module, available: list[Site]) -> int:
         return sum(elements(model, group[0]) for group in self.groups(model, available))
