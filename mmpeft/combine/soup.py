@@ -17,6 +17,7 @@ from mmpeft.errors import ConfigError, DataError, SiteError
 from mmpeft.formats.native import borrow
 from mmpeft.hosting.modules import module_at
 from mmpeft.hosting.output import first_of
+from mmpeft.methods.former import place
 from mmpeft.methods.saved import Adapter
 from mmpeft.parts.base import Placement
 from mmpeft.sites import sites
@@ -131,11 +132,7 @@ def _shapes(adapter: Adapter) -> dict[str, torch.Size]:
 
 def _values(placements: Sequence[Placement]) -> dict[str, Tensor]:
     """Tensors of parts by the names they have in a tuning."""
-    return {
-        ".".join(filter(None, (p.home, p.key, name))): tensor.detach()
-        for p in placements
-        for name, tensor in p.part.named_parameters()
-    }
+    return {f"{p.prefix}.{name}": tensor.detach() for p in placements for name, tensor in p.part.named_parameters()}
 
 
 def _agreement(model: nn.Module, found: Sequence[Adapter]) -> float:
@@ -144,7 +141,7 @@ def _agreement(model: nn.Module, found: Sequence[Adapter]) -> float:
     with torch.random.fork_rng():
         for seed in (0, 1):
             torch.manual_seed(seed)
-            starts.append(_values(found[0].method.place(model, sites(model))))
+            starts.append(_values(place(found[0].method, model, sites(model)).placements))
     names = [name for name in found[0].tensors if name in starts[0] and not torch.equal(*(s[name] for s in starts))]
     if not names:
         return 1.0

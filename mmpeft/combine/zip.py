@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from mmpeft.errors import ConfigError, Refused
 from mmpeft.functional.rows import Rows
 from mmpeft.methods.base import Method, MethodInfo, own_weight
+from mmpeft.methods.placed import Placed
 from mmpeft.parts import Delta, Hadamard, LowRank
 from mmpeft.parts.base import Hook, Placement
 from mmpeft.parts.factors import like_options
@@ -54,14 +55,14 @@ class ZipLoRA(Method):
     tunings: Sequence[Tuning] = ()
     starts: Sequence[float] = ()
 
-    def place(self, model: nn.Module, available: list[Site]) -> list[Placement]:
+    def place(self, model: nn.Module, available: list[Site]) -> Placed:
         sites = {(site.path, site.rows): site for site in available if site.kind != "param"}
         found: dict[Key, list[tuple[Placement, float]]] = {}
         for tuning, start in zip(self.tunings, self.starts, strict=True):
             for placement in tuning.placements:
                 key = (placement.home, getattr(placement.part, "rows", None), placement.hooks)
                 found.setdefault(key, []).append((placement, start))
-        return [self._one(model, sites[home, rows], own) for (home, rows, _), own in found.items()]
+        return Placed([self._one(model, sites[home, rows], own) for (home, rows, _), own in found.items()])
 
     def _one(self, model: nn.Module, site: Site, own: Sequence[tuple[Placement, float]]) -> Placement:
         pairs = []
@@ -86,7 +87,7 @@ class ZipLoRA(Method):
             transposed=site.transposed,
             lookup=site.kind == "embedding",
         )
-        return replace(first, part=part, key=f"zip_{site.label}", owners=())
+        return replace(first, part=part, key=f"zip_{site.label}")
 
     def count(self, model: nn.Module, available: list[Site]) -> int:
         return sum(part.numel() for p in self.place(model, available) for part in p.part.parameters())

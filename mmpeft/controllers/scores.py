@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import islice
 from typing import Any, Literal
@@ -139,16 +139,21 @@ def summed(tensor: Tensor) -> Tensor:
     return tensor
 
 
-@contextmanager
-def scoring(model: nn.Module, tensors: Iterable[Tensor]) -> Iterator[None]:
-    """Evaluation mode, and gradients for these tensors alone; modes, flags, `.grad` and random state come back."""
-    tensors = list(tensors)
+def check_gradients(tensors: Sequence[Tensor]) -> None:
+    """Raise Refused where some tensors are held in few bits, through which no gradient goes."""
     packed = sum(isinstance(tensor, FewBits) for tensor in tensors)
     if packed:
         raise Refused(
             f"{packed} of {len(tensors)} tensors are held in few bits, which have no gradient to score: leave them out "
             "with `at`, or choose by what needs none (random, magnitude)"
         )
+
+
+@contextmanager
+def scoring(model: nn.Module, tensors: Iterable[Tensor]) -> Iterator[None]:
+    """Evaluation mode, and gradients for these tensors alone; modes, flags, `.grad` and random state come back."""
+    tensors = list(tensors)
+    check_gradients(tensors)
     modes = [(module, module.training) for module in model.modules()]
     flags = [(parameter, parameter.requires_grad, parameter.grad) for parameter in model.parameters()]
     try:

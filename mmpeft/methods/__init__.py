@@ -8,6 +8,8 @@ from typing import Any
 
 from mmpeft.methods.base import METHODS, Method, list_methods
 from mmpeft.methods.compose import Frozen, Restricted, Union
+from mmpeft.methods.needs import Need, Refusal, at_site
+from mmpeft.methods.placed import Placed, Traits
 from mmpeft.methods.shared.statistics import BatchStatistics
 
 for _folder in ("additive", "selective", "reparameterized", "hybrid", "efficient"):
@@ -16,6 +18,7 @@ for _folder in ("additive", "selective", "reparameterized", "hybrid", "efficient
         import_module(f"{_package.__name__}.{_module.name}")
 
 __all__ = ["METHODS", "BatchStatistics", "Frozen", "Method", "Restricted", "Union", "list_methods", *METHODS]
+__all__ += ["Need", "Placed", "Refusal", "Traits", "at_site"]
 
 
 def __getattr__(name: str) -> Any:

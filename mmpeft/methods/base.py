@@ -11,7 +11,6 @@ from typing import Any, ClassVar, Literal, TypeVar
 
 from torch import Tensor, nn
 
-from mmpeft.controllers.base import Controller
 from mmpeft.controllers.scores import Loss, default_loss
 from mmpeft.errors import ConfigError, Refused, SiteError, nearest
 from mmpeft.functional.rows import count_rows, turned
@@ -19,6 +18,9 @@ from mmpeft.hosting.host import base_value
 from mmpeft.hosting.modules import module_at
 from mmpeft.hosting.offload import fetched, same_tensor
 from mmpeft.methods.fields import check_fields
+from mmpeft.methods.former import FormerContract
+from mmpeft.methods.needs import Need, Refusal, lacking
+from mmpeft.methods.placed import Placed, Traits
 from mmpeft.parts.base import Placement
 from mmpeft.sites import Kind, Selector, Site
 from mmpeft.sites.selector import select
@@ -75,10 +77,11 @@ def list_methods(pattern: str = "*", **metadata: Any) -> list[str]:
 
 
 @dataclass(frozen=True)
-class Method(ABC):
+class Method(FormerContract, ABC):
     """A recipe: given a model and its sites, which parts go where."""
 
-    info: ClassVar[MethodInfo]
+    info: ClassVar[MethodInfo] = MethodInfo("", "", "hybrid", mergeable=True, identity=True)
+    """What is registered; a class that is not is held to the strictest."""
 
     def __init_subclass__(cls, **options: Any) -> None:
         """Checks of a class's own come after that of its fields' types, which they may rely on."""
@@ -96,9 +99,25 @@ class Method(ABC):
     def __post_init__(self) -> None:
         check_fields(self)
 
+    @property
+    def needs(self) -> tuple[Need, ...]:
+        """What a model must have, beyond sites that an `at` selects; a class may give it as a plain attribute."""
+        return ()
+
+    def check(self, model: nn.Module, available: list[Site]) -> None:
+        """Raise for what the model lacks or has that this method cannot work with, before anything is computed.
+
+        Raises:
+            SiteError: it has not what the method needs. Refused: a fact of it stands against the method.
+        """
+        for need in self.needs:
+            need.check(type(self).__name__, available)
+
     @abstractmethod
-    def place(self, model: nn.Module, available: list[Site]) -> list[Placement]:
-        """Build the parts. Everything is checked here, before the model is changed.
+    def place(self, model: nn.Module, available: list[Site]) -> Placed | list[Placement]:
+        """Build the parts, and all that follows from them. Everything is checked here, before the model is changed.
+
+        A plain list of placements stands for parts that nothing drives and of which everything is left.
 
         Raises:
             SiteError: nothing to tune. Refused: a selected site cannot take this method.
@@ -109,51 +128,42 @@ class Method(ABC):
         """Trainable parameters in closed form, without building anything."""
 
     @property
+    def traits(self) -> Traits:
+        """What is so of this method with its options; by default what is registered of its class."""
+        return Traits(self.info.mergeable, self.info.identity, self.info.trains_head)
+
+    @property
     def mergeable(self) -> bool:
-        return self.info.mergeable
+        return self.traits.mergeable
 
     @property
     def identity(self) -> bool:
-        return self.info.identity
+        return self.traits.identity
 
     @property
     def trains_head(self) -> bool:
-        return self.info.trains_head
+        return self.traits.trains_head
+
+    @property
+    def sitewise(self) -> bool:
+        return self.traits.sitewise
+
+    @property
+    def decided(self) -> bool:
+        return self.traits.decided
+
+    @property
+    def needs_data(self) -> bool:
+        return self.traits.needs_data
 
     def __add__(self, other: Method) -> Method:
         from mmpeft.methods.compose import united
 
         return united(self, other) if isinstance(other, Method) else NotImplemented
 
-    @property
-    def decided(self) -> bool:
-        """Whether what trains follows from the model's sites alone; if not, `resolve` gives the method that is."""
-        return True
-
-    @property
-    def needs_data(self) -> bool:
-        """Whether `resolve` must see batches."""
-        return False
-
-    @property
-    def sitewise(self) -> bool:
-        """Whether each part acts at its own site alone, so that any of them can be left out."""
-        return False
-
     def resolve(self, model: nn.Module, data: Iterable[Any] = (), loss: Loss = default_loss) -> Method:
         """The method with everything decided that its data decide; the model is left as it was."""
         return self
-
-    def controllers(self, placements: Sequence[Placement]) -> list[Controller]:
-        """What drives this method's parts while they train."""
-        return []
-
-    def compact(self, placements: Sequence[Placement]) -> tuple[Method, list[dict[str, Tensor]]]:
-        """What is left of trained parts when only the forward pass counts: a method, and its tensors part by part.
-
-        The tensors are in the order in which that method places its parts. By default everything is left.
-        """
-        return self, [{**dict(p.part.named_parameters()), **p.part.frozen()} for p in placements]
 
     def where(self, at: Selector) -> Method:
         """This method on the sites that also match `at`: `LoRA(at="mlp.*").where("depth>=6")`."""
@@ -171,6 +181,11 @@ class Sited(Method):
     """Kinds of site the method can work on; empty for any."""
     elsewhere: ClassVar[tuple[str, ...]] = ()
     """Where the method goes by default in a model that has none of its paper's sites; the first that matches."""
+    refuses: ClassVar[tuple[Refusal, ...]] = ()
+    """Facts of the chosen sites that the method cannot work with."""
+
+    def check(self, model: nn.Module, available: list[Site]) -> None:
+        self.chosen(available)
 
     def chosen(self, available: list[Site]) -> list[Site]:
         """The sites of this method in a model; a default selector may match in part, a user's may not.
@@ -178,11 +193,14 @@ class Sited(Method):
         Sites of the wrong kind, or refused, are passed over where the default selector also finds better ones.
 
         Raises:
-            SiteError: nothing matches. Refused: a site says why it cannot be tuned, or is of the wrong kind.
+            SiteError: nothing matches. Refused: a site says why it cannot be tuned, is of the wrong kind, or has what
+                the method refuses.
         """
-        default = next(f.default for f in fields(self) if f.name == "at")
-        found = self._by_default(available) if self.at == default else select(available, self.at)
         name = type(self).__name__
+        for need in self.needs:
+            need.check(name, available)
+        default = next(f.default for f in fields(self) if f.name == "at")
+        found = self._by_default(available) if self.at == default else self.named(available, every=True)
         for site in found:
             if site.refuse:
                 raise Refused(f"{name} at {site}: {site.refuse}")
@@ -191,6 +209,8 @@ class Sited(Method):
                     f"{name} works on {' or '.join(self.takes)} sites; at={self.at!r} also selects {site}, "
                     f"which is of kind {site.kind!r}"
                 )
+        for refusal in self.refuses:
+            refusal.check(self, found, available)
         return found
 
     def _by_default(self, available: list[Site]) -> list[Site]:
@@ -203,7 +223,14 @@ class Sited(Method):
             usable = [site for site in found if not site.refuse and (not self.takes or site.kind in self.takes)]
             if usable or at == self.at:
                 return usable or found
-        return select(available, self.at, every=False)
+        return self.named(available)
+
+    def named(self, available: list[Site], *, every: bool = False) -> list[Site]:
+        """The sites that `at` names, whether the method can work on them or not; see `select` for `every`."""
+        try:
+            return select(available, self.at, every=every)
+        except SiteError as error:
+            raise lacking(type(self).__name__, f"sites at={self.at!r}", error) from None
 
 
 WEIGHTS = "{attn.*,cross.*,mlp.*,mixer.*,expert.*,conv,proj}"
@@ -216,8 +243,8 @@ class SiteMethod(Sited):
     """A method that treats each selected site alone: subclasses give `build` and `count_at` for one site."""
 
     @property
-    def sitewise(self) -> bool:
-        return True
+    def traits(self) -> Traits:
+        return replace(super().traits, sitewise=True)
 
     @abstractmethod
     def build(self, model: nn.Module, site: Site) -> Placement:
@@ -227,8 +254,8 @@ class SiteMethod(Sited):
     def count_at(self, model: nn.Module, site: Site) -> int:
         """Its parameters in closed form."""
 
-    def place(self, model: nn.Module, available: list[Site]) -> list[Placement]:
-        return [self.build(model, site) for site in self.chosen(available)]
+    def place(self, model: nn.Module, available: list[Site]) -> Placed:
+        return Placed([self.build(model, site) for site in self.chosen(available)])
 
     def count(self, model: nn.Module, available: list[Site]) -> int:
         return sum(self.count_at(model, site) for site in self.chosen(available))

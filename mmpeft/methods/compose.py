@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, ClassVar
 
-from torch import Tensor, nn
+from torch import nn
 
-from mmpeft.controllers.base import Controller
 from mmpeft.controllers.scores import Loss, default_loss
 from mmpeft.errors import ConfigError
 from mmpeft.functional.rows import Rows
 from mmpeft.methods.base import Method, MethodInfo
+from mmpeft.methods.former import place
+from mmpeft.methods.placed import Placed, Tensors, Traits, everything
 from mmpeft.parts.base import Hook, Placement
 from mmpeft.parts.mask import Mask
 from mmpeft.parts.statistics import Statistics
@@ -32,8 +34,8 @@ class Frozen(Method):
 
     info: ClassVar[MethodInfo] = MethodInfo("Frozen", "", "selective", mergeable=True, identity=True)
 
-    def place(self, model: nn.Module, available: list[Site]) -> list[Placement]:
-        return []
+    def place(self, model: nn.Module, available: list[Site]) -> Placed:
+        return Placed([])
 
     def count(self, model: nn.Module, available: list[Site]) -> int:
         return 0
@@ -53,12 +55,27 @@ class Union(Method):
             if not isinstance(method, Method):
                 raise ConfigError(f"Union unites methods, got {type(method).__name__}: {method!r}")
 
-    def place(self, model: nn.Module, available: list[Site]) -> list[Placement]:
-        placements: list[Placement] = []
+    def place(self, model: nn.Module, available: list[Site]) -> Placed:
+        placed = [place(method, model, available) for method in self.methods]
+        kept = self._kept(placed)
+        return Placed(
+            [p for own in kept for p in own],
+            [controller for own in placed for controller in own.controllers],
+            partial(self._bake, placed, kept),
+        )
+
+    def _kept(self, placed: Sequence[Placed]) -> list[list[Placement]]:
+        """The placements of each method, under keys that differ.
+
+        Raises:
+            ConfigError: two methods would train the same rows of a tensor.
+        """
         taken: set[tuple[str, str]] = set()
         owners: dict[tuple[Hook, Rows | None], str] = {}
-        for number, method in enumerate(self.methods):
-            for p in method.place(model, available):
+        kept: list[list[Placement]] = []
+        for method, own in zip(self.methods, placed):
+            kept.append([])
+            for p in own:
                 if isinstance(p.part, Statistics):  # the data move them, whichever methods ask for it
                     if (p.hooks[0], None) in owners:
                         continue
@@ -75,56 +92,29 @@ class Union(Method):
                 while (p.home, key) in taken:
                     key, copy = f"{p.key}_{copy}", copy + 1
                 taken.add((p.home, key))
-                placements.append(replace(p, key=key, owners=(*p.owners, number)))
-        return placements
+                kept[-1].append(replace(p, key=key))
+        return kept
+
+    def _bake(self, placed: Sequence[Placed], kept: Sequence[Sequence[Placement]]) -> tuple[Method, Tensors] | None:
+        found = [own.baked() for own in placed]
+        if not any(found):
+            return None
+        left = [one or (method, everything(own)) for one, method, own in zip(found, self.methods, kept)]
+        return Union([method for method, _ in left]), [tensors for _, own in left for tensors in own]
+
+    def check(self, model: nn.Module, available: list[Site]) -> None:
+        for method in self.methods:
+            method.check(model, available)
 
     @property
-    def decided(self) -> bool:
-        return all(method.decided for method in self.methods)
-
-    @property
-    def needs_data(self) -> bool:
-        return any(method.needs_data for method in self.methods)
+    def traits(self) -> Traits:
+        return Traits.of_all(self.methods)
 
     def resolve(self, model: nn.Module, data: Iterable[Any] = (), loss: Loss = default_loss) -> Method:
         return Union([method.resolve(model, data, loss) for method in self.methods])
 
-    def controllers(self, placements: Sequence[Placement]) -> list[Controller]:
-        shares = self._shares(placements)
-        return [c for method, own in zip(self.methods, shares) for c in method.controllers(own)]
-
-    def _shares(self, placements: Sequence[Placement]) -> list[list[Placement]]:
-        """Placements by the method they belong to."""
-        return [
-            [replace(p, owners=p.owners[:-1]) for p in placements if p.owners[-1] == number]
-            for number in range(len(self.methods))
-        ]
-
     def count(self, model: nn.Module, available: list[Site]) -> int:
         return sum(method.count(model, available) for method in self.methods)
-
-    def compact(self, placements: Sequence[Placement]) -> tuple[Method, list[dict[str, Tensor]]]:
-        shares = zip(self.methods, self._shares(placements))
-        found = [method.compact(own) for method, own in shares]
-        if all(method is before for (method, _), before in zip(found, self.methods)):
-            return super().compact(placements)
-        return Union([method for method, _ in found]), [tensors for _, own in found for tensors in own]
-
-    @property
-    def sitewise(self) -> bool:
-        return all(method.sitewise for method in self.methods)
-
-    @property
-    def mergeable(self) -> bool:
-        return all(method.mergeable for method in self.methods)
-
-    @property
-    def identity(self) -> bool:
-        return all(method.identity for method in self.methods)
-
-    @property
-    def trains_head(self) -> bool:
-        return any(method.trains_head for method in self.methods)
 
 
 @dataclass(frozen=True)
@@ -133,43 +123,28 @@ class Wrapped(Method):
 
     method: Method
 
-    def place(self, model: nn.Module, available: list[Site]) -> list[Placement]:
-        return self.method.place(model, available)
+    def check(self, model: nn.Module, available: list[Site]) -> None:
+        self.method.check(model, available)
+
+    def place(self, model: nn.Module, available: list[Site]) -> Placed:
+        placed = place(self.method, model, available)
+        return replace(placed, bake=partial(self._bake, placed)) if placed.bake else placed
+
+    def _bake(self, placed: Placed) -> tuple[Method, Tensors] | None:
+        found = placed.baked()
+        return found and (replace(self, method=found[0]), found[1])
 
     def count(self, model: nn.Module, available: list[Site]) -> int:
         return self.method.count(model, available)
 
     @property
-    def decided(self) -> bool:
-        return self.method.decided
+    def traits(self) -> Traits:
+        return Traits.of(self.method)
 
     def resolve(self, model: nn.Module, data: Iterable[Any] = (), loss: Loss = default_loss) -> Method:
         if self.decided:
             return self
         raise ConfigError(f"{type(self.method).__name__} chooses among what its own at= selects: set that")
-
-    def controllers(self, placements: Sequence[Placement]) -> list[Controller]:
-        return self.method.controllers(placements)
-
-    def compact(self, placements: Sequence[Placement]) -> tuple[Method, list[dict[str, Tensor]]]:
-        method, tensors = self.method.compact(placements)
-        return (self if method is self.method else replace(self, method=method)), tensors
-
-    @property
-    def sitewise(self) -> bool:
-        return self.method.sitewise
-
-    @property
-    def mergeable(self) -> bool:
-        return self.method.mergeable
-
-    @property
-    def identity(self) -> bool:
-        return self.method.identity
-
-    @property
-    def trains_head(self) -> bool:
-        return self.method.trains_head
 
 
 @dataclass(frozen=True)
@@ -179,7 +154,10 @@ class Restricted(Wrapped):
     info: ClassVar[MethodInfo] = MethodInfo("Restricted", "", "hybrid", mergeable=True, identity=True)
     at: Selector
 
-    def place(self, model: nn.Module, available: list[Site]) -> list[Placement]:
+    def check(self, model: nn.Module, available: list[Site]) -> None:
+        super().check(model, select(available, self.at))
+
+    def place(self, model: nn.Module, available: list[Site]) -> Placed:
         return super().place(model, select(available, self.at))
 
     def count(self, model: nn.Module, available: list[Site]) -> int:

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from inspect import signature
 from typing import Any, ClassVar
 
-from torch import Tensor, nn
+from torch import nn
 
-from mmpeft.controllers import Controller
 from mmpeft.controllers.gate import GateLevels
 from mmpeft.errors import ConfigError, Refused, nearest
 from mmpeft.hosting.host import original_class
 from mmpeft.hosting.modules import module_at
 from mmpeft.methods.base import Method, MethodInfo, Sited, any_tensor, fan, own_weight
 from mmpeft.methods.compose import Union
+from mmpeft.methods.former import place
+from mmpeft.methods.placed import Placed, Tensors, Traits
 from mmpeft.parts import Delta
 from mmpeft.parts.base import Hook, Placement
 from mmpeft.parts.branch import Branch
@@ -52,14 +54,20 @@ class Gated(Method):
         assert isinstance(self.method, Sited)
         return self.method
 
-    def place(self, model: nn.Module, available: list[Site]) -> list[Placement]:
-        placed = self.method.place(model, available)
+    def check(self, model: nn.Module, available: list[Site]) -> None:
+        self.method.check(model, available)
+
+    def place(self, model: nn.Module, available: list[Site]) -> Placed:
+        placed = place(self.method, model, available)
         own = iter(self.sited.chosen(available))
         masks: dict[str, Placement] = {}
         gated = [
             p if isinstance(p.part, Shared) else self._gated(model, available, next(own), p, masks) for p in placed
         ]
-        return [*gated, *masks.values()]
+        gates = [p.part.gate for p in gated if isinstance(p.part, GatedPart)]
+        levels = GateLevels({type(self.method).__name__.lower(): gates})
+        bake = partial(self._bake, placed, gated, len(masks))
+        return Placed([*gated, *masks.values()], [*placed.controllers, levels], bake)
 
     def _gated(
         self, model: nn.Module, available: list[Site], site: Site, p: Placement, masks: dict[str, Placement]
@@ -96,27 +104,20 @@ class Gated(Method):
         return self.method.count(model, available) + sum(Gate.count(self.kind, width) for width in widths)
 
     @property
-    def identity(self) -> bool:
-        return self.method.identity
+    def traits(self) -> Traits:
+        return replace(super().traits, identity=self.method.identity)
 
-    def controllers(self, placements: Sequence[Placement]) -> list[Controller]:
-        gated = [(p, p.part) for p in placements if isinstance(p.part, GatedPart)]
-        inner = [replace(p, part=part.inner) for p, part in gated]
-        levels = GateLevels({type(self.method).__name__.lower(): [part.gate for _, part in gated]})
-        return [*self.method.controllers(inner), levels]
-
-    def compact(self, placements: Sequence[Placement]) -> tuple[Method, list[dict[str, Tensor]]]:
+    def _bake(self, placed: Placed, gated: Sequence[Placement], masks: int) -> tuple[Method, Tensors] | None:
         """What the method leaves, behind the same gates; everything where it would leave out whole parts."""
-        own = [p for p in placements if not isinstance(p.part, Padding)]
-        bare = [replace(p, part=p.part.inner) if isinstance(p.part, GatedPart) else p for p in own]
-        method, tensors = self.method.compact(bare)
-        if method is self.method or len(tensors) != len(own):
-            return super().compact(placements)
-        for p, left in zip(own, tensors):
+        found = placed.baked()
+        if found is None or len(found[1]) != len(gated):
+            return None
+        method, tensors = found
+        for p, left in zip(gated, tensors):
             if isinstance(p.part, GatedPart):
                 gate = dict(p.part.gate.named_parameters(prefix="gate"))
                 left.update({f"inner.{name}": left.pop(name) for name in list(left)} | gate)
-        return replace(self, method=method), [*tensors, *({} for _ in placements[len(tensors) :])]
+        return replace(self, method=method), [*tensors, *({} for _ in range(masks))]
 
 
 def gate(*methods: Method, kind: GateKind = "token", start: float = 1.0) -> Method:

@@ -122,8 +122,7 @@ class Hook:
 class Placement:
     """A part, the module it is registered under, its key there and the hooks through which it enters.
 
-    `owners` are the numbers of the method in the unions around it, the innermost first. `depth` is that of the block
-    around it where a method tells blocks apart by it.
+    `depth` is that of the block around it where a method tells blocks apart by it.
     """
 
     part: Part
@@ -131,8 +130,12 @@ class Placement:
     key: str
     hooks: tuple[Hook, ...]
     role: str = ""
-    owners: tuple[int, ...] = ()
     depth: int = -1
+
+    @property
+    def prefix(self) -> str:
+        """What the names of its tensors begin with in a file: `blocks.0.attn.qkv.lora_q`."""
+        return f"{self.home}.{self.key}" if self.home else self.key
 
 
 def trainable_dtype(dtype: torch.dtype) -> torch.dtype:

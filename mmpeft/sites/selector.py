@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from fnmatch import fnmatchcase
 from operator import eq, ge, gt, le, lt, ne
 
@@ -105,7 +106,7 @@ def select(available: list[Site], at: Selector, *, every: bool = True) -> list[S
     if callable(at):
         chosen = [site for site in available if at(site)]
         if not chosen:
-            raise SiteError(f"the predicate {at!r} selects no site; roles here: {_roles(available)}")
+            raise SiteError(f"the predicate {at!r} selects no site; roles here: {roles_of(available)}")
         return chosen
     depths = 1 + max((site.depth for site in available), default=-1)
     alternatives = _alternatives(at, depths)
@@ -115,13 +116,14 @@ def select(available: list[Site], at: Selector, *, every: bool = True) -> list[S
             role = text.split(" & ")[0].rpartition(":")[2]
             existing = sorted({site.role for site in available})
             raise SiteError(
-                f"{text!r} in at={at!r} matches no site; roles here: {_roles(available)}.{nearest(role, existing)}"
+                f"{text!r} in at={at!r} matches no site; roles here: {roles_of(available)}.{nearest(role, existing)}"
             )
     wanted = {id(site) for matched in hits for site in matched}
     return [site for site in available if id(site) in wanted]
 
 
-def _roles(available: list[Site]) -> str:
+def roles_of(available: Iterable[Site]) -> str:
+    """How many sites there are of each role, for people."""
     counts: dict[str, int] = {}
     for site in available:
         name = f"{site.tower}:{site.role}" if site.tower else site.role

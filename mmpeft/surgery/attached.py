@@ -62,9 +62,8 @@ class Attached:
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Trainable tensors by `<host path>.<part>.<tensor>`: where they act, whatever the tuning's name."""
         for placement in self.placements:
-            prefix = ".".join(filter(None, (placement.home, placement.key)))
             for name, parameter in placement.part.named_parameters():
-                yield f"{prefix}.{name}", parameter
+                yield f"{placement.prefix}.{name}", parameter
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """Trainable tensors, ready for an optimiser."""
@@ -77,9 +76,8 @@ class Attached:
     def _named_tensors(self) -> Iterator[tuple[str, Tensor]]:
         yield from self.named_parameters()
         for placement in self.placements:
-            prefix = ".".join(filter(None, (placement.home, placement.key)))
             for name, tensor in placement.part.frozen().items():
-                yield f"{prefix}.{name}", tensor
+                yield f"{placement.prefix}.{name}", tensor
 
     def load_state_dict(self, tensors: Mapping[str, Tensor]) -> None:
         """Set every tensor of `state_dict`; nothing is changed unless all names and shapes agree.

@@ -20,6 +20,7 @@ from mmpeft.hosting.offload import check_stored, check_values, know
 from mmpeft.hosting.running import CHOICES, Choice, choose
 from mmpeft.hosting.still import MODE, frozen_statistics
 from mmpeft.methods.base import Method
+from mmpeft.methods.former import place
 from mmpeft.parts.base import Placement
 from mmpeft.sites import Site, sites
 from mmpeft.surgery.choice import use
@@ -55,20 +56,22 @@ def attach(
         state = state_of(model) or State()
         _check_name(state, name)
         available = sites(model, example)
+        method.check(model, available)
         method = _resolved(model, state, method, data, loss)
-        placements = method.place(model, available)  # all checks happen here, before anything is changed
+        placed = place(method, model, available)  # all checks happen here, before anything is changed
+        placements = list(placed)
         for placement in placements:
             _check_home(model, placement)
         check_values(placements)
         why = fresh_head(model, available, method, placements) if fresh else None
         if why:
             warnings.warn(why, FreshHeadWarning, stacklevel=3)
-        controllers = Controllers(method.controllers(placements), _Replan(model))
+        controllers = Controllers(placed.controllers, _Replan(model))
         with state.gate.alone(state):
             if not state.placements:
                 _freeze(model, state, available)
             state.methods[name], state.placements[name] = method, placements
-            state.controllers[name] = controllers
+            state.controllers[name], state.bakes[name] = controllers, placed.bake
             know(state, placements)
             _install(model, state, name, placements)
             if run:
@@ -233,7 +236,7 @@ def detach(model: nn.Module, name: str) -> None:
 
 def _detach(model: nn.Module, state: State, name: str) -> list[str]:
     """As `detach`; gives the names of buffers that have moved."""
-    del state.placements[name], state.methods[name], state.controllers[name]
+    del state.placements[name], state.methods[name], state.controllers[name], state.bakes[name]
     for choice in list(state.live):
         if name in names_of(choice.route):
             choice.route = None

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 from mmpeft.methods.base import Method
+from mmpeft.methods.former import place
+from mmpeft.methods.placed import Tensors
 from mmpeft.parts.base import Placement
 from mmpeft.sites import sites
 from mmpeft.surgery.attaching import attach, detach
@@ -21,13 +23,19 @@ if TYPE_CHECKING:
 @torch.no_grad()
 def bake(tuning: Attached) -> None:
     """Put what is left in the tuning's place; answers stay the same."""
-    method, tensors = tuning.method.compact(tuning.placements)
-    if method is not tuning.method:
+    found = _left(tuning)
+    if found is not None:
         with unchanged_on_error(tuning.model):
-            _replace(tuning, method, tensors)
+            _replace(tuning, *found)
 
 
-def _replace(tuning: Attached, method: Method, values: list[dict[str, Tensor]]) -> None:
+def _left(tuning: Attached) -> tuple[Method, Tensors] | None:
+    """A method and its tensors in the tuning's place; None where everything is left."""
+    left = tuning._state.bakes[tuning.name]
+    return left() if left is not None else None
+
+
+def _replace(tuning: Attached, method: Method, values: Tensors) -> None:
     """Another method in the place of a tuning's, its parts with these values."""
     route = tuning._state.route
     detach(tuning.model, tuning.name)
@@ -40,12 +48,12 @@ def _replace(tuning: Attached, method: Method, values: list[dict[str, Tensor]]) 
 
 def compact(tuning: Attached) -> tuple[Method, dict[str, Tensor], list[Placement]]:
     """The method, tensors and parts that `bake` would leave, beside the tuning as it is."""
-    method, tensors = tuning.method.compact(tuning.placements)
-    if method is tuning.method:
-        return method, tuning.state_dict(), tuning.placements
-    placements = method.place(tuning.model, sites(tuning.model))
+    left = _left(tuning)
+    if left is None:
+        return tuning.method, tuning.state_dict(), tuning.placements
+    method, tensors = left
+    placements = list(place(method, tuning.model, sites(tuning.model)))
     found = {}
     for placement, own in zip(placements, tensors, strict=True):
-        prefix = ".".join(filter(None, (placement.home, placement.key)))
-        found.update({f"{prefix}.{name}": tensor.detach() for name, tensor in own.items()})
+        found.update({f"{placement.prefix}.{name}": tensor.detach() for name, tensor in own.items()})
     return method, found, placements

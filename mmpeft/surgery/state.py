@@ -18,6 +18,7 @@ from mmpeft.hosting.offload import looked, take_back
 from mmpeft.hosting.recompute import Recompute
 from mmpeft.hosting.running import Choice, Gate, Planned, chosen
 from mmpeft.methods.base import Method
+from mmpeft.methods.placed import Bake
 from mmpeft.parts.base import Placement
 from mmpeft.surgery.liveness import Prints
 from mmpeft.surgery.together import Route
@@ -49,6 +50,7 @@ class State:
     merged: dict[str, list[tuple[str, str, Tensor | None]]] = field(default_factory=dict)
     """Originals `(host, attribute, tensor)` replaced by each merged tuning, in the order of merging."""
     controllers: dict[str, Controllers] = field(default_factory=dict)
+    bakes: dict[str, Bake | None] = field(default_factory=dict)
     fused: dict[str, int] = field(default_factory=dict)
     """What fused layers around hosts said of their activation."""
     seats: int = 0

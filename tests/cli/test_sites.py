@@ -123,7 +123,7 @@ def test_a_method_from_a_file(capsys, tmp_path):
 
 def test_a_refused_method_says_why(capsys):
     text = shown(capsys, "timm:resnet26", "--method", "LoRA(at='attn.q')", code=1)
-    assert "LoRA(at='attn.q') is refused: 'attn.q' in at='attn.q' matches no site" in text
+    assert "LoRA(at='attn.q') is refused: LoRA needs sites at='attn.q', and this model has none: " in text
     assert "chooses by data what it trains" in shown(capsys, TINY, "--method", "FishMask", code=1)
 
 

@@ -36,8 +36,11 @@ SMALL |= {
     "words": 40,
 }
 
+FUSED = mmpeft.Pfeiffer(bottleneck=8)
+"""The method of the adapters that are saved for a fusion."""
+
 WRAPPED: dict[str, dict[str, object]] = {
-    "AdapterDrop": {"method": mmpeft.Pfeiffer(bottleneck=8)},
+    "AdapterDrop": {"method": FUSED},
     "AdapterFusion": {"adapters": ()},  # saved by `library` for each model
 }
 """Methods around others, and which."""
@@ -61,7 +64,7 @@ def decided(example: Example, method: Method) -> Method:
 def library(model: nn.Module, folder: str) -> list[str]:
     """Two saved adapters of the model, far from their start."""
     for seed in (0, 1):
-        tuning = mmpeft.attach(model, mmpeft.Pfeiffer(bottleneck=8))
+        tuning = mmpeft.attach(model, FUSED)
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
             for parameter in tuning.parameters():

@@ -7,6 +7,8 @@ Every cell is tried on the tiny model of its family; the invariants behind "work
 
 from __future__ import annotations
 
+import re
+from functools import cache
 from pathlib import Path
 
 import mmpeft
@@ -33,12 +35,33 @@ def cell(label: str, family: str) -> tuple[str, str]:
     try:
         tuning = mmpeft.attach(example.model, decided(example, rows()[label]))
     except MMPEFTError as error:
-        return "", str(error)
+        return "", shortened(error)
     try:
         tuning.merge()
     except Refused:
         return "○", ""
     return "●", ""
+
+
+def shortened(error: MMPEFTError) -> str:
+    """A reason without the roles that a model has, which would be another sentence for each."""
+    return re.sub("roles here: .*", "…", str(error))
+
+
+@cache
+def written() -> dict[str, dict[str, tuple[str, str]]]:
+    """Family -> method -> `(mark, reason)` as the page has them."""
+    text = PAGE.read_text("utf-8")
+    reasons = dict(re.findall(r"^(\d+)\. (.*)$", text, re.MULTILINE))
+    found: dict[str, dict[str, tuple[str, str]]] = {}
+    for table in re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE):
+        head, _, *lines = [
+            [part.strip() for part in line.split(" | ")] for line in table.replace("|\n", "\n").split("\n")
+        ]
+        for number, family in enumerate(head[1:], 1):
+            column = {line[0].removeprefix("| "): line[number] for line in lines if len(line) > 1}
+            found[family] = {label: ("", reasons[m]) if m.isdecimal() else (m, "") for label, m in column.items()}
+    return found
 
 
 def page() -> str:

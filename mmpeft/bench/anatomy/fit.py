@@ -13,6 +13,7 @@ from mmpeft.errors import MMPEFTError
 from mmpeft.functional.rows import count_rows
 from mmpeft.methods import Method
 from mmpeft.methods.base import own_weight
+from mmpeft.methods.former import place
 from mmpeft.parts.base import Placement
 from mmpeft.sites import Site
 from mmpeft.surgery.attaching import base_tensors
@@ -84,9 +85,10 @@ def fit(model: nn.Module, method: Method, found: Sequence[Site], at: str = "", n
             name = f"{name} at {at}"
             sited = any(own.name == "at" for own in fields(method))
             method = replace(method, at=at) if sited else method.where(at)  # type: ignore[call-arg]
+        method.check(model, list(found))
         if method.needs_data:
             return Fit(name, refused=BY_DATA.format(type(method).__name__))
-        placements = method.resolve(model).place(model, list(found))
+        placements = place(method.resolve(model), model, list(found))
     except MMPEFTError as error:
         return Fit(name, refused=str(error))
     towers = towers_of_tensors(found)

@@ -10,15 +10,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from mmpeft.controllers import Controller
 from mmpeft.controllers.objective import NearIdentity
 from mmpeft.controllers.scores import Loss, default_loss
 from mmpeft.errors import ConfigError, Refused
 from mmpeft.hosting.modules import module_at
 from mmpeft.methods.base import Method, first_tensor, positive, register
+from mmpeft.methods.former import place
+from mmpeft.methods.placed import Placed, Traits
 from mmpeft.methods.saved import read_adapter
 from mmpeft.parts import Branch
-from mmpeft.parts.base import Placement
 from mmpeft.parts.fusion import Fusion
 from mmpeft.sites import Site
 
@@ -43,8 +43,8 @@ class AdapterFusion(Method):
         positive(self, temperature=self.temperature)
 
     @property
-    def decided(self) -> bool:
-        return bool(self.members)
+    def traits(self) -> Traits:
+        return replace(super().traits, sitewise=True, decided=bool(self.members))
 
     def resolve(self, model: nn.Module, data: Iterable[Any] = (), loss: Loss = default_loss) -> Method:
         """With the adapters read.
@@ -71,9 +71,9 @@ class AdapterFusion(Method):
         object.__setattr__(fused, "_sources", [adapter.placements for adapter in found])
         return fused
 
-    def place(self, model: nn.Module, available: list[Site]) -> list[Placement]:
+    def place(self, model: nn.Module, available: list[Site]) -> Placed:
         sources = self.__dict__.get("_sources")
-        columns = sources or [_empty(member.place(model, available)) for member in self.members]
+        columns = sources or [_empty(place(member, model, available)) for member in self.members]
         placements = []
         for row in zip(*columns, strict=True):
             adapters = [copy.deepcopy(p.part) for p in row]
@@ -83,17 +83,11 @@ class AdapterFusion(Method):
             assert like is not None
             part = Fusion(adapters, width, self.temperature, like)
             placements.append(replace(row[0], part=part, key=f"fusion_{row[0].role.replace('.', '_')}"))
-        return placements
+        fused = [p.part for p in placements if isinstance(p.part, Fusion)]
+        return Placed(placements, [NearIdentity(fused, self.regularization)])
 
     def count(self, model: nn.Module, available: list[Site]) -> int:
-        return sum(3 * _width(p.part) ** 2 for p in self.members[0].place(model, available))
-
-    def controllers(self, placements: Sequence[Placement]) -> list[Controller]:
-        return [NearIdentity([p.part for p in placements if isinstance(p.part, Fusion)], self.regularization)]
-
-    @property
-    def sitewise(self) -> bool:
-        return True
+        return sum(3 * _width(p.part) ** 2 for p in place(self.members[0], model, available))
 
 
 def _width(part: nn.Module) -> int:
@@ -102,7 +96,7 @@ def _width(part: nn.Module) -> int:
     return len(part.up.bias)  # type: ignore[arg-type]
 
 
-def _empty(placements: list[Placement]) -> list[Placement]:
+def _empty(placements: Placed) -> Placed:
     """Adapters that a file is still to fill; until then their answer is NaN, not silently nothing."""
     with torch.no_grad():
         for placement in placements:

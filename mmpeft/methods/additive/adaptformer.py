@@ -7,8 +7,8 @@ from typing import ClassVar
 
 from torch import nn
 
-from mmpeft.errors import Refused
 from mmpeft.methods.base import register
+from mmpeft.methods.needs import Refusal, at_site
 from mmpeft.methods.shared.bottleneck import Parallel
 from mmpeft.parts.base import Hook
 from mmpeft.parts.branch import Scale, Source
@@ -25,14 +25,17 @@ class AdaptFormer(Parallel):
     scale: float = 0.1
 
     source: ClassVar[Source] = "tap"
+    refuses: ClassVar[tuple[Refusal, ...]] = (
+        *Parallel.refuses,
+        at_site(
+            lambda site: not site.stream,
+            "no module of this block sees the residual stream that the adapter reads; use ParallelAdapter, which reads "
+            "the sub-layer's own input",
+        ),
+    )
 
     def learned_scale(self) -> Scale:
         return self.scale
 
     def hooks(self, model: nn.Module, site: Site) -> tuple[Hook, ...]:
-        if not site.stream:
-            raise Refused(
-                f"{type(self).__name__} at {site}: no module of this block sees the residual stream that the adapter "
-                "reads; use ParallelAdapter, which reads the sub-layer's own input"
-            )
         return (Hook(site.stream, "enter"), Hook(site.out or site.path, "exit"))

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from mmpeft.errors import ConfigError, Refused
 from mmpeft.methods.base import any_tensor, positive, register
+from mmpeft.methods.placed import Placed
 from mmpeft.methods.shared.bottleneck import Bottleneck
-from mmpeft.parts.base import Placement
 from mmpeft.parts.factors import PHMBank, PHMLinear
 from mmpeft.parts.shared import Shared
 from mmpeft.sites import Selector, Site
@@ -38,7 +38,7 @@ class Compacter(Bottleneck):
         """A multiple of n: the reduced width, rounded down to one but not to nothing."""
         return self.bottleneck or max(self.n, site.width // self.reduction // self.n * self.n)
 
-    def place(self, model: nn.Module, available: list[Site]) -> list[Placement]:
+    def place(self, model: nn.Module, available: list[Site]) -> Placed:
         chosen = self.chosen(available)
         bank = Shared(PHMBank(self.n, any_tensor(model, chosen[0])))
 
@@ -49,7 +49,7 @@ class Compacter(Bottleneck):
             return PHMLinear(d, r, self.n, bank.view(), like), PHMLinear(r, d, self.n, bank.view(), like)
 
         placed = [self.build(model, site, linears) for site in chosen]
-        return [bank.placed(f"{type(self).__name__.lower()}_bank"), *placed]
+        return Placed([bank.placed(f"{type(self).__name__.lower()}_bank"), *placed])
 
     def count(self, model: nn.Module, available: list[Site]) -> int:
         return self.n**3 + super().count(model, available)

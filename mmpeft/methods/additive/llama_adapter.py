@@ -13,6 +13,7 @@ from mmpeft.hosting.host import base_value
 from mmpeft.hosting.modules import module_at
 from mmpeft.methods.additive.prefix_tuning import entry
 from mmpeft.methods.base import Sited, any_tensor, fan, positive, register
+from mmpeft.methods.placed import Placed
 from mmpeft.parts import GatedPrefix
 from mmpeft.parts.attention import connection
 from mmpeft.parts.base import Placement, cast
@@ -60,6 +61,9 @@ class LLaMAAdapter(Sited):
     def __post_init__(self) -> None:
         positive(self, tokens=self.tokens, layers=self.layers)
 
+    def check(self, model: nn.Module, available: list[Site]) -> None:
+        self.last(available)
+
     def last(self, available: list[Site]) -> list[tuple[Site, Site, Site]]:
         """The last chosen `kv` sites of each tower, with the projections of their keys and values."""
         chosen = self.chosen(available)
@@ -79,7 +83,7 @@ class LLaMAAdapter(Sited):
                 found.append((site, *sorted(own, key=lambda s: s.role)))
         return found  # type: ignore[return-value]
 
-    def place(self, model: nn.Module, available: list[Site]) -> list[Placement]:
+    def place(self, model: nn.Module, available: list[Site]) -> Placed:
         placements = []
         for site, keys, values in self.last(available):
             project = tuple(_Projection.of(model, s) for s in (keys, values))
@@ -87,7 +91,7 @@ class LLaMAAdapter(Sited):
             part = GatedPrefix(self.tokens, width, site.width, project, any_tensor(model, site), connection(site).view)
             hook = entry(site.path, connection(site))
             placements.append(Placement(part, site.path, "llamaadapter", (hook,), site.role))
-        return placements
+        return Placed(placements)
 
     def count(self, model: nn.Module, available: list[Site]) -> int:
         return sum(self.tokens * fan(model, keys)[1] + 1 for _, keys, _ in self.last(available))

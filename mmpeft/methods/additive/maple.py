@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import nn
 
-from mmpeft.errors import Refused
 from mmpeft.methods.base import register
+from mmpeft.methods.needs import Need, Refusal
+from mmpeft.methods.placed import Placed
 from mmpeft.methods.shared.in_place import InPlacePrompt
 from mmpeft.parts.base import Hook, Placement
 from mmpeft.parts.in_place import Coupled, InPlace
 from mmpeft.sites import Site
-from mmpeft.sites.selector import select
+
+
+def _images(method: MaPLe, available: Sequence[Site]) -> list[Site]:
+    """The image tower's token sites up to `depth`."""
+    return [s for s in available if (s.role, s.tower) == ("tokens", "image") and s.depth < method.depth]
+
+
+def _closed(method: MaPLe, chosen: Sequence[Site], available: Sequence[Site]) -> Site | None:
+    return next((site for site in _images(method, available) if site.refuse), None)
 
 
 @register("https://arxiv.org/abs/2210.03117", "additive", mergeable=False, identity=False)
@@ -27,15 +38,17 @@ class MaPLe(InPlacePrompt):
     tokens: int = 2
     depth: int = 9
 
+    refuses: ClassVar[tuple[Refusal, ...]] = (*InPlacePrompt.refuses, Refusal(_closed, "{site.refuse}"))
+
+    @property
+    def needs(self) -> tuple[Need, ...]:
+        return (*super().needs, Need("tokens of an image tower to stand beside", "image:tokens"))
+
     def pairs(self, available: list[Site]) -> list[Site]:
         """The image tower's token sites up to `depth`, as many as there are text levels."""
-        found = [site for site in select(available, "image:tokens") if site.depth < self.depth]
-        for site in found:
-            if site.refuse:
-                raise Refused(f"MaPLe at {site}: {site.refuse}")
-        return found[: len(self.levels(available))]
+        return _images(self, available)[: len(self.levels(available))]
 
-    def place(self, model: nn.Module, available: list[Site]) -> list[Placement]:
+    def place(self, model: nn.Module, available: list[Site]) -> Placed:
         texts = self.texts(model, available)
         images = self.pairs(available)
         every = [site for site in available if site.role == "tokens" and site.tower == "image"]
@@ -48,7 +61,7 @@ class MaPLe(InPlacePrompt):
             start = Hook(site.entry or site.path, "enter")
             hooks = (start, Hook(spans[-1].path, "exit"), *readers)
             texts.append(Placement(part, site.path, "maple", hooks, site.role))
-        return texts
+        return Placed(texts)
 
     def count(self, model: nn.Module, available: list[Site]) -> int:
         levels, images = self.levels(available), self.pairs(available)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
-from torch import Tensor, nn
+from torch import nn
 
 from mmpeft.methods.base import Method, Sited, any_tensor, positive, register
+from mmpeft.methods.placed import Placed, Tensors
 from mmpeft.parts.attention import connection
 from mmpeft.parts.base import Hook, Placement
 from mmpeft.parts.prefix import Prefix, PrefixMLP
@@ -37,7 +39,7 @@ class KeyValues(Sited):
         """What generates the prefixes while training; None where they are trained themselves."""
         return None
 
-    def place(self, model: nn.Module, available: list[Site]) -> list[Placement]:
+    def place(self, model: nn.Module, available: list[Site]) -> Placed:
         chosen = self.chosen(available)
         mlp = self.generator(model, chosen)
         placements = []
@@ -47,7 +49,7 @@ class KeyValues(Sited):
             part = Prefix(self.tokens, site.heads, site.width, like, connection(site).view, source)
             hook = entry(site.path, connection(site))
             placements.append(Placement(part, site.path, type(self).__name__.lower(), (hook,), site.role))
-        return placements
+        return Placed(placements)
 
     def count(self, model: nn.Module, available: list[Site]) -> int:
         return self.tokens * sum(self.sizes(self.chosen(available)))
@@ -88,9 +90,11 @@ class PrefixTuning(KeyValues):
         inner = self.tokens * width + self.hidden * (width + 1)
         return inner + (self.hidden + 1) * sum(self.sizes(chosen))
 
-    def compact(self, placements: Sequence[Placement]) -> tuple[Method, list[dict[str, Tensor]]]:
+    def place(self, model: nn.Module, available: list[Site]) -> Placed:
+        placed = super().place(model, available)
+        return replace(placed, bake=partial(self._bake, placed.placements)) if self.hidden else placed
+
+    def _bake(self, placements: Sequence[Placement]) -> tuple[Method, Tensors]:
         """The generated keys and values, without what generates them."""
-        if not self.hidden:
-            return super().compact(placements)
         parts = [p.part for p in placements if isinstance(p.part, Prefix)]
         return replace(self, hidden=0), [{"tokens": part.keys_and_values()} for part in parts]

@@ -4,18 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from functools import partial
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
-from mmpeft.errors import ConfigError, Refused
+from mmpeft.errors import ConfigError
 from mmpeft.hosting.modules import module_at
 from mmpeft.methods.base import Method, Sited, any_tensor, own_weight, positive, register
+from mmpeft.methods.needs import Need, Refusal
+from mmpeft.methods.placed import Placed, Tensors
 from mmpeft.parts.attention import connection
 from mmpeft.parts.base import Hook, Placement, trainable_dtype
 from mmpeft.parts.prompt import Prompt, PromptBeside, PromptLayer, PromptLSTM, PromptMLP
 from mmpeft.sites import Selector, Site
+
+
+def _of_fixed_length(method: InputPrompt, chosen: Sequence[Site], available: Sequence[Site]) -> Site | None:
+    """An embedding, if there is not exactly one that the model's anatomy can lengthen."""
+    words = [site for site in chosen if site.kind == "embedding"]
+    return None if sum(site.connect is not None for site in words) == 1 else [*words, *chosen][0]
 
 
 @dataclass(frozen=True)
@@ -30,8 +39,20 @@ class InputPrompt(Sited):
     at: Selector = "embed"
     tokens: int = 20
 
+    refuses: ClassVar[tuple[Refusal, ...]] = (
+        Refusal(
+            _of_fixed_length,
+            "the anatomy knows no way to lengthen the text of this model (it does for decoders, BERT's family and T5); "
+            "use PrefixTuning or PTuningV2, which learn keys and values directly",
+        ),
+    )
+
     def __post_init__(self) -> None:
         positive(self, tokens=self.tokens)
+
+    @property
+    def needs(self) -> tuple[Need, ...]:
+        return (Need("an embedding of words to put learned ones beside", self.at, "embedding"),)
 
     def start(self, model: nn.Module, site: Site) -> Tensor | None:
         """Values the embeddings [p, d] start from; None where an encoder makes them."""
@@ -43,19 +64,9 @@ class InputPrompt(Sited):
 
     def only(self, available: list[Site]) -> Site:
         """The one input embedding that learned ones can stand beside."""
-        chosen = [site for site in self.chosen(available) if site.kind == "embedding"]
-        name = type(self).__name__
-        if not chosen:
-            raise Refused(f"{name}: the model has no embedding of words to put learned ones beside")
-        found = [site for site in chosen if site.connect is not None]
-        if len(found) != 1:
-            raise Refused(
-                f"{name} at {chosen[0]}: the anatomy knows no way to lengthen the text of this model (it does for "
-                "decoders, BERT's family and T5); use PrefixTuning or PTuningV2, which learn keys and values directly"
-            )
-        return found[0]
+        return next(s for s in self.chosen(available) if s.kind == "embedding" and s.connect is not None)
 
-    def place(self, model: nn.Module, available: list[Site]) -> list[Placement]:
+    def place(self, model: nn.Module, available: list[Site]) -> Placed:
         site = self.only(available)
         like = any_tensor(model, site)
         dtype = trainable_dtype(like.dtype)
@@ -76,7 +87,7 @@ class InputPrompt(Sited):
             connect = connection(layer)
             hook = Hook(layer.path, "read", connect.attribute)
             placements.append(Placement(PromptLayer(prompt, i, connect.view), layer.path, key, (hook,), "kv"))
-        return placements
+        return Placed(placements)
 
     def count(self, model: nn.Module, available: list[Site]) -> int:
         return self.tokens * self.only(available).width
@@ -138,9 +149,11 @@ class PTuning(InputPrompt):
         lstm = 2 * 4 * h * (d + h + 2) + 2 * 4 * h * (2 * h + h + 2)
         return own + lstm + 2 * h * (2 * h + 1) + d * (2 * h + 1)
 
-    def compact(self, placements: Sequence[Placement]) -> tuple[Method, list[dict[str, Tensor]]]:
+    def place(self, model: nn.Module, available: list[Site]) -> Placed:
+        placed = super().place(model, available)
+        return replace(placed, bake=partial(self._bake, placed.placements)) if self.hidden else placed
+
+    def _bake(self, placements: Sequence[Placement]) -> tuple[Method, Tensors]:
         """The embeddings that the encoder makes, without it."""
-        if not self.hidden:
-            return super().compact(placements)
         prompts = [p.part if isinstance(p.part, Prompt) else None for p in placements]
         return replace(self, hidden=0), [{"tokens": part.embeddings()} if part else {} for part in prompts]

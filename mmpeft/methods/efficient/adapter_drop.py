@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
-from torch import Tensor, nn
+from torch import nn
 
-from mmpeft.controllers import Controller
 from mmpeft.controllers.layers import RandomLayers
 from mmpeft.errors import ConfigError
 from mmpeft.methods.additive.pfeiffer import Pfeiffer
 from mmpeft.methods.base import Method, register, with_depth
 from mmpeft.methods.compose import Restricted, Wrapped
+from mmpeft.methods.former import place
+from mmpeft.methods.placed import Placed, Tensors, everything
 from mmpeft.parts.base import Placement
 from mmpeft.sites import Site
 
@@ -41,22 +43,20 @@ class AdapterDrop(Wrapped):
         if self.drop is not None and self.drop < 0:
             raise ConfigError(f"AdapterDrop: drop is a number of blocks, got {self.drop}")
 
-    def place(self, model: nn.Module, available: list[Site]) -> list[Placement]:
-        placements = with_depth(self.method.place(model, available), available)
+    def place(self, model: nn.Module, available: list[Site]) -> Placed:
+        placed = place(self.method, model, available)
+        placements = with_depth(placed.placements, available)
         deepest = max(p.depth for p in placements)
         if (self.drop or 0) > deepest:
             raise ConfigError(
                 f"AdapterDrop: drop={self.drop} leaves no block with a part; the deepest is at depth {deepest}"
             )
-        return placements
+        layers = RandomLayers(placements, deepest if self.drop is None else self.drop)
+        return Placed(placements, [*placed.controllers, layers], partial(self._bake_running, placed, placements))
 
-    def controllers(self, placements: Sequence[Placement]) -> list[Controller]:
-        most = max(p.depth for p in placements) if self.drop is None else self.drop
-        return [*self.method.controllers(placements), RandomLayers(placements, most)]
-
-    def compact(self, placements: Sequence[Placement]) -> tuple[Method, list[dict[str, Tensor]]]:
+    def _bake_running(self, placed: Placed, placements: Sequence[Placement]) -> tuple[Method, Tensors]:
         """The method itself, at the blocks whose parts run."""
-        method, tensors = self.method.compact(placements)
+        method, tensors = placed.baked() or (self.method, everything(placements))
         lowest = 1 + max((p.depth for p in placements if p.part.resting), default=-1)
         if not lowest:
             return method, tensors

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import ClassVar
 
 from torch import nn
 
-from mmpeft.errors import ConfigError, Refused
+from mmpeft.errors import ConfigError
 from mmpeft.methods.base import Sited, any_tensor, positive, register
+from mmpeft.methods.needs import Refusal, at_site
+from mmpeft.methods.placed import Placed, Traits
 from mmpeft.parts import Branch
 from mmpeft.parts.base import Hook, Placement
 from mmpeft.parts.conditional import Conditional
@@ -32,20 +35,27 @@ class CoDA(Sited):
     bottleneck: int = 64
     epsilon: float = 0.03
 
+    refuses: ClassVar[tuple[Refusal, ...]] = (
+        at_site(lambda site: site.role != "tokens", "it runs whole blocks on fewer tokens, select 'tokens' sites"),
+        at_site(
+            lambda site: site.prefix_reader,
+            "its rotary positions are those of the whole sequence, not of chosen tokens",
+        ),
+    )
+
     def __post_init__(self) -> None:
         positive(self, bottleneck=self.bottleneck, epsilon=self.epsilon)
         if self.reduction < 1:
             raise ConfigError(f"CoDA: reduction is tokens over tokens that run, 1 or more, got {self.reduction}")
 
     @property
-    def identity(self) -> bool:
-        return self.reduction == 1
+    def traits(self) -> Traits:
+        return replace(super().traits, identity=self.reduction == 1)
 
-    def place(self, model: nn.Module, available: list[Site]) -> list[Placement]:
+    def place(self, model: nn.Module, available: list[Site]) -> Placed:
         placements: list[Placement] = []
         before: dict[str, Conditional] = {}
         for site in self.chosen(available):
-            self._check(site)
             like = any_tensor(model, site)
             part = Conditional(
                 Branch(site.width, self.bottleneck, like, source="input"),
@@ -58,7 +68,7 @@ class CoDA(Sited):
             )
             before[site.tower] = part
             placements.append(Placement(part, site.path, "coda", (Hook(site.path, "around"),), site.role))
-        return placements
+        return Placed(placements)
 
     def count(self, model: nn.Module, available: list[Site]) -> int:
         total, towers = 0, set()
@@ -74,9 +84,3 @@ class CoDA(Sited):
         """Whether the router would stand in the last block of a tower with class tokens."""
         last = max(s.depth for s in available if s.role == "tokens" and s.tower == site.tower)
         return site.prefix > 0 and site.depth == last
-
-    def _check(self, site: Site) -> None:
-        if site.role != "tokens":
-            raise Refused(f"CoDA at {site}: it runs whole blocks on fewer tokens, select 'tokens' sites")
-        if site.prefix_reader:
-            raise Refused(f"CoDA at {site}: its rotary positions are those of the whole sequence, not of chosen tokens")

@@ -2,16 +2,45 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal
 
 from torch import nn
 
 from mmpeft.errors import Refused
 from mmpeft.methods.base import Sited, any_tensor, positive, register
+from mmpeft.methods.needs import Refusal, at_site
+from mmpeft.methods.placed import Placed, Traits
 from mmpeft.parts.base import Hook, Placement
 from mmpeft.parts.side import Ladder, SideBlock, SideLayer
 from mmpeft.sites import Selector, Site
+
+
+def _not_at_the_end(method: LST, chosen: Sequence[Site], available: Sequence[Site]) -> Site | None:
+    """The last chosen block of a tower that goes on behind it."""
+    for stack in _towers(chosen):
+        if stack[-1].depth != max(s.depth for s in available if s.role == "block" and s.tower == stack[0].tower):
+            return stack[-1]
+    return None
+
+
+def _maps_and_tokens(method: LST, chosen: Sequence[Site], available: Sequence[Site]) -> Site | None:
+    return next((stack[0] for stack in _towers(chosen) if len({s.channel_dim for s in stack}) > 1), None)
+
+
+def _looking_across(method: LST, chosen: Sequence[Site], available: Sequence[Site]) -> Site | None:
+    """A block of one of several chosen towers that looks at another one."""
+    crossing = {s.tower for s in available if s.role == "cross"}
+    stacks = _towers(chosen)
+    found = sorted((stack[0] for stack in stacks if stack[0].tower in crossing), key=lambda s: s.tower)
+    return found[0] if len(stacks) > 1 and found else None
+
+
+def _towers(chosen: Sequence[Site]) -> list[list[Site]]:
+    """The chosen blocks of each tower, in the order in which they run."""
+    towers = dict.fromkeys(site.tower for site in chosen)
+    return [sorted((s for s in chosen if s.tower == tower), key=lambda s: s.depth) for tower in towers]
 
 
 @register("https://arxiv.org/abs/2206.06522", "efficient", mergeable=False, identity=False)
@@ -35,44 +64,29 @@ class LST(Sited):
     attention: bool | None = None
     output: Literal["replace", "add"] = "replace"
 
+    refuses: ClassVar[tuple[Refusal, ...]] = (
+        at_site(lambda s: s.role != "block" or not s.width, "it runs beside whole blocks, select 'block' sites"),
+        Refusal(_not_at_the_end, "the side stack must end at the last block, whose output it replaces"),
+        Refusal(_maps_and_tokens, "blocks on maps and blocks on tokens take turns, no side stack fits both"),
+        Refusal(
+            _looking_across,
+            "the blocks of {site.tower!r} look at another tower without gradients, whose side stack would not learn "
+            "from them; select one tower, at='{site.tower}:block'",
+        ),
+    )
+
     def __post_init__(self) -> None:
         positive(self, reduction=self.reduction, drop=self.drop, temperature=self.temperature)
 
     @property
-    def identity(self) -> bool:
-        return self.output == "add"
+    def traits(self) -> Traits:
+        return replace(super().traits, identity=self.output == "add")
 
     def stacks(self, available: list[Site]) -> list[list[Site]]:
-        """The chosen blocks of each tower, in the order in which they run.
+        """The chosen blocks of each tower, in the order in which they run."""
+        return _towers(self.chosen(available))
 
-        Raises:
-            Refused: blocks that one side stack cannot follow.
-        """
-        chosen = self.chosen(available)
-        stacks = []
-        for tower in dict.fromkeys(site.tower for site in chosen):
-            stack = sorted((s for s in chosen if s.tower == tower), key=lambda s: s.depth)
-            last = max(s.depth for s in available if s.role == "block" and s.tower == tower)
-            if any(s.role != "block" or not s.width for s in stack):
-                raise Refused(f"LST at {stack[0]}: it runs beside whole blocks, select 'block' sites")
-            if stack[-1].depth != last:
-                raise Refused(
-                    f"LST at {stack[-1]}: the side stack must end at the last block, whose output it replaces"
-                )
-            if len({s.channel_dim for s in stack}) > 1:
-                raise Refused(
-                    f"LST at {stack[0]}: blocks on maps and blocks on tokens take turns, no side stack fits both"
-                )
-            stacks.append(stack)
-        crossing = sorted({s.tower for s in available if s.role == "cross"} & {s.tower for s in chosen})
-        if len(stacks) > 1 and crossing:
-            raise Refused(
-                f"LST: the blocks of {crossing[0]!r} look at another tower without gradients, whose side stack would "
-                f"not learn from them; select one tower, at='{crossing[0]}:block'"
-            )
-        return stacks
-
-    def place(self, model: nn.Module, available: list[Site]) -> list[Placement]:
+    def place(self, model: nn.Module, available: list[Site]) -> Placed:
         placements = []
         for stack in self.stacks(available):
             ladder, below = Ladder(), self.width(stack[0])
@@ -87,7 +101,7 @@ class LST(Sited):
                 if i == len(stack) - 1:
                     part.end(below, site.width, self.output == "add", like)
                 placements.append(Placement(part, site.path, "lst", (Hook(site.path, "around"),), site.role))
-        return placements
+        return Placed(placements)
 
     def count(self, model: nn.Module, available: list[Site]) -> int:
         total = 0

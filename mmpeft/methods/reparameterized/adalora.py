@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -13,7 +12,6 @@ from mmpeft.errors import ConfigError
 from mmpeft.methods.base import positive, rate, register
 from mmpeft.methods.shared.low_rank import PrunedLoRA
 from mmpeft.parts import DiagonalLowRank, Factor
-from mmpeft.parts.base import Placement
 
 
 @register("https://arxiv.org/abs/2303.10512", "reparameterized", mergeable=True)
@@ -48,10 +46,10 @@ class AdaLoRA(PrunedLoRA):
     def factor(self, rows: int, columns: int, rank: int, like: Tensor, lookup: bool) -> Factor:
         return DiagonalLowRank(rows, columns, rank, like, "zero")
 
-    def controllers(self, placements: Sequence[Placement]) -> list[Controller]:
+    def drive(self, factors: list[DiagonalLowRank]) -> list[Controller]:
         return [
             RankAllocation(
-                self.factors(placements),
+                factors,
                 self.target,
                 warmup=self.warmup,
                 settle=self.settle,

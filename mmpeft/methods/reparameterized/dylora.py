@@ -4,20 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from mmpeft.controllers import Controller
 from mmpeft.controllers.rank import RandomRank
 from mmpeft.errors import ConfigError
 from mmpeft.methods.base import Method, register
+from mmpeft.methods.placed import Placed, Tensors
 from mmpeft.methods.reparameterized.lora import LoRA
 from mmpeft.methods.shared.low_rank import as_lora
 from mmpeft.parts import Delta, Factor, NestedLowRank
 from mmpeft.parts.base import Placement
-from mmpeft.sites import Kind
+from mmpeft.sites import Kind, Site
 
 
 @register("https://arxiv.org/abs/2210.07558", "reparameterized", mergeable=True)
@@ -44,13 +45,15 @@ class DyLoRA(LoRA):
         factor.newest_alone = self.frozen
         return factor
 
-    def controllers(self, placements: Sequence[Placement]) -> list[Controller]:
-        return [RandomRank(nested(placements), self.least)]
+    def place(self, model: nn.Module, available: list[Site]) -> Placed:
+        placements = super().place(model, available).placements
+        return Placed(placements, [RandomRank(nested(placements), self.least)], partial(_at_active_rank, placements))
 
-    def compact(self, placements: Sequence[Placement]) -> tuple[Method, list[dict[str, Tensor]]]:
-        """The LoRA of the rank that is active."""
-        alive = [torch.arange(len(factor.A), device=factor.A.device) < factor.active for factor in nested(placements)]
-        return as_lora(placements, alive, "")
+
+def _at_active_rank(placements: Sequence[Placement]) -> tuple[Method, Tensors]:
+    """The LoRA of the rank that is active."""
+    alive = [torch.arange(len(factor.A), device=factor.A.device) < factor.active for factor in nested(placements)]
+    return as_lora(placements, alive, "")
 
 
 def at_rank(placements: Sequence[Placement], rank: int) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import ClassVar, Literal
 
 from torch import Tensor, nn
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from mmpeft.errors import ConfigError
 from mmpeft.hosting.modules import module_at
 from mmpeft.methods.base import PRODUCTS, Sited, fan, own_weight, positive, rate, register
+from mmpeft.methods.placed import Placed, Traits
 from mmpeft.parts import Delta, ExpertsDelta, Factor, LowRank
 from mmpeft.parts.base import Hook, Placement
 from mmpeft.parts.delta import hook_kind
@@ -46,8 +47,8 @@ class LoRA(Sited):
     """Products `B A` in one update."""
 
     @property
-    def sitewise(self) -> bool:
-        return True
+    def traits(self) -> Traits:
+        return replace(super().traits, sitewise=True)
 
     def __post_init__(self) -> None:
         positive(self, rank=self.rank, alpha=self.alpha, **{f"rank of {k!r}": v for k, v in self.rank_pattern.items()})
@@ -63,8 +64,8 @@ class LoRA(Sited):
         root = math.sqrt if self.rslora else float
         return [(site, int(ranks[site]), alphas[site] / root(ranks[site])) for site in found]
 
-    def place(self, model: nn.Module, available: list[Site]) -> list[Placement]:
-        return [self._one(model, *sized) for sized in self.sized(available)]
+    def place(self, model: nn.Module, available: list[Site]) -> Placed:
+        return Placed([self._one(model, *sized) for sized in self.sized(available)])
 
     def _one(self, model: nn.Module, site: Site, rank: int, scale: float) -> Placement:
         key = f"{type(self).__name__.lower()}_{site.label}"

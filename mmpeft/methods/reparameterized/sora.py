@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -12,7 +11,6 @@ from mmpeft.controllers.rank import GateSparsity
 from mmpeft.methods.base import register
 from mmpeft.methods.shared.low_rank import PrunedLoRA
 from mmpeft.parts import DiagonalLowRank, Factor
-from mmpeft.parts.base import Placement
 
 
 @register("https://arxiv.org/abs/2311.11696", "reparameterized", mergeable=True)
@@ -31,5 +29,5 @@ class SoRA(PrunedLoRA):
     def factor(self, rows: int, columns: int, rank: int, like: Tensor, lookup: bool) -> Factor:
         return DiagonalLowRank(rows, columns, rank, like, "normal")
 
-    def controllers(self, placements: Sequence[Placement]) -> list[Controller]:
-        return [GateSparsity(self.factors(placements), self.sparsity, self.threshold, self.schedule)]
+    def drive(self, factors: list[DiagonalLowRank]) -> list[Controller]:
+        return [GateSparsity(factors, self.sparsity, self.threshold, self.schedule)]

@@ -10,7 +10,8 @@ from torch import nn
 
 from mmpeft.hosting.modules import module_at
 from mmpeft.methods.base import identity, register, tensor_of
-from mmpeft.methods.shared.tensors import TensorMethod, elements, tied, train_tensors
+from mmpeft.methods.placed import Placed
+from mmpeft.methods.shared.tensors import TensorMethod, check_bits, elements, tied, train_tensors
 from mmpeft.parts import Mask
 from mmpeft.parts.base import Hook, Placement
 from mmpeft.sites import Site
@@ -39,6 +40,12 @@ class BitFit(TensorMethod):
             if vector and identity(model, site.path) not in left:  # BERT's has a second name
                 yield site
 
+    def check(self, model: nn.Module, available: list[Site]) -> None:
+        found = self.found(model, available)
+        check_bits(model, found)
+        if not found and not self._created(model, available):
+            raise self.nothing(available)
+
     def missing(self, model: nn.Module, available: list[Site]) -> list[Site]:
         """Linears that are called, have no bias, and would read one."""
         within = select(available, self.at) if self.at else available
@@ -52,15 +59,15 @@ class BitFit(TensorMethod):
             and module_at(model, site.path)._parameters.get("bias", 0) is None
         ]
 
-    def place(self, model: nn.Module, available: list[Site]) -> list[Placement]:
+    def place(self, model: nn.Module, available: list[Site]) -> Placed:
         placements = train_tensors("bitfit", model, self.found(model, available))
         for path in self._created(model, available):
             weight = tensor_of(model, f"{path}.weight")
             part = Mask(None, shape=(len(weight),), like=weight)
             placements.append(Placement(part, path, "bitfit_bias", (Hook(path, "read", "bias"),), "param"))
         if not placements:
-            raise self.nothing(model)
-        return placements
+            raise self.nothing(available)
+        return Placed(placements)
 
     def count(self, model: nn.Module, available: list[Site]) -> int:
         held = sum(elements(model, group[0]) for group in tied(model, self.found(model, available)))

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from torch import nn
 
-from mmpeft.controllers import Controller
 from mmpeft.controllers.drop_gradients import DropGradients
 from mmpeft.controllers.scores import Loss, Score, Tensors, score
 from mmpeft.errors import ConfigError
 from mmpeft.methods.base import register
+from mmpeft.methods.placed import Placed
 from mmpeft.methods.shared.selection import EntryMask
 from mmpeft.methods.shared.tensors import TensorMethod
-from mmpeft.parts.base import Placement
 from mmpeft.sites import Site
 
 
@@ -50,5 +49,7 @@ class ChildTuningF(TensorMethod):
     def tensors(self, model: nn.Module, available: list[Site]) -> Iterable[Site]:
         return (s for s in available if s.role == "param" and (s.depth >= 0 or bool(self.at)))
 
-    def controllers(self, placements: Sequence[Placement]) -> list[Controller]:
-        return [DropGradients([p for placement in placements for p in placement.part.parameters()], self.p)]
+    def place(self, model: nn.Module, available: list[Site]) -> Placed:
+        placements = super().place(model, available).placements
+        trained = [tensor for placement in placements for tensor in placement.part.parameters()]
+        return Placed(placements, [DropGradients(trained, self.p)])

@@ -8,12 +8,12 @@ from functools import partial
 
 from torch import Tensor, nn
 
-from mmpeft.controllers import Controller
 from mmpeft.controllers.diff import DiffSelection
 from mmpeft.errors import ConfigError
 from mmpeft.functional.rows import put_rows
 from mmpeft.hosting.host import original_class
 from mmpeft.methods.base import Method, positive, rate, register
+from mmpeft.methods.placed import Placed, Tensors
 from mmpeft.methods.selective.plan import Plan
 from mmpeft.methods.shared.plan_file import plan_content
 from mmpeft.methods.shared.tensors import TensorMethod, train_tensors
@@ -49,12 +49,12 @@ class DiffPruning(TensorMethod):
     def tensors(self, model: nn.Module, available: list[Site]) -> Iterable[Site]:
         return (site for site in available if site.role == "param" and (site.depth >= 0 or bool(self.at)))
 
-    def place(self, model: nn.Module, available: list[Site]) -> list[Placement]:
+    def place(self, model: nn.Module, available: list[Site]) -> Placed:
         name = original_class(model).__name__
         make = partial(Diff, start=self.start, speed=self.speed, grouped=self.structured, made_for=name)
         placements = train_tensors("diffpruning", model, self.chosen(model, available), make)
-        self._keep(placements)
-        return placements
+        selection = DiffSelection(_parts(placements), self.penalty, self.until, self._keep(placements))
+        return Placed(placements, [selection], partial(self._bake, placements))
 
     def count(self, model: nn.Module, available: list[Site]) -> int:
         groups = len(self.groups(model, available)) if self.structured else 0
@@ -68,13 +68,10 @@ class DiffPruning(TensorMethod):
             raise ConfigError(f"DiffPruning: density {self.density} of {total} entries is less than one; raise it")
         return keep
 
-    def controllers(self, placements: Sequence[Placement]) -> list[Controller]:
-        return [DiffSelection(_parts(placements), self.penalty, self.until, self._keep(placements))]
-
-    def compact(self, placements: Sequence[Placement]) -> tuple[Method, list[dict[str, Tensor]]]:
+    def _bake(self, placements: Sequence[Placement]) -> tuple[Method, Tensors] | None:
         """Once entries are chosen: a plan of them, with their changes."""
         if any(part.mask is None for part in _parts(placements)):
-            return super().compact(placements)
+            return None
         changes: dict[str, Tensor] = {}
         masks: dict[str, Tensor] = {}
         for p, part in zip(placements, _parts(placements)):

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from torch import nn
 
 from mmpeft.methods.base import fan, own_weight, register
+from mmpeft.methods.placed import Placed
 from mmpeft.methods.selective.bitfit import BitFit
 from mmpeft.methods.selective.norm_tuning import NormTuning
 from mmpeft.methods.shared.rescaling import place_rescale
 from mmpeft.methods.shared.tensors import TensorMethod
-from mmpeft.parts.base import Placement
 from mmpeft.sites import Site
 from mmpeft.sites.selector import select
 
@@ -39,12 +39,13 @@ class DiffFit(TensorMethod):
         within = select(available, self.at) if self.at else available
         return [site for site in within if site.role in GAINS and site.kind == "linear" and not site.refuse]
 
-    def place(self, model: nn.Module, available: list[Site]) -> list[Placement]:
+    def place(self, model: nn.Module, available: list[Site]) -> Placed:
         options = {"side": "output", "shift": False}
-        return super().place(model, available) + [
+        gains = [
             place_rescale("difffit", model, site, own_weight(model, site), **options)  # type: ignore[arg-type]
             for site in self.gains(available)
         ]
+        return Placed([*super().place(model, available), *gains])
 
     def count(self, model: nn.Module, available: list[Site]) -> int:
         return super().count(model, available) + sum(fan(model, site)[0] for site in self.gains(available))

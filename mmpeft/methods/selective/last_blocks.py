@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import nn
 
 from mmpeft.errors import ConfigError
 from mmpeft.methods.base import positive, register
+from mmpeft.methods.needs import Need
 from mmpeft.methods.shared.statistics import WholeModules
 from mmpeft.sites import Site
 from mmpeft.sites.selector import select
@@ -24,6 +26,8 @@ class LastBlocks(WholeModules):
     """
 
     blocks: int = 1
+
+    needs: ClassVar[tuple[Need, ...]] = (Need("blocks", "block", tensors=True),)
 
     def __post_init__(self) -> None:
         positive(self, blocks=self.blocks)

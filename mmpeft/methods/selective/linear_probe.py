@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import nn
 
 from mmpeft.methods.base import register
+from mmpeft.methods.needs import Need
 from mmpeft.methods.shared.statistics import WholeModules
 from mmpeft.sites import Site
 
@@ -16,6 +18,8 @@ from mmpeft.sites import Site
 @dataclass(frozen=True)
 class LinearProbe(WholeModules):
     """Only the sites of role `head` train, running statistics of norms in them included."""
+
+    needs: ClassVar[tuple[Need, ...]] = (Need("a task head", "head", tensors=True),)
 
     def tensors(self, model: nn.Module, available: list[Site]) -> Iterable[Site]:
         heads = tuple(site.path + "." for site in available if site.role == "head")

@@ -13,11 +13,12 @@ from torch import Tensor, nn
 from mmpeft.errors import AdapterFileError, ConfigError
 from mmpeft.files import write_atomic
 from mmpeft.methods.base import Method, Sited, register, tensor_of
+from mmpeft.methods.former import place
+from mmpeft.methods.placed import Placed, Traits
 from mmpeft.methods.shared.plan_file import read_plan, unpack
 from mmpeft.methods.shared.plan_picture import draw_plan
 from mmpeft.methods.shared.tensors import elements, place_entries, tied, train_tensors
 from mmpeft.methods.spec import from_spec
-from mmpeft.parts.base import Placement
 from mmpeft.sites import Site
 
 
@@ -49,12 +50,9 @@ class Plan(Method):
         return self.plan
 
     @property
-    def mergeable(self) -> bool:
-        return all(from_spec(group["method"]).mergeable for group in self.content["structured"])
-
-    @property
-    def identity(self) -> bool:
-        return all(from_spec(group["method"]).identity for group in self.content["structured"])
+    def traits(self) -> Traits:
+        inside = Traits.of_all([from_spec(group["method"]) for group in self.content["structured"]])
+        return replace(super().traits, mergeable=inside.mergeable, identity=inside.identity)
 
     def save(self, path: str | Path) -> Path:
         """Write the plan as JSON, atomically."""
@@ -73,13 +71,13 @@ class Plan(Method):
         write_atomic(Path(path), draw_plan(self.content.get("units", ()), title))
         return Path(path)
 
-    def place(self, model: nn.Module, available: list[Site]) -> list[Placement]:
-        placements = [p for method in self._methods(available) for p in method.place(model, available)]
+    def place(self, model: nn.Module, available: list[Site]) -> Placed:
+        placements = [p for method in self._methods(available) for p in place(method, model, available)]
         placements += train_tensors("plan", model, self._whole(available))
         placements += place_entries("plan", model, available, self._entries(model, available))
         if not placements:
             raise ConfigError("the plan is empty: it trains nothing")
-        return placements
+        return Placed(placements)
 
     def count(self, model: nn.Module, available: list[Site]) -> int:
         structured = sum(method.count(model, available) for method in self._methods(available))

@@ -10,18 +10,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mmpeft.controllers.scores import SCORES, Loss, Score, Tensors, default_loss, score
+from mmpeft.controllers.scores import SCORES, Loss, Score, Tensors, check_gradients, default_loss, score
 from mmpeft.errors import ConfigError, DataError, nearest
 from mmpeft.functional.rows import Rows, put_rows, take_rows
 from mmpeft.functional.top_k import BITS
 from mmpeft.hosting.host import original_class
 from mmpeft.methods.base import Method, Sited, identity, positive, register, tensor_of
+from mmpeft.methods.placed import Placed, Traits
 from mmpeft.methods.reparameterized.lora import LoRA
 from mmpeft.methods.selective.plan import Plan
 from mmpeft.methods.shared.plan_file import plan_content
 from mmpeft.methods.shared.plan_picture import label_of
 from mmpeft.methods.spec import to_spec
-from mmpeft.parts.base import Placement
 from mmpeft.sites import Site, sites
 from mmpeft.sites.selector import select
 
@@ -63,22 +63,24 @@ class SPT(Method):
         return (self.structured,) if isinstance(self.structured, Method) else tuple(self.structured)
 
     @property
-    def decided(self) -> bool:
-        return False
+    def traits(self) -> Traits:
+        inside = Traits.of_all(self.modules)
+        own = super().traits
+        return replace(own, mergeable=inside.mergeable, identity=inside.identity, decided=False, needs_data=True)
 
-    @property
-    def needs_data(self) -> bool:
-        return True
+    def check(self, model: nn.Module, available: list[Site]) -> None:
+        for method in self.modules:
+            assert isinstance(method, Sited)
+            method.named(available)
+        check_gradients(list(self._candidates(model, available).values()))
 
-    @property
-    def mergeable(self) -> bool:
-        return all(method.mergeable for method in self.modules)
+    def _candidates(self, model: nn.Module, available: list[Site]) -> Tensors:
+        """The tensors that may train, by name; a tied one once."""
+        names = [site.path for site in select(available, self.at) if site.role == "param"]
+        first = {identity(model, name): name for name in reversed(names)}
+        return {name: tensor_of(model, name) for name in names if first[identity(model, name)] == name}
 
-    @property
-    def identity(self) -> bool:
-        return all(method.identity for method in self.modules)
-
-    def place(self, model: nn.Module, available: list[Site]) -> list[Placement]:
+    def place(self, model: nn.Module, available: list[Site]) -> Placed:
         raise DataError("SPT allocates by data: mmpeft.allocate(model, loader, ...), or attach(..., data=loader)")
 
     def count(self, model: nn.Module, available: list[Site]) -> int:
@@ -92,9 +94,7 @@ class SPT(Method):
         """
         available = sites(model)
         budget = parse_budget(self.budget, sum(p.numel() for p in model.parameters()))
-        names = [site.path for site in select(available, self.at) if site.role == "param"]
-        first = {identity(model, name): name for name in reversed(names)}  # a tied tensor is one candidate
-        tensors = {name: tensor_of(model, name) for name in names if first[identity(model, name)] == name}
+        tensors = self._candidates(model, available)
         scores = score(model, tensors, self.score, data, loss, self.batches)
         units = self._units(model, available, tensors)
         for unit in units:
@@ -112,7 +112,7 @@ class SPT(Method):
         units, taken = [], set()
         for number, method in enumerate(self.modules):
             assert isinstance(method, Sited)
-            for site in select(available, method.at, every=False):
+            for site in method.named(available):
                 if site.refuse or (method.takes and site.kind not in method.takes):
                     continue
                 own = [p for p in pieces if p.inside(site) and p not in taken]

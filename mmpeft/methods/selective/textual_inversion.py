@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 from torch import nn
 
 from mmpeft.errors import ConfigError
 from mmpeft.methods.base import identity, positive, register, tensor_of
+from mmpeft.methods.needs import Need
 from mmpeft.methods.shared.tensors import TensorMethod
 from mmpeft.sites import Site
 
@@ -23,6 +25,8 @@ class TextualInversion(TensorMethod):
     """
 
     words: int = 1
+
+    needs: ClassVar[tuple[Need, ...]] = (Need("a table of words", "embed", "embedding"),)
 
     def __post_init__(self) -> None:
         positive(self, words=self.words)

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import nn
 
-from mmpeft.errors import Refused
 from mmpeft.methods.base import Sited, any_tensor, positive
+from mmpeft.methods.needs import Need, Refusal
+from mmpeft.methods.placed import Placed
 from mmpeft.parts.base import Hook, Placement
 from mmpeft.parts.in_place import InPlace
 from mmpeft.sites import Selector, Site
+
+
+def _not_one(method: InPlacePrompt, chosen: Sequence[Site], available: Sequence[Site]) -> Site | None:
+    """A chosen site, if not exactly one is an embedding of words."""
+    return None if len([site for site in chosen if site.kind == "embedding"]) == 1 else chosen[0]
 
 
 @dataclass(frozen=True)
@@ -26,21 +34,20 @@ class InPlacePrompt(Sited):
     position: int = 1
     std: float = 0.02
 
+    refuses: ClassVar[tuple[Refusal, ...]] = (
+        Refusal(_not_one, "it wants exactly one embedding of words; choose a text tower's, as at='text:embed' does"),
+    )
+
     def __post_init__(self) -> None:
         positive(self, tokens=self.tokens, depth=self.depth)
 
+    @property
+    def needs(self) -> tuple[Need, ...]:
+        return (Need("words of a text tower to replace", self.at, "embedding"),)
+
     def levels(self, available: list[Site]) -> list[Site]:
         """The embedding and the blocks at whose entry prompts stand."""
-        if self.at == "text:embed" and not any(s.tower == "text" and s.kind == "embedding" for s in available):
-            raise Refused(
-                f"{type(self).__name__} wants an image-text pair: there is no text tower with words to replace"
-            )
         chosen = [site for site in self.chosen(available) if site.kind == "embedding"]
-        if len(chosen) != 1:
-            raise Refused(
-                f"{type(self).__name__} wants one embedding of words, at={self.at!r} selects {len(chosen)}; "
-                "a model without a text tower has none"
-            )
         blocks = [s for s in available if s.role == "block" and s.tower == chosen[0].tower]
         return [*chosen, *(site for site in blocks if 0 < site.depth < self.depth)]
 
@@ -53,8 +60,8 @@ class InPlacePrompt(Sited):
             placements.append(Placement(part, site.path, type(self).__name__.lower(), (kind,), site.role))
         return placements
 
-    def place(self, model: nn.Module, available: list[Site]) -> list[Placement]:
-        return self.texts(model, available)
+    def place(self, model: nn.Module, available: list[Site]) -> Placed:
+        return Placed(self.texts(model, available))
 
     def count(self, model: nn.Module, available: list[Site]) -> int:
         return sum(self.tokens * site.width for site in self.levels(available))

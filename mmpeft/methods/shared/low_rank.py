@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from mmpeft.controllers import Controller
 from mmpeft.errors import ConfigError
 from mmpeft.methods.base import Method, fan
+from mmpeft.methods.placed import Placed, Tensors
 from mmpeft.methods.reparameterized.lora import LoRA
 from mmpeft.parts import Delta, DiagonalLowRank
 from mmpeft.parts.base import Placement
@@ -30,7 +34,15 @@ class PrunedLoRA(LoRA):
     def count(self, model: nn.Module, available: list[Site]) -> int:
         return sum(rank * (sum(fan(model, site)) + 1) for site, rank, _ in self.sized(available))
 
-    def compact(self, placements: Sequence[Placement]) -> tuple[Method, list[dict[str, Tensor]]]:
+    def place(self, model: nn.Module, available: list[Site]) -> Placed:
+        placements = super().place(model, available).placements
+        return Placed(placements, self.drive(self.factors(placements)), partial(self._bake, placements))
+
+    @abstractmethod
+    def drive(self, factors: list[DiagonalLowRank]) -> list[Controller]:
+        """What opens and closes the components."""
+
+    def _bake(self, placements: Sequence[Placement]) -> tuple[Method, Tensors]:
         """The LoRA of what is left, g and the scale inside B.
 
         Raises:
@@ -40,9 +52,7 @@ class PrunedLoRA(LoRA):
         return as_lora(placements, alive, "every component is closed: lower the sparsity, or train with a higher rank")
 
 
-def as_lora(
-    placements: Sequence[Placement], alive: Sequence[Tensor], empty: str
-) -> tuple[Method, list[dict[str, Tensor]]]:
+def as_lora(placements: Sequence[Placement], alive: Sequence[Tensor], empty: str) -> tuple[Method, Tensors]:
     """A LoRA with the living components of each placement as its rank, and its tensors in the order it places them."""
     ranks: dict[str, int] = {}
     for p, mask in zip(placements, alive):

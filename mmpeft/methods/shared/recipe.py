@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
-from torch import Tensor, nn
+from torch import nn
 
-from mmpeft.controllers import Controller
 from mmpeft.methods.base import Method
-from mmpeft.parts.base import Placement
+from mmpeft.methods.former import place
+from mmpeft.methods.placed import Placed, Tensors
 from mmpeft.sites import Site
 
 
@@ -28,16 +28,16 @@ class Recipe(Method):
     def recipe(self) -> Method:
         """What it stands for."""
 
-    def place(self, model: nn.Module, available: list[Site]) -> list[Placement]:
-        return self.recipe.place(model, available)
+    def check(self, model: nn.Module, available: list[Site]) -> None:
+        self.recipe.check(model, available)
+
+    def place(self, model: nn.Module, available: list[Site]) -> Placed:
+        placed = place(self.recipe, model, available)
+        return replace(placed, bake=partial(self._bake, placed))
+
+    def _bake(self, placed: Placed) -> tuple[Method, Tensors] | None:
+        found = placed.baked()
+        return found and (replace(self, hidden=0), found[1])
 
     def count(self, model: nn.Module, available: list[Site]) -> int:
         return self.recipe.count(model, available)
-
-    def controllers(self, placements: Sequence[Placement]) -> list[Controller]:
-        return self.recipe.controllers(placements)
-
-    def compact(self, placements: Sequence[Placement]) -> tuple[Method, list[dict[str, Tensor]]]:
-        recipe = self.recipe
-        method, tensors = recipe.compact(placements)
-        return (self if method is recipe else replace(self, hidden=0)), tensors

@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import nn
 
-from mmpeft.controllers.scores import DATA_FREE, Loss, Score, Tensors, default_loss, score
+from mmpeft.controllers.scores import DATA_FREE, Loss, Score, Tensors, check_gradients, default_loss, score
 from mmpeft.errors import ConfigError, DataError
 from mmpeft.functional.rows import put_rows, take_rows
 from mmpeft.functional.top_k import top_k_masks
 from mmpeft.hosting.host import original_class
 from mmpeft.methods.base import tensor_of
+from mmpeft.methods.placed import Placed, Traits
 from mmpeft.methods.selective.plan import Plan
 from mmpeft.methods.shared.plan_file import plan_content
 from mmpeft.methods.shared.plan_picture import label_of
 from mmpeft.methods.shared.tensors import TensorMethod, elements, tied
-from mmpeft.parts.base import Placement
 from mmpeft.sites import Site, sites
 
 
@@ -38,18 +38,20 @@ class EntryMask(TensorMethod):
     scope: ClassVar[Literal["global", "tensor"]] = "global"
     matrices: ClassVar[bool] = False
     """Whether vectors (biases, norms) are left out."""
+    trains_base: ClassVar[bool] = False
+
+    def check(self, model: nn.Module, available: list[Site]) -> None:
+        chosen = self.candidates(model, available)
+        if self.needs_data:
+            check_gradients([tensor_of(model, path) for path in dict.fromkeys(site.path for site in chosen)])
 
     def __post_init__(self) -> None:
         if not 0 < self.density <= 1:
             raise ConfigError(f"{type(self).__name__}: density is the share that trains, in (0, 1], got {self.density}")
 
     @property
-    def decided(self) -> bool:
-        return False
-
-    @property
-    def needs_data(self) -> bool:
-        return self.score not in DATA_FREE
+    def traits(self) -> Traits:
+        return replace(super().traits, decided=False, needs_data=self.score not in DATA_FREE)
 
     def tensors(self, model: nn.Module, available: list[Site]) -> Iterable[Site]:
         for site in available:
@@ -122,7 +124,7 @@ class EntryMask(TensorMethod):
             )
         return [total, *[0] * (len(sizes) - 1)]
 
-    def place(self, model: nn.Module, available: list[Site]) -> list[Placement]:
+    def place(self, model: nn.Module, available: list[Site]) -> Placed:
         raise DataError(f"{type(self).__name__} chooses entries first: place the plan that its resolve() gives")
 
     def count(self, model: nn.Module, available: list[Site]) -> int:

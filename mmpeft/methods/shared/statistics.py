@@ -12,8 +12,8 @@ from mmpeft.errors import SiteError
 from mmpeft.hosting.modules import CHILD, module_at
 from mmpeft.hosting.still import frozen_statistics
 from mmpeft.methods.base import Method, MethodInfo
+from mmpeft.methods.placed import Placed
 from mmpeft.methods.shared.tensors import TensorMethod
-from mmpeft.parts.base import Placement
 from mmpeft.parts.statistics import place
 from mmpeft.sites import Selector, Site
 from mmpeft.sites.selector import select
@@ -23,9 +23,9 @@ from mmpeft.sites.selector import select
 class WholeModules(TensorMethod):
     """Trains every tensor of some modules, so that the statistics of norms in them are theirs and follow the data."""
 
-    def place(self, model: nn.Module, available: list[Site]) -> list[Placement]:
-        chosen = self.chosen(model, available)
-        return super().place(model, available) + [place(model, path) for path in _whole(model, chosen)]
+    def place(self, model: nn.Module, available: list[Site]) -> Placed:
+        statistics = [place(model, path) for path in _whole(model, self.chosen(model, available))]
+        return Placed([*super().place(model, available), *statistics])
 
 
 def _whole(model: nn.Module, chosen: Iterable[Site]) -> list[str]:
@@ -60,7 +60,7 @@ class BatchStatistics(Method):
     )
     at: Selector = ""
 
-    def place(self, model: nn.Module, available: list[Site]) -> list[Placement]:
+    def place(self, model: nn.Module, available: list[Site]) -> Placed:
         paths = frozen_statistics(model)
         if self.at:
             sites = select(available, self.at)
@@ -69,7 +69,7 @@ class BatchStatistics(Method):
         if not paths:
             where = f" at {self.at!r}" if self.at else ""
             raise SiteError(f"BatchStatistics finds no norm with running statistics{where} in {type(model).__name__}")
-        return [place(model, path) for path in paths]
+        return Placed([place(model, path) for path in paths])
 
     def count(self, model: nn.Module, available: list[Site]) -> int:
         return 0

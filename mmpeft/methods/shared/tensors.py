@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 from torch import Tensor, nn
 
@@ -12,10 +13,12 @@ from mmpeft.errors import ConfigError, Refused, SiteError
 from mmpeft.functional.rows import Rows, take_rows
 from mmpeft.hosting.few_bits import FewBits
 from mmpeft.methods.base import Method, identity, tensor_of
+from mmpeft.methods.needs import lacking
+from mmpeft.methods.placed import Placed
 from mmpeft.parts import Mask, Sparse
 from mmpeft.parts.base import Hook, Part, Placement
 from mmpeft.sites import Selector, Site
-from mmpeft.sites.selector import select
+from mmpeft.sites.selector import roles_of, select
 
 
 @dataclass(frozen=True)
@@ -28,6 +31,14 @@ class TensorMethod(Method):
 
     at: Selector = ""
 
+    trains_base: ClassVar[bool] = True
+    """Whether the tensors train as they are, which those held in few bits cannot."""
+
+    def check(self, model: nn.Module, available: list[Site]) -> None:
+        chosen = self.chosen(model, available)
+        if self.trains_base:
+            check_bits(model, chosen)
+
     @abstractmethod
     def tensors(self, model: nn.Module, available: list[Site]) -> Iterable[Site]:
         """The `param` sites to train, before `at` restricts them."""
@@ -39,18 +50,22 @@ class TensorMethod(Method):
 
     def chosen(self, model: nn.Module, available: list[Site]) -> list[Site]:
         """As `found`. Raises SiteError when there is nothing to train."""
+        for need in self.needs:
+            need.check(type(self).__name__, available)
         found = self.found(model, available)
         if not found:
-            raise self.nothing(model)
+            raise self.nothing(available)
         return found
 
-    def nothing(self, model: nn.Module) -> SiteError:
+    def nothing(self, available: Iterable[Site]) -> SiteError:
         """The error for a model without a tensor of this method's kind."""
-        where = f" at {self.at!r}" if self.at else ""
-        return SiteError(f"{type(self).__name__} finds no tensor of its kind{where} in {type(model).__name__}")
+        where = f" in what at={self.at!r} selects" if self.at else ""
+        return lacking(
+            type(self).__name__, "tensors of its kind", f"there is none{where}; roles here: {roles_of(available)}"
+        )
 
-    def place(self, model: nn.Module, available: list[Site]) -> list[Placement]:
-        return train_tensors(type(self).__name__.lower(), model, self.chosen(model, available))
+    def place(self, model: nn.Module, available: list[Site]) -> Placed:
+        return Placed(train_tensors(type(self).__name__.lower(), model, self.chosen(model, available)))
 
     def count(self, model: nn.Module, available: list[Site]) -> int:
         return sum(elements(model, group[0]) for group in self.groups(model, available))
@@ -78,17 +93,23 @@ def train_tensors(
 def _train(method: str, model: nn.Module, group: list[Site], make: Callable[..., Part]) -> Placement:
     site = group[0]
     home, _, name = site.path.rpartition(".")
+    check_bits(model, group)
     tensor = tensor_of(model, site.path)
-    if isinstance(tensor, FewBits):
-        raise Refused(
-            f"{site.path} is held in few bits and cannot be trained as a whole: leave it out with `at`, or tune it by "
-            "a method that adds to it, such as LoRA"
-        )
     part = make(tensor, rows=site.rows, dim=int(site.transposed))
     key = f"{method}_{name}" + (f"_{site.rows[0]}" if site.rows else "")
     owners = [site.path.rpartition(".") for site in group]
     hooks = tuple(Hook(path, "read", tensor) for path, _, tensor in owners)
     return Placement(part, home, key, hooks, "param")
+
+
+def check_bits(model: nn.Module, chosen: Iterable[Site]) -> None:
+    """Raise Refused for a tensor that is held in few bits, which cannot be trained as it is."""
+    for site in chosen:
+        if isinstance(tensor_of(model, site.path), FewBits):
+            raise Refused(
+                f"{site.path} is held in few bits and cannot be trained as a whole: leave it out with `at`, or tune it "
+                "by a method that adds to it, such as LoRA"
+            )
 
 
 def place_entries(
