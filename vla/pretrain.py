@@ -237,6 +237,8 @@ class PairPretraining(WritesWeights, ContrastiveTuner):
         values = {}
         for k, style in enumerate((*STYLES, "openmoji")):
             own = facts[:, 3] == k
+            if not own.any():
+                continue
             found = {"image_to_text@5": recall(image[own], names[facts[own, 2]], facts[own, 2])["image_to_text@5"]}
             found["kind"] = ((image[own] @ kinds.t()).argmax(1) == facts[own, 0]).float().mean()
             found["category"] = ((image[own] @ groups.t()).argmax(1) == facts[own, 1]).float().mean()

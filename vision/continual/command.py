@@ -24,7 +24,7 @@ from mmpeft.files import write_atomic
 from mmpeft.run.arguments import named_in
 from mmpeft.run.domains import import_named
 from mmpeft.run.study import choose_entries, key_of, quiet_progress, read_file
-from mmpeft.vision.continual import report
+from mmpeft.vision.continual import methods, report  # noqa: F401 - the learners, which a parser then knows by name
 from mmpeft.vision.continual.learner import Learner
 from mmpeft.vision.continual.runner import ContinualClassifier, Record
 
