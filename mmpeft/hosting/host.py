@@ -218,7 +218,7 @@ def rebased(cls: type, old: type, new: type) -> type:
     return found
 
 
-def original_class(module: nn.Module) -> type:
+def original_class(module: nn.Module) -> type[nn.Module]:
     """A module's class as its library wrote it."""
     tuned = tuned_part(type(module))
     return type(module) if tuned is None else tuned.mmpeft_base

@@ -108,7 +108,8 @@ class ContrastiveTuner(PairTask):
 
     def evaluate(self, batch: tuple[Tensor, Sequence[str], Tensor], stage: str) -> None:
         images, texts, rows = batch
-        self._kept.append((*(side.float().cpu() for side in self.encode(images, self.tokens(texts))), rows.cpu()))
+        image, text = (side.float().cpu() for side in self.encode(images, self.tokens(texts)))
+        self._kept.append((image, text, rows.cpu()))
 
     def results(self, stage: str) -> Mapping[str, Tensor]:
         own = tuple(torch.cat(side) for side in zip(*self._kept))
@@ -135,7 +136,7 @@ def recall(image: Tensor, text: Tensor, rows: Tensor) -> dict[str, Tensor]:
     numbers, of = rows.unique(return_inverse=True)
     first = torch.full((len(numbers),), len(rows)).scatter_reduce(0, of, torch.arange(len(rows)), "amin")
     once, known = image[first], rows[first]
-    found = {}
+    found: dict[str, Tensor] = {}
     for name, query, asked, answer, there in (
         ("image_to_text", once, known, text, rows),
         ("text_to_image", text, rows, once, known),
