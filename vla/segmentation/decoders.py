@@ -235,9 +235,9 @@ class SANDecoder(Decoder):
             net(x).unflatten(2, (self.clip_heads, 16)).transpose(1, 2)
             for net, x in ((self.bias_query, query), (self.bias_pixel, pixel))
         )
-        bias: Tensor = (q @ p.transpose(2, 3) / 4).flatten(1, 2).unflatten(2, side)
-        fitted: Tensor = F.adaptive_avg_pool2d(bias, clip).flatten(2)
-        return fitted.unflatten(1, (self.clip_heads, self.queries))
+        bias = (q @ p.transpose(2, 3) / 4).flatten(1, 2).unflatten(2, side)
+        fitted: Tensor = F.adaptive_avg_pool2d(bias, clip).flatten(2).unflatten(1, (self.clip_heads, self.queries))
+        return fitted
 
     def recognise(self, taps: Taps, base: Tensor, bias: Tensor) -> Tensor:
         """What copies of the class token become in the last blocks, [B, Q, d].
