@@ -5,19 +5,19 @@ from mmpeft import bench as bench
 from mmpeft import combine as combine
 from mmpeft import controllers as controllers
 from mmpeft import data as data
-from mmpeft import diffusion as diffusion  # type: ignore[attr-defined]
+from mmpeft import diffusion as diffusion  # type: ignore[attr-defined, unused-ignore]
 from mmpeft import embedded as embedded
 from mmpeft import errors as errors
 from mmpeft import formats as formats
 from mmpeft import functional as functional
-from mmpeft import llm as llm  # type: ignore[attr-defined]
+from mmpeft import llm as llm  # type: ignore[attr-defined, unused-ignore]
 from mmpeft import methods as methods
 from mmpeft import parts as parts
 from mmpeft import run as run
 from mmpeft import sites as sites
 from mmpeft import tasks as tasks
-from mmpeft import vision as vision  # type: ignore[attr-defined]
-from mmpeft import vla as vla  # type: ignore[attr-defined]
+from mmpeft import vision as vision  # type: ignore[attr-defined, unused-ignore]
+from mmpeft import vla as vla  # type: ignore[attr-defined, unused-ignore]
 from mmpeft.bank.bank import Bank as Bank
 from mmpeft.combine.interpolate import interpolate as interpolate
 from mmpeft.combine.soup import soup as soup
