@@ -115,7 +115,8 @@ class Family(ABC):
         mean: Tensor = vae.encode(images.to(vae.device, vae.dtype)).latent_dist.mode()
         if upcast:
             vae.to(before)
-        return (mean - (getattr(vae.config, "shift_factor", None) or 0.0)) * vae.config.scaling_factor
+        latents: Tensor = (mean - (getattr(vae.config, "shift_factor", None) or 0.0)) * vae.config.scaling_factor
+        return latents
 
     @abstractmethod
     def predict(self, noisy: Tensor, timesteps: Tensor, condition: Condition) -> Tensor:

@@ -97,7 +97,8 @@ class Denoising(Objective):
             raise ConfigError(f"snr_gamma must be positive, got {snr_gamma}; leave it out for equal weights")
 
     def draw(self, count: int, generator: Generator | None = None) -> Tensor:
-        return (self.levels.draw(count, generator) * self.scheduler.config.num_train_timesteps).long()
+        drawn: Tensor = self.levels.draw(count, generator) * self.scheduler.config.num_train_timesteps
+        return drawn.long()
 
     def noisy(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         found: Tensor = self.scheduler.add_noise(latents, noise, timesteps)
@@ -112,8 +113,8 @@ class Denoising(Objective):
     def weights(self, timesteps: Tensor) -> Tensor:
         if self.snr_gamma is None:
             return super().weights(timesteps)
-        snr = compute_snr(self.scheduler, timesteps).float()
-        clipped = snr.clamp(max=self.snr_gamma)
+        snr: Tensor = compute_snr(self.scheduler, timesteps).float()
+        clipped: Tensor = snr.clamp(max=self.snr_gamma)
         if self.prediction == "epsilon":
             return torch.where(snr > 0, clipped / snr.clamp(min=1e-8), torch.ones_like(snr))  # no signal: 0 / 0 → 1
         return clipped / (snr + 1) if self.prediction == "v_prediction" else clipped

@@ -151,7 +151,7 @@ class PipelinePretraining(WritesWeights):
 
     def on_validation_epoch_end(self) -> None:
         """A grid of samples from fixed noise."""
-        if self.trainer.sanity_checking or self.trainer.fast_dev_run:
+        if self.trainer.sanity_checking or getattr(self.trainer, "fast_dev_run", False):
             return
         grid = self.sample(PROMPTS, 4)
         folder = Path(self.trainer.log_dir or self.trainer.default_root_dir)
@@ -165,7 +165,8 @@ class PipelinePretraining(WritesWeights):
         size, noise = self.pipeline.size, torch.Generator().manual_seed(0)
         latents = torch.randn(rows, 3, size, size, generator=noise).repeat_interleave(len(prompts), 0)
         images = self.pipeline(list(prompts) * rows, latents=latents.to(self.device), output_type="pt").images
-        return make_grid(images.cpu(), nrow=len(prompts), padding=1, pad_value=1.0)
+        grid: Tensor = make_grid(images.cpu(), nrow=len(prompts), padding=1, pad_value=1.0)
+        return grid
 
     def write(self, folder: Path, card: dict[str, Any]) -> None:
         """The pipeline in fp16 with its card."""

@@ -69,7 +69,8 @@ def _towers(model: nn.Module, found: list[Site]) -> dict[str, str]:
     for site in sorted(first.values(), key=lambda site: (site.path.count("."), place[site.tower])):
         name = _tower(model, site)
         names[site.tower] = site.tower if name in (*names.values(), "") else name
-    if set(names) == {"text"} and not str(model.config.model_type).endswith("_text_model"):
+    config: Any = model.config
+    if set(names) == {"text"} and not str(config.model_type).endswith("_text_model"):
         names = {"text": "lm" if names["text"] == "text" else names["text"]}
     return names
 
@@ -111,7 +112,8 @@ def _keys(model: nn.Module, site: Site, found: list[Site]) -> Site:
     keys = next((s for s in near if f"{s.path}.".startswith(f"{site.path}.")), None)
     head = next((size for name in HEAD if (size := getattr(module, name, 0))), site.width)
     if keys is None or not head:  # those of another block, which are repeated for the queries behind the registry
-        own = getattr(model.config.get_text_config(), "num_key_value_heads", None) or site.heads
+        config: Any = model.config
+        own = getattr(config.get_text_config(), "num_key_value_heads", None) or site.heads
         heads = own if own and site.heads % own == 0 else site.heads
         return replace(site, heads=heads, connect=Connect("config", view, shift=shifted))
     weight: Any = module_at(model, keys.path)

@@ -58,7 +58,8 @@ def consults(module: nn.Module) -> bool:
     """Whether an attention asks the registry for its function, by the code that its library wrote."""
     if "config" not in module.__dict__:
         return False
-    return any(type(value).__name__ == "AttentionInterface" for value in _globals_used(original_class(module)))
+    cls: type = original_class(module)  # mypy takes a type[Module] for unhashable
+    return any(type(value).__name__ == "AttentionInterface" for value in _globals_used(cls))
 
 
 @cache
@@ -106,7 +107,8 @@ def attend(
     gated = [part for part in parts if isinstance(part, GatedKeys)]
 
     def with_(front: list[Any]) -> tuple[Tensor, Any]:
-        keys, values, seen = key, value, []
+        keys, values = key, value
+        seen: list[tuple[int, Tensor | None]] = []
         for part in front:
             if isinstance(part, PromptLayer):
                 part.record(key, value)
@@ -130,11 +132,11 @@ def attend(
 
     front = [part for part in parts if part not in beside and part not in gated]
     output, weights = with_(front)
-    for part in gated:
-        output = part.interpolate(output, with_([*front, part])[0])
-    for part in beside:
+    for keys in gated:
+        output = keys.interpolate(output, with_([*front, keys])[0])
+    for prefix in beside:
         scaling = options.get("scaling") or query.shape[-1] ** -0.5
-        output = output + part.beside(query, scaling).to(output.dtype)
+        output = output + prefix.beside(query, scaling).to(output.dtype)
     return output, weights
 
 
@@ -179,7 +181,8 @@ def _longer_blocks(mask: Any, count: int) -> Any:
         inner = mask.mask_mod
 
         def longer(b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
-            return (kv < count) | inner(b, h, q, (kv - count).clamp(min=0))
+            visible: Tensor = (kv < count) | inner(b, h, q, (kv - count).clamp(min=0))
+            return visible
 
         batch, heads = mask.kv_num_blocks.shape[:2]
         rows, length = mask.seq_lengths

@@ -46,7 +46,7 @@ def fused(module: nn.Module) -> list[tuple[str, ...]]:
     """Of each function that a kernel may stand for in the forward pass of a module, the projections it is given."""
     found = []
     for cls in type(module).__mro__:
-        code = getattr(vars(cls).get("forward"), "__wrapped__", vars(cls).get("forward"))
+        code: Any = getattr(vars(cls).get("forward"), "__wrapped__", vars(cls).get("forward"))
         while hasattr(code, "__wrapped__"):
             code = code.__wrapped__
         names = getattr(getattr(code, "__code__", None), "co_names", ())

@@ -5,19 +5,19 @@ from mmpeft import bench as bench
 from mmpeft import combine as combine
 from mmpeft import controllers as controllers
 from mmpeft import data as data
-from mmpeft import diffusion as diffusion  # type: ignore[attr-defined]
+from mmpeft import diffusion as diffusion  # type: ignore[attr-defined, unused-ignore]
 from mmpeft import embedded as embedded
 from mmpeft import errors as errors
 from mmpeft import formats as formats
 from mmpeft import functional as functional
-from mmpeft import llm as llm  # type: ignore[attr-defined]
+from mmpeft import llm as llm  # type: ignore[attr-defined, unused-ignore]
 from mmpeft import methods as methods
 from mmpeft import parts as parts
 from mmpeft import run as run
 from mmpeft import sites as sites
 from mmpeft import tasks as tasks
-from mmpeft import vision as vision  # type: ignore[attr-defined]
-from mmpeft import vla as vla  # type: ignore[attr-defined]
+from mmpeft import vision as vision  # type: ignore[attr-defined, unused-ignore]
+from mmpeft import vla as vla  # type: ignore[attr-defined, unused-ignore]
 from mmpeft.bank.bank import Bank as Bank
 from mmpeft.combine.interpolate import interpolate as interpolate
 from mmpeft.combine.soup import soup as soup
@@ -54,6 +54,11 @@ from mmpeft.methods.efficient.lst import LST as LST
 from mmpeft.methods.gated import gate as gate
 from mmpeft.methods.hybrid.mam import MAM as MAM
 from mmpeft.methods.hybrid.unipelt import UniPELT as UniPELT
+from mmpeft.methods.needs import Need as Need
+from mmpeft.methods.needs import Refusal as Refusal
+from mmpeft.methods.needs import at_site as at_site
+from mmpeft.methods.placed import Placed as Placed
+from mmpeft.methods.placed import Traits as Traits
 from mmpeft.methods.reparameterized.adalora import AdaLoRA as AdaLoRA
 from mmpeft.methods.reparameterized.dora import DoRA as DoRA
 from mmpeft.methods.reparameterized.dylora import DyLoRA as DyLoRA

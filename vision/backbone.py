@@ -93,7 +93,8 @@ def _registered(name: str, num_classes: int, pretrained: bool, kwargs: dict[str,
             name.removesuffix("_in21k"),
         )
     try:
-        return timm.create_model(name, pretrained=pretrained, num_classes=num_classes, **kwargs)
+        model: nn.Module = timm.create_model(name, pretrained=pretrained, num_classes=num_classes, **kwargs)
+        return model
     except TypeError as error:
         raise ConfigError(f"{name} does not take these arguments: {error}") from error
     except (OSError, RuntimeError, ValueError) as error:
@@ -149,7 +150,8 @@ def _timm_file(source: str, weights: Path, num_classes: int, pretrained: bool, k
 
     def build(**more: Any) -> nn.Module:
         try:
-            return timm.create_model(source, **{**kwargs, **more})
+            model: nn.Module = timm.create_model(source, **{**kwargs, **more})
+            return model
         except TypeError as error:
             raise ConfigError(f"{source} does not take these arguments: {error}") from error
 
@@ -203,7 +205,7 @@ def _carded(card: Path, weights: Path, num_classes: int, pretrained: bool, kwarg
         model.load_state_dict(tensors)
     if size is not None:
         model.set_input_size(img_size=size)  # resamples the position embedding
-    config = {"architecture": weights.stem, "first_conv": "patch_embed.proj", "classifier": "head"}
+    config: dict[str, Any] = {"architecture": weights.stem, "first_conv": "patch_embed.proj", "classifier": "head"}
     config |= {"num_classes": model.num_classes, "input_size": (3, *model.patch_embed.img_size)}
     model.pretrained_cfg = model.default_cfg = {**config, **facts.get("pretrained_cfg", {})}
     return _with_head(model, num_classes)
@@ -239,8 +241,9 @@ def _head_rows(model: nn.Module, tensors: Mapping[str, Tensor]) -> int:
     return 0 if weight is None else len(weight)
 
 
-def _with_head(model: Any, num_classes: int) -> nn.Module:
+def _with_head(model: nn.Module, num_classes: int) -> nn.Module:
     """The model with a fresh head, unless it has one of that size."""
-    if model.num_classes != num_classes:
-        model.reset_classifier(num_classes)
+    of_timm: Any = model
+    if of_timm.num_classes != num_classes:
+        of_timm.reset_classifier(num_classes)
     return model

@@ -52,7 +52,7 @@ def default_optimizer(groups: Any) -> torch.optim.Optimizer:
     """timm's Muon at 0.02 with Nesterov momentum .95, AdamW at 1e-3 for what is no matrix of a block."""
     from timm.optim import Muon
 
-    return Muon(
+    optimizer: torch.optim.Optimizer = Muon(
         groups,
         lr=0.02,
         weight_decay=0.01,
@@ -61,6 +61,7 @@ def default_optimizer(groups: Any) -> torch.optim.Optimizer:
         fallback_lr_scale=0.05,
         betas=(0.9, 0.98),
     )
+    return optimizer
 
 
 class EmojiPairs(DataModule):
@@ -87,6 +88,8 @@ class EmojiPretraining(WritesWeights):
     """Trains a timm VisionTransformer from scratch by the method `Full`, and writes it as an embedded backbone."""
 
     seen = "Noto Emoji and Twemoji, split train; OpenMoji and the identities of val and test never seen"
+    words: Tensor
+    labels: Tensor
 
     def __init__(
         self,
@@ -126,10 +129,10 @@ class EmojiPretraining(WritesWeights):
 
         if not torch.cuda.is_available():
             set_fused_attn(False)  # on a CPU in bf16 the written-out attention trains 1.7 times as fast
-        model = VisionTransformer(num_classes=0, **self.architecture)
-        grid = build_sincos2d_pos_embed(list(model.patch_embed.grid_size), dim=model.embed_dim)
-        model.pos_embed.data.copy_(0.5 * grid.view_as(model.pos_embed))
-        return model
+        vit: Any = VisionTransformer(num_classes=0, **self.architecture)
+        grid = build_sincos2d_pos_embed(list(vit.patch_embed.grid_size), dim=vit.embed_dim)
+        vit.pos_embed.data.copy_(0.5 * grid.view_as(vit.pos_embed))
+        return vit  # type: ignore[no-any-return]  # timm is not followed
 
     def configure_optimizers(self) -> Any:
         """Muon for the matrices of the blocks; its AdamW fallback for embeddings, heads, norms and biases."""
@@ -147,11 +150,17 @@ class EmojiPretraining(WritesWeights):
         schedule = warmup_cosine(optimizer, int(self.trainer.estimated_stepping_batches), self.warmup)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
+    def forward(self, images: Tensor) -> Tensor:
+        """Features [B, d] of images in [0, 1]."""
+        assert self.model is not None
+        features: Tensor = self.model((images - MEAN) / STD)
+        return features.float()
+
     def loss(self, batch: tuple[Tensor, Tensor], index: int) -> Tensor:
         drawings, identity = batch
         styles = drawings.shape[1]
         images = self.augment(drawings.flatten(0, 1).float() / 255, self.generator)
-        features = self.model((images - MEAN) / STD).float()
+        features = self(images)
         identity = identity.repeat_interleave(styles)
         smooth = self.label_smoothing
         subcategory, category = self.labels[identity].unbind(1)
@@ -170,7 +179,7 @@ class EmojiPretraining(WritesWeights):
         drawings, category, style = batch
         rgba = drawings.float() / 255
         images = rgba[:, :3] * rgba[:, 3:] + 1 - rgba[:, 3:]
-        right = self.heads["cat"](self.model((images - MEAN) / STD).float()).argmax(1) == category
+        right = self.heads["cat"](self(images)).argmax(1) == category
         for name, own in (("seen_styles", style < len(STYLES)), ("openmoji", style == len(STYLES))):
             if own.any():
                 self.log(f"val/{name}", right[own].float().mean(), prog_bar=True, batch_size=int(own.sum()))

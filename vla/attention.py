@@ -55,4 +55,5 @@ def _queries(host: nn.MultiheadAttention, x: Tensor) -> Tensor:
     width = host.embed_dim
     weight = host.in_proj_weight[:width] if host._qkv_same_embed_dim else host.q_proj_weight
     bias = None if host.in_proj_bias is None else host.in_proj_bias[:width]
-    return F.linear(x, weight, bias).unflatten(-1, (host.num_heads, -1)).transpose(1, 2)
+    queries: Tensor = F.linear(x, weight, bias).unflatten(-1, (host.num_heads, -1))
+    return queries.transpose(1, 2)

@@ -34,8 +34,9 @@ def vit_emoji_64(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     architecture = read_card(WEIGHTS / "vit_emoji.json")["architecture"]
     for name in ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir"):
         kwargs.pop(name, None)
-    model = VisionTransformer(**{**architecture, "num_classes": 0, **kwargs})
-    model.pretrained_cfg = model.default_cfg = {"pool_size": None, "input_size": (3, 64, 64), "classifier": "head"}
+    model: nn.Module = VisionTransformer(**{**architecture, "num_classes": 0, **kwargs})
+    facts = {"pool_size": None, "input_size": (3, 64, 64), "classifier": "head"}
+    model.__dict__.update(pretrained_cfg=facts, default_cfg=facts)
     return model
 
 
@@ -170,7 +171,8 @@ def _local(folder: Path, pretrained: bool, image_size: int | None) -> nn.Module:
     config = read_card(folder / CONFIG)
     if "model_cfg" not in config:
         raise ConfigError(f"{folder / CONFIG} has no model_cfg")
-    model: Any = build(config["model_cfg"])
+    model = build(config["model_cfg"])
+    tower: Any = model.visual
     if pretrained:
         card = folder / CARD
         tensors = read_weights(folder / MODEL, read_card(card).get("sha256") if card.is_file() else None)
@@ -181,12 +183,12 @@ def _local(folder: Path, pretrained: bool, image_size: int | None) -> nn.Module:
     facts = config.get("preprocess_cfg", {})
     for name in ("mean", "std"):
         if name in facts:
-            setattr(model.visual, f"image_{name}", tuple(facts[name]))
+            setattr(tower, f"image_{name}", tuple(facts[name]))
     if image_size is not None:
-        if not hasattr(model.visual, "set_input_size"):
-            raise ConfigError(f"the image tower of {folder} takes no other size than {model.visual.image_size}")
-        model.visual.set_input_size(image_size)
-        model.visual.image_size = (image_size, image_size)
+        if not hasattr(tower, "set_input_size"):
+            raise ConfigError(f"the image tower of {folder} takes no other size than {tower.image_size}")
+        tower.set_input_size(image_size)
+        tower.image_size = (image_size, image_size)
     return model
 
 

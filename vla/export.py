@@ -57,9 +57,9 @@ def save_pair(tuning: Tuning, backbone: str, folder: str | Path) -> float:
         new = Path(trial)
         (new / MODEL).write_bytes(save(tensors))
         (new / CONFIG).write_text(json.dumps(config, indent=2) + "\n", "utf-8")
-        for name in TOKENIZER if source else ():
-            if (source / name).is_file():
-                shutil.copyfile(source / name, new / name)
+        for file in [source / name for name in TOKENIZER] if source else ():
+            if file.is_file():
+                shutil.copyfile(file, new / file.name)
         difference = _difference(tuning, new, folder)
         for file in sorted(new.iterdir(), key=lambda file: file.name == CONFIG):  # what makes it a pair comes last
             write_atomic(folder / file.name, file.read_bytes())

@@ -156,8 +156,9 @@ class PairPretraining(WritesWeights, ContrastiveTuner):
         write_atomic(folder / "open_clip_config.json", (json.dumps(self._config(), indent=2) + "\n").encode())
         self.tokenizer = tokenizer(str(folder))
         self.unfuse()
-        model: Any = build(self.model_cfg)
-        model.visual.trunk.load_state_dict(read_weights(WEIGHTS / f"{self.image_tower}.safetensors"))
+        model = build(self.model_cfg)
+        tower: Any = model.visual
+        tower.trunk.load_state_dict(read_weights(WEIGHTS / f"{self.image_tower}.safetensors"))
         return model
 
     @staticmethod
@@ -234,7 +235,7 @@ class PairPretraining(WritesWeights, ContrastiveTuner):
             model.encode_text(self.tokens(texts), normalize=True).float()
             for texts in ([spoken(name) for name in known.names], *self.names)
         )
-        values = {}
+        values: dict[str, Tensor] = {}
         for k, style in enumerate((*STYLES, "openmoji")):
             own = facts[:, 3] == k
             if not own.any():

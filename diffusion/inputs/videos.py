@@ -36,7 +36,8 @@ def _cosmos(d: Denoiser) -> Values:
     condition = torch.ones(ROWS, 1, d.frames, d.side, d.side, dtype=d.dtype)
     channels = d.channels
     # the configuration counts the mask of conditioned frames as a channel where video is continued
-    widest = d.model.patch_embed.proj.in_features // (d.patch[0] * d.patch[1] * d.patch[2])
+    embed: Any = d.model.patch_embed
+    widest = embed.proj.in_features // (d.patch[0] * d.patch[1] * d.patch[2])
     rest = widest - channels - int(bool(d.get("concat_padding_mask")))
     width = d.size("crossattn_proj_in_channels" if d.get("use_crossattn_projection") else "text_embed_dim", default=0)
     prompt: Any = d.text(width)

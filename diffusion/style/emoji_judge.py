@@ -101,9 +101,9 @@ def regression(features: Tensor, labels: Tensor, classes: int, penalty: float = 
         def closure() -> Tensor:
             optimizer.zero_grad()
             loss = F.cross_entropy(x @ weight + bias, labels) + penalty * weight.square().sum()
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             return loss
 
-        optimizer.step(closure)  # type: ignore[arg-type]
+        optimizer.step(closure)
     fixed, start = weight.detach(), bias.detach()
     return lambda given: (given - middle) / spread @ fixed + start

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -43,7 +43,7 @@ class Judge(ABC):
 
 
 def judged(
-    judge: Judge, images: dict[str, Tensor], prompts: dict[str, Sequence[str]], labels: Tensor | None
+    judge: Judge, images: Mapping[str, Tensor], prompts: Mapping[str, Sequence[str]], labels: Tensor | None
 ) -> dict[str, float]:
     """Scores `<kind>/<measure>` of images by kind, with the prompts of each.
 

@@ -117,6 +117,6 @@ def fit(
     for step in track(range(steps), "ZipLoRA", transient=True, disable=steps < 10):
         optimizer.zero_grad()
         loss = distance(torch.Generator().manual_seed(hash_seed(seed, 20_000 + step))) + weight * penalty(zipped)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         optimizer.step()
     return first, measured()

@@ -20,8 +20,8 @@ class Request:
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        self.config: Any = model.config
-        self.kind: str = self.config.model_type
+        config: Any = model.config
+        self.config, self.kind = config, str(config.model_type)
         named = _named(model.forward)
         self.names = list(named)
         self.main: str = getattr(model, "main_input_name", "input_ids")

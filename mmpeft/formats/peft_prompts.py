@@ -117,7 +117,7 @@ def learned_of(model: nn.Module, placements: Sequence[Placement], whole: Collect
         raise Refused(f"PEFT has a prefix in each of {len(attentions)} attentions; this tuning in {len(prefixes)}")
     found: list[Tensor] = []
     for site in attentions:
-        keys, values = prefixes[site.path].keys_and_values()  # type: ignore[operator, union-attr]
+        keys, values = prefixes[site.path].keys_and_values()
         found += [_shifted(model, site, keys, len(keys)), values]
     tensor = torch.stack(found, dim=1).flatten(1)
     return Learned(PREFIX, tensor, config | {"token_dim": attentions[0].heads * attentions[0].width})

@@ -34,7 +34,7 @@ class _Product(torch.autograd.Function):
 
 def hadamard_product(up: Up, down: Down, up_2: Up, down_2: Down) -> Float[Tensor, "o i"]:
     """`(B₁ A₁) ⊙ (B₂ A₂)`, of rank up to r² (Hyeon-Woo et al. 2022, FedPara, arXiv:2108.06098)."""
-    found: Tensor = _Product.apply(up, down, up_2, down_2)  # type: ignore[no-untyped-call]
+    found: Tensor = _Product.apply(up, down, up_2, down_2)
     return found
 
 

@@ -11,7 +11,7 @@ def kron_apply(
     x: Float[Tensor, "*batch i"], left: Float[Tensor, "a c"], right: Float[Tensor, "b d"]
 ) -> Float[Tensor, "*batch o"]:
     """`(L ⊗ R) x` with `i = c d` and `o = a b`: `x` as a [c, d] matrix X gives `L X Rᵀ`."""
-    matrix: Tensor = x.unflatten(-1, (left.shape[1], right.shape[1]))  # type: ignore[no-untyped-call]
+    matrix: Tensor = x.unflatten(-1, (left.shape[1], right.shape[1]))
     found: Tensor = (left @ matrix @ right.T).flatten(-2)
     return found
 

@@ -29,7 +29,7 @@ def take_rows(tensor: Tensor, rows: Rows | None, dim: int = 0) -> Tensor:
     if len(rows) == 2:
         return tensor.narrow(dim, start, stop - start)
     dim %= tensor.dim()
-    periods: Tensor = tensor.unflatten(dim, (-1, rows[2]))  # type: ignore[no-untyped-call]
+    periods: Tensor = tensor.unflatten(dim, (-1, rows[2]))
     return periods.narrow(dim + 1, start, stop - start).flatten(dim, dim + 1)
 
 
@@ -41,8 +41,8 @@ def put_rows(tensor: Tensor, value: Tensor, rows: Rows | None, dim: int = 0) -> 
     if len(rows) == 2:
         return tensor.slice_scatter(value, dim, start, stop)
     dim %= tensor.dim()
-    periods: Tensor = tensor.unflatten(dim, (-1, rows[2]))  # type: ignore[no-untyped-call]
-    own = value.unflatten(dim, (-1, stop - start))  # type: ignore[no-untyped-call]
+    periods: Tensor = tensor.unflatten(dim, (-1, rows[2]))
+    own = value.unflatten(dim, (-1, stop - start))
     return periods.slice_scatter(own, dim + 1, start, stop).flatten(dim, dim + 1)
 
 

@@ -51,7 +51,7 @@ class _SoftTopK(Function):
         return weights
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         (weights,) = ctx.saved_tensors
         below = torch.where(weights < 1, weights, 0.0)
         total = below.sum(-1, keepdim=True).clamp(min=torch.finfo(below.dtype).tiny)

@@ -66,7 +66,7 @@ def guard(module: nn.Module) -> None:
             packed.data, state
         )
         state.absmax = scales
-        packed.quant_state = module.quant_state = state  # type: ignore[assignment]
+        packed.quant_state = module.quant_state = state
 
 
 def _rearranged(module: nn.Module) -> bool:
@@ -103,7 +103,7 @@ class FewBits(Wrapper):
     def multiplied(self, x: Tensor) -> Tensor:
         """`x Wᵀ` as the library's own layer computes it."""
 
-    def dequantize(self) -> Tensor:  # type: ignore[override]
+    def dequantize(self) -> Tensor:
         """The values that the bits stand for, as they are seen."""
         return self.formed()
 

@@ -54,7 +54,7 @@ def _reduced(cls: TunedMeta) -> Any:
     return tuned_class, (cls.mmpeft_base, cls.mmpeft_reads)
 
 
-copyreg.pickle(TunedMeta, _reduced)  # type: ignore[arg-type]
+copyreg.pickle(TunedMeta, _reduced)
 
 
 def base_value(module: nn.Module, name: str) -> Any:
@@ -170,7 +170,7 @@ def _meta(kind: type) -> type[TunedMeta]:
     if issubclass(TunedMeta, kind):
         return TunedMeta
     found = type(TunedMeta.__name__, (TunedMeta, kind), {"__module__": TunedMeta.__module__})
-    copyreg.pickle(found, _reduced)  # type: ignore[arg-type]
+    copyreg.pickle(found, _reduced)
     return found
 
 
@@ -218,7 +218,7 @@ def rebased(cls: type, old: type, new: type) -> type:
     return found
 
 
-def original_class(module: nn.Module) -> type:
+def original_class(module: nn.Module) -> type[nn.Module]:
     """A module's class as its library wrote it."""
     tuned = tuned_part(type(module))
     return type(module) if tuned is None else tuned.mmpeft_base

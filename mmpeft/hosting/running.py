@@ -163,7 +163,7 @@ NESTED = 8
 
 def _backward_pass() -> int:
     """The number of the backward pass that this thread runs; -1 outside of one."""
-    return torch._C._current_graph_task_id()  # type: ignore[attr-defined, no-any-return]
+    return torch._C._current_graph_task_id()
 
 
 class _Remember:

@@ -39,7 +39,7 @@ class Seen(NamedTuple):
         if values.dtype != self.dtype:
             values = values.to(self.dtype)
         if self.k:
-            return values.unflatten(0, (self.k, -1))  # type: ignore[no-untyped-call, no-any-return]
+            return values.unflatten(0, (self.k, -1))  # type: ignore[no-any-return]
         return values.t() if self.flipped else values
 
 
@@ -118,7 +118,7 @@ class Wrapper(Weight):
     def of(cls, full: torch.Size, seen: Seen, device: torch.device, **facts: Any) -> Any:
         shape = seen.shape(full)
         strides = (1, shape[0]) if seen.flipped else None
-        found = Tensor._make_wrapper_subclass(cls, shape, strides, dtype=seen.dtype, device=device)  # type: ignore
+        found = Tensor._make_wrapper_subclass(cls, shape, strides, dtype=seen.dtype, device=device)
         found.__dict__.update(facts, full=full, seen=seen, place=device)
         return found
 

@@ -30,6 +30,11 @@ from mmpeft.methods.efficient.coda import CoDA as CoDA
 from mmpeft.methods.efficient.lst import LST as LST
 from mmpeft.methods.hybrid.mam import MAM as MAM
 from mmpeft.methods.hybrid.unipelt import UniPELT as UniPELT
+from mmpeft.methods.needs import Need as Need
+from mmpeft.methods.needs import Refusal as Refusal
+from mmpeft.methods.needs import at_site as at_site
+from mmpeft.methods.placed import Placed as Placed
+from mmpeft.methods.placed import Traits as Traits
 from mmpeft.methods.reparameterized.adalora import AdaLoRA as AdaLoRA
 from mmpeft.methods.reparameterized.dora import DoRA as DoRA
 from mmpeft.methods.reparameterized.dylora import DyLoRA as DyLoRA

@@ -85,7 +85,7 @@ class _Attending(TorchFunctionMode):
     """`softmax(q [K_p; K]ᵀ) [V_p; V]`, and what stands beside it, in place of `softmax(q Kᵀ) V`."""
 
     def __init__(self, parts: Sequence[KeyValuePart], keyed: Callable[[Tensor], Tensor] | None = None) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.front = [part for part in parts if isinstance(part, Prefix)]
         self.gated = [part for part in parts if isinstance(part, GatedPrefix)]
         self.keyed = keyed

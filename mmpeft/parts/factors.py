@@ -130,7 +130,7 @@ class LowRankKron(Factor):
 
     def forward(self, x: Tensor) -> Tensor:
         inner = kron_apply(x, cast(self.left, x.dtype), cast(self.A, x.dtype))
-        rows: Tensor = inner.unflatten(-1, (len(self.left), len(self.A)))  # type: ignore[no-untyped-call]
+        rows: Tensor = inner.unflatten(-1, (len(self.left), len(self.A)))
         return F.linear(rows, cast(self.B, x.dtype)).flatten(-2)
 
     def materialise(self) -> Tensor:

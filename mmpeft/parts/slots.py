@@ -207,5 +207,5 @@ def _places(module: nn.Module) -> list[tuple[dict[str, nn.Parameter | None], str
 
 def _base(host: nn.Module, x: Tensor) -> Tensor:
     own = original_class(host)
-    y: Tensor = own.forward(host, x)  # type: ignore[attr-defined]
+    y: Tensor = own.forward(host, x)
     return y

@@ -115,10 +115,10 @@ class _Made(NamedTuple):
         rows, columns = base.shape[-2:]
         shape = (len(base) if index is None else len(index), *((columns, rows) if swapped else (rows, columns)))
         strides = (rows * columns, 1, columns) if swapped else None
-        found = Tensor._make_wrapper_subclass(Stack, shape, strides, dtype=self.dtype, device=base.device)  # type: ignore
+        found = Tensor._make_wrapper_subclass(Stack, shape, strides, dtype=self.dtype, device=base.device)
         found.__dict__.update(self.facts, full=torch.Size(shape), place=base.device)
         found.__dict__["seen"] = Seen(0, shape[-2], self.dtype)
-        return found  # type: ignore[no-any-return]
+        return found
 
 
 def _formed(value: Any) -> Any:

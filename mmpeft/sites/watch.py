@@ -77,7 +77,7 @@ class _Functions(TorchFunctionMode):
     """Notes which of torch's functions made the operations."""
 
     def __init__(self, seen: _Watching) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.seen = seen
         self.found: list[Function] = []
 
@@ -252,7 +252,7 @@ class _WithoutData(FakeTensorMode):
     the process could not fork others that run one.
     """
 
-    avoid_device_init = False  # type: ignore[assignment]
+    avoid_device_init = False
 
 
 def _watch(model: nn.Module, args: Any, kwargs: Any, fake: FakeTensorMode | None) -> Record:

@@ -106,11 +106,7 @@ def _slots(state: State, route: tuple[Entry, ...]) -> dict[str, Plan]:
                     found.setdefault(hook.path, {}).setdefault(name, []).append(part)
                 else:
                     others.add(hook.path)
-        state.slots = {
-            path: Plan(call=Slots(own), alone=True)  # type: ignore[arg-type]
-            for path, own in found.items()
-            if path not in others
-        }
+        state.slots = {path: Plan(call=Slots(own), alone=True) for path, own in found.items() if path not in others}
     return state.slots
 
 

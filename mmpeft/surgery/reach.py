@@ -75,7 +75,7 @@ def _as_it_was(model: nn.Module) -> Iterator[None]:
     """Evaluation mode inside; modes, attributes, buffers and random state come back on exit."""
     modules = list(model.modules())
     attributes = [dict(module.__dict__) for module in modules]
-    held: list[dict[str, Any]] = [table for m in modules for table in (m._buffers, m._modules)]  # type: ignore[misc]
+    held: list[dict[str, Any]] = [table for m in modules for table in (m._buffers, m._modules)]
     tables = [(table, dict(table)) for table in held]
     values = [(b, b.detach().clone()) for b in model.buffers()]
     devices = sorted({t.device.index or 0 for t in model.parameters() if t.is_cuda})

@@ -155,7 +155,7 @@ class _Moving(TorchDispatchMode):
 def _watched(state: State, tuned: Sequence[int], run: Run, leaves: list[Any], spec: Any) -> _Seen:
     """One pass of the plain model."""
     seen = _Seen()
-    plans = {seat: Plan(enter=(_Watch(seat, seen),)) for seat in tuned}  # type: ignore[arg-type]
+    plans = {seat: Plan(enter=(_Watch(seat, seen),)) for seat in tuned}
     args, kwargs = tree_unflatten([copy.deepcopy(v) if is_cache(v) else v for v in leaves], spec)
     torch.manual_seed(0)
     with _Moving(seen):
@@ -206,7 +206,7 @@ def _mixed(before: list[Tensor], after: list[Tensor], batch: int) -> set[int]:
 
 
 def _path(state: State, seat: int) -> str:
-    return next((path for path, host in state.hosts.items() if host._mmpeft_seat.index == seat), "a module")  # type: ignore[union-attr]
+    return next((path for path, host in state.hosts.items() if host._mmpeft_seat.index == seat), "a module")
 
 
 @contextmanager

@@ -126,7 +126,7 @@ class _WeightedDelta(Delta):
         del self.__dict__["training"]
 
     def tensors(self) -> Iterable[Tensor]:
-        weight: object = self.factor._weight[0]  # type: ignore[union-attr, index]
+        weight: object = self.factor._weight[0]  # type: ignore[index]
         return [*self.__dict__["_source"][0].tensors(), *([weight] if isinstance(weight, Tensor) else [])]
 
     @property

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 from torchmetrics import Metric, MetricCollection
+
+M = TypeVar("M", bound=Metric | MetricCollection)
+
+
+class Metrics(nn.ModuleDict, Generic[M]):
+    """Metrics of one kind by name."""
+
+    def __getitem__(self, key: str) -> M:
+        return super().__getitem__(key)  # type: ignore[return-value]  # nothing else is put in
 
 
 class FreshMetrics(Callback):

@@ -21,6 +21,7 @@ from mmpeft.errors import ConfigError
 from mmpeft.files import write_atomic
 from mmpeft.methods.base import Method
 from mmpeft.tasks.labels import check_labels
+from mmpeft.tasks.metrics import Metrics
 from mmpeft.tasks.options import TrainingOptions
 from mmpeft.tasks.predictions import Line, PredictionFile, class_lines
 from mmpeft.tasks.publish import folder_of
@@ -98,7 +99,9 @@ class ImageClassifier(Task):
         mixes = [v2.MixUp(alpha=self.mixup, num_classes=self.num_classes)] if self.mixup else []
         mixes += [v2.CutMix(alpha=self.cutmix, num_classes=self.num_classes)] if self.cutmix else []
         self.mixed = v2.RandomChoice(mixes) if mixes else None
-        self.metrics = nn.ModuleDict({f"{stage}_metrics": metrics(self.num_classes) for stage in ("val", "test")})
+        self.metrics: Metrics[MetricCollection] = Metrics(
+            {f"{stage}_metrics": metrics(self.num_classes) for stage in ("val", "test")}
+        )
 
     def configure_callbacks(self) -> list[Callback]:
         return [*super().configure_callbacks(), PredictionFile(self.predictions, self.lines)]
@@ -130,7 +133,7 @@ class ImageClassifier(Task):
 
     def results(self, stage: str) -> Mapping[str, Tensor]:
         metric = self.metrics[f"{stage}_metrics"]
-        found = metric.compute()
+        found: dict[str, Tensor] = metric.compute()
         metric.reset()
         self.show_confusion(found.pop("confusion").cpu(), stage)
         return found

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from statistics import mean, stdev
+from typing import Any
 
 import numpy as np
 from rich.table import Table
@@ -105,6 +106,7 @@ def curves(records: Sequence[Record], title: str) -> bytes:
     for n, (name, own) in enumerate(by_method(records).items()):
         points = np.mean([run.curve for run in summaries(own)], axis=0)
         axes.plot(range(1, len(points) + 1), points, marker=marks[n % len(marks)], label=name)
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    locator: Any = axes.xaxis.get_major_locator()  # matplotlib's default one, which has more to set than its base
+    locator.set_params(integer=True)
     axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
     return png_of(figure)

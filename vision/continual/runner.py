@@ -100,7 +100,8 @@ class ContinualClassifier:
         """Train and test task by task; with a folder, go on after the last finished task of the same `key`."""
         bank, record = self._resumed(folder, key) if folder else (Bank(self.model), Record())
         record.key, record.name, record.seed, record.classes = key, name, self.seed, self.sequence.classes
-        self.learner.bind(bank, int(self.model.num_features))
+        width: Any = self.model.num_features
+        self.learner.bind(bank, int(width))
         for task in self.sequence.tasks[len(record.matrix) :]:
             start = time.monotonic()
             if tell:

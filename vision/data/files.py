@@ -21,7 +21,8 @@ WORTH_A_BAR = 2000
 def to_rgb(image: Image.Image) -> Image.Image:
     """Turn any mode into RGB: turned upright by EXIF, transparency over white, 16 bit scaled to 8."""
     image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I") and image.getextrema()[1] > 255:
+    extrema: Any = image.getextrema() if image.mode.startswith("I") else (0, 0)  # a pair of one band
+    if extrema[1] > 255:
         image = image.convert("I").point(lambda value: value * (1 / 257)).convert("L")
     if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
         image = image.convert("RGBA")

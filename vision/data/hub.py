@@ -109,7 +109,7 @@ class HubData(ImageData):
                 f"the data set {self.path!r} cannot be loaded ({type(error).__name__}: {first}); check the name, the "
                 "configuration `name`, and that the hub can be reached, or give a local folder or parquet file"
             ) from error
-        splits = {self.splits["train"]: found} if isinstance(found, hf.Dataset) else dict(found)
+        splits: dict[Any, Any] = {self.splits["train"]: found} if isinstance(found, hf.Dataset) else dict(found)
         usual = {"train": (), "val": VAL, "test": ("test",)}
         tables: dict[str, Any] = {}
         for role, wanted in self.splits.items():

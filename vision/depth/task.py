@@ -17,6 +17,7 @@ from mmpeft.errors import DataError
 from mmpeft.methods.base import Method
 from mmpeft.methods.compose import Frozen
 from mmpeft.tasks.decoders import DenseDecoder
+from mmpeft.tasks.metrics import Metrics
 from mmpeft.tasks.options import TrainingOptions
 from mmpeft.tasks.predictions import PredictionFolder
 from mmpeft.tasks.taps import Taps
@@ -76,7 +77,7 @@ class DepthEstimator(Task):
             probe = self.taps(torch.zeros(1, 3, *size), [last])[last]
         self.decoder.start(self.taps, 1, size, self.taps.patches(probe).shape[1])
         names = [f"{stage}_{name}" for stage in ("val", "test") for name in ("rel", "square", "delta1")]
-        self.metrics = nn.ModuleDict({name: MeanMetric() for name in names})
+        self.metrics: Metrics[MeanMetric] = Metrics({name: MeanMetric() for name in names})
 
     def forward(self, images: Tensor) -> Tensor:
         """Depth [B, 1, H, W], positive."""
@@ -95,13 +96,13 @@ class DepthEstimator(Task):
     def loss(self, batch: tuple[Tensor, Tensor], index: int) -> Tensor:
         images, depth = batch
         error = (self(images).log() - depth.log()).flatten(1)
-        loss = (error.square().mean(1) - VARIANCE * error.mean(1).square()).clamp(min=1e-8).sqrt().mean()
+        loss: Tensor = (error.square().mean(1) - VARIANCE * error.mean(1).square()).clamp(min=1e-8).sqrt().mean()
         self.log("train/loss", loss, prog_bar=True, on_step=False, on_epoch=True, batch_size=len(images))
         return loss
 
     def evaluate(self, batch: tuple[Tensor, Tensor], stage: str) -> Tensor:
         images, depth = batch
-        found = self(images)
+        found: Tensor = self(images)
         ratio = torch.maximum(found / depth, depth / found)
         self.metrics[f"{stage}_rel"].update((found - depth).abs() / depth)
         self.metrics[f"{stage}_square"].update((found - depth).square())
@@ -110,7 +111,7 @@ class DepthEstimator(Task):
 
     def results(self, stage: str) -> Mapping[str, Tensor]:
         rel, square, delta1 = (self.metrics[f"{stage}_{name}"] for name in ("rel", "square", "delta1"))
-        values = {"rel": rel.compute(), "rmse": square.compute().sqrt(), "delta1": delta1.compute()}
+        values: dict[str, Tensor] = {"rel": rel.compute(), "rmse": square.compute().sqrt(), "delta1": delta1.compute()}
         for metric in (rel, square, delta1):
             metric.reset()
         return values

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, Unpack
+from typing import Any, ClassVar, Literal, Unpack
 
 import torch
 from open_clip.loss import ClipLoss, SigLipLoss
@@ -25,7 +25,7 @@ class ContrastiveTuner(PairTask):
     that several captions of one image all count as right in retrieval.
     """
 
-    headline = ("image_to_text@1", "text_to_image@1")
+    headline: ClassVar[Sequence[str] | None] = ("image_to_text@1", "text_to_image@1")
 
     def __init__(
         self,
@@ -106,9 +106,10 @@ class ContrastiveTuner(PairTask):
         self.log("train/loss", loss, prog_bar=True, on_step=True, on_epoch=True, batch_size=len(images))
         return loss
 
-    def evaluate(self, batch: tuple[Tensor, Sequence[str], Tensor], stage: str) -> None:
+    def evaluate(self, batch: Any, stage: str) -> None:
         images, texts, rows = batch
-        self._kept.append((*(side.float().cpu() for side in self.encode(images, self.tokens(texts))), rows.cpu()))
+        image, text = (side.float().cpu() for side in self.encode(images, self.tokens(texts)))
+        self._kept.append((image, text, rows.cpu()))
 
     def results(self, stage: str) -> Mapping[str, Tensor]:
         own = tuple(torch.cat(side) for side in zip(*self._kept))
@@ -135,7 +136,7 @@ def recall(image: Tensor, text: Tensor, rows: Tensor) -> dict[str, Tensor]:
     numbers, of = rows.unique(return_inverse=True)
     first = torch.full((len(numbers),), len(rows)).scatter_reduce(0, of, torch.arange(len(rows)), "amin")
     once, known = image[first], rows[first]
-    found = {}
+    found: dict[str, Tensor] = {}
     for name, query, asked, answer, there in (
         ("image_to_text", once, known, text, rows),
         ("text_to_image", text, rows, once, known),

@@ -59,7 +59,8 @@ class FewShotData(ImageData):
             raise ConfigError(f"base_share is a share of the classes in (0, 1], got {base_share}")
         if shots < 1:
             raise ConfigError(f"shots is a number of images a class >= 1, got {shots}")
-        self.source, self.shots, self.paper = source, shots, source.paper
+        self.source, self.shots = source, shots
+        self.__dict__["paper"] = source.paper  # its drawings lie on what the source's lie on
         self.split_file = None if split_file is None else Path(split_file)
         self.classes = [spoken(name) for name in source.classes]
         doubled = [name for name, count in Counter(self.classes).items() if count > 1]
@@ -124,7 +125,7 @@ class FewShotData(ImageData):
         for key, value in facts.items():
             if kept.get(key) != value:
                 raise DataError(f"the split in {path} has {key}={kept.get(key)!r}, this run {value!r}")
-        rows = {key: kept.get(key) for key in ("train", "val")}
+        rows: dict[str, Any] = {key: kept.get(key) for key in ("train", "val")}
         for key, own in rows.items():
             if not isinstance(own, list) or not all(type(r) is int and 0 <= r < facts["pool"] for r in own):
                 raise DataError(f"the split in {path} has no {key!r}, or rows outside the {facts['pool']} images there")

@@ -103,6 +103,9 @@ class TipAdapter(Head):
     """
 
     keeps_features = True
+    strength: Tensor
+    keys: Tensor
+    values: Tensor
 
     def __init__(self, train: bool = False, alpha: float = 1.0, beta: float = 5.5, steps: int = 20) -> None:
         super().__init__()
@@ -124,7 +127,8 @@ class TipAdapter(Head):
 
     def forward(self, image: Tensor, text: Tensor, scale: Tensor) -> Tensor:
         alpha, beta = self.strength
-        return super().forward(image, text, scale) + alpha * self.cache(image, beta, text.shape[-2])
+        found: Tensor = super().forward(image, text, scale) + alpha * self.cache(image, beta, text.shape[-2])
+        return found
 
     def cache(self, image: Tensor, beta: Tensor, classes: int) -> Tensor:
         """`exp(−β (1 − f Kᵀ)) V`, zero for classes without keys, [B, C]."""

@@ -17,6 +17,7 @@ from mmpeft.methods.base import Method
 from mmpeft.parts.in_place import InPlace
 from mmpeft.surgery.choice import use
 from mmpeft.tasks.labels import check_labels
+from mmpeft.tasks.metrics import Metrics
 from mmpeft.tasks.predictions import Line, PredictionFile, class_lines
 from mmpeft.vla.fewshot.consistency import Consistency
 from mmpeft.vla.fewshot.features import CachedViews, tuned_towers
@@ -66,9 +67,12 @@ class FewShot(PairTask):
         self.classes: list[str] = []
         self.base = 0
         self.kept: CachedViews | None = None
-        self.metrics = nn.ModuleDict({f"{s}_{k}": MeanMetric() for s in ("val", "test") for k in ("base", "new")})
+        names = [f"{stage}_{kind}" for stage in ("val", "test") for kind in ("base", "new")]
+        self.metrics: Metrics[MeanMetric] = Metrics({name: MeanMetric() for name in names})
 
     # -- towers, texts and head ------------------------------------------------------------------------------
+
+    frozen_text: Tensor
 
     def build(self) -> nn.Module:
         data = self.data(HasClasses)
@@ -93,7 +97,7 @@ class FewShot(PairTask):
             )
         self.texts = ClassTexts(self.classes, self.templates, self.tokenizer, self.tuning)
         with torch.no_grad(), use(pair, None):
-            plain = self.tuning if not contexts else _Nothing()
+            plain = None if contexts else self.tuning
             frozen = ClassTexts(self.classes, self.templates, self.tokenizer, plain).encode(pair)
         self.register_buffer("frozen_text", frozen, persistent=False)
         self.head.start(frozen, self.base, contexts[0].tokens.shape[1] if contexts else 0)
@@ -152,7 +156,8 @@ class FewShot(PairTask):
     @property
     def scale(self) -> Tensor:
         model: Any = self.model
-        return model.logit_scale.exp().float()
+        scale: Tensor = model.logit_scale.exp()
+        return scale.float()
 
     def forward(self, images: Tensor, classes: slice = slice(None)) -> Tensor:
         """Scores [B, C] of images, or of unit features [B, d]."""
@@ -210,7 +215,7 @@ class FewShot(PairTask):
         Not a number where a head cannot name new classes; base classes alone where there are no others.
         """
         base, new = (self.metrics[f"{stage}_{key}"] for key in ("base", "new"))
-        found = {"base": base.compute()}
+        found: dict[str, Tensor] = {"base": base.compute()}
         if self.base < len(self.classes):
             found["new"] = new.compute() if self.head.names_new_classes else torch.tensor(torch.nan)
             found["harmonic"] = 2 / torch.stack(list(found.values())).clamp(min=1e-8).reciprocal().sum()
@@ -229,9 +234,3 @@ class FewShot(PairTask):
 
     def meaning(self) -> Mapping[str, Any]:
         return {"classes": self.classes}
-
-
-class _Nothing:
-    """A tuning that places nothing: class texts with their templates."""
-
-    placements = ()

@@ -22,11 +22,15 @@ class ClassTexts:
     words of the first template there; what the template says behind the name stays.
     """
 
-    def __init__(self, names: Sequence[str], templates: Sequence[str], tokens: Tokenizer, tuning: Tuning) -> None:
+    def __init__(
+        self, names: Sequence[str], templates: Sequence[str], tokens: Tokenizer, tuning: Tuning | None
+    ) -> None:
+        """`tuning` is what may learn tokens in place; None for the templates as they are."""
         for template in templates:
             if template.count("{}") != 1:
                 raise ConfigError(f"a template holds the class name once, as in 'a photo of a {{}}.'; got {template!r}")
-        learned = [p.part for p in tuning.placements if isinstance(p.part, InPlace) and p.role == "embed"]
+        placed = tuning.placements if tuning is not None else ()
+        learned = [p.part for p in placed if isinstance(p.part, InPlace) and p.role == "embed"]
         before, _, after = templates[0].partition("{}")
         texts = [[t.replace("{}", name) for name in names] for t in (["{}" + after] if learned else templates)]
         for own in texts:
@@ -40,6 +44,7 @@ class ClassTexts:
                     "SigLIP's): give the method position=0"
                 )
             self.tokens = with_room(self.tokens, len(part.tokens), part.position)
+            assert tuning is not None
             self.start(part, before, tokens, tuning)
 
     def start(self, part: InPlace, words: str, tokens: Tokenizer, tuning: Tuning) -> None:

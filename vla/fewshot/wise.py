@@ -31,7 +31,7 @@ class WiseCurve(Callback):
     choose nothing.
     """
 
-    def __init__(self, shares: Sequence[float] = tuple(i / 10 for i in range(11))) -> None:
+    def __init__(self, shares: Sequence[float] = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)) -> None:
         if not shares:
             raise ConfigError("WiseCurve needs at least one share between the frozen pair (0) and the tuned one (1)")
         self.shares = list(shares)

@@ -85,7 +85,8 @@ class CLIPSegDecoder(Decoder):
     def film(self, x: Tensor, text: Tensor) -> Tensor:
         """`γ(√e t) ⊙ x + β(√e t)` for images and classes: x [B, n, w], text [C, e] or [B, C, e] to [B, C, n, w]."""
         text = text * text.shape[-1] ** 0.5  # unit vectors would hardly modulate: entries of unit variance do
-        return self.scale(text).unsqueeze(-2) * x[:, None] + self.shift(text).unsqueeze(-2)
+        said: Tensor = self.scale(text).unsqueeze(-2) * x[:, None] + self.shift(text).unsqueeze(-2)
+        return said
 
     def similarity(self, taps: Taps, features: Tensor, text: Tensor) -> Tensor:
         """`cos(P f, t) − mean_u cos(P f, u)` of patches [B, n, d] and classes, [B, C, n]."""
@@ -97,8 +98,9 @@ class CLIPSegDecoder(Decoder):
         """Logit maps [B, C, H, W] of text [C, e], or [B, C, e] where each image has prompts of its own."""
         features = taps(images, [*self.depths, self.last])
         x: Tensor | None = None
+        kind = next(self.reduce.parameters()).dtype
         for number, (depth, reduce, block) in enumerate(zip(self.depths, self.reduce, self.blocks)):
-            own = reduce(taps.patches(features[depth]).to(reduce.weight.dtype))
+            own = reduce(taps.patches(features[depth]).to(kind))
             if number == 0:
                 x = self.film(own, text).flatten(0, 1)
             else:
@@ -112,7 +114,8 @@ class CLIPSegDecoder(Decoder):
         if self.pull is None:
             return maps
         said = self.similarity(taps, taps.patches(features[self.last]), text).unflatten(2, (rows, columns))
-        return maps + self.pull * resized(said, images)
+        pulled: Tensor = maps + self.pull * resized(said, images)
+        return pulled
 
     def forward(self, taps: Taps, images: Tensor, text: Tensor) -> Tensor:
         return self.logits(taps, images, text).sigmoid()
@@ -233,7 +236,8 @@ class SANDecoder(Decoder):
             for net, x in ((self.bias_query, query), (self.bias_pixel, pixel))
         )
         bias = (q @ p.transpose(2, 3) / 4).flatten(1, 2).unflatten(2, side)
-        return F.adaptive_avg_pool2d(bias, clip).flatten(2).unflatten(1, (self.clip_heads, self.queries))
+        fitted: Tensor = F.adaptive_avg_pool2d(bias, clip).flatten(2).unflatten(1, (self.clip_heads, self.queries))
+        return fitted
 
     def recognise(self, taps: Taps, base: Tensor, bias: Tensor) -> Tensor:
         """What copies of the class token become in the last blocks, [B, Q, d].

@@ -14,6 +14,7 @@ from torchmetrics.classification import MulticlassJaccardIndex
 
 from mmpeft.errors import ConfigError
 from mmpeft.methods.base import Method
+from mmpeft.tasks.metrics import Metrics
 from mmpeft.tasks.predictions import PredictionFolder
 from mmpeft.tasks.taps import grid_of
 from mmpeft.vla.fewshot.texts import ClassTexts
@@ -37,6 +38,8 @@ class Segmenter(PairTask):
     Batches are `(images float [B, 3, H, W], class numbers int64 [B, H, W])` with 254 for background and 255 for what
     does not count; to predict, `(images, identifiers, heights and widths [B, 2])`.
     """
+
+    text: Tensor
 
     def __init__(
         self,
@@ -88,7 +91,9 @@ class Segmenter(PairTask):
         if not self.live:  # the text tower says the same in every step
             self.register_buffer("text", text.detach(), persistent=False)
         count = len(self.classes) + 1
-        self.iou = nn.ModuleDict({f"{stage}_iou": overlap(count) for stage in ("val", "test")})
+        self.iou: Metrics[MulticlassJaccardIndex] = Metrics(
+            {f"{stage}_iou": overlap(count) for stage in ("val", "test")}
+        )
 
     def encode(self, classes: Sequence[str]) -> Tensor:
         """Unit text features [C, e] of class names, any that the text tower can read."""
@@ -100,8 +105,7 @@ class Segmenter(PairTask):
     def texts(self) -> Tensor:
         """Unit text features [C, e] of the data's classes; encoded anew where the method tunes the text tower."""
         self.prepare()
-        found: Tensor = self.encode(self.classes) if self.live else self.text
-        return found
+        return self.encode(self.classes) if self.live else self.text
 
     def forward(self, images: Tensor, text: Tensor | None = None) -> Tensor:
         """Scores [B, C, H, W] in [0, 1] for unit text features [C, e], by default those of the data's classes."""
@@ -134,7 +138,7 @@ class Segmenter(PairTask):
 
     def results(self, stage: str) -> Mapping[str, Tensor]:
         metric = self.iou[f"{stage}_iou"]
-        iou = metric.compute()[: len(self.classes)]
+        iou: Tensor = metric.compute()[: len(self.classes)]
         metric.reset()
         return means(iou, self.unseen)
 

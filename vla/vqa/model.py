@@ -59,7 +59,8 @@ class Looking(nn.TransformerDecoderLayer):
         found = self.multihead_attn(asked.flatten(1, 2), patches, patches, attn_mask=bias, need_weights=False)[0]
         x = x + self.dropout2(found.view_as(asked)[owner, slot])
         y = self.linear2(self.dropout(self.activation(self.linear1(self.norm3(x)))))
-        return x + self.dropout3(y)
+        out: Tensor = x + self.dropout3(y)
+        return out
 
 
 class Fusion(nn.Module):

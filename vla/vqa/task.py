@@ -15,6 +15,7 @@ from torchmetrics import MeanMetric
 from mmpeft.errors import ConfigError, Refused
 from mmpeft.methods.base import Method
 from mmpeft.parts.in_place import InPlace
+from mmpeft.tasks.metrics import Metrics
 from mmpeft.tasks.options import TrainingOptions
 from mmpeft.tasks.predictions import PredictionFile
 from mmpeft.tasks.taps import Taps
@@ -85,7 +86,7 @@ class VisualQuestions(PairTask):
         self.joint = joint is not None
         self.fusion.start(self.image, self.text, grid, len(self.answers), joint)
         names = [f"{s}_{k}" for s in ("val", "test") for k in ("all", *self.types)]
-        self.metrics = nn.ModuleDict({name: MeanMetric() for name in names})
+        self.metrics: Metrics[MeanMetric] = Metrics({name: MeanMetric() for name in names})
 
     def forward(self, images: Tensor, questions: Sequence[str], owner: Tensor | None = None) -> Tensor:
         """Scores [Q, A] of the answers, before the softmax, for Q questions about images [B, 3, H, W].
@@ -129,7 +130,7 @@ class VisualQuestions(PairTask):
         return [*super().configure_callbacks(), PredictionFile("answers.jsonl", lambda lines, suffix: lines)]
 
     def evaluate(self, batch: Asked, stage: str) -> Tensor:
-        given = self(batch.images, batch.questions, batch.owner).argmax(1)
+        given: Tensor = self(batch.images, batch.questions, batch.owner).argmax(1)
         score = batch.scores.gather(1, given[:, None])[:, 0]
         self.metrics[f"{stage}_all"].update(score)
         for number, name in enumerate(self.types):
@@ -157,7 +158,7 @@ class VisualQuestions(PairTask):
         found = {}
         for name in ("all", *self.types):
             metric = self.metrics[f"{stage}_{name}"]
-            value = metric.compute()
+            value: Tensor = metric.compute()
             metric.reset()
             if not value.isnan():  # a type without a question
                 found["accuracy" if name == "all" else name] = value

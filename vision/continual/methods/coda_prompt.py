@@ -71,8 +71,9 @@ class CODAPrompt(TaskHeads):
 
     def prompts(self, name: str) -> Tensor:
         """The components of one entry as rows, [L, M, 2 p h d]."""
-        tokens = torch.stack([part.keys_and_values() for part in self.parts(name)])
-        return tokens.unflatten(2, (self.components, -1)).transpose(1, 2).flatten(2)
+        tokens: Tensor = torch.stack([part.keys_and_values() for part in self.parts(name)])
+        rows: Tensor = tokens.unflatten(2, (self.components, -1))
+        return rows.transpose(1, 2).flatten(2)
 
     def rows(self) -> tuple[Tensor, Tensor, Tensor]:
         """P [L, M, 2 p h d], A and K [L, M, d] of all tasks so far."""
@@ -113,4 +114,5 @@ def orthonormal(new: Tensor, old: Tensor) -> Tensor:
     # Old rows have moved since they were made orthonormal: what is left out is their span.
     past = torch.linalg.qr(old.mT).Q
     whole = torch.cat([past, new.mT], dim=2)
-    return torch.linalg.qr(whole).Q[:, :, past.shape[2] :].mT.contiguous()
+    basis: Tensor = torch.linalg.qr(whole).Q
+    return basis[:, :, past.shape[2] :].mT.contiguous()

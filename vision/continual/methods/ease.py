@@ -63,7 +63,8 @@ class EASE(TaskHeads):
 
     def owners(self) -> Tensor:
         """The task of each class seen."""
-        sizes = [len(self.bank[name].head.labels) for name in self.heads()]
+        heads = [self.bank[name].head for name in self.heads()]
+        sizes = [len(head.labels) for head in heads if head is not None]
         return torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes))
 
     def scores(self, images: Tensor) -> Tensor:

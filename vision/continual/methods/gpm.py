@@ -45,4 +45,5 @@ class Memory:
 
 def complement(basis: Tensor) -> Tensor:
     """An orthonormal basis [d, d − m] of what an orthonormal basis [d, m] does not span."""
-    return torch.linalg.qr(basis, mode="complete").Q[:, basis.shape[1] :]
+    whole: Tensor = torch.linalg.qr(basis, mode="complete").Q
+    return whole[:, basis.shape[1] :]
