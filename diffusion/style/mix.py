@@ -60,7 +60,7 @@ def mix(argv: Sequence[str] | None = None) -> int:
     tunings = [own[0] for own in opened]
     zipped = zip_lora(tunings, weights)
     if options.prompt:
-        makers = [Maker.of(family, t, p, options.images, options.seed) for t, p in zip(tunings, options.prompt)]
+        makers = [DrawnAdapter.of(family, t, p, options.images, options.seed) for t, p in zip(tunings, options.prompt)]
         first, last = fit(family, makers, zipped, options.steps, options.lr, options.penalty, options.seed)
         print(f"distance from each adapter's own answers: {first:.2e} as a sum, {last:.2e} after {options.steps} steps")
     written = export(zipped, options.out, options.to, prefix=family.part)
@@ -70,7 +70,7 @@ def mix(argv: Sequence[str] | None = None) -> int:
 
 
 @dataclass(frozen=True)
-class Maker:
+class DrawnAdapter:
     """An adapter with images that it drew for its prompt: the answers that the mixture should keep."""
 
     tuning: Tuning
@@ -79,7 +79,7 @@ class Maker:
 
     @classmethod
     @torch.no_grad()
-    def of(cls, family: Family, tuning: Tuning, prompt: str, count: int, seed: int) -> Maker:
+    def of(cls, family: Family, tuning: Tuning, prompt: str, count: int, seed: int) -> DrawnAdapter:
         noise = [torch.Generator().manual_seed(hash_seed(seed, i)) for i in range(count)]
         with use(tuning.model, tuning.name):
             images = family.draw([prompt] * count, noise, STEPS, GUIDANCE, family.size)
@@ -100,7 +100,7 @@ class Maker:
 
 
 def fit(
-    family: Family, makers: Sequence[Maker], zipped: Tuning, steps: int, lr: float, weight: float, seed: int = 0
+    family: Family, makers: Sequence[DrawnAdapter], zipped: Tuning, steps: int, lr: float, weight: float, seed: int = 0
 ) -> tuple[float, float]:
     """Train the column weights by Adam; the distance from the adapters' answers before and after, at the same noise."""
     objective = objective_of(family.pipeline.scheduler)

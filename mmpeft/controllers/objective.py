@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 
 from mmpeft.controllers.base import Controller
-from mmpeft.parts.fusion import Fusion
+from mmpeft.parts.fusion import FusedAdapters
 
 
 class NearIdentity(Controller):
     """AdapterFusion: `λ Σ ‖I - W_v‖²`, so that W_v mixes adapters before it changes them."""
 
-    def __init__(self, parts: Sequence[Fusion], weight: float) -> None:
+    def __init__(self, parts: Sequence[FusedAdapters], weight: float) -> None:
         self.parts, self.weight = list(parts), weight
 
     def penalty(self) -> Tensor:

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 @dataclass
-class Plan:
+class HostPlan:
     """What a host does in its forward pass under a route; empty lists are the plain backbone."""
 
     enter: tuple[Part, ...] = ()
@@ -44,7 +44,7 @@ class Plan:
     """Whether `call` is all there is: the common case of a tuned linear, kept free of further tests."""
 
 
-PLAIN = Plan()
+PLAIN = HostPlan()
 
 
 class Seat:
@@ -52,7 +52,7 @@ class Seat:
 
     def __init__(self, state: State, index: int, path: str) -> None:
         self.state, self.index, self.path = state, index, path
-        self.plans: dict[int, Plan] = {}
+        self.plans: dict[int, HostPlan] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         return {"state": self.state, "index": self.index, "path": self.path}
@@ -145,7 +145,7 @@ def _under(host: Any, seat: Seat, inner: Callable[..., Any], planned: Planned, a
     return output
 
 
-def run(host: Any, plan: Plan, inner: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+def run(host: Any, plan: HostPlan, inner: Callable[..., Any], args: Any, kwargs: Any) -> Any:
     """A host's forward pass with the parts of a plan."""
     if not plan.wraps and plan.around is None:
         return _with_parts(host, plan, inner, *args, **kwargs)
@@ -155,14 +155,14 @@ def run(host: Any, plan: Plan, inner: Callable[..., Any], args: Any, kwargs: Any
     return _wrapped(host, plan, call, repeated=False)(*args, **kwargs)
 
 
-def _wrapped(host: Any, plan: Plan, call: Callable[..., Any], repeated: bool) -> Callable[..., Any]:
+def _wrapped(host: Any, plan: HostPlan, call: Callable[..., Any], repeated: bool) -> Callable[..., Any]:
     for part in reversed(plan.wraps):
         if part.repeated == repeated:
             call = partial(part.around, host, call)
     return call
 
 
-def _with_parts(host: Any, plan: Plan, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+def _with_parts(host: Any, plan: HostPlan, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     if not (plan.enter or plan.exit or plan.call):
         return inner(host, *args, **kwargs)
     if not (args or kwargs):
@@ -198,7 +198,7 @@ def planned_of(host: nn.Module) -> Planned:
     return current(seat.state) if running is None or running.state is not seat.state else running
 
 
-def plan_of(host: nn.Module) -> Plan:
+def plan_of(host: nn.Module) -> HostPlan:
     """What a host does at present."""
     planned, seat = planned_of(host), getattr(host, SEAT)
     if torch.compiler.is_compiling() and RUNNING.get() is planned and planned.number is not None:

@@ -24,7 +24,7 @@ from torch.utils.checkpoint import CheckpointFunction
 from mmpeft.errors import Refused
 
 if TYPE_CHECKING:
-    from mmpeft.hosting.forward import Plan
+    from mmpeft.hosting.forward import HostPlan
     from mmpeft.surgery.state import State
     from mmpeft.surgery.together import Route
 
@@ -41,7 +41,7 @@ class Planned:
         self,
         state: State,
         route: Route,
-        plans: dict[int, Plan],
+        plans: dict[int, HostPlan],
         number: int | None = None,
         rows: Callable[..., Any] | None = None,
         whole: bool = False,
@@ -52,7 +52,7 @@ class Planned:
         """Under a route for each row: the number of each row's tuning, from 1 in the order of attaching; 0 for none."""
 
 
-class Choice:
+class ChosenRoute:
     """A route that a context, a generator or the model itself has chosen."""
 
     def __init__(self, state: State, route: Route) -> None:
@@ -75,11 +75,11 @@ class Choice:
 RUNNING: ContextVar[Planned | None] = ContextVar("mmpeft_running", default=None)
 """What the pass that runs in this context is pinned to."""
 
-CHOICES: ContextVar[dict[int, Choice]] = ContextVar("mmpeft_choices", default={})  # noqa: B039 - replaced, never changed
+CHOICES: ContextVar[dict[int, ChosenRoute]] = ContextVar("mmpeft_choices", default={})  # noqa: B039 - replaced, never changed
 """This context's choices by the number of the model's state; a new dictionary each time."""
 
 
-def choose(state: State, choice: Choice | None) -> Choice | None:
+def choose(state: State, choice: ChosenRoute | None) -> ChosenRoute | None:
     """Set this context's choice for a model, None for the model's own; return the former one."""
     choices = dict(CHOICES.get())
     before = choices.pop(state.key, None)
@@ -89,7 +89,7 @@ def choose(state: State, choice: Choice | None) -> Choice | None:
     return before
 
 
-def chosen(state: State) -> Choice:
+def chosen(state: State) -> ChosenRoute:
     """What this context has chosen; the model's own choice where it has not."""
     choice = CHOICES.get().get(state.key)
     if choice is None:
@@ -131,7 +131,7 @@ def generator_around(frame: FrameType | None) -> FrameType | None:
     return None
 
 
-def _of_frames(state: State, choice: Choice) -> Choice:
+def _of_frames(state: State, choice: ChosenRoute) -> ChosenRoute:
     """The innermost choice among those of running generators and that of the context."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
@@ -254,7 +254,7 @@ class Pinned:
 # -- passes and changes -----------------------------------------------------------------------------------------
 
 
-class Gate:
+class PassLock:
     """Passes through a model run side by side; a change of its parts waits for them, and they for it."""
 
     def __init__(self) -> None:

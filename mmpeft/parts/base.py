@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from mmpeft.errors import Refused
 from mmpeft.hosting.offload import Hooked
-from mmpeft.parts.product import Inner, Reading, StackReading
+from mmpeft.parts.product import Inner, StackReading, WeightProduct
 
 HookKind = Literal["enter", "exit", "call", "read", "around"]
 Call = Callable[[nn.Module, Tensor], Tensor]
@@ -69,7 +69,7 @@ class Part(nn.Module):
         """What its effect depends on and gradients may reach."""
         return self.parameters()
 
-    def through(self, reading: Reading, inner: Inner, x: Tensor) -> Tensor:
+    def through(self, reading: WeightProduct, inner: Inner, x: Tensor) -> Tensor:
         """`inner(x)`, the product by a weight, with the effect of the part."""
         raise NotImplementedError
 

@@ -18,7 +18,7 @@ from mmpeft.hosting.host import original_class
 from mmpeft.hosting.unchanged import Kept
 from mmpeft.parts.base import Call, Hook, HookKind, Part, cast, trainable_dtype
 from mmpeft.parts.factors import Factor, Hadamard, LowRank
-from mmpeft.parts.product import Inner, Reading
+from mmpeft.parts.product import Inner, WeightProduct
 from mmpeft.sites import Kind
 
 KEPT_TO = 2**20
@@ -118,7 +118,7 @@ class Delta(Part):
         assert isinstance(self.factor, LowRank)
         return self.factor.pair()
 
-    def owned(self, reading: Reading) -> tuple[Rows | None, slice | None] | None:
+    def owned(self, reading: WeightProduct) -> tuple[Rows | None, slice | None] | None:
         """Where its rows lie in what comes out, and which of them; None for none of them."""
         if not reading.partial:
             return self.rows, None
@@ -126,7 +126,7 @@ class Delta(Part):
         assert len(rows) == 2
         return cut_rows(rows, reading.start, reading.stop)
 
-    def update(self, reading: Reading) -> Update | None:
+    def update(self, reading: WeightProduct) -> Update | None:
         """The update of one range of rows; interleaved rows become the whole range, zero where not owned."""
         owned = self.owned(reading)
         if owned is None:
@@ -166,7 +166,7 @@ class Delta(Part):
         """Add the update to an output already computed: convolutions, and rows routed one by one."""
         return self.through(self.reading(host), lambda _: y, x)
 
-    def through(self, reading: Reading, inner: Inner, x: Tensor) -> Tensor:
+    def through(self, reading: WeightProduct, inner: Inner, x: Tensor) -> Tensor:
         """Add the update to what comes out of the product by the weight inside."""
         y, owned = inner(x), self.owned(reading)
         if owned is None:
@@ -187,7 +187,7 @@ class Delta(Part):
             tuned = torch.add(own - offset, delta, alpha=self.scale) * cast(gain, y.dtype).view(shape) + offset
         return put_rows(y, tuned, rows, channel)
 
-    def applied(self, reading: Reading, x: Tensor, dtype: torch.dtype) -> Tensor:
+    def applied(self, reading: WeightProduct, x: Tensor, dtype: torch.dtype) -> Tensor:
         """`ΔW x` as the weight itself is applied: a product, a convolution, a lookup."""
         weight, apply = reading.weight, reading.apply
         if not self.lookup and weight.dim() == 2:
@@ -202,7 +202,7 @@ class Delta(Part):
         inner = apply(x, down.view(-1, *weight.shape[1:]))
         return F.linear(inner.movedim(1, -1), up).movedim(-1, 1)
 
-    def reading(self, host: nn.Module) -> Reading:
+    def reading(self, host: nn.Module) -> WeightProduct:
         """The product that a host's own forward makes."""
         base = own_weight(host)
         weight = turned(base) if self.transposed else base
@@ -213,7 +213,7 @@ class Delta(Part):
             found: Tensor = _lookup(host, x, kernel) if self.lookup else host._conv_forward(x, kernel, None)  # type: ignore
             return found
 
-        return Reading(weight, bias, stored_in(base), 0, len(weight), apply, groups)
+        return WeightProduct(weight, bias, stored_in(base), 0, len(weight), apply, groups)
 
     def fold(self, host: nn.Module, hook: Hook, params: dict[str, Tensor | None]) -> None:
         name = hook.name or "weight"

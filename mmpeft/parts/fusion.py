@@ -1,4 +1,4 @@
-"""`Fusion`: attention over the outputs of several frozen adapters at one place."""
+"""`FusedAdapters`: attention over the outputs of several frozen adapters at one place."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from mmpeft.parts.branch import Branch
 from mmpeft.parts.factors import like_options
 
 
-class Fusion(Part):
+class FusedAdapters(Part):
     """`h ← h + W_v Σ_n α_n z_n`, `α = softmax_n((W_q h)·(W_k z_n) / T)`, z_n what adapter n would add to h.
 
     W_q and W_k start at N(0, .02²), `W_v = I + 1e-6`. The adapters' tensors are buffers, and part of what is saved.

@@ -17,7 +17,7 @@ from mmpeft.parts.base import Part
 from mmpeft.parts.branch import Branch
 from mmpeft.parts.passing import Passed
 from mmpeft.parts.prefix import Prefix
-from mmpeft.parts.product import Inner, Reading
+from mmpeft.parts.product import Inner, WeightProduct
 from mmpeft.parts.shared import View
 
 GateKind = Literal["constant", "scalar", "token", "pooled"]
@@ -170,7 +170,7 @@ class GatedOutput(GatedPart):
     def rows(self) -> Any:
         return getattr(self.inner, "rows", None)
 
-    def through(self, reading: Reading, inner: Inner, x: Tensor) -> Tensor:
+    def through(self, reading: WeightProduct, inner: Inner, x: Tensor) -> Tensor:
         y = inner(x)
         return self._mixed(x, y, self.inner.through(reading, lambda _: y, x))
 

@@ -15,7 +15,7 @@ from mmpeft.hosting.few_bits import FewBits, dense
 from mmpeft.parts.base import Call, cast
 from mmpeft.parts.delta import Delta, own_weight
 from mmpeft.parts.factors import LowRank
-from mmpeft.parts.product import FUSED_FROM, Reading, fusible, like
+from mmpeft.parts.product import FUSED_FROM, WeightProduct, fusible, like
 
 
 def call_of(parts: Sequence[Delta], host: nn.Module, read: Sequence[str]) -> Call:
@@ -128,7 +128,7 @@ class _RowsCall:
         return multiply(self.deltas, self.deltas[0].reading(host), x)
 
 
-def multiply(deltas: Sequence[Delta], reading: Reading, x: Tensor) -> Tensor:
+def multiply(deltas: Sequence[Delta], reading: WeightProduct, x: Tensor) -> Tensor:
     """`x` by a weight with low-rank updates of its rows: fused where it pays and applies, composed elsewhere."""
     drop = any(delta.dropping for delta in deltas)
     updates, rates = [], []

@@ -15,7 +15,7 @@ FUSED_FROM = 32_768
 """Input elements from which the fused autograd function pays for its own call overhead."""
 
 
-class Reading(NamedTuple):
+class WeightProduct(NamedTuple):
     """One product by a frozen weight W [o, i, ...]; what comes out are its rows `start:stop`.
 
     `stored` are the tensors that W is kept in, `apply(x, kernel)` is the same convolution or look-up by another kernel
@@ -49,7 +49,7 @@ class StackReading(NamedTuple):
     channel: int
 
 
-def through(parts: Sequence[nn.Module], reading: Reading, inner: Inner, x: Tensor) -> Tensor:
+def through(parts: Sequence[nn.Module], reading: WeightProduct, inner: Inner, x: Tensor) -> Tensor:
     """`x` through a product and the parts around it, the innermost part first."""
     for part in parts:
         inner = _Through(part, reading, inner)
@@ -57,7 +57,7 @@ def through(parts: Sequence[nn.Module], reading: Reading, inner: Inner, x: Tenso
 
 
 class _Through:
-    def __init__(self, part: nn.Module, reading: Reading, inner: Inner) -> None:
+    def __init__(self, part: nn.Module, reading: WeightProduct, inner: Inner) -> None:
         self.part, self.reading, self.inner = part, reading, inner
 
     def __call__(self, x: Tensor) -> Tensor:

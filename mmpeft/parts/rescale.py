@@ -11,7 +11,7 @@ from mmpeft.errors import Refused
 from mmpeft.functional.pointwise import along
 from mmpeft.functional.rows import Rows, count_rows, cut_rows, put_rows, take_rows, turned
 from mmpeft.parts.base import Hook, Part, cast, trainable_dtype
-from mmpeft.parts.product import Inner, Reading
+from mmpeft.parts.product import Inner, WeightProduct
 
 
 class Rescale(Part):
@@ -55,7 +55,7 @@ class Rescale(Part):
     def answers(self) -> bool:
         return True
 
-    def through(self, reading: Reading, inner: Inner, x: Tensor) -> Tensor:
+    def through(self, reading: WeightProduct, inner: Inner, x: Tensor) -> Tensor:
         """Where the backbone reads a weight directly: what goes in, or the rows of it in what comes out."""
         conv = reading.weight.dim() > 2
         channel = 1 if conv else -1

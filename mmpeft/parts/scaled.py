@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from mmpeft.errors import Refused
 from mmpeft.parts.base import Hook, Part
-from mmpeft.parts.product import Inner, Reading, StackReading
+from mmpeft.parts.product import Inner, StackReading, WeightProduct
 
 
 class Scaled(Part):
@@ -58,7 +58,7 @@ class Scaled(Part):
     def tensors(self) -> Iterable[Tensor]:
         return self._of[0].tensors()
 
-    def through(self, reading: Reading, inner: Inner, x: Tensor) -> Tensor:
+    def through(self, reading: WeightProduct, inner: Inner, x: Tensor) -> Tensor:
         return self._between(inner(x), self._of[0].through(reading, inner, x))
 
     def enter(self, host: nn.Module, x: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from mmpeft.hosting.unchanged import made_of
 from mmpeft.parts.base import Part, cast
 from mmpeft.parts.delta import Delta
 from mmpeft.parts.factors import LowRank
-from mmpeft.parts.product import Reading
+from mmpeft.parts.product import WeightProduct
 
 Span = tuple[int, int]
 Factors = tuple[Span, Tensor, Tensor, Tensor | float, Tensor | None]
@@ -128,7 +128,7 @@ class Slots:
         self, host: nn.Module, slots: Sequence[str], rows: Tensor | Sequence[str | None], dtype: torch.dtype
     ) -> list[Factors]:
         updates: dict[tuple[Span, int], dict[str, Update]] = {}
-        reading: Reading | None = None
+        reading: WeightProduct | None = None
         for name in slots:
             seen: dict[Span, int] = {}  # rows of interleaved heads are given as all rows, once for each of q, k and v
             for delta in self.deltas.get(name, ()):
@@ -142,7 +142,7 @@ class Slots:
                 updates.setdefault((span, seen[span]), {})[name] = update
         return [(span, *_gathered(own, slots, rows, dtype)) for (span, _), own in updates.items()]
 
-    def _one_by_one(self, host: nn.Module, reading: Reading, x: Tensor, names: Sequence[str | None]) -> Tensor:
+    def _one_by_one(self, host: nn.Module, reading: WeightProduct, x: Tensor, names: Sequence[str | None]) -> Tensor:
         """Where the input of an update is dropped, each tuning for itself."""
         y, fold = _base(host, x), folds(x, len(names))
         for name, deltas in self.deltas.items():

@@ -16,7 +16,7 @@ from mmpeft.parts.base import Part, cast
 from mmpeft.parts.delta import Delta, stored_in
 from mmpeft.parts.factors import LowRank
 from mmpeft.parts.linear import multiply
-from mmpeft.parts.product import Reading, like, through
+from mmpeft.parts.product import WeightProduct, like, through
 
 
 class TunedWeight(Weight):
@@ -64,8 +64,8 @@ class TunedWeight(Weight):
         reading = self._reading(None, 0, self.full[0])._replace(apply=apply)
         return through(self.parts, reading, lambda words: apply(words, cast(self.base, self.seen.dtype)), words)
 
-    def _reading(self, bias: Tensor | None, start: int, stop: int) -> Reading:
-        return Reading(self.base.t() if self.turned else self.base, bias, stored_in(self.base), start, stop)
+    def _reading(self, bias: Tensor | None, start: int, stop: int) -> WeightProduct:
+        return WeightProduct(self.base.t() if self.turned else self.base, bias, stored_in(self.base), start, stop)
 
     def _composes(self) -> bool:
         """Whether products beside that of the base cost less than a formed weight, or there is none."""

@@ -17,7 +17,7 @@ from mmpeft.hosting.fused_layers import close_layers, open_layers
 from mmpeft.hosting.host import base_value, make_host, unmake_host
 from mmpeft.hosting.modules import CHILD, module_at, own_modules, own_parameters
 from mmpeft.hosting.offload import check_stored, check_values, know
-from mmpeft.hosting.running import CHOICES, Choice, choose
+from mmpeft.hosting.running import CHOICES, ChosenRoute, choose
 from mmpeft.hosting.still import MODE, frozen_statistics
 from mmpeft.methods.base import Method
 from mmpeft.methods.former import place
@@ -75,9 +75,9 @@ def attach(
             know(state, placements)
             _install(model, state, name, placements)
             if run:
-                state.default = Choice(state, name)
+                state.default = ChosenRoute(state, name)
                 if state.key in CHOICES.get():  # inside a `with use(...)`, until its end
-                    choose(state, Choice(state, name))
+                    choose(state, ChosenRoute(state, name))
             state.replan()
         if example is not None:
             _check_reached(model, name, placements, example)

@@ -10,7 +10,7 @@ from types import FrameType
 from torch import nn
 
 from mmpeft.errors import ConfigError
-from mmpeft.hosting.running import Choice, choose, forgetting, generator_around
+from mmpeft.hosting.running import ChosenRoute, choose, forgetting, generator_around
 from mmpeft.surgery.planning import check_route
 from mmpeft.surgery.state import state_with
 from mmpeft.surgery.together import Entry, Route, Together
@@ -36,7 +36,7 @@ class use:
         if route == ():
             raise ConfigError("use() got an empty list; give one name (or None) for each row of the batch")
         check_route(model, route)
-        choice = Choice(state, route)
+        choice = ChosenRoute(state, route)
         choice.plan()
         self._choice, self._frame = choice, None
         self._aside: AbstractContextManager[None] = forgetting(state)
@@ -44,7 +44,7 @@ class use:
         self._before = choose(state, choice)
         self._open = True
 
-    _choice: Choice
+    _choice: ChosenRoute
     _frame: FrameType | None
     _open = False
     """Whether the choice is not yet settled: neither left again nor made for good."""

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
-from mmpeft.hosting.forward import Plan, Seat
+from mmpeft.hosting.forward import HostPlan, Seat
 from mmpeft.hosting.host import multiplies
 from mmpeft.hosting.modules import SEAT
 from mmpeft.hosting.recompute import recompute_around
@@ -55,13 +55,13 @@ def plan_route(state: State, route: Route) -> Planned:
         if plan is not None:
             found[seat.index] = plan
         if number is not None:
-            seat.plans[number] = plan or Plan()
+            seat.plans[number] = plan or HostPlan()
     return Planned(state, route, found, number)
 
 
-def _recompute(state: State, plans: dict[str, Plan]) -> None:
+def _recompute(state: State, plans: dict[str, HostPlan]) -> None:
     for path in state.blocks if state.recompute else ():
-        plans.setdefault(path, Plan()).around = recompute_around(state.recompute)  # type: ignore[arg-type]
+        plans.setdefault(path, HostPlan()).around = recompute_around(state.recompute)  # type: ignore[arg-type]
 
 
 def _plan_rows(state: State, route: tuple[Entry, ...]) -> Planned:
@@ -81,7 +81,7 @@ def _plan_rows(state: State, route: tuple[Entry, ...]) -> Planned:
     seats = {path: state.hosts[path].__dict__[SEAT].index for path in hooks}
     rows_at_root = Rows(state, route, tuple(sorted(seats.values())), in_place)
     if not in_place:
-        return Planned(state, route, dict.fromkeys(seats.values(), Plan()), rows=rows_at_root, whole=True)
+        return Planned(state, route, dict.fromkeys(seats.values(), HostPlan()), rows=rows_at_root, whole=True)
     plans = {path: slots.get(path) or plan_host(state.hosts[path], own) for path, own in hooks.items()}
     _recompute(state, plans)
     seated = {state.hosts[path].__dict__[SEAT].index: plan for path, plan in plans.items()}
@@ -92,7 +92,7 @@ def _plan_rows(state: State, route: tuple[Entry, ...]) -> Planned:
     return found
 
 
-def _slots(state: State, route: tuple[Entry, ...]) -> dict[str, Plan]:
+def _slots(state: State, route: tuple[Entry, ...]) -> dict[str, HostPlan]:
     """Plans of hosts where all that the route runs are low-rank updates of one product; they serve every pattern."""
     if not all(entry is None or isinstance(entry, str) for entry in route):
         return {}
@@ -106,7 +106,7 @@ def _slots(state: State, route: tuple[Entry, ...]) -> dict[str, Plan]:
                     found.setdefault(hook.path, {}).setdefault(name, []).append(part)
                 else:
                     others.add(hook.path)
-        state.slots = {path: Plan(call=Slots(own), alone=True) for path, own in found.items() if path not in others}
+        state.slots = {path: HostPlan(call=Slots(own), alone=True) for path, own in found.items() if path not in others}
     return state.slots
 
 
@@ -142,7 +142,7 @@ def by_weight(hook: Hook, part: Part, host: nn.Module) -> bool:
     return hook.kind in ("call", "exit") and isinstance(part, Delta) and not multiplies(host)
 
 
-def plan_host(host: nn.Module, hooks: Iterable[tuple[Hook, Part]]) -> Plan:
+def plan_host(host: nn.Module, hooks: Iterable[tuple[Hook, Part]]) -> HostPlan:
     """What one host does with the parts that enter there."""
     ordered = sorted(hooks, key=lambda pair: pair[1].order)
     weighing = {id(part) for hook, part in ordered if by_weight(hook, part, host)}
@@ -156,4 +156,6 @@ def plan_host(host: nn.Module, hooks: Iterable[tuple[Hook, Part]]) -> Plan:
     leave = tuple(part for hook, part in reversed(ordered) if hook.kind == "exit" and id(part) not in weighing)
     call = type(calls[0]).combine(calls, host, tuple(reads)) if calls else None
     wraps = tuple(part for hook, part in ordered if hook.kind == "around")
-    return Plan(enter, leave, call, reads, answered, wraps, alone=call is not None and not (enter or leave or wraps))
+    return HostPlan(
+        enter, leave, call, reads, answered, wraps, alone=call is not None and not (enter or leave or wraps)
+    )

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Row:
+class ReportRow:
     """One role of the report."""
 
     role: str
@@ -29,7 +29,7 @@ class Report:
     """Parameters by role; `trainable` counts this tuning, `total` the base model."""
 
     title: str
-    rows: list[Row]
+    rows: list[ReportRow]
     trainable: int
     total: int
 
@@ -65,7 +65,8 @@ def report(tuning: Attached) -> Report:
         size = sum(t.numel() for t in tensors), sum(t.numel() * t.element_size() for t in tensors)
         by_role.setdefault(placement.role, []).append(size)
     rows = [
-        Row(role, len(sizes), sum(n for n, _ in sizes), sum(b for _, b in sizes)) for role, sizes in by_role.items()
+        ReportRow(role, len(sizes), sum(n for n, _ in sizes), sum(b for _, b in sizes))
+        for role, sizes in by_role.items()
     ]
     return Report(
         title=f"{tuning.name}: {type(tuning.method).__name__} on {type(tuning.model).__name__.removeprefix('Tuned')}",

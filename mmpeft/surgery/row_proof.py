@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from mmpeft.errors import Refused
 from mmpeft.hosting.batch_rows import row_count_error
-from mmpeft.hosting.forward import Plan
+from mmpeft.hosting.forward import HostPlan
 from mmpeft.hosting.recompute import is_cache
 from mmpeft.hosting.running import RUNNING, Planned
 from mmpeft.parts.base import Part
@@ -155,7 +155,7 @@ class _Moving(TorchDispatchMode):
 def _watched(state: State, tuned: Sequence[int], run: Run, leaves: list[Any], spec: Any) -> _Seen:
     """One pass of the plain model."""
     seen = _Seen()
-    plans = {seat: Plan(enter=(_Watch(seat, seen),)) for seat in tuned}
+    plans = {seat: HostPlan(enter=(_Watch(seat, seen),)) for seat in tuned}
     args, kwargs = tree_unflatten([copy.deepcopy(v) if is_cache(v) else v for v in leaves], spec)
     torch.manual_seed(0)
     with _Moving(seen):

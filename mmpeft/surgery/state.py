@@ -16,7 +16,7 @@ from mmpeft.controllers import Controllers
 from mmpeft.errors import ConfigError, StateError, nearest
 from mmpeft.hosting.offload import looked, take_back
 from mmpeft.hosting.recompute import Recompute
-from mmpeft.hosting.running import Choice, Gate, Planned, chosen
+from mmpeft.hosting.running import ChosenRoute, PassLock, Planned, chosen
 from mmpeft.methods.base import Method
 from mmpeft.methods.placed import Bake
 from mmpeft.parts.base import Placement
@@ -24,7 +24,7 @@ from mmpeft.surgery.liveness import Prints
 from mmpeft.surgery.together import Route
 
 if TYPE_CHECKING:
-    from mmpeft.hosting.forward import Plan
+    from mmpeft.hosting.forward import HostPlan
     from mmpeft.surgery.row_proof import Proof
 
 STATE = "_mmpeft_state"
@@ -62,17 +62,17 @@ class State:
     def _begin(self, route: Route) -> None:
         """What belongs to this process and this very model, and not to a copy of it."""
         self.key = next(_keys)
-        self.gate = Gate()
-        self.live: WeakSet[Choice] = WeakSet()
-        self.generators: dict[int, tuple[FrameType, list[Choice]]] = {}
+        self.gate = PassLock()
+        self.live: WeakSet[ChosenRoute] = WeakSet()
+        self.generators: dict[int, tuple[FrameType, list[ChosenRoute]]] = {}
         """Choices of generators inside `with use(...)`, by frame, the innermost last."""
         self.kept: dict[Route, Planned] = {}
         self.numbers: dict[Route, int] = {}
-        self.slots: dict[str, Plan] | None = None
+        self.slots: dict[str, HostPlan] | None = None
         """Plans that serve every route of names for each row; None until one asks for them."""
         self.proofs: dict[Any, Proof] = {}
         """Whether rows stay apart, by kind of batch."""
-        self.default = Choice(self, route)
+        self.default = ChosenRoute(self, route)
         self.hooks = -1
         """How many hooks of accelerate's there were in this process when the parts were last looked after."""
         self.made: WeakValueDictionary[tuple[int, str], nn.Parameter] = WeakValueDictionary()

@@ -27,7 +27,7 @@ from mmpeft.run.study import choose_entries, key_of, quiet_progress, read_file
 from mmpeft.vision.continual import methods as learners
 from mmpeft.vision.continual import report
 from mmpeft.vision.continual.learner import Learner
-from mmpeft.vision.continual.runner import ContinualClassifier, Record
+from mmpeft.vision.continual.runner import ContinualClassifier, SequenceRecord
 
 KEYS = {"run", "data", "methods", "seeds", "title"}
 NEEDED = ("run", "data", "methods")
@@ -87,7 +87,9 @@ def build(run: Mapping[str, Any]) -> ContinualClassifier:
     return ContinualClassifier(learner=built.learner, data=built.data, **options)
 
 
-def sequence(config: Mapping[str, Any], methods: Mapping[str, Any], seeds: Sequence[int], out: Path) -> list[Record]:
+def sequence(
+    config: Mapping[str, Any], methods: Mapping[str, Any], seeds: Sequence[int], out: Path
+) -> list[SequenceRecord]:
     """Run every method with every seed; write `results.json`, `table.md`, `matrices.png` and `curves.png`."""
     runs = {(name, seed): merged(config, entry, seed) for name, entry in methods.items() for seed in seeds}
     for run in runs.values():

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from mmpeft.files import png_of
 from mmpeft.vision.continual.metrics import Summary, summary
-from mmpeft.vision.continual.runner import Record
+from mmpeft.vision.continual.runner import SequenceRecord
 
 HEADER = ["method", "A_last", "Ā", "forgetting", "trained a task", "kept"]
 
@@ -22,20 +22,20 @@ def spread(values: Sequence[float]) -> str:
     return f"{100 * mean(values):.1f}{wide}"
 
 
-def by_method(records: Sequence[Record]) -> dict[str, list[Record]]:
+def by_method(records: Sequence[SequenceRecord]) -> dict[str, list[SequenceRecord]]:
     """Records of each method, in order of appearance."""
-    groups: dict[str, list[Record]] = {}
+    groups: dict[str, list[SequenceRecord]] = {}
     for record in records:
         groups.setdefault(record.name, []).append(record)
     return groups
 
 
-def summaries(records: Sequence[Record]) -> list[Summary]:
+def summaries(records: Sequence[SequenceRecord]) -> list[Summary]:
     """The metrics of each run."""
     return [summary(record.square(), record.counts) for record in records]
 
 
-def rows(records: Sequence[Record]) -> list[list[str]]:
+def rows(records: Sequence[SequenceRecord]) -> list[list[str]]:
     """Cells of the table: per cent over seeds, parameters trained in the largest task, and kept at the end."""
     found = []
     for name, own in by_method(records).items():
@@ -45,7 +45,7 @@ def rows(records: Sequence[Record]) -> list[list[str]]:
     return found
 
 
-def table(records: Sequence[Record], title: str) -> Table:
+def table(records: Sequence[SequenceRecord], title: str) -> Table:
     """The comparison for a terminal."""
     out = Table(title=title)
     for i, name in enumerate(HEADER):
@@ -55,13 +55,13 @@ def table(records: Sequence[Record], title: str) -> Table:
     return out
 
 
-def to_markdown(records: Sequence[Record]) -> str:
+def to_markdown(records: Sequence[SequenceRecord]) -> str:
     """The comparison for a document."""
     lines = ["| " + " | ".join(HEADER) + " |", "|---" + "|---:" * (len(HEADER) - 1) + "|"]
     return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows(records))]) + "\n"
 
 
-def heat_map(records: Sequence[Record], title: str) -> bytes:
+def heat_map(records: Sequence[SequenceRecord], title: str) -> bytes:
     """A PNG: R of every method, mean over seeds; row t is after training task t, column i is the accuracy on task i."""
     from matplotlib.figure import Figure
 
@@ -94,7 +94,7 @@ def heat_map(records: Sequence[Record], title: str) -> bytes:
     return png_of(figure)
 
 
-def curves(records: Sequence[Record], title: str) -> bytes:
+def curves(records: Sequence[SequenceRecord], title: str) -> bytes:
     """A PNG: accuracy on all classes seen, after each task, mean over seeds."""
     from matplotlib.figure import Figure
 

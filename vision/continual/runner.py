@@ -29,7 +29,7 @@ Tell = Callable[[str], None]
 
 
 @dataclass
-class Record:
+class SequenceRecord:
     """What a run has measured so far: rows of R, test samples of each task, most parameters trained at once."""
 
     key: str = ""
@@ -96,9 +96,11 @@ class ContinualClassifier:
         data.configure(normalisation(self.model))
         self.sequence = TaskSequence(data, initial, increment, order)
 
-    def run(self, folder: Path | None = None, key: str = "", name: str = "", tell: Tell | None = None) -> Record:
+    def run(
+        self, folder: Path | None = None, key: str = "", name: str = "", tell: Tell | None = None
+    ) -> SequenceRecord:
         """Train and test task by task; with a folder, go on after the last finished task of the same `key`."""
-        bank, record = self._resumed(folder, key) if folder else (Bank(self.model), Record())
+        bank, record = self._resumed(folder, key) if folder else (Bank(self.model), SequenceRecord())
         record.key, record.name, record.seed, record.classes = key, name, self.seed, self.sequence.classes
         width: Any = self.model.num_features
         self.learner.bind(bank, int(width))
@@ -118,7 +120,7 @@ class ContinualClassifier:
                 write_atomic(folder / "record.json", json.dumps(asdict(record) | {"bank": manifest}).encode())
         return record
 
-    def _resumed(self, folder: Path, key: str) -> tuple[Bank, Record]:
+    def _resumed(self, folder: Path, key: str) -> tuple[Bank, SequenceRecord]:
         """Bank and record after the last finished task; both new if there are none that belong together."""
         path = folder / "record.json"
         if path.is_file():
@@ -127,12 +129,12 @@ class ContinualClassifier:
             whole = manifest.is_file() and hashlib.sha256(manifest.read_bytes()).hexdigest() == found.pop("bank")
             if whole and found["key"] == key:
                 try:
-                    return Bank.load(self.model, folder / "bank"), Record(**found)
+                    return Bank.load(self.model, folder / "bank"), SequenceRecord(**found)
                 except AdapterFileError as error:
                     raise AdapterFileError(f"cannot resume: {error}; remove {folder} to start again") from error
-        return Bank(self.model), Record()
+        return Bank(self.model), SequenceRecord()
 
-    def _learn(self, task: SequenceTask, record: Record) -> None:
+    def _learn(self, task: SequenceTask, record: SequenceRecord) -> None:
         learner, bank = self.learner, self.learner.bank
         classes = range(task.stop) if learner.revisits else task.classes
         device = next(self.model.parameters()).device

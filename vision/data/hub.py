@@ -76,10 +76,10 @@ class HubData(ImageData):
         train = _values(tables["train"], label)
         self.classes, known = _classes(tables["train"].features[label], train, f"{self.path}, column {label!r}")
 
-        def labelled(role: str) -> Rows:
+        def labelled(role: str) -> HubRows:
             where = f"{self.path}, split {self.splits[role]!r}, column {label!r}"
             values = train if role == "train" else _values(tables[role], label)
-            return Rows(tables[role], image, _numbered(values, known, len(self.classes), where), where)
+            return HubRows(tables[role], image, _numbered(values, known, len(self.classes), where), where)
 
         if self.train_set is None:
             rows = labelled("train")
@@ -96,8 +96,10 @@ class HubData(ImageData):
             role = "test" if "test" in tables else "val"
             plain = self.val_set
             if role in tables:
-                plain = Rows(tables[role], image, [0] * len(tables[role]), f"{self.path}, split {self.splits[role]!r}")
-            self.predict_set = Renamed(plain, plain.name) if isinstance(plain, Rows) else None
+                plain = HubRows(
+                    tables[role], image, [0] * len(tables[role]), f"{self.path}, split {self.splits[role]!r}"
+                )
+            self.predict_set = Renamed(plain, plain.name) if isinstance(plain, HubRows) else None
 
     def _open(self) -> dict[str, Any]:
         """The splits in use as `datasets.Dataset`, and their names in `self.splits`."""
@@ -137,7 +139,7 @@ class HubData(ImageData):
         return given or fit[0]
 
 
-class Rows:
+class HubRows:
     """Samples `(RGB image, label)` of a table, decoded when asked for."""
 
     def __init__(self, table: Any, image: str, labels: Sequence[int], where: str) -> None:
@@ -166,9 +168,9 @@ class Rows:
         """Return the identifier of a row: its number in the split it came from."""
         return f"row {self.numbers[index]}"
 
-    def take(self, rows: Sequence[int]) -> Rows:
+    def take(self, rows: Sequence[int]) -> HubRows:
         """Return a subset of the rows."""
-        other = Rows(self.table, self.image, [self.labels[row] for row in rows], self.where)
+        other = HubRows(self.table, self.image, [self.labels[row] for row in rows], self.where)
         other.numbers = [self.numbers[row] for row in rows]
         return other
 

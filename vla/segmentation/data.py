@@ -84,7 +84,7 @@ class Prepared:
         return done, name, torch.tensor(image.shape[-2:])
 
 
-class Named(Dataset[tuple[Tensor, str]]):
+class NamedPictures(Dataset[tuple[Tensor, str]]):
     """Images to predict, with a name for each; masks, if there are any, are left out."""
 
     def __init__(self, images: Callable[[int], Tensor], names: Sequence[str]) -> None:
@@ -99,7 +99,7 @@ class Named(Dataset[tuple[Tensor, str]]):
         return self.images(index), self.names[index]
 
 
-class Scenes(Dataset[tuple[Tensor, Tensor]]):
+class MaskedScenes(Dataset[tuple[Tensor, Tensor]]):
     """Scenes of two to four emoji; with a `key` scene i is always the same, without one it is new whenever read."""
 
     def __init__(
@@ -184,7 +184,7 @@ class SceneSegmentationData(SegmentationData):
             torch.nonzero(held_out.sublabels == held_out.subcategories.index(kind)).flatten().tolist() for kind in KINDS
         ]
         seen = [own if i < len(KINDS) - self.unseen else [] for i, own in enumerate(train)]
-        self.train_set = Scenes(known, seen, self.scenes, self.side)
-        self.val_set = Scenes(known, val, self.eval_scenes, self.side, key=1)
-        self.test_set = tested = Scenes(held_out, test, self.eval_scenes, self.side, key=2)
-        self.predict_set = Named(lambda i: tested[i][0], [f"scene_{i:04d}" for i in range(len(tested))])
+        self.train_set = MaskedScenes(known, seen, self.scenes, self.side)
+        self.val_set = MaskedScenes(known, val, self.eval_scenes, self.side, key=1)
+        self.test_set = tested = MaskedScenes(held_out, test, self.eval_scenes, self.side, key=2)
+        self.predict_set = NamedPictures(lambda i: tested[i][0], [f"scene_{i:04d}" for i in range(len(tested))])

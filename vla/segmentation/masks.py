@@ -16,7 +16,7 @@ from mmpeft.data.options import LoaderOptions
 from mmpeft.data.pictures import PICTURES, read
 from mmpeft.embedded import spoken
 from mmpeft.errors import DataError
-from mmpeft.vla.segmentation.data import BACKGROUND, IGNORED, Named, SegmentationData
+from mmpeft.vla.segmentation.data import BACKGROUND, IGNORED, NamedPictures, SegmentationData
 
 WORTH_A_BAR = 500
 
@@ -145,7 +145,7 @@ class FolderSegmentationData(SegmentationData):
         paths = pictures(self.root / "predict") if (self.root / "predict").is_dir() else []
         if isinstance(self.test_set, Masked) and not paths:
             paths = [path for path, _ in self.test_set.pairs]
-        self.predict_set = Named(lambda i: array(paths[i]), [path.stem for path in paths])
+        self.predict_set = NamedPictures(lambda i: array(paths[i]), [path.stem for path in paths])
 
     def _check(self, found: Masked, name: str) -> None:
         bar = {"disable": len(found) < WORTH_A_BAR, "transient": True}

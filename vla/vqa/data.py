@@ -90,7 +90,7 @@ def collate(samples: Sequence[Asked]) -> Asked:
     )
 
 
-class Scenes(Dataset[Asked]):
+class AskedScenes(Dataset[Asked]):
     """Scenes with their questions, made when they are read by torch's random state, which the loader seeds.
 
     `salt` keeps the same seed from giving the scenes of two sets the same places, colours and kinds.
@@ -153,7 +153,7 @@ class SceneQuestionData(QuestionData):
         counts = {"train": self.scenes, "val": self.eval_scenes, "test": self.eval_scenes}
         for salt, (name, count) in enumerate(counts.items()):
             grammar = Grammar(emoji(self.style, name), self.scene_size)
-            setattr(self, f"{name}_set", Scenes(grammar, count, salt))
+            setattr(self, f"{name}_set", AskedScenes(grammar, count, salt))
         self.predict_set = self.test_set
 
 

@@ -22,7 +22,7 @@ BY_DATA = "{} chooses by data what it trains: see mmpeft.allocate, or attach(mod
 
 
 @dataclass(frozen=True)
-class Seat:
+class FittedPart:
     """One part: the role it plays, the module or tensor it works on, its parameters, and the sites they belong to."""
 
     role: str
@@ -34,7 +34,7 @@ class Seat:
 
 
 @dataclass(frozen=True)
-class Row:
+class FittedRow:
     """Parts that differ in the numbers of their paths alone."""
 
     tower: str
@@ -49,7 +49,7 @@ class Fit:
     """A method in a model: its parts, or why there are none."""
 
     method: str
-    seats: tuple[Seat, ...] = ()
+    seats: tuple[FittedPart, ...] = ()
     trainable: int = 0
     total: int = 0
     refused: str = ""
@@ -59,12 +59,12 @@ class Fit:
         return self.trainable / self.total if self.total else 0.0
 
     @property
-    def rows(self) -> list[Row]:
-        groups: dict[tuple[str, str, str], list[Seat]] = {}
+    def rows(self) -> list[FittedRow]:
+        groups: dict[tuple[str, str, str], list[FittedPart]] = {}
         for seat in self.seats:
             groups.setdefault((seat.tower, seat.role, pattern(seat.path)), []).append(seat)
         return [
-            Row(tower, role, common(seat.path for seat in own), tuple(seat.parameters for seat in own))
+            FittedRow(tower, role, common(seat.path for seat in own), tuple(seat.parameters for seat in own))
             for (tower, role, _), own in groups.items()
         ]
 
@@ -111,7 +111,7 @@ def _text(method: Method) -> str:
     return f"{type(method).__name__}({', '.join(given)})"
 
 
-def _seat(model: nn.Module, placement: Placement, found: Sequence[Site], towers: dict[str, str]) -> Seat:
+def _seat(model: nn.Module, placement: Placement, found: Sequence[Site], towers: dict[str, str]) -> FittedPart:
     count = sum(tensor.numel() for tensor in placement.part.parameters())
     hooks = placement.hooks
     paths = {hook.path for hook in hooks} or {placement.home}
@@ -122,14 +122,14 @@ def _seat(model: nn.Module, placement: Placement, found: Sequence[Site], towers:
         name = hooks[-1].name
         reading = [site for site in own if name in (site.tensor, "bias")] or own
         path = f"{where}.{name}".lstrip(".")
-        return Seat("param", path, towers.get(path, ""), count, _shares(model, reading, count))
+        return FittedPart("param", path, towers.get(path, ""), count, _shares(model, reading, count))
     alike = [site for site in found if site.role == placement.role and _touches(site, paths)]
     labelled = [site for site in alike if placement.key.endswith(f"_{site.label}")] or alike
     if labelled:
-        return Seat(placement.role, labelled[0].path, labelled[0].tower, count, ((labelled[0], count),))
+        return FittedPart(placement.role, labelled[0].path, labelled[0].tower, count, ((labelled[0], count),))
     around = [site for site in found if site.role == "block" and where.startswith(f"{site.path}.")]
     given = ((around[-1], count),) if around else ()
-    return Seat(placement.role or "shared", where, around[-1].tower if around else "", count, given)
+    return FittedPart(placement.role or "shared", where, around[-1].tower if around else "", count, given)
 
 
 def _touches(site: Site, paths: set[str]) -> bool:

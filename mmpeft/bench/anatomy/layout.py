@@ -77,7 +77,7 @@ class Column:
 
     tower: Tower
     before: list[Box]
-    folds: list[Part]
+    folds: list[BlockGroup]
     behind: list[Box]
     order: list[int] = field(default_factory=list)
     """Of each block in its order the number of its kind; empty where that is not known, or all are alike."""
@@ -93,7 +93,7 @@ class Column:
         count = min(len(self.folds), -(-int(self.height * 10) // int(TALLEST * 10)))
         if count < 2:
             return [self]
-        parts: list[list[Part]] = [[]]
+        parts: list[list[BlockGroup]] = [[]]
         room = self.height / count
         used = sum(box.height + 0.2 for box in self.before)
         for part in self.folds:
@@ -109,7 +109,7 @@ class Column:
 
 
 @dataclass
-class Part:
+class BlockGroup:
     """Blocks that are alike: the number of their kind, their boxes, and what a method trains of each as a whole."""
 
     number: int
@@ -147,7 +147,7 @@ class Layout:
         parts = []
         for number, fold in enumerate(tower.folds):
             whole = self.count(line for line in fold.lines if line.role in ("block", "tokens"))
-            parts.append(Part(number, fold, self._boxes(fold.lines), whole))
+            parts.append(BlockGroup(number, fold, self._boxes(fold.lines), whole))
         return Column(tower, self._boxes(tower.before), parts, self._boxes(behind), _order(tower.folds))
 
     def _boxes(self, lines: Sequence[Line]) -> list[Box]:

@@ -17,10 +17,10 @@ from mmpeft.bench.anatomy.layout import (
     STRIP,
     TOP,
     WIDE,
+    BlockGroup,
     Box,
     Column,
     Layout,
-    Part,
 )
 from mmpeft.bench.anatomy.overview import Line, Overview
 from mmpeft.bench.anatomy.table import shape_text
@@ -107,7 +107,7 @@ class _Drawing:
             if box is not column.behind[-1]:
                 self._flow(left, y)
 
-    def _draw_part(self, column: Column, part: Part, left: float, y: float) -> None:
+    def _draw_part(self, column: Column, part: BlockGroup, left: float, y: float) -> None:
         self._frame(left, y, WIDE, part.height, "#F4F4F4", "#555555", 1.1)
         several = len(column.tower.folds) > 1
         title = f"{LETTERS[part.number % 26]}   {part.fold.title}" if several else part.fold.title

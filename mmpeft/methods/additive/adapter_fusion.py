@@ -19,7 +19,7 @@ from mmpeft.methods.former import place
 from mmpeft.methods.placed import Placed, Traits
 from mmpeft.methods.saved import read_adapter
 from mmpeft.parts import Branch
-from mmpeft.parts.fusion import Fusion
+from mmpeft.parts.fusion import FusedAdapters
 from mmpeft.sites import Site
 
 
@@ -81,9 +81,9 @@ class AdapterFusion(Method):
             like = first_tensor(module_at(model, row[0].home))
             like = first_tensor(model) if like is None else like
             assert like is not None
-            part = Fusion(adapters, width, self.temperature, like)
+            part = FusedAdapters(adapters, width, self.temperature, like)
             placements.append(replace(row[0], part=part, key=f"fusion_{row[0].role.replace('.', '_')}"))
-        fused = [p.part for p in placements if isinstance(p.part, Fusion)]
+        fused = [p.part for p in placements if isinstance(p.part, FusedAdapters)]
         return Placed(placements, [NearIdentity(fused, self.regularization)])
 
     def count(self, model: nn.Module, available: list[Site]) -> int:
