@@ -33,7 +33,7 @@ _HOME = {
     "allocate": "methods.selective.spt",
 }
 _MODULES = {"sites", "parts", "controllers", "methods", "bank", "functional", "formats", "errors"}
-_MODULES |= {"training", "bench", "combine", "embedded", "vision", "vla", "diffusion", "llm"}
+_MODULES |= {"testing", "training", "bench", "combine", "embedded", "vision", "vla", "diffusion", "llm"}
 
 
 def __getattr__(name: str) -> Any:
