@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Subset
 
-from mmpeft.data.loading import DataModule, ResumableLoader
+from mmpeft.data.loading import DataModule
 from mmpeft.data.options import LoadingOptions
+from mmpeft.data.sampling import ResumableLoader
 from mmpeft.diffusion.data.buckets import Size
 from mmpeft.errors import ConfigError
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from mmpeft.data.loading import EpochSampler, hash_seed
+from mmpeft.data.sampling import EpochSampler, hash_seed
 
 Size = tuple[int, int]  # height and width
 ASPECT = 2.0  # of the longest bucket

@@ -14,8 +14,8 @@ from torchvision.transforms.v2 import functional as tf
 
 from mmpeft.data.caption_sources import open_captions
 from mmpeft.data.captioned import listed
-from mmpeft.data.loading import EpochSampler, SizedDataset
 from mmpeft.data.options import LoaderOptions
+from mmpeft.data.sampling import EpochSampler, SizedDataset
 from mmpeft.diffusion.data.album import Album
 from mmpeft.diffusion.data.base import Sample, TextToImageData, as_sample, repeated, unique
 from mmpeft.diffusion.data.buckets import BucketSampler, Size, bucket_sizes, crop, nearest_size

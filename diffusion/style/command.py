@@ -17,7 +17,7 @@ from torchvision.transforms.v2 import functional as tf
 from torchvision.utils import make_grid
 
 from mmpeft.combine.strength import strength
-from mmpeft.data.loading import hash_seed
+from mmpeft.data.sampling import hash_seed
 from mmpeft.diffusion.backbone import DTYPES, create
 from mmpeft.diffusion.families import family_of
 from mmpeft.diffusion.family import Family

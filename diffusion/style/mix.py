@@ -14,7 +14,7 @@ from rich.progress import track
 from torch import Generator, Tensor
 
 from mmpeft.combine.zip import penalty, zip_lora
-from mmpeft.data.loading import hash_seed
+from mmpeft.data.sampling import hash_seed
 from mmpeft.diffusion.backbone import create
 from mmpeft.diffusion.families import family_of
 from mmpeft.diffusion.family import Condition, Family

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmpeft.data.loading import hash_seed
+from mmpeft.data.sampling import hash_seed
 from mmpeft.diffusion.style.task import StyleTuner
 from mmpeft.errors import ConfigError
 

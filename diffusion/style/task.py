@@ -14,7 +14,7 @@ from rich.progress import track
 from torch import Generator, Tensor, nn
 
 from mmpeft.combine.strength import strength
-from mmpeft.data.loading import hash_seed
+from mmpeft.data.sampling import hash_seed
 from mmpeft.diffusion.backbone import DTYPES, create
 from mmpeft.diffusion.data.base import HasPrompts
 from mmpeft.diffusion.families import family_of

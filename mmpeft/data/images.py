@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from mmpeft.data.contract import Preprocessed, Preprocessing
-from mmpeft.data.loading import DataModule, SizedDataset
+from mmpeft.data.loading import DataModule
 from mmpeft.data.options import Augment, ImageOptions
+from mmpeft.data.sampling import SizedDataset
 from mmpeft.data.transforms import AUGMENTS, OfImage, evaluation, training
 from mmpeft.errors import ConfigError, DataError, nearest
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any, Self, TypeVar
 
 import lightning
@@ -25,6 +25,7 @@ from mmpeft.methods.spec import from_spec
 from mmpeft.sites import Site, sites
 from mmpeft.tasks.checkpoint import AtomicCheckpointIO
 from mmpeft.tasks.control import METHOD, Control
+from mmpeft.tasks.frozen import drop_frozen, frozen_towers, lend_frozen
 from mmpeft.tasks.metrics import FreshMetrics
 from mmpeft.tasks.schedule import warmup_cosine
 from mmpeft.tuning import Tuning, attach
@@ -82,8 +83,8 @@ class TuningModule(lightning.LightningModule):
         self.tuning: Tuning | None = None
         self._waiting: Mapping[str, Any] | None = None
         self._frozen_towers: list[nn.Module] = []
-        self.register_state_dict_post_hook(_drop_frozen)  # type: ignore[no-untyped-call]
-        self.register_load_state_dict_pre_hook(_lend_frozen)  # type: ignore[no-untyped-call]
+        self.register_state_dict_post_hook(drop_frozen)  # type: ignore[no-untyped-call]
+        self.register_load_state_dict_pre_hook(lend_frozen)  # type: ignore[no-untyped-call]
 
     @abstractmethod
     def build(self) -> nn.Module:
@@ -279,38 +280,3 @@ class OnDevice:
 
     def __len__(self) -> int:
         return len(self.loader)
-
-
-def frozen_towers(model: nn.Module, blocks: Sequence[Site]) -> list[nn.Module]:
-    """The modules that hold towers of which nothing trains, each with all that belongs to that tower alone."""
-    if not any(p.requires_grad for p in model.parameters()):
-        return [model]
-    found = []
-    for tower in {block.tower: None for block in blocks}:
-        others = [block.path for block in blocks if block.tower != tower]
-        path = next(block.path for block in blocks if block.tower == tower)
-        while path:
-            above = path.rpartition(".")[0]
-            if others and (not above or any(other.startswith(f"{above}.") for other in others)):
-                break
-            path = above
-        module = model.get_submodule(path)
-        if not any(p.requires_grad for p in module.parameters()):
-            found.append(module)
-    return found
-
-
-def _frozen(module: nn.Module) -> dict[str, nn.Parameter]:
-    return {name: p for name, p in module.named_parameters(remove_duplicate=False) if not p.requires_grad}
-
-
-def _drop_frozen(module: nn.Module, state_dict: dict[str, Any], prefix: str, local_metadata: Any) -> None:
-    """Leave the frozen base out of every state dict, also of one gathered through a parent such as AveragedModel."""
-    for name in _frozen(module):
-        state_dict.pop(prefix + name, None)
-
-
-def _lend_frozen(module: nn.Module, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
-    """Hand PyTorch's strict loading the frozen tensors that no checkpoint holds: each is copied onto itself."""
-    for name, parameter in _frozen(module).items():
-        state_dict.setdefault(prefix + name, parameter)

@@ -16,7 +16,7 @@ import pytest
 import torch
 from PIL import Image
 
-from mmpeft.data.loading import ResumableLoader
+from mmpeft.data.sampling import ResumableLoader
 from mmpeft.diffusion.data import CaptionedImages
 from mmpeft.errors import DataError
 

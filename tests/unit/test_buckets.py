@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from mmpeft.data.loading import EpochSampler
+from mmpeft.data.sampling import EpochSampler
 from mmpeft.diffusion.data.buckets import BucketSampler, bucket_sizes, crop, nearest_size
 from tests.unit.captioned_pictures import MIXED, captioned, epoch, opened, same
 

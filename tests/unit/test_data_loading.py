@@ -12,7 +12,8 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from torch.utils.data import TensorDataset
 
-from mmpeft.data.loading import DataModule, EpochSampler, ResumableLoader, Seeded, hash_seed
+from mmpeft.data.loading import DataModule
+from mmpeft.data.sampling import EpochSampler, ResumableLoader, Seeded, hash_seed
 from mmpeft.errors import ConfigError, DataError
 
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from mmpeft.data.images import ImageData, Pairs
-from mmpeft.data.loading import EpochSampler, ResumableLoader, Seeded, SizedDataset
 from mmpeft.data.options import UnbatchedImageOptions
+from mmpeft.data.sampling import EpochSampler, ResumableLoader, Seeded, SizedDataset
 from mmpeft.embedded import emoji
 from mmpeft.errors import ConfigError, DataError
 

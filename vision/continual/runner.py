@@ -16,7 +16,7 @@ from torch import Tensor
 
 from mmpeft.bank import Bank
 from mmpeft.data.images import ImageData
-from mmpeft.data.loading import hash_seed
+from mmpeft.data.sampling import hash_seed
 from mmpeft.errors import AdapterFileError, ConfigError, DataError
 from mmpeft.files import write_atomic
 from mmpeft.tasks.schedule import warmup_cosine

@@ -9,8 +9,8 @@ import torch
 from sklearn.datasets import load_digits
 
 from mmpeft.data.images import ImageData, Pairs
-from mmpeft.data.loading import hash_seed
 from mmpeft.data.options import ImageOptions
+from mmpeft.data.sampling import hash_seed
 
 TEST_SHARE, VAL_SHARE = 0.2, 0.1
 

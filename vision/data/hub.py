@@ -10,8 +10,8 @@ import datasets as hf
 from PIL import Image
 
 from mmpeft.data.images import ImageData, Renamed, check_label_column
-from mmpeft.data.loading import hash_seed
 from mmpeft.data.options import ImageOptions
+from mmpeft.data.sampling import hash_seed
 from mmpeft.errors import ConfigError, DataError, nearest
 from mmpeft.vision.data.files import to_rgb
 

@@ -10,8 +10,9 @@ from torch.utils.data import Dataset
 from torchvision.transforms import v2
 
 from mmpeft.data.contract import Preprocessed, Preprocessing
-from mmpeft.data.loading import DataModule, hash_seed
+from mmpeft.data.loading import DataModule
 from mmpeft.data.options import LoaderOptions
+from mmpeft.data.sampling import hash_seed
 from mmpeft.embedded import emoji
 from mmpeft.embedded.emoji import EmojiSet
 from mmpeft.embedded.scenes import compose

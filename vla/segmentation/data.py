@@ -12,8 +12,9 @@ from torchvision import tv_tensors
 from torchvision.transforms import InterpolationMode, v2
 
 from mmpeft.data.contract import HasClasses, Preprocessed, Preprocessing
-from mmpeft.data.loading import DataModule, hash_seed
+from mmpeft.data.loading import DataModule
 from mmpeft.data.options import LoaderOptions, LoadingOptions
+from mmpeft.data.sampling import hash_seed
 from mmpeft.embedded import emoji, spoken
 from mmpeft.embedded.emoji import EmojiSet
 from mmpeft.embedded.scenes import compose

@@ -13,9 +13,10 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from mmpeft.data.contract import Preprocessed, Preprocessing
-from mmpeft.data.loading import DataModule, hash_seed
+from mmpeft.data.loading import DataModule
 from mmpeft.data.options import LoaderOptions, LoadingOptions
 from mmpeft.data.pictures import read
+from mmpeft.data.sampling import hash_seed
 from mmpeft.data.transforms import evaluation
 from mmpeft.embedded import emoji
 from mmpeft.errors import ConfigError, DataError
