@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from difflib import get_close_matches
 
 
@@ -65,6 +66,16 @@ def expect(holds: bool, owner: object, name: str, value: object, wanted: str) ->
     if not holds:
         said = owner if isinstance(owner, str) else type(owner).__name__
         raise ConfigError(f"{said}: {name} must be {wanted}, got {value!r}")
+
+
+@contextmanager
+def noted(note: str) -> Iterator[None]:
+    """Have every error of this suite say where it came up, below its message."""
+    try:
+        yield
+    except MMPEFTError as error:
+        error.add_note(note)
+        raise
 
 
 def nearest(name: str, names: Iterable[str]) -> str:

@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Literal, TypeVar
 from torch import Tensor, nn
 
 from mmpeft.controllers.scores import Loss, default_loss
-from mmpeft.errors import ConfigError, Refused, SiteError, nearest
+from mmpeft.errors import ConfigError, Refused, SiteError, expect, nearest
 from mmpeft.functional.rows import count_rows, turned
 from mmpeft.hosting.host import base_value
 from mmpeft.hosting.modules import module_at
@@ -333,12 +333,10 @@ def first_tensor(module: nn.Module) -> Tensor | None:
 def positive(method: Method, **values: float | None) -> None:
     """Raise ConfigError unless every value given is positive."""
     for name, value in values.items():
-        if value is not None and not value > 0:
-            raise ConfigError(f"{type(method).__name__}: {name} must be positive, got {value!r}")
+        expect(value is None or value > 0, method, name, value, "positive")
 
 
 def rate(method: Method, **values: float) -> None:
     """Raise ConfigError unless every value is a probability below one."""
     for name, value in values.items():
-        if not 0 <= value < 1:
-            raise ConfigError(f"{type(method).__name__}: {name} must be in [0, 1), got {value!r}")
+        expect(0 <= value < 1, method, name, value, "in [0, 1)")

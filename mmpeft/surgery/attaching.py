@@ -10,7 +10,16 @@ from torch import Tensor, nn
 
 from mmpeft.controllers import Controllers
 from mmpeft.controllers.scores import Loss, default_loss
-from mmpeft.errors import ConfigError, DataError, FreshHeadWarning, MovedBuffersWarning, Refused, SiteError, StateError
+from mmpeft.errors import (
+    ConfigError,
+    DataError,
+    FreshHeadWarning,
+    MovedBuffersWarning,
+    Refused,
+    SiteError,
+    StateError,
+    noted,
+)
 from mmpeft.hosting.few_bits import guard, packs
 from mmpeft.hosting.forward import Seat
 from mmpeft.hosting.fused_layers import close_layers, open_layers
@@ -52,7 +61,7 @@ def attach(
     """
     check_order(model)
     check_stored(model)
-    with unchanged_on_error(model):
+    with unchanged_on_error(model), noted(f"attaching {name!r} to {type(model).__name__}: {method}"):
         state = state_of(model) or State()
         _check_name(state, name)
         available = sites(model, example)
