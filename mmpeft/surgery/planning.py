@@ -76,7 +76,7 @@ def _plan_rows(state: State, route: tuple[Entry, ...]) -> Planned:
                 continue
             kind = "exit" if hook.kind == "call" else hook.kind
             routed = RowPart(part, rows, len(route))
-            routed.order = part.order  # type: ignore[misc]
+            routed.order = part.order
             hooks.setdefault(hook.path, []).append((Hook(hook.path, kind), routed))
     seats = {path: state.hosts[path].__dict__[SEAT].index for path in hooks}
     rows_at_root = Rows(state, route, tuple(sorted(seats.values())), in_place)
