@@ -206,11 +206,12 @@ class Delta(Part):
         """The product that a host's own forward makes."""
         base = own_weight(host)
         weight = turned(base) if self.transposed else base
-        bias: Tensor | None = None if self.lookup else host.bias  # type: ignore[assignment]
+        layer: Any = host
+        bias: Tensor | None = None if self.lookup else layer.bias
         groups = int(getattr(host, "groups", 1))
 
         def apply(x: Tensor, kernel: Tensor) -> Tensor:
-            found: Tensor = _lookup(host, x, kernel) if self.lookup else host._conv_forward(x, kernel, None)  # type: ignore
+            found: Tensor = _lookup(host, x, kernel) if self.lookup else layer._conv_forward(x, kernel, None)
             return found
 
         return WeightProduct(weight, bias, stored_in(base), 0, len(weight), apply, groups)
@@ -241,7 +242,7 @@ def hook_kind(kind: Kind, factor: Factor) -> HookKind:
 
 def own_weight(host: nn.Module) -> Tensor:
     """The weight that a host multiplies by, whatever parts read it."""
-    weight: Tensor = host.weight  # type: ignore[assignment]
+    weight: Tensor = host.weight  # type: ignore[assignment]  # a layer's own
     found: Tensor = viewed(host, weight) if getattr(type(host), "mmpeft_packed", False) else weight
     return found
 

@@ -61,7 +61,8 @@ def plan_route(state: State, route: Route) -> Planned:
 
 def _recompute(state: State, plans: dict[str, HostPlan]) -> None:
     for path in state.blocks if state.recompute else ():
-        plans.setdefault(path, HostPlan()).around = recompute_around(state.recompute)  # type: ignore[arg-type]
+        around = recompute_around(state.recompute)  # type: ignore[arg-type]  # set, where there is a block
+        plans.setdefault(path, HostPlan()).around = around
 
 
 def _plan_rows(state: State, route: tuple[Entry, ...]) -> Planned:
