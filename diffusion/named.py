@@ -49,7 +49,7 @@ def build(name: str) -> nn.Module:
         cls = getattr(diffusers, str(config.get("_class_name")), None)
         if cls is None:
             raise ConfigError(f"{file} is of class {config.get('_class_name')!r}, which diffusers does not have")
-        return cls.from_config(config)  # type: ignore[no-any-return]
+        return cls.from_config(config)  # type: ignore[no-any-return]  # diffusers is not followed
     cls = getattr(diffusers, name, None) if re.fullmatch(r"\w+", name) else None
     if isinstance(cls, type) and issubclass(cls, nn.Module):
         try:
@@ -85,4 +85,5 @@ def _from_hub(name: str) -> nn.Module:
         raise ConfigError(f"cannot read {INDEX} of {name}: {' '.join(str(error).split())[:200]}") from error
     file = hf_hub_download(name, CONFIG, subfolder=part)
     config: dict[str, Any] = json.loads(Path(file).read_text("utf-8"))
-    return getattr(diffusers, config["_class_name"]).from_config(config)  # type: ignore[no-any-return]
+    model: nn.Module = getattr(diffusers, config["_class_name"]).from_config(config)
+    return model

@@ -15,7 +15,7 @@ from torch import Generator, Tensor
 from mmpeft.errors import ConfigError, DataError
 
 
-class PixelPipeline(DiffusionPipeline, TextualInversionLoaderMixin):  # type: ignore[misc]
+class PixelPipeline(DiffusionPipeline, TextualInversionLoaderMixin):  # type: ignore[misc]  # diffusers is not followed
     """Text to image by a UNet or a DiT over RGB, `PixelPipeline.from_pretrained(folder)`.
 
     Components: `unet` (UNet2DConditionModel) or `transformer` (PixArtTransformer2DModel), the other one None; a flow

@@ -122,7 +122,7 @@ class PipelinePretraining(WritesWeights):
         part = "unet" if self.denoiser.startswith("UNet") else "transformer"
         scheduler = FlowMatchEulerDiscreteScheduler(shift=self.objective.levels.shift)
         self.__dict__["pipeline"] = PixelPipeline(scheduler, encoder, tokenizer, **{part: model})
-        self.pipeline.set_progress_bar_config(disable=True)  # type: ignore[union-attr]
+        self.pipeline.set_progress_bar_config(disable=True)  # type: ignore[union-attr]  # built a line above
         return model
 
     def _error(self, images: Tensor, texts: Sequence[str], steps: Tensor, noise: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ sees a config that names this one, which extends keys, values and mask and calls
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cache
 from types import CodeType, FunctionType
 from typing import Any
@@ -102,7 +102,7 @@ def attend(
     """
     parts = _parts(module)
     name = str(base_value(module, "config")._attn_implementation or "eager")
-    function = _original(module, name)
+    function: Callable[..., tuple[Tensor, Any]] = _original(module, name)
     beside = [part for part in parts if isinstance(part, GatedPrefix)]
     gated = [part for part in parts if isinstance(part, GatedKeys)]
 
@@ -119,7 +119,7 @@ def attend(
                 visible = part.visible(query.shape[2], window, query.device) if isinstance(part, PromptLayer) else None
                 seen.insert(0, (keys.shape[2] - length, visible))
         if not seen:
-            return function(module, query, keys, values, attention_mask, **options)  # type: ignore[no-any-return]
+            return function(module, query, keys, values, attention_mask, **options)
         count = sum(size for size, _ in seen)
         causal = options.get("is_causal")
         causal = getattr(module, "is_causal", True) if causal is None else causal
@@ -128,7 +128,7 @@ def attend(
             columns = [v if v is not None else query.new_ones(query.shape[2], n, dtype=torch.bool) for n, v in seen]
             mask = _hidden(name, mask, torch.cat(columns, dim=1), keys.shape[2])
         own = _own_options(name, options, query, key.shape[2], count)
-        return function(module, query, keys, values, mask, **own)  # type: ignore[no-any-return]
+        return function(module, query, keys, values, mask, **own)
 
     front = [part for part in parts if part not in beside and part not in gated]
     output, weights = with_(front)

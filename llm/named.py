@@ -63,8 +63,8 @@ def build(name: str) -> nn.Module:
     for task in TASKS:
         auto = getattr(transformers, f"AutoModelFor{task}")
         if type(config) in auto._model_mapping:
-            return auto.from_config(config)  # type: ignore[no-any-return]
-    return transformers.AutoModel.from_config(config)  # type: ignore[no-any-return]
+            return auto.from_config(config)  # type: ignore[no-any-return]  # transformers is not followed
+    return transformers.AutoModel.from_config(config)  # type: ignore[no-any-return]  # transformers is not followed
 
 
 def config_of(name: str) -> Path | None:

@@ -33,7 +33,7 @@ def prompted(
     kwargs = _named(host, args, kwargs)
     text = kwargs.get("input_ids")
     text = kwargs["inputs_embeds"] if text is None else text
-    embedding: Any = host.get_input_embeddings()  # type: ignore[operator]
+    embedding: Any = host.get_input_embeddings()  # type: ignore[operator]  # a model of transformers
 
     def prompt_alone() -> None:
         with nullcontext() if torch.compiler.is_compiling() else _unchecked(host):
@@ -133,7 +133,7 @@ def _lengthened(
     kwargs = _named(host, args, kwargs)
     text, count = kwargs.get("inputs_embeds"), len(part)
     if kwargs.get("input_ids") is not None:
-        text = host.get_input_embeddings()(kwargs["input_ids"])  # type: ignore[operator]
+        text = host.get_input_embeddings()(kwargs["input_ids"])  # type: ignore[operator]  # a model of transformers
     assert text is not None
     _check_room(host, count, text.shape[1])
     rows = part.embeddings().to(text.dtype).expand(len(text), -1, -1)

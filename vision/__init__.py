@@ -20,6 +20,21 @@ DATA = {
     "SceneDepthData": "mmpeft.vision.depth.data:SceneDepthData",
     "VTABData": "mmpeft.vision.data.vtab:VTABData",
 }
+PARTS = {
+    "APER": "mmpeft.vision.continual.methods.aper:APER",
+    "CODAPrompt": "mmpeft.vision.continual.methods.coda_prompt:CODAPrompt",
+    "DualPrompt": "mmpeft.vision.continual.methods.dual_prompt:DualPrompt",
+    "EASE": "mmpeft.vision.continual.methods.ease:EASE",
+    "Finetune": "mmpeft.vision.continual.methods.finetune:Finetune",
+    "InfLoRA": "mmpeft.vision.continual.methods.inf_lora:InfLoRA",
+    "Joint": "mmpeft.vision.continual.methods.finetune:Joint",
+    "L2P": "mmpeft.vision.continual.methods.l2p:L2P",
+    "LAE": "mmpeft.vision.continual.methods.lae:LAE",
+    "OLoRA": "mmpeft.vision.continual.methods.o_lora:OLoRA",
+    "RanPAC": "mmpeft.vision.continual.methods.ranpac:RanPAC",
+    "SDLoRA": "mmpeft.vision.continual.methods.sd_lora:SDLoRA",
+    "SimpleCIL": "mmpeft.vision.continual.methods.simple_cil:SimpleCIL",
+}
 COMMANDS = {
     "continual": ("mmpeft.vision.continual.command:main", "learn a sequence of tasks by several methods"),
 }
@@ -42,5 +57,6 @@ __getattr__, __dir__ = _lazy.exports(
         "ContinualClassifier": "continual.runner",
         **TASKS,
         **DATA,
+        **PARTS,
     },
 )

@@ -4,6 +4,19 @@ from mmpeft.vision.backbone import create as create
 from mmpeft.vision.backbone import normalisation as normalisation
 from mmpeft.vision.classification.task import ImageClassifier as ImageClassifier
 from mmpeft.vision.continual.data import EmojiKinds as EmojiKinds
+from mmpeft.vision.continual.methods.aper import APER as APER
+from mmpeft.vision.continual.methods.coda_prompt import CODAPrompt as CODAPrompt
+from mmpeft.vision.continual.methods.dual_prompt import DualPrompt as DualPrompt
+from mmpeft.vision.continual.methods.ease import EASE as EASE
+from mmpeft.vision.continual.methods.finetune import Finetune as Finetune
+from mmpeft.vision.continual.methods.finetune import Joint as Joint
+from mmpeft.vision.continual.methods.inf_lora import InfLoRA as InfLoRA
+from mmpeft.vision.continual.methods.l2p import L2P as L2P
+from mmpeft.vision.continual.methods.lae import LAE as LAE
+from mmpeft.vision.continual.methods.o_lora import OLoRA as OLoRA
+from mmpeft.vision.continual.methods.ranpac import RanPAC as RanPAC
+from mmpeft.vision.continual.methods.sd_lora import SDLoRA as SDLoRA
+from mmpeft.vision.continual.methods.simple_cil import SimpleCIL as SimpleCIL
 from mmpeft.vision.continual.runner import ContinualClassifier as ContinualClassifier
 from mmpeft.vision.data.digits import DigitsData as DigitsData
 from mmpeft.vision.data.emoji import EmojiData as EmojiData
@@ -17,4 +30,5 @@ from mmpeft.vision.pretrain import EmojiPretraining as EmojiPretraining
 
 COMMANDS: dict[str, tuple[str, str]]
 DATA: dict[str, str]
+PARTS: dict[str, str]
 TASKS: dict[str, str]

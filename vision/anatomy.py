@@ -35,7 +35,7 @@ def plain(model: nn.Module, found: list[Site]) -> list[Site]:
         attention = getattr(module_at(model, site.path), "attn", None)
         biased = shared or getattr(attention, "relative_position_bias_table", None) is not None
         reader = f"{site.path}.attn" if rotary else ""
-        width, refuse = int(model.embed_dim), RELATIVE if biased else ""  # type: ignore[arg-type]
+        width, refuse = int(model.embed_dim), RELATIVE if biased else ""  # type: ignore[arg-type]  # timm's width
         return replace(site, width=width, prefix=prefix, prefix_reader=reader, refuse=refuse)
 
     return _tokens(found, place)

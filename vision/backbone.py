@@ -161,7 +161,7 @@ def _timm_file(source: str, weights: Path, num_classes: int, pretrained: bool, k
     model = build()
     rows = _head_rows(model, tensors)
     if rows != getattr(model, "num_classes", rows):
-        model.reset_classifier(rows)  # type: ignore[operator]
+        model.reset_classifier(rows)  # type: ignore[operator]  # of timm
     problem = differences(model, tensors)
     if problem:
         # A file in a family's original layout, or for another image size: timm's converter knows how to read it.

@@ -22,6 +22,18 @@ DATA = {
     "SceneSegmentationData": "mmpeft.vla.segmentation.data:SceneSegmentationData",
     "VQAData": "mmpeft.vla.vqa.data:VQAData",
 }
+PARTS = {
+    "CLIPSegDecoder": "mmpeft.vla.segmentation.decoders:CLIPSegDecoder",
+    "ClipAdapter": "mmpeft.vla.fewshot.heads:ClipAdapter",
+    "CoCoOp": "mmpeft.vla.fewshot.heads:CoCoOp",
+    "Consistency": "mmpeft.vla.fewshot.consistency:Consistency",
+    "Fusion": "mmpeft.vla.vqa.model:Fusion",
+    "LinearHead": "mmpeft.vla.fewshot.heads:LinearHead",
+    "SANDecoder": "mmpeft.vla.segmentation.decoders:SANDecoder",
+    "TaskRes": "mmpeft.vla.fewshot.heads:TaskRes",
+    "TipAdapter": "mmpeft.vla.fewshot.heads:TipAdapter",
+    "WiseCurve": "mmpeft.vla.fewshot.wise:WiseCurve",
+}
 COMMANDS = {
     "classify": (
         "mmpeft.vla.fewshot.command:main",
@@ -52,17 +64,8 @@ __getattr__, __dir__ = _lazy.exports(
         "preprocessing": "backbone",
         "save_pair": "export",
         "save_classifier": "export",
-        "Consistency": "fewshot.consistency",
-        "WiseCurve": "fewshot.wise",
-        "ClipAdapter": "fewshot.heads",
-        "CoCoOp": "fewshot.heads",
-        "LinearHead": "fewshot.heads",
-        "TaskRes": "fewshot.heads",
-        "TipAdapter": "fewshot.heads",
-        "CLIPSegDecoder": "segmentation.decoders",
-        "SANDecoder": "segmentation.decoders",
-        "Fusion": "vqa.model",
         **TASKS,
         **DATA,
+        **PARTS,
     },
 )

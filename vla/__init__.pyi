@@ -31,4 +31,5 @@ from mmpeft.vla.vqa.task import VisualQuestions as VisualQuestions
 
 COMMANDS: dict[str, tuple[str, str]]
 DATA: dict[str, str]
+PARTS: dict[str, str]
 TASKS: dict[str, str]

@@ -10,7 +10,7 @@ import copy
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, cast
 
 import open_clip
 import torch
@@ -42,6 +42,23 @@ def vit_emoji_64(pretrained: bool = False, **kwargs: Any) -> nn.Module:
 
 if not is_model("vit_emoji_64"):
     register_model(vit_emoji_64)
+
+
+class ImageTextPair(Protocol):
+    """What tasks use of open_clip's models, which have no types."""
+
+    visual: nn.Module
+    logit_scale: nn.Parameter
+    logit_bias: nn.Parameter | None
+
+    def encode_image(self, image: Tensor, normalize: bool = False) -> Tensor: ...
+
+    def encode_text(self, text: Tensor, normalize: bool = False) -> Tensor: ...
+
+
+def towers_of(model: nn.Module) -> ImageTextPair:
+    """A pair, with types."""
+    return cast(ImageTextPair, model)
 
 
 def create(name: str, pretrained: bool = True, image_size: int | None = None) -> nn.Module:

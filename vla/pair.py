@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol, Unpack, runtime_checkable
+from typing import Protocol, Unpack, runtime_checkable
 
 from torch import nn
 
@@ -11,7 +11,7 @@ from mmpeft.methods.base import Method
 from mmpeft.methods.compose import Frozen
 from mmpeft.tasks.options import TrainingOptions
 from mmpeft.tasks.task import Task
-from mmpeft.vla.backbone import Tokenizer, create, preprocessing, tokenizer
+from mmpeft.vla.backbone import ImageTextPair, Tokenizer, create, preprocessing, tokenizer, towers_of
 
 
 class PairOptions(TrainingOptions, total=False):
@@ -54,11 +54,17 @@ class PairTask(Task):
         self.backbone, self.pretrained, self.image_size = backbone, pretrained, image_size
 
     def build(self) -> nn.Module:
-        pair: Any = create(self.backbone, self.pretrained, self.image_size)
+        pair = create(self.backbone, self.pretrained, self.image_size)
         self.tokenizer = tokenizer(self.backbone)
         self.preprocessing = preprocessing(pair)
         data = self.datamodule
         configure(data, self.preprocessing)
         if isinstance(data, HasTexts):
             data.check_texts(self.tokenizer)
-        return pair  # type: ignore[no-any-return]  # open_clip has no types
+        return pair
+
+    @property
+    def towers(self) -> ImageTextPair:
+        """The pair with the types that open_clip does not give."""
+        assert self.model is not None
+        return towers_of(self.model)

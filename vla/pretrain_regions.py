@@ -75,7 +75,7 @@ class RegionPretraining(PairPretraining):
         trunk.load_state_dict(model.visual.trunk.state_dict())
         model.visual.trunk = trunk
         self.unfuse()
-        return model  # type: ignore[no-any-return]
+        return model  # type: ignore[no-any-return]  # open_clip is not followed
 
     def loss(self, batch: tuple[Tensor, Sequence[str], Tensor], index: int) -> Tensor:
         drawings, texts, labels = batch

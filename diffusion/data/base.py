@@ -149,7 +149,7 @@ class TextToImageData(DataModule):
 
 def repeated(dataset: Dataset[Sample], repeats: int) -> Subset[Sample]:
     """A data set as often as an epoch shows it."""
-    return Subset(dataset, list(range(len(dataset))) * repeats)  # type: ignore[arg-type]
+    return Subset(dataset, list(range(len(dataset))) * repeats)  # type: ignore[arg-type]  # our sets have a length
 
 
 def unique(prompts: Iterable[str]) -> list[str]:

@@ -104,14 +104,14 @@ class StyleScores(Callback):
             self._last = trainer.global_step
             folder = folder_of(trainer)
             with torch.random.fork_rng():
-                scores = self._scores(trainer, pl_module) if folder else {}
+                scores = self._scores(pl_module) if folder else {}
             pl_module.log_dict(scores, rank_zero_only=True)
             if folder and scores:
                 self.rows.append({"step": trainer.global_step, **scores})
                 self._write(folder)
 
-    def _scores(self, trainer: Trainer, module: Any) -> dict[str, float]:
-        known = trainer.datamodule.val_set  # type: ignore[attr-defined]
+    def _scores(self, module: Any) -> dict[str, float]:
+        known = module.datamodule.val_set
         if self._judge is None or not known:
             return {}
         count = min(self.show.judged, len(known))

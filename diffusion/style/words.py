@@ -181,7 +181,8 @@ def load_words(family: Family, path: Path) -> list[str]:
     words = read_words(path, {part: key for part, (_, _, key) in known.items()})
     for word, tensors in words.items():
         for part, tensor in tensors.items():
-            width = known[part][1].get_input_embeddings().weight.shape[1]  # type: ignore[operator]
+            encoder: Any = known[part][1]
+            width = encoder.get_input_embeddings().weight.shape[1]
             if tensor.shape[1] != width:
                 raise AdapterFileError(
                     f"{path}: {word!r} has {tensor.shape[1]} features, the {part} has {width}; it is for another "

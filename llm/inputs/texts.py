@@ -18,7 +18,7 @@ def _vocabulary(request: Request, *parts: str) -> int:
     """Rows of the embedding that reads the tokens."""
     if not parts:
         try:
-            table = request.model.get_input_embeddings()  # type: ignore[operator]
+            table = request.model.get_input_embeddings()  # type: ignore[operator]  # of transformers
         except (NotImplementedError, AttributeError):
             table = None
         if isinstance(table, nn.Embedding):

@@ -34,4 +34,4 @@ class Entry(nn.Module):
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         """`to(device)` reaches the state too."""
         self.state = {name: fn(tensor) for name, tensor in self.state.items()}
-        return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # untyped in torch

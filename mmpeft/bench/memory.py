@@ -18,7 +18,7 @@ class _Live(TorchDispatchMode):
     """Storages made under this mode and still alive."""
 
     def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()  # type: ignore[no-untyped-call]  # untyped in torch
         self.sizes: dict[int, int] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -69,11 +69,11 @@ class MemoryMeter(Callback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         if self.found is None:
             self._live = _Live()
-            self._live.__enter__()  # type: ignore[no-untyped-call]
+            self._live.__enter__()  # type: ignore[no-untyped-call]  # untyped in torch
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         if self._live is not None:
-            self._live.__exit__(None, None, None)  # type: ignore[no-untyped-call]
+            self._live.__exit__(None, None, None)  # type: ignore[no-untyped-call]  # untyped in torch
             weights = sum(p.numel() * p.element_size() for p in pl_module.parameters())
             trainable = sum(p.numel() * p.element_size() for p in pl_module.parameters() if p.requires_grad)
             self.found, self._live = StepMemory(weights, trainable, sum(self._live.sizes.values())), None

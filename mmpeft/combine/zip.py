@@ -115,5 +115,6 @@ def zip_lora(tunings: Sequence[Tuning], starts: Sequence[float] | None = None, n
 
 def penalty(tuning: Tuning) -> Tensor:
     """Mean over sites of the weights' overlap `mean |m_j ⊙ m_k|`."""
-    found = [p.part.factor.overlap() for p in tuning.placements if isinstance(p.part, Delta)]  # type: ignore[operator]
+    parts = [p.part for p in tuning.placements if isinstance(p.part, Delta)]
+    found = [part.factor.overlap() for part in parts]  # type: ignore[operator]  # ZipLoRA's own factor
     return torch.stack(found).mean()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager
 from itertools import islice
 from typing import Any, Literal
@@ -96,8 +96,8 @@ def score(
 
 def _batches(data: Iterable[Any], limit: int | None, kind: str) -> Iterator[Any]:
     chosen = islice(data, limit)
-    count = limit if limit is not None else len(data) if hasattr(data, "__len__") else None  # type: ignore[arg-type]
-    yield from track(chosen, f"scoring ({kind})", total=count, transient=True, disable=None)  # type: ignore[arg-type]
+    count = limit if limit is not None else len(data) if isinstance(data, Sized) else None
+    yield from track(chosen, f"scoring ({kind})", total=count, transient=True)
 
 
 def _losses(model: nn.Module, batch: Any, loss: Loss, kind: str) -> Iterator[tuple[Tensor | float, Tensor]]:

@@ -43,9 +43,9 @@ class ShardCaptions(Captioned):
                                 raise DataError(f"{shard} has the image {key} twice; keep one of them")
                             pictures[key] = (member.offset_data, member.size)
                         elif kind == ".txt":
-                            found[key] = tar.extractfile(member).read().decode("utf-8").strip()  # type: ignore[union-attr]
+                            found[key] = _content(tar, member).decode("utf-8").strip()
                         elif kind == ".json":
-                            fields = json.loads(tar.extractfile(member).read())  # type: ignore[union-attr]
+                            fields = json.loads(_content(tar, member))
                             if isinstance(fields, dict) and isinstance(fields.get(text), str):
                                 described[key] = fields[text]
             except (OSError, tarfile.TarError, UnicodeDecodeError, json.JSONDecodeError) as error:
@@ -125,6 +125,13 @@ def _load(name: str, split: str) -> Any:
     if path.is_file():
         return datasets.load_dataset("parquet", data_files={split: name}, split=split)
     return datasets.load_dataset(name, split=split)
+
+
+def _content(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
+    """What a file in a shard holds."""
+    file = tar.extractfile(member)
+    assert file is not None  # only folders have none
+    return file.read()
 
 
 def open_captions(source: str, image: str = "image", text: str = "text", prompt: str | None = None) -> Captioned:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -257,8 +258,8 @@ def method_for(model: nn.Module, pieces: Sequence[Piece], dropout: float = 0.0) 
             ranks = _pattern([(p.site, p.rank) for p in own], rank, available)
             alphas = _pattern([(p.site, p.alpha) for p in own], alpha, available)
             at = selector([p.site for p in own], available)
-            patterns = {"rank_pattern": ranks, "alpha_pattern": alphas}
-            methods.append(cls(at=at, rank=rank, alpha=alpha, dropout=dropout, **patterns))  # type: ignore[arg-type]
+            patterns: dict[str, Any] = {"rank_pattern": ranks, "alpha_pattern": alphas}
+            methods.append(cls(at=at, rank=rank, alpha=alpha, dropout=dropout, **patterns))
     return methods[0] if len(methods) == 1 else Union(methods)
 
 

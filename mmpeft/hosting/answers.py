@@ -119,12 +119,12 @@ def _packed(q: Tensor, k: Tensor, v: Tensor, weight: Tensor, bias: Tensor | None
     return [_product(x, piece, b) for x, piece, b in zip((q, k, v), pieces, biases)]
 
 
-_one_product = opened(F._in_projection_packed, linear=_product)  # type: ignore[attr-defined]
+_one_product = opened(F._in_projection_packed, linear=_product)  # type: ignore[attr-defined]  # private in torch
 multi_head = opened(
     F.multi_head_attention_forward,
     linear=_product,
     _in_projection_packed=_packed,
-    _in_projection=opened(F._in_projection, linear=_product),  # type: ignore[attr-defined]
+    _in_projection=opened(F._in_projection, linear=_product),  # type: ignore[attr-defined]  # private in torch
 )
 
 
@@ -275,8 +275,8 @@ ANSWERS |= {
     F.multi_head_attention_forward: _attention,
     Tensor.__rmatmul__: _reflected,
     Tensor.__getitem__: _item,
-    Tensor.T.__get__: _flip,  # type: ignore[attr-defined]
-    Tensor.mT.__get__: _flip,  # type: ignore[attr-defined]
+    Tensor.T.__get__: _flip,  # type: ignore[attr-defined]  # what torch hands to overrides
+    Tensor.mT.__get__: _flip,  # type: ignore[attr-defined]  # what torch hands to overrides
     Tensor.type_as: _to,
     Tensor.to: _to,
     Tensor.float: _cast(torch.float32),

@@ -56,7 +56,7 @@ def guard(module: nn.Module) -> None:
     """
     if not getattr(module, "support_avx512bf16_for_cpu", False) and not _rearranged(module):
         return
-    module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
+    module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]  # bitsandbytes's own flag
     if _rearranged(module):
         packed: Any = module._parameters["weight"]
         state = packed.quant_state

@@ -93,7 +93,7 @@ def forward_of(base: Any, still: bool) -> Callable[..., Any]:
     if not function:
         return forward
     found = wraps(base.forward)(forward)
-    found.__signature__ = inspect.signature(base.forward)  # type: ignore[attr-defined]
+    found.__signature__ = inspect.signature(base.forward)  # type: ignore[attr-defined]  # what inspect looks for
     return found
 
 
@@ -202,5 +202,5 @@ def plan_of(host: nn.Module) -> HostPlan:
     """What a host does at present."""
     planned, seat = planned_of(host), getattr(host, SEAT)
     if torch.compiler.is_compiling() and RUNNING.get() is planned and planned.number is not None:
-        return seat.plans.get(planned.number, PLAIN)  # type: ignore[no-any-return]
+        return seat.plans.get(planned.number, PLAIN)  # type: ignore[no-any-return]  # a Seat, behind getattr
     return planned.plans.get(seat.index, PLAIN)

@@ -67,7 +67,7 @@ def base_value(module: nn.Module, name: str) -> Any:
             return fetched(module, name, viewed(module, store[name]))
     own = getattr(original_class(module), name, None)
     if isinstance(own, property):  # of a parametrised module, which computes its weight
-        return own.fget(module)  # type: ignore[misc]
+        return own.fget(module)  # type: ignore[misc]  # a getter is always there
     raise AttributeError(f"{type(module).__name__} has no attribute {name!r}")
 
 
@@ -242,7 +242,7 @@ def make_host(module: nn.Module, seat: Seat, reads: frozenset[str]) -> None:
     made = tuned_class(cls, reads)
     module.__dict__[SEAT] = seat
     patch = module.__dict__.get("forward")
-    module.__class__ = made  # type: ignore[assignment]
+    module.__class__ = made  # type: ignore[assignment]  # the swap itself
     if patch is not None:
         _patch(module, patch)
 

@@ -40,5 +40,5 @@ def own_parameters(model: nn.Module, path: str = "") -> Iterator[tuple[str, nn.P
 def module_at(model: nn.Module, path: str) -> nn.Module:
     """`model.get_submodule(path)` through the modules' own tables: attaching asks for hundreds."""
     for name in path.split(".") if path else ():
-        model = model._modules[name]  # type: ignore[assignment]
+        model = model._modules[name]  # type: ignore[assignment]  # the path exists
     return model

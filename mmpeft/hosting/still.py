@@ -55,10 +55,10 @@ class Still:
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if not self.__dict__[MODE] or self._moves():
-            return super().forward(*args, **kwargs)  # type: ignore[misc]
+            return super().forward(*args, **kwargs)  # type: ignore[misc]  # mixed into a norm
         before, _inside.host = getattr(_inside, "host", None), self
         try:
-            return super().forward(*args, **kwargs)  # type: ignore[misc]
+            return super().forward(*args, **kwargs)  # type: ignore[misc]  # mixed into a norm
         finally:
             _inside.host = before
 
@@ -69,14 +69,15 @@ class Still:
             Refused: none moves them; the base's stay as they are (`torch.optim.swa_utils.update_bn` asks for this).
         """
         if not self._moves():
+            host: Any = type(self)
             raise Refused(
-                f"the running statistics of this {type(self).mmpeft_base.__name__} are the frozen base's; attach "  # type: ignore[attr-defined]
+                f"the running statistics of this {host.mmpeft_base.__name__} are the frozen base's; attach "
                 "mmpeft.BatchStatistics() beside the method to have a tuning with its own"
             )
-        super().reset_running_stats()  # type: ignore[misc]
+        super().reset_running_stats()  # type: ignore[misc]  # mixed into a norm
 
     def _moves(self) -> bool:
         """Whether a part answers for the statistics under the present route."""
         from mmpeft.hosting.forward import plan_of
 
-        return any(name in plan_of(self).reads for name in NAMES)  # type: ignore[arg-type]
+        return any(name in plan_of(self).reads for name in NAMES)  # type: ignore[arg-type]  # mixed into a norm

@@ -180,7 +180,7 @@ def _entries(tensor: Tensor, most: int | None) -> memoryview | None:
 
 def _as(memory: memoryview[int], unit: str) -> memoryview[int]:
     """Bytes as integers: comparing these is several times as fast as comparing numbers or bytes."""
-    found: memoryview[int] = memory.cast(unit)  # type: ignore[call-overload]
+    found: memoryview[int] = memory.cast(unit)  # type: ignore[call-overload]  # the unit is a known letter
     return found
 
 

@@ -39,7 +39,7 @@ class Seen(NamedTuple):
         if values.dtype != self.dtype:
             values = values.to(self.dtype)
         if self.k:
-            return values.unflatten(0, (self.k, -1))  # type: ignore[no-any-return]
+            return values.unflatten(0, (self.k, -1))  # type: ignore[no-any-return]  # untyped in torch
         return values.t() if self.flipped else values
 
 
@@ -88,7 +88,7 @@ class Weight(Tensor):
             return NotImplemented
         return self.product(x, bias, seen.start, seen.stop)
 
-    def __repr__(self, **_: Any) -> str:  # type: ignore[override]
+    def __repr__(self, **_: Any) -> str:  # type: ignore[override]  # torch's takes more
         return f"{type(self).__name__}({self.seen.shape(self.full)})"
 
     @classmethod
@@ -128,7 +128,7 @@ class Wrapper(Weight):
         return found
 
     @classmethod
-    def __torch_dispatch__(  # type: ignore[override]
+    def __torch_dispatch__(  # type: ignore[override]  # as torch calls it
         cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         return func(*tree_map(_formed, args), **tree_map(_formed, kwargs or {}))

@@ -94,7 +94,7 @@ class Method(FormerContract, ABC):
                 check_fields(self)
                 own(self)
 
-            cls.__post_init__ = checked  # type: ignore[method-assign]
+            cls.__post_init__ = checked  # type: ignore[method-assign]  # dataclass's hook
 
     def __post_init__(self) -> None:
         check_fields(self)

@@ -17,7 +17,7 @@ TYPES: dict[str, tuple[type, ...]] = {
     "bool": (bool,),
     "str": (str,),
     "None": (type(None),),
-    "Selector": (str, Callable),  # type: ignore[dict-item]
+    "Selector": (str, Callable),  # type: ignore[dict-item]  # isinstance takes it
 }
 """Annotations that are checked, and what they take; bool is no number."""
 

@@ -34,7 +34,7 @@ class FormerContract:
 
     def compact(self, placements: Sequence[Placement]) -> tuple[Method, Tensors]:
         """Deprecated: `place` gives it, as `bake`; `tuning.compact()` asks for it."""
-        return _placed("compact").baked() or (self, everything(placements))  # type: ignore[return-value]
+        return _placed("compact").baked() or (self, everything(placements))  # type: ignore[return-value]  # same pair
 
 
 def _placed(name: str) -> Placed:

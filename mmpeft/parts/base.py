@@ -26,8 +26,8 @@ class Part(nn.Module):
     one with the highest `order`.
     """
 
-    order: ClassVar[int] = 0
-    rowwise: ClassVar[bool] = True
+    order: int = 0
+    rowwise: bool = True
     """Whether `enter` and `exit` act on each row of the batch alone, so that rows can be routed in place."""
     repeated: ClassVar[bool] = False
     """Whether `around` is needed again where recomputation repeats the host; if not, its result is kept."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -62,8 +62,8 @@ class Branch(Part):
 
     def apply_to(self, source: Tensor) -> Tensor:
         """What the branch makes of its source, channels last."""
-        tensors = (self.down.weight, self.down.bias, self.up.weight, self.up.bias)
-        down, down_bias, up, up_bias = (cast(tensor, source.dtype) for tensor in tensors)  # type: ignore[arg-type]
+        tensors: tuple[Any, ...] = (self.down.weight, self.down.bias, self.up.weight, self.up.bias)
+        down, down_bias, up, up_bias = (cast(tensor, source.dtype) for tensor in tensors)
         rate = self.dropout if self.training else 0.0
         return bottleneck(source, down, down_bias, up, up_bias, ACTIVATIONS[self.activation], rate)
 

@@ -206,11 +206,12 @@ class Delta(Part):
         """The product that a host's own forward makes."""
         base = own_weight(host)
         weight = turned(base) if self.transposed else base
-        bias: Tensor | None = None if self.lookup else host.bias  # type: ignore[assignment]
+        layer: Any = host
+        bias: Tensor | None = None if self.lookup else layer.bias
         groups = int(getattr(host, "groups", 1))
 
         def apply(x: Tensor, kernel: Tensor) -> Tensor:
-            found: Tensor = _lookup(host, x, kernel) if self.lookup else host._conv_forward(x, kernel, None)  # type: ignore
+            found: Tensor = _lookup(host, x, kernel) if self.lookup else layer._conv_forward(x, kernel, None)
             return found
 
         return WeightProduct(weight, bias, stored_in(base), 0, len(weight), apply, groups)
@@ -241,7 +242,7 @@ def hook_kind(kind: Kind, factor: Factor) -> HookKind:
 
 def own_weight(host: nn.Module) -> Tensor:
     """The weight that a host multiplies by, whatever parts read it."""
-    weight: Tensor = host.weight  # type: ignore[assignment]
+    weight: Tensor = host.weight  # type: ignore[assignment]  # a layer's own
     found: Tensor = viewed(host, weight) if getattr(type(host), "mmpeft_packed", False) else weight
     return found
 
@@ -254,17 +255,21 @@ def stored_in(weight: Tensor) -> tuple[Tensor, ...]:
 def _lookup(host: nn.Module, x: Tensor, table: Tensor) -> Tensor:
     """What an embedding makes of another table [words, r], its own scaling (Gemma) included."""
     cls: Any = original_class(host)
-    if len(table) != len(host._parameters["weight"]):  # type: ignore[arg-type]
+    stored = host._parameters["weight"]
+    assert stored is not None
+    if len(table) != len(stored):
         raise ConfigError(
-            f"this {cls.__name__} has {len(host._parameters['weight'])} rows, and the tuning was made for "  # type: ignore[arg-type]
+            f"this {cls.__name__} has {len(stored)} rows, and the tuning was made for "
             f"{len(table)}: resize embeddings before attach, or detach() first and attach again"
         )
     if torch.compiler.is_compiling():  # which takes no module that is made while it traces
-        own, host._parameters["weight"] = host._parameters["weight"], table  # type: ignore[assignment]
+        host._parameters["weight"] = table  # type: ignore[assignment]  # a tensor passes for a parameter there
         try:
-            return cls.forward(host, x)  # type: ignore[no-any-return]
+            found: Tensor = cls.forward(host, x)
         finally:
-            host._parameters["weight"] = own
+            host._parameters["weight"] = stored
+        return found
     twin = cls.__new__(cls)  # another module over the same attributes: threads may run the host meanwhile
     twin.__dict__.update(host.__dict__, _parameters={**host._parameters, "weight": table})
-    return cls.forward(twin, x)  # type: ignore[no-any-return]
+    other: Tensor = cls.forward(twin, x)
+    return other

@@ -55,7 +55,7 @@ class FusedAdapters(Part):
         return y + mixed.movedim(-1, self.channel_dim)
 
     def _branches(self) -> list[Branch]:
-        return list(self.adapters)  # type: ignore[arg-type]
+        return list(self.adapters)  # type: ignore[arg-type]  # all are branches
 
     def _output(self, adapter: Branch, x: Tensor, y: Tensor) -> Tensor:
         """What an adapter would add, channels last."""

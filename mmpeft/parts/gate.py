@@ -133,7 +133,7 @@ class GatedOutput(GatedPart):
 
     def __init__(self, inner: Part, gate: Gate, padding: Padding | None = None, channel_dim: int = -1) -> None:
         super().__init__(inner, gate, padding)
-        self.order = inner.order  # type: ignore[misc]
+        self.order = inner.order
         self.channel_dim = channel_dim
         self._tapped: Passed[Tensor] = Passed()
 
@@ -145,7 +145,8 @@ class GatedOutput(GatedPart):
         source = x
         if isinstance(self.inner, Branch) and self.inner.source != "input":
             tapped = self._tapped.set(None)
-            source = y if self.inner.source == "output" else tapped  # type: ignore[assignment]
+            assert tapped is not None or self.inner.source == "output"
+            source = y if self.inner.source == "output" or tapped is None else tapped
         return self._mixed(source, y, self.inner.exit(host, x, y))
 
     def _mixed(self, source: Tensor, y: Tensor, tuned: Tensor) -> Tensor:

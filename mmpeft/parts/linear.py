@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import partial
 from itertools import pairwise
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +25,8 @@ def call_of(parts: Sequence[Delta], host: nn.Module, read: Sequence[str]) -> Cal
         return _FormedCall(tuple(parts))
     only = parts[0]
     plain = only.rows is None and not (only.dropout or only.transposed) and type(only.factor) is LowRank
-    if len(parts) == 1 and plain and not read and not type(host).mmpeft_packed:  # type: ignore[attr-defined]
+    tuned: Any = type(host)
+    if len(parts) == 1 and plain and not read and not tuned.mmpeft_packed:
         return _WholeCall(only) if only.magnitude is None else _GainedCall(only)
     return _RowsCall(tuple(parts))
 
@@ -77,11 +79,12 @@ class _GainedCall:
         if torch.is_grad_enabled() or not weight.is_cpu:  # nothing is kept of what is on an accelerator
             gain = delta.gain(weight, (weight,))
             assert gain is not None
-            update = F.linear(F.linear(x, down), up)  # type: ignore[arg-type]
+            update = F.linear(F.linear(x, down), up)  # type: ignore[arg-type]  # factors are there
             y = torch.add(F.linear(x, weight), update, alpha=delta.scale) * gain
             return y if own["bias"] is None else y + own["bias"]
         tensors = (weight, down, up, delta._parameters["magnitude"])
-        whole, gain, up_t = delta.ready.get(tensors, partial(delta.steady, weight))  # type: ignore[arg-type]
+        steady = partial(delta.steady, weight)
+        whole, gain, up_t = delta.ready.get(tensors, steady)  # type: ignore[arg-type]  # all four are there
         bias = own["bias"]
         if whole is not None:
             return F.linear(x, whole, bias)
@@ -104,17 +107,19 @@ class _FormedCall:
 
     def __call__(self, host: nn.Module, x: Tensor) -> Tensor:
         weight = own_weight(host)
-        bias: Tensor | None = host.bias  # type: ignore[assignment]
+        layer: Any = host
+        bias: Tensor | None = layer.bias
         if type(weight) not in (Tensor, nn.Parameter) or any(delta.dropping for delta in self.deltas):
             packed = isinstance(weight, FewBits)
-            y: Tensor = F.linear(x, weight, bias) if packed else type(host).mmpeft_base.forward(host, x)  # type: ignore
+            y: Tensor = F.linear(x, weight, bias) if packed else layer.mmpeft_base.forward(host, x)
             for delta in self.deltas:
                 y = delta.exit(host, x, y)
             return y
         for delta in self.deltas:
             weight = delta.read(host, "weight", weight)
         if weight.dim() > 2:
-            return host._conv_forward(x, weight, bias)  # type: ignore[operator, no-any-return]
+            convolved: Tensor = layer._conv_forward(x, weight, bias)
+            return convolved
         return F.linear(x, weight.t() if self.deltas[0].transposed else weight, bias)
 
 

@@ -61,7 +61,7 @@ class _Through:
         self.part, self.reading, self.inner = part, reading, inner
 
     def __call__(self, x: Tensor) -> Tensor:
-        y: Tensor = self.part.through(self.reading, self.inner, x)  # type: ignore[operator]
+        y: Tensor = self.part.through(self.reading, self.inner, x)  # type: ignore[operator]  # of products
         return y
 
 

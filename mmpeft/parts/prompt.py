@@ -106,8 +106,11 @@ class Prompt(Part):
         return made
 
     def __len__(self) -> int:
-        source: Any = self.tokens if self.tokens is not None else self.encoder.embedding  # type: ignore[union-attr]
-        return len(source)
+        if self.tokens is not None:
+            return len(self.tokens)
+        assert self.encoder is not None
+        embedding: Any = self.encoder.embedding
+        return len(embedding)
 
     def keys(self, host: nn.Module, run: Callable[[], Any]) -> Keys:
         """Keys and values of the prompt in every layer, which `run` computes unless they are kept and still right."""

@@ -27,7 +27,7 @@ class Scaled(Part):
             )
         super().__init__()
         self._of, self.strength = (part,), strength
-        self.order, self.rowwise = part.order, part.rowwise  # type: ignore[misc]
+        self.order, self.rowwise = part.order, part.rowwise
 
     @property
     def answers(self) -> bool:

@@ -135,7 +135,7 @@ class SideLayer(Part):
         if u.shape[1:-1] != h.shape[1:-1]:
             if h.dim() != 4:
                 raise Refused(f"LST: the sequence changes from {u.shape[1]} to {h.shape[1]} tokens between two blocks")
-            u = F.adaptive_avg_pool2d(u.movedim(-1, 1), h.shape[1:-1]).movedim(1, -1)  # type: ignore[arg-type]
+            u = F.adaptive_avg_pool2d(u.movedim(-1, 1), h.shape[1:-1]).movedim(1, -1)  # type: ignore[arg-type]  # 2-D
         if self.bridge is not None:
             u = self.bridge(u)
         z = self.down(h)

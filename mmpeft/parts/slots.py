@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -68,7 +69,7 @@ class Slots:
 
     def __call__(self, host: nn.Module, x: Tensor) -> Tensor:
         planned = planned_of(host)
-        names: Sequence[str | None] = planned.route  # type: ignore[assignment]
+        names: Sequence[str | None] = planned.route  # type: ignore[assignment]  # names of rows here
         rows = len(names)
         folds(x, rows)
         one_graph = torch.compiler.is_compiling() and not torch.is_grad_enabled()  # it must not ask for names
@@ -113,7 +114,7 @@ class Slots:
             planned = planned_of(host)
             assert planned.slots is not None
             return self._stacked(host, list(planned.state.placements), planned.slots, dtype)
-        tensors: list[Tensor] = [table[key] for name in present for table, key in self._places[name]]  # type: ignore[misc]
+        tensors: list[Any] = [table[key] for name in present for table, key in self._places[name]]
         if any(name in self._gained for name in present):
             stored = self.deltas[present[0]][0].reading(host).stored
             tensors += [plain for tensor in stored for plain in made_of(tensor)]

@@ -239,7 +239,7 @@ STACK_ANSWERS: dict[Any, Callable[..., Any]] = {
     Tensor.__getitem__: _item,
     Tensor.__iter__: _iterate,
     Tensor.__rmatmul__: _reflected,
-    Tensor.mT.__get__: _swap,  # type: ignore[attr-defined]
+    Tensor.mT.__get__: _swap,  # type: ignore[attr-defined]  # what torch hands to overrides
     Tensor.to: _to,
     Tensor.float: _cast(torch.float32),
     Tensor.double: _cast(torch.float64),

@@ -3,6 +3,7 @@
 A domain is a package with an entry point in the group `mmpeft.domains`. Its `__init__` has any of
 
 - `TASKS` and `DATA`: class name → `module:Class`;
+- `PARTS`: the same of further classes that a configuration names, such as heads, learners and callbacks;
 - `COMMANDS`: name of a sub-command → `Command`, or (`module:function`, help).
 """
 
@@ -42,8 +43,8 @@ def table(name: str) -> dict[str, tuple[str, Any]]:
 
 
 def classes() -> dict[str, tuple[str, str]]:
-    """Class name → (domain, `module:Class`) of every task and data module."""
-    return {**table("TASKS"), **table("DATA")}
+    """Class name → (domain, `module:Class`) of every task and data module, and of what they are made of."""
+    return {**table("TASKS"), **table("DATA"), **table("PARTS")}
 
 
 def commands() -> dict[str, Command]:

@@ -33,7 +33,8 @@ class Builder:
         return module_at(self.model, path)
 
     def add(self, path: str, role: str, depth: int = -1, **known: object) -> None:
-        self.sites.append(Site(path, role, depth, **{"tower": self.tower, **known}))  # type: ignore[arg-type]
+        fields: dict[str, Any] = {"tower": self.tower, **known}
+        self.sites.append(Site(path, role, depth, **fields))
 
     def linear(self, path: str, role: str, depth: int = -1, **known: object) -> None:
         """A linear or convolution; one that stores its weight [i, o] is told by its class `Conv1D`."""
@@ -108,7 +109,7 @@ class Builder:
             elif path in embed and isinstance(module, nn.Embedding):
                 self.add(path, "embed", depth, kind="embedding", transposed=True, width=module.embedding_dim)
             elif path not in covered and is_norm(module):
-                width = len(module.weight)  # type: ignore[arg-type]
+                width = len(module.weight)  # type: ignore[arg-type]  # norms have one
                 self.add(path, "norm", depth, kind="norm", width=width, channel_dim=norm_channel(module))
         rank = {role: i for i, role in enumerate(ROLES)}
         once = {(site.path, site.role, site.tensor, site.rows): site for site in self.sites[::-1]}

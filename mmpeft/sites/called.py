@@ -47,7 +47,7 @@ def build(name: str) -> nn.Module | tuple[nn.Module, Any]:
     model = built[0] if isinstance(built, tuple) and len(built) == 2 else built
     if not isinstance(model, nn.Module):
         raise ConfigError(f"{name} returned a {type(model).__name__}; expected {FORM}")
-    return built  # type: ignore[no-any-return]
+    return built  # type: ignore[no-any-return]  # as just checked
 
 
 def _look_here() -> None:

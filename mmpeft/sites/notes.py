@@ -115,7 +115,7 @@ def _above(around: str, path: str) -> str:
 def _moved(site: Site, move: Callable[[str], str]) -> Site:
     """A site with other paths; those it does not have stay empty, `path` may be the model itself."""
     paths = {name: move(value) for name in _PATHS if (value := getattr(site, name)) or name == "path"}
-    return replace(site, **paths, connect=_moved_connect(site, move))  # type: ignore[arg-type]
+    return replace(site, **paths, connect=_moved_connect(site, move))  # type: ignore[arg-type]  # fields by name
 
 
 def _moved_connect(site: Site, move: Callable[[str], str]) -> Connect | None:

@@ -46,7 +46,7 @@ def _site(reading: Reading, builder: Builder, name: str, role: str, op: Op, used
     plain = is_projection(module) and tensor == "weight"
     if parameter is None and not computed:
         return
-    why = "" if plain or is_stacked(op) else _no_matrix(op, parameter)  # type: ignore[arg-type]
+    why = "" if plain or is_stacked(op) else _no_matrix(op, parameter)  # type: ignore[arg-type]  # there by now
     if why:
         builder.add(path, role, depth, kind="param", tensor=tensor, **{"refuse": why, **known})
         return

@@ -104,7 +104,7 @@ class _Watching(TorchDispatchMode):
     supports_higher_order_operators = True
 
     def __init__(self, model: nn.Module) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()  # type: ignore[no-untyped-call]  # untyped in torch
         self.ops: list[Op] = []
         self.calls: list[Call] = []
         self.running: list[int] = []

@@ -61,7 +61,8 @@ def plan_route(state: State, route: Route) -> Planned:
 
 def _recompute(state: State, plans: dict[str, HostPlan]) -> None:
     for path in state.blocks if state.recompute else ():
-        plans.setdefault(path, HostPlan()).around = recompute_around(state.recompute)  # type: ignore[arg-type]
+        around = recompute_around(state.recompute)  # type: ignore[arg-type]  # set, where there is a block
+        plans.setdefault(path, HostPlan()).around = around
 
 
 def _plan_rows(state: State, route: tuple[Entry, ...]) -> Planned:
@@ -76,7 +77,7 @@ def _plan_rows(state: State, route: tuple[Entry, ...]) -> Planned:
                 continue
             kind = "exit" if hook.kind == "call" else hook.kind
             routed = RowPart(part, rows, len(route))
-            routed.order = part.order  # type: ignore[misc]
+            routed.order = part.order
             hooks.setdefault(hook.path, []).append((Hook(hook.path, kind), routed))
     seats = {path: state.hosts[path].__dict__[SEAT].index for path in hooks}
     rows_at_root = Rows(state, route, tuple(sorted(seats.values())), in_place)

@@ -37,7 +37,7 @@ class _Reading(TorchDispatchMode):
     """Notes whose tensors operations read."""
 
     def __init__(self, owned: dict[int, Part], seen: set[int]) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()  # type: ignore[no-untyped-call]  # untyped in torch
         self.owned, self.seen = owned, seen
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -143,7 +143,7 @@ class _Watch(Part):
 
 class _Moving(TorchDispatchMode):
     def __init__(self, seen: _Seen) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()  # type: ignore[no-untyped-call]  # untyped in torch
         self.seen = seen
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -126,11 +126,11 @@ class _WeightedDelta(Delta):
         del self.__dict__["training"]
 
     def tensors(self) -> Iterable[Tensor]:
-        weight: object = self.factor._weight[0]  # type: ignore[index]
+        weight: object = self.factor._weight[0]  # type: ignore[index]  # a stacked factor
         return [*self.__dict__["_source"][0].tensors(), *([weight] if isinstance(weight, Tensor) else [])]
 
     @property
-    def training(self) -> bool:  # type: ignore[override]
+    def training(self) -> bool:  # type: ignore[override]  # a property over nn.Module's flag
         """That of the part itself, which alone hears of `train()` and `eval()`."""
         return bool(self.__dict__["_source"][0].training)
 

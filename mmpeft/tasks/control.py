@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
@@ -10,6 +10,9 @@ from torch.optim import Optimizer
 
 from mmpeft.controllers import Controllers
 from mmpeft.methods.spec import to_spec
+
+if TYPE_CHECKING:
+    from mmpeft.tasks.module import TuningModule
 
 METHOD = "method"
 """Key of a checkpoint: the method that scoring by data has led to, so that a resumed run scores nothing."""
@@ -25,8 +28,7 @@ class Control(Callback):
         self._steps = 0
 
     def of(self, pl_module: LightningModule) -> Controllers:
-        found: Controllers = pl_module.prepare().controllers  # type: ignore[operator]
-        return found
+        return cast("TuningModule", pl_module).prepare().controllers
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._controllers = self.of(pl_module)
@@ -61,8 +63,9 @@ class Control(Callback):
         self.of(pl_module).fit_end()
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        if not pl_module.method.decided:  # type: ignore[union-attr]
-            checkpoint[METHOD] = to_spec(pl_module.prepare().method)  # type: ignore[operator]
+        task = cast("TuningModule", pl_module)
+        if not task.method.decided:
+            checkpoint[METHOD] = to_spec(task.prepare().method)
 
     def state_dict(self) -> dict[str, Any]:
         return self._controllers.state_dict() if self._controllers else {}

@@ -31,7 +31,8 @@ class FreshMetrics(Callback):
         if not torch.is_inference_mode_enabled():
             renew(module)
 
-    on_train_start = on_validation_start = on_test_start = on_predict_start = _begin  # type: ignore[assignment]
+    on_train_start = on_validation_start = _begin  # type: ignore[assignment]  # hooks with a name less
+    on_test_start = on_predict_start = _begin  # type: ignore[assignment]  # hooks with a name less
 
 
 def renew(module: nn.Module) -> None:

@@ -17,6 +17,7 @@ METHODS = "mmpeft.methods"
 CONSTANTS = {
     "COMMANDS": "dict[str, tuple[str, str]]",
     "DATA": "dict[str, str]",
+    "PARTS": "dict[str, str]",
     "TASKS": "dict[str, str]",
     "__version__": "str",
 }

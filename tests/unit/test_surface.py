@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from importlib import import_module
@@ -12,6 +13,7 @@ import pytest
 
 import mmpeft
 from mmpeft._lazy import exports
+from mmpeft.run import domains
 from tests.support import stubs, typed
 
 PACKAGES = stubs.packages()
@@ -39,7 +41,7 @@ def test_every_domain_is_filled() -> None:
     for package in DOMAINS:
         domain = import_module(package)
         assert {"TASKS", "DATA", "COMMANDS"} <= set(dir(domain))
-        for name, place in {**domain.TASKS, **domain.DATA}.items():
+        for name, place in {**domain.TASKS, **domain.DATA, **getattr(domain, "PARTS", {})}.items():
             assert place.startswith(f"{package}.")
             assert getattr(domain, name).__name__ == name
         for target, text in domain.COMMANDS.values():
@@ -98,3 +100,12 @@ def test_a_users_file_is_typed(tmp_path: Path) -> None:
     assert [kind.replace("builtins.", "") for kind in revealed] == kinds, said
     assert 'Unexpected keyword argument "rang"' in said
     assert 'has no attribute "Any"' in said
+
+
+def test_every_class_that_a_configuration_names_stands_in_a_table() -> None:
+    """Short names are resolved by the tables alone: nothing else has been imported when a command starts."""
+    texts = [path.read_text("utf-8") for path in (stubs.ROOT / "configs").rglob("*.yaml")]
+    named = {name for text in texts for name in re.findall(r"(?:class_path: *|callbacks\+ )(\w+)\b(?!\.)", text)}
+    known = {*domains.classes(), *mmpeft.methods.__all__}
+    assert {"WiseCurve", "OLoRA", "ClipAdapter", "ImageClassifier", "VTABData"} <= named
+    assert not named - known

@@ -24,7 +24,6 @@ from mmpeft.files import write_atomic
 from mmpeft.run.arguments import named_in
 from mmpeft.run.domains import import_named
 from mmpeft.run.study import choose_entries, key_of, quiet_progress, read_file
-from mmpeft.vision.continual import methods as learners
 from mmpeft.vision.continual import report
 from mmpeft.vision.continual.learner import Learner
 from mmpeft.vision.continual.runner import ContinualClassifier, SequenceRecord
@@ -68,7 +67,6 @@ def merged(config: Mapping[str, Any], entry: Mapping[str, Any], seed: int) -> di
 
 def parse(run: Mapping[str, Any]) -> tuple[ArgumentParser, Any]:
     """Parse one run; raises ConfigError with jsonargparse's account of what is wrong."""
-    assert learners.__all__  # imported, so that the parser knows every learner by its name
     parser = ArgumentParser(exit_on_error=False)
     parser.add_subclass_arguments(Learner, "learner")
     parser.add_subclass_arguments(ImageData, "data")

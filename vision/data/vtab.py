@@ -186,8 +186,8 @@ def duplicates(known: Sequence[str], others: Sequence[str]) -> int:
     sizes: dict[int, set[bytes]] = defaultdict(set)
     for path in known:
         sizes[os.path.getsize(path)].add(_hash(path))
-    bar = {"disable": len(others) < WORTH_A_BAR, "transient": True}
-    found = ((path, os.path.getsize(path)) for path in track(others, "Looking for duplicates", **bar))  # type: ignore[arg-type]
+    shown = track(others, "Looking for duplicates", disable=len(others) < WORTH_A_BAR, transient=True)
+    found = ((path, os.path.getsize(path)) for path in shown)
     return sum(size in sizes and _hash(path) in sizes[size] for path, size in found)
 
 

@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from mmpeft.errors import ConfigError
 from mmpeft.methods.base import Method
+from mmpeft.vla.backbone import towers_of
 from mmpeft.vla.pair import PairOptions, PairTask
 
 RANKS = (1, 5, 10)
@@ -58,10 +59,11 @@ class ContrastiveTuner(PairTask):
         self._kept: list[tuple[Tensor, Tensor, Tensor]] = []
 
     def build(self) -> nn.Module:
-        pair: Any = super().build()
-        if self.objective == "siglip" and pair.logit_bias is None:
-            pair.logit_bias = nn.Parameter(torch.tensor(-10.0))
-        return pair  # type: ignore[no-any-return]  # open_clip has no types
+        pair = super().build()
+        towers = towers_of(pair)
+        if self.objective == "siglip" and towers.logit_bias is None:
+            towers.logit_bias = nn.Parameter(torch.tensor(-10.0))
+        return pair
 
     def start(self) -> None:
         if self.tune_scale:
@@ -69,8 +71,7 @@ class ContrastiveTuner(PairTask):
                 tensor.requires_grad_(True)
 
     def _scales(self) -> list[nn.Parameter]:
-        model: Any = self.model
-        return [t for t in (model.logit_scale, model.logit_bias) if t is not None]
+        return [t for t in (self.towers.logit_scale, self.towers.logit_bias) if t is not None]
 
     def tokens(self, texts: Sequence[str]) -> Tensor:
         """Token numbers of texts on the model's device, int64 [B, context]."""
@@ -80,22 +81,23 @@ class ContrastiveTuner(PairTask):
     def encode(self, images: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Unit features of images and texts, [B, d] each."""
         self.prepare()
-        model: Any = self.model
-        return model.encode_image(images, normalize=True), model.encode_text(tokens, normalize=True)
+        towers = self.towers
+        return towers.encode_image(images, normalize=True), towers.encode_text(tokens, normalize=True)
 
     def contrast(self, images: Tensor, tokens: Tensor) -> Tensor:
         """The loss of a batch, encoded in micro-batches."""
-        model: Any = self.prepare() and self.model
+        self.prepare()
+        towers = self.towers
         size = self.micro_batch or len(images)
         parts = [
             self.encode(i, t) if size >= len(images) else checkpoint(self.encode, i, t, use_reentrant=False)
             for i, t in zip(images.split(size), tokens.split(size))
         ]
         image, text = (torch.cat(side).float() for side in zip(*parts))
-        scale = model.logit_scale.clamp(max=torch.tensor(MAX_SCALE).log().item()).exp()
+        scale = towers.logit_scale.clamp(max=torch.tensor(MAX_SCALE).log().item()).exp()
         world = {"rank": self.global_rank, "world_size": self.trainer.world_size} if self._trainer else {}
         if self.objective == "siglip":
-            loss: Tensor = SigLipLoss(**world)(image, text, scale, model.logit_bias)
+            loss: Tensor = SigLipLoss(**world)(image, text, scale, towers.logit_bias)
         else:
             loss = ClipLoss(local_loss=True, gather_with_grad=True, **world)(image, text, scale)
         return loss

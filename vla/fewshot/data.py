@@ -78,7 +78,8 @@ class FewShotData(ImageData):
         if pool is None or test is None:
             raise DataError(f"{type(self.source).__name__} has no training or no test images to draw shots from")
         rows = self._rows(pool, test)
-        self.train_set, self.val_set = Subset(pool, rows["train"]), Subset(pool, rows["val"])  # type: ignore[arg-type]
+        self.train_set = Subset(pool, rows["train"])  # type: ignore[arg-type]  # a set with a length
+        self.val_set = Subset(pool, rows["val"])  # type: ignore[arg-type]  # a set with a length
         self.test_set = test
         self.predict_set = Renamed(test, str)
 

@@ -110,7 +110,7 @@ class FewShot(PairTask):
         data = self.datamodule
         if data is None or data.train_set is None or self.tuned & {"image", ""}:
             return
-        device = self._trainer.strategy.root_device  # type: ignore[union-attr]
+        device = self.trainer.strategy.root_device
         self.to(device)
         views, labels = CachedViews.compute(self.image_features, data, self.views, device)
         self.head.remember(F.normalize(views.mean(0), dim=-1), labels.to(device))
@@ -132,10 +132,8 @@ class FewShot(PairTask):
         """Unit features [B, d]; features that were kept are passed on."""
         if images.dim() == 2:
             return images
-        model: Any = self.model
         with torch.set_grad_enabled(torch.is_grad_enabled() and "image" in self.tuned):
-            features: Tensor = model.encode_image(images, normalize=True)
-        return features.float()
+            return self.towers.encode_image(images, normalize=True).float()
 
     def text_features(self, image: Tensor, classes: slice = slice(None)) -> Tensor:
         """Unit features of class names [C, d]; [B, C, d] where they depend on the image."""
@@ -155,9 +153,7 @@ class FewShot(PairTask):
 
     @property
     def scale(self) -> Tensor:
-        model: Any = self.model
-        scale: Tensor = model.logit_scale.exp()
-        return scale.float()
+        return self.towers.logit_scale.exp().float()
 
     def forward(self, images: Tensor, classes: slice = slice(None)) -> Tensor:
         """Scores [B, C] of images, or of unit features [B, d]."""

@@ -54,9 +54,7 @@ class WiseCurve(Callback):
         rows = []
         for share in track(self.shares, "WiSE-FT", transient=True):
             with interpolate(task.tuning, share):
-                rows.append(
-                    {"alpha": share, **{k: v for s in STAGES for k, v in self._scores(trainer, task, s).items()}}
-                )
+                rows.append({"alpha": share, **{k: v for s in STAGES for k, v in self._scores(task, s).items()}})
         if not trainer.is_global_zero:
             return
         folder = Path(trainer.log_dir or trainer.default_root_dir)
@@ -69,8 +67,8 @@ class WiseCurve(Callback):
         Console().print(f"WiSE-FT: {folder / 'wise.csv'}, {folder / 'wise.png'}", soft_wrap=True)
 
     @staticmethod
-    def _scores(trainer: Trainer, task: Any, stage: str) -> dict[str, float]:
-        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+    def _scores(task: FewShot, stage: str) -> dict[str, float]:
+        data = task.datamodule
         loader = data.val_dataloader() if stage == "val" else data.test_dataloader()
         for batch in loader:
             task.evaluate(move_data_to_device(batch, task.device), stage)

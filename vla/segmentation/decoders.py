@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 from mmpeft.errors import ConfigError, Refused
 from mmpeft.tasks.decoders import check_heads, resized, token_blocks, upsampler
 from mmpeft.tasks.taps import Taps, grid_of
+from mmpeft.vla.backbone import towers_of
 from mmpeft.vla.segmentation.losses import IGNORED, matched
 from mmpeft.vla.segmentation.tower import heads, through
 from mmpeft.vla.taps import projection
@@ -75,8 +75,7 @@ class CLIPSegDecoder(Decoder):
         self.last = len(taps.paths) - 1
         try:
             projection(taps.model)
-            model: Any = taps.model
-            self.pull = nn.Parameter(model.logit_scale.detach().exp().clamp(max=100.0).clone())
+            self.pull = nn.Parameter(towers_of(taps.model).logit_scale.detach().exp().clamp(max=100.0).clone())
         except Refused:  # pooled by attention
             self.register_parameter("pull", None)
         self.blocks = token_blocks(width, self.heads, len(self.depths))
@@ -224,7 +223,7 @@ class SANDecoder(Decoder):
             copies = self.recognise(taps, features[self.enter - 1], bias)
         else:
             copies = pooled(features[last], F.adaptive_avg_pool2d(maps.sigmoid(), clip).flatten(2))
-        scale = taps.model.logit_scale.exp()  # type: ignore[operator]
+        scale = towers_of(taps.model).logit_scale.exp()
         known = F.normalize(projection(taps.model)(copies).float(), dim=-1)
         scores = scale * known @ torch.cat([text, F.normalize(self.nothing, dim=-1)]).t()
         return scores, masks

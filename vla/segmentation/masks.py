@@ -148,9 +148,9 @@ class FolderSegmentationData(SegmentationData):
         self.predict_set = NamedPictures(lambda i: array(paths[i]), [path.stem for path in paths])
 
     def _check(self, found: Masked, name: str) -> None:
-        bar = {"disable": len(found) < WORTH_A_BAR, "transient": True}
+        few = len(found) < WORTH_A_BAR
         pixels = torch.zeros(256, dtype=torch.long)
-        for i in track(range(len(found)), f"Checking the masks of {name}", **bar):  # type: ignore[arg-type]
+        for i in track(range(len(found)), f"Checking the masks of {name}", disable=few, transient=True):
             pixels += found.mask(i).flatten().bincount(minlength=256)
         missing = [self.classes[i] for i in range(len(self.classes) - self.unseen) if not pixels[i]]
         if name == "train" and missing:

@@ -31,7 +31,7 @@ class Looking(nn.TransformerDecoderLayer):
         if likeness:
             self.beta = nn.Parameter(torch.linspace(0, 2, heads))  # from heads that look freely to some that follow
 
-    def forward(  # type: ignore[override]
+    def forward(  # type: ignore[override]  # another layer's arguments
         self, x: Tensor, padding: Tensor, patches: Tensor, owner: Tensor, likeness: Tensor | None
     ) -> Tensor:
         """

@@ -84,7 +84,8 @@ def fit(model: nn.Module, method: Method, found: Sequence[Site], at: str = "", n
         if at:
             name = f"{name} at {at}"
             sited = any(own.name == "at" for own in fields(method))
-            method = replace(method, at=at) if sited else method.where(at)  # type: ignore[call-arg]
+            field: dict[str, Any] = {"at": at}
+            method = replace(method, **field) if sited else method.where(at)
         method.check(model, list(found))
         if method.needs_data:
             return Fit(name, refused=BY_DATA.format(type(method).__name__))

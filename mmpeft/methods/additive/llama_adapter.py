@@ -81,7 +81,7 @@ class LLaMAAdapter(Sited):
                 if own[0].refuse:
                     raise Refused(f"LLaMAAdapter at {site}: of its keys, {own[0].refuse}")
                 found.append((site, *sorted(own, key=lambda s: s.role)))
-        return found  # type: ignore[return-value]
+        return found  # type: ignore[return-value]  # two are there, as just checked
 
     def place(self, model: nn.Module, available: list[Site]) -> Placed:
         placements = []

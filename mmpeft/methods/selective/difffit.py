@@ -40,9 +40,8 @@ class DiffFit(TensorMethod):
         return [site for site in within if site.role in GAINS and site.kind == "linear" and not site.refuse]
 
     def place(self, model: nn.Module, available: list[Site]) -> Placed:
-        options = {"side": "output", "shift": False}
         gains = [
-            place_rescale("difffit", model, site, own_weight(model, site), **options)  # type: ignore[arg-type]
+            place_rescale("difffit", model, site, own_weight(model, site), side="output", shift=False)
             for site in self.gains(available)
         ]
         return Placed([*super().place(model, available), *gains])

@@ -177,7 +177,7 @@ def allocate(
     and `attach(model, plan)`. `options` are those of `SPT`. The model is left as it was.
     """
     chosen = {} if structured is None else {"structured": structured}
-    method = SPT(budget=budget, **chosen, **options)  # type: ignore[arg-type]
+    method = SPT(budget=budget, **chosen, **options)  # type: ignore[arg-type]  # fields by name
     return method.resolve(model, data, loss)
 
 
