@@ -44,7 +44,7 @@ __getattr__, __dir__ = _lazy.exports(
     },
     modules=(
         *("sites", "parts", "controllers", "methods", "bank", "functional", "formats", "errors", "combine"),
-        *("data", "tasks", "run", "bench", "embedded", "vision", "vla", "diffusion", "llm"),
+        *("testing", "data", "tasks", "run", "bench", "embedded", "vision", "vla", "diffusion", "llm"),
     ),
     more=_methods,
 )

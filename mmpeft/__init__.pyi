@@ -16,6 +16,7 @@ from mmpeft import parts as parts
 from mmpeft import run as run
 from mmpeft import sites as sites
 from mmpeft import tasks as tasks
+from mmpeft import testing as testing
 from mmpeft import vision as vision  # type: ignore[attr-defined, unused-ignore]
 from mmpeft import vla as vla  # type: ignore[attr-defined, unused-ignore]
 from mmpeft.bank.bank import Bank as Bank

@@ -1,123 +1,186 @@
-"""Every method × every backbone family × the invariants that any tuning must keep, a share of the cells a day.
+"""Every method × every backbone family × the invariants of `mmpeft.testing`, a share of the cells a day.
 
-The invariants are in `tests/support/invariants.py`, which cells run on which day in `tests/matrix/today.py`.
+The tests of a cell follow one another on one model; which cells run on which day is in `tests/matrix/today.py`.
 """
 
 from __future__ import annotations
 
 import re
 from functools import partial
-from pathlib import Path
 
 import pytest
-import torch
 
 import mmpeft
 from mmpeft.methods.additive.adapter_fusion import AdapterFusion
 from mmpeft.sites import sites
+from mmpeft.testing import Invariant, NotApplicable, Session, check_refusal, invariants
 from tests.matrix.cells import Cell, decided
 from tests.matrix.example import Example
 from tests.matrix.expected import refusal, unmergeable
 from tests.matrix.families import FAMILIES
-from tests.matrix.families.few_bits import FAMILIES as FEW_BITS
 from tests.matrix.families.timm import SHALLOW
 from tests.matrix.today import TABLES, of_today
-from tests.support import invariants
 from tests.support.shares import ROUND
 
-
-def share(invariant: str) -> pytest.MarkDecorator:
-    """The cells of an invariant whose turn it is."""
-    return pytest.mark.parametrize("cell", of_today(invariant), ids=str)
+_SESSIONS: dict[Cell, Session] = {}
+"""The session of the cell whose tests run."""
 
 
-def tuned(example: Example, cell: Cell, by: float = 0.05) -> mmpeft.Tuning:
-    """The cell's method attached and moved away from its start."""
-    tuning = mmpeft.attach(example.model, decided(example, cell.method))
-    invariants.perturb(tuning, by=by)
-    return tuning
+def share(table: str) -> pytest.MarkDecorator:
+    """The cells of a table whose turn it is; all tests of a cell follow one another."""
+    return pytest.mark.parametrize("cell", of_today(table), ids=str, scope="module")
+
+
+def session(cell: Cell, families: dict[str, partial[Example]] = FAMILIES) -> Session:
+    """The cell's method attached to its model."""
+    make = families[cell.family]
+    example = make()
+    return Session(
+        lambda: make().model,
+        example.batch,
+        cell.method,
+        read=example.read,
+        decide=lambda model, method: decided(example._replace(model=model), method),
+        rows_apart=True,
+    )
+
+
+def hold(cell: Cell, invariant: Invariant, unless: str | None = None) -> None:
+    """An invariant holds; where there is a reason why it says nothing, it gives that one."""
+    if cell not in _SESSIONS:
+        _SESSIONS.clear()
+        _SESSIONS[cell] = session(cell)
+    try:
+        if unless is None:
+            invariant(_SESSIONS[cell])
+        else:
+            with pytest.raises(NotApplicable, match=unless):
+                invariant(_SESSIONS[cell])
+    except BaseException:
+        _SESSIONS.clear()  # whatever state it is in, the next test has a session of its own
+        raise
 
 
 @share("refusal")
 def test_refusal_names_the_reason_and_changes_nothing(cell: Cell) -> None:
     example = FAMILIES[cell.family]()
-    model = example.model
-    before, keys = example.answer(), list(model.state_dict())
-    flags = [p.requires_grad for p in model.parameters()]
-    expected = refusal(cell.method, model, sites(model))
+    expected = refusal(cell.method, example.model, sites(example.model))
     assert expected is not None
+    fuse = partial(lambda model, method: decided(example, method))  # whose adapters cannot be made
     # without data to choose by, since the reason comes before anything is computed
-    attach = partial(decided, example) if isinstance(cell.method, AdapterFusion) else partial(mmpeft.attach, model)
-    with pytest.raises(type(expected), match=f"^{re.escape(str(expected))}$"):
-        attach(cell.method)
-    assert list(model.state_dict()) == keys
-    assert torch.equal(example.answer(), before)
-    assert [p.requires_grad for p in model.parameters()] == flags
+    attach = fuse if isinstance(cell.method, AdapterFusion) else mmpeft.attach
+    why = f"^{re.escape(str(expected))}$"
+    check_refusal(example.model, example.batch, cell.method, why, read=example.read, attach=attach)
 
 
-@share("session")
-def test_a_session(cell: Cell, tmp_path: Path) -> None:
-    """Attach, train, route, save, load, detach: on one model, as a user does."""
-    session = invariants.Session(FAMILIES[cell.family], cell.method)
-    invariants.identity_at_init_or_declared(session)
-    invariants.exact_trainable_set(session)
-    invariants.alive_without_drift(session)
-    session.perturb()
-    invariants.mixed_batch_equals_separate_runs(session)
-    invariants.saved_and_loaded(session, tmp_path)
-    invariants.detached_without_a_trace(session)
+@share("working")
+def test_starts_as_the_base(cell: Cell) -> None:
+    hold(cell, invariants.starts_as_the_base)
 
 
-@share("merge")
-def test_merge(cell: Cell) -> None:
-    example = FAMILIES[cell.family]()
-    base = example.answer()
-    tuning = tuned(example, cell, by=0.02)
+@share("working")
+def test_trains_its_own_tensors_alone(cell: Cell) -> None:
+    hold(cell, invariants.trains_its_own_tensors_alone)
+
+
+@share("working")
+def test_learns_and_moves_nothing_else(cell: Cell) -> None:
+    hold(cell, invariants.learns_and_moves_nothing_else)
+
+
+@share("working")
+def test_off_is_the_base(cell: Cell) -> None:
+    hold(cell, invariants.off_is_the_base)
+
+
+@share("working")
+def test_rows_have_their_own_route(cell: Cell) -> None:
+    hold(cell, invariants.rows_have_their_own_route)
+
+
+@share("working")
+def test_state_dict_goes_round(cell: Cell) -> None:
+    """bitsandbytes' layers do not load what they gave."""
+    packed = cell.family.startswith("llama_bnb")
+    hold(cell, invariants.state_dict_goes_round, "base itself does not survive" if packed else None)
+
+
+@share("working")
+def test_saved_and_loaded(cell: Cell) -> None:
+    hold(cell, invariants.saved_and_loaded)
+
+
+@share("working")
+def test_copies_share_nothing(cell: Cell) -> None:
+    hold(cell, invariants.copies_share_nothing)
+
+
+@share("working")
+def test_pickles_go_round(cell: Cell) -> None:
+    """bitsandbytes' weights come back without what unpacks them."""
+    packed = cell.family.startswith("llama_bnb")
+    hold(cell, invariants.pickles_go_round, "comes back as" if packed else None)
+
+
+@share("working")
+def test_close_in_bfloat16(cell: Cell) -> None:
+    hold(cell, invariants.close_in_bfloat16)
+
+
+@share("working")
+def test_gradients_accumulate(cell: Cell) -> None:
+    hold(cell, invariants.gradients_accumulate)
+
+
+@share("working")
+def test_recomputes_the_same_gradients(cell: Cell) -> None:
+    hold(cell, invariants.recomputes_the_same_gradients)
+
+
+@share("working")
+def test_merges_into_what_runs(cell: Cell) -> None:
     why = unmergeable(cell.label, cell.family)
-    if not cell.method.mergeable:
-        why = why or "cannot be merged"
-    invariants.merged_and_unmerged(example, tuning, base, why)
+    hold(cell, invariants.merges_into_what_runs, why or (None if cell.method.mergeable else "cannot be merged"))
 
 
-@share("recomputation")
-def test_recomputation(cell: Cell) -> None:
-    example = FAMILIES[cell.family]()
-    invariants.recomputed_with_the_same_gradients(example, tuned(example, cell))
+@share("working")
+def test_strength_lies_between(cell: Cell) -> None:
+    held = _SESSIONS.get(cell) or session(cell)
+    scalable = all(placement.part.scalable for placement in held.tuning.placements)
+    hold(cell, invariants.strength_lies_between, None if scalable else "no strength between")
 
 
-@share("copies")
-def test_copies_precision_and_accumulation(cell: Cell) -> None:
-    example = FAMILIES[cell.family]()
-    tuning = tuned(example, cell)
-    invariants.copied(example, pickles=cell.family not in FEW_BITS)  # neither library's weights survive a pickle
-    invariants.close_in_bfloat16(example, tuning)
-    invariants.gradients_accumulate(example, tuning)
+@share("working")
+def test_detaches_without_a_trace(cell: Cell) -> None:
+    hold(cell, invariants.detaches_without_a_trace)
+    _SESSIONS.clear()
 
 
 @share("compile")
-def test_compile_without_graph_breaks(cell: Cell) -> None:
-    example = SHALLOW[cell.family]()
-    invariants.compiled_as_one_graph(example, tuned(example, cell))
+def test_compiles_as_one_graph(cell: Cell) -> None:
+    invariants.compiles_as_one_graph(session(cell, SHALLOW))
 
 
-@pytest.mark.parametrize("invariant", TABLES)
-def test_a_round_of_seeds_covers_every_cell_and_every_seed_every_method_and_family(invariant: str) -> None:
+def test_every_invariant_has_its_test() -> None:
+    assert {f"test_{name}" for name in invariants.INVARIANTS} <= set(globals())
+
+
+@pytest.mark.parametrize("table", TABLES)
+def test_a_round_of_seeds_covers_every_cell_and_every_seed_every_method_and_family(table: str) -> None:
     """Of compilation, which takes seconds a cell, every seed covers every family and the round every method."""
-    cells = TABLES[invariant].cells
-    days = [of_today(invariant, str(seed)) for seed in range(20_000, 20_000 + ROUND)]
-    assert {cell for day in days for cell in day} == set(cells) == set(of_today(invariant, "all"))
-    assert of_today(invariant, str(20_000 + ROUND)) == days[0]
+    cells = TABLES[table].cells
+    days = [of_today(table, str(seed)) for seed in range(20_000, 20_000 + ROUND)]
+    assert {cell for day in days for cell in day} == set(cells) == set(of_today(table, "all"))
+    assert of_today(table, str(20_000 + ROUND)) == days[0]
     for day in days:
         assert len(day) == len(set(day)) < 0.25 * len(cells)
         assert {cell.family for cell in day} == {cell.family for cell in cells}
-        if invariant != "compile":
+        if table != "compile":
             assert {cell.label for cell in day} == {cell.label for cell in cells}
 
 
 def test_the_tables_are_of_all_cells() -> None:
-    """Every cell is refused or tried by all that every working one is tried by."""
-    refused, working = set(TABLES["refusal"].cells), set(TABLES["session"].cells)
+    """Every cell is refused or held to every invariant."""
+    refused, working = set(TABLES["refusal"].cells), set(TABLES["working"].cells)
     assert not refused & working
     assert len(refused) + len(working) == len(FAMILIES) * len({cell.label for cell in refused | working})
-    for invariant in ("merge", "recomputation", "copies"):
-        assert set(TABLES[invariant].cells) == working

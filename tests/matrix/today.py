@@ -1,4 +1,4 @@
-"""Which cells each invariant is tried on, and which of them today."""
+"""Which cells must be refused, which are held to the invariants, and which of them today."""
 
 from __future__ import annotations
 
@@ -23,11 +23,10 @@ COMPILED = [cell for cell in WORKING if cell.family in SHALLOW and "[" not in ce
 
 
 class Table(NamedTuple):
-    """The cells of an invariant, what of them every day's share must have one of, and how far its turn is ahead."""
+    """Cells, and what of them every day's share must have one of."""
 
     cells: list[Cell]
     keys: Callable[[Cell], tuple[tuple[str, str], ...]]
-    shift: int
 
 
 def _method_and_family(cell: Cell) -> tuple[tuple[str, str], ...]:
@@ -39,15 +38,12 @@ def _family(cell: Cell) -> tuple[tuple[str, str], ...]:
 
 
 TABLES = {
-    "refusal": Table(REFUSALS, _method_and_family, 0),
-    "session": Table(WORKING, _method_and_family, 0),
-    "merge": Table(WORKING, _method_and_family, 1),
-    "recomputation": Table(WORKING, _method_and_family, 3),
-    "copies": Table(WORKING, _method_and_family, 5),
-    "compile": Table(COMPILED, _family, 0),
+    "refusal": Table(REFUSALS, _method_and_family),
+    "working": Table(WORKING, _method_and_family),
+    "compile": Table(COMPILED, _family),
 }
 
 
-def of_today(invariant: str, seed: str | None = None) -> list[Cell]:
-    """The cells whose turn it is under a seed, by default the session's."""
-    return shares.of_today(*TABLES[invariant], seed)
+def of_today(table: str, seed: str | None = None) -> list[Cell]:
+    """The cells of a table whose turn it is under a seed, by default the session's."""
+    return shares.of_today(*TABLES[table], seed=seed)

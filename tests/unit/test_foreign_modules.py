@@ -19,7 +19,7 @@ from mmpeft.hosting.output import first_of, with_first
 from mmpeft.parts.prefix import Prefix
 from mmpeft.parts.product import FUSED_FROM
 from mmpeft.sites import structure
-from tests.support.invariants import perturb
+from tests.support.moved import perturb
 from tests.support.small import small
 
 X = torch.rand(2, 4, 8, generator=torch.Generator().manual_seed(0))

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import mmpeft
 from mmpeft.errors import Refused
 from mmpeft.sites import Site, inputs_of, sites, structure
-from tests.support.invariants import perturb
+from tests.support.moved import perturb
 from tests.zoo import hf
 from tests.zoo.judge import judge
 

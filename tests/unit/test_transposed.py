@@ -9,7 +9,7 @@ from torch import Tensor, nn
 import mmpeft
 from mmpeft.errors import ConfigError
 from mmpeft.methods import Method
-from tests.support.invariants import perturb
+from tests.support.moved import perturb
 
 
 class Upsampler(nn.Module):

@@ -25,7 +25,7 @@ from mmpeft.sites import Site, inputs_of, remember, structure
 from mmpeft.sites.notes import Inputs
 from mmpeft.sites.reading import read
 from mmpeft.sites.watch import watch
-from tests.support.invariants import perturb
+from tests.support.moved import perturb
 from tests.zoo.beside import peft_lora
 from tests.zoo.coverage import PRODUCTS, coverage
 
