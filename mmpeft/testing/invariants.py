@@ -241,7 +241,7 @@ def recomputes_the_same_gradients(session: Session) -> None:
     torch.manual_seed(0)
     plain = session.gradients(weigh(session.run()))
     for mode in ("block", "pointwise"):
-        session.tuning.recompute = mode  # type: ignore[assignment]
+        session.tuning.recompute = mode
         torch.manual_seed(0)
         _agree(session, session.gradients(weigh(session.run())), plain, f"with recompute={mode!r}")
     session.tuning.recompute = "block"
