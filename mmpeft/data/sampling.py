@@ -67,7 +67,8 @@ class EpochSampler(DistributedSampler[Any]):
     """
 
     def __init__(self, length: int, *, shuffle: bool, seed: int = 0, num_replicas: int = 1, rank: int = 0) -> None:
-        super().__init__(range(length), num_replicas, rank, shuffle=shuffle, seed=seed)  # type: ignore[arg-type]
+        rows: Any = range(length)  # of a data set only the length is asked for
+        super().__init__(rows, num_replicas, rank, shuffle=shuffle, seed=seed)
         self.length = length
         self.skip = 0  # samples of this rank to leave out, once
 
@@ -151,7 +152,7 @@ class ResumableLoader(DataLoader[Any]):
         self._resume = (state["epoch"], state["batch"])
         self.sampler.set_epoch(state["epoch"])
 
-    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]  # a generator, which torch's iterator type is not
         """Yield batches. The position is read at the first `next`, after Lightning has set the epoch."""
         sampler, start = self.sampler, 0
         if isinstance(sampler, EpochSampler):

@@ -6,9 +6,11 @@ place of that, registered for model classes by qualified name.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from importlib.metadata import entry_points
+from functools import cache
+from importlib.metadata import EntryPoint, entry_points
 from typing import Any, Literal
 
 from torch import nn
@@ -155,13 +157,19 @@ def anatomy(*class_names: str) -> Callable[[Anatomy], Anatomy]:
     return register
 
 
+@cache
+def _domains(search: tuple[str, ...]) -> tuple[EntryPoint, ...]:
+    """Entry points of domains, looked for once for each search path: a look reads what is said of every package."""
+    return tuple(entry_points(group="mmpeft.domains"))
+
+
 def load_domains() -> list[str]:
     """Register every installed domain (entry-point group `mmpeft.domains`); return their names.
 
     A domain registers when it is imported, or in a function `register` of its own, where importing it is to load
     nothing. A domain whose own library is not installed is skipped: its backbones cannot exist in this process.
     """
-    for entry in entry_points(group="mmpeft.domains"):
+    for entry in _domains(tuple(sys.path)):
         if entry.name not in _LOADED_DOMAINS:
             try:
                 getattr(entry.load(), "register", _nothing)()

@@ -83,13 +83,8 @@ class TuningModule(lightning.LightningModule):
         self.tuning: Tuning | None = None
         self._waiting: Mapping[str, Any] | None = None
         self._frozen_towers: list[nn.Module] = []
-<<<<<<< HEAD
-        self.register_state_dict_post_hook(drop_frozen)  # type: ignore[no-untyped-call]
-        self.register_load_state_dict_pre_hook(lend_frozen)  # type: ignore[no-untyped-call]
-=======
-        self.register_state_dict_post_hook(_drop_frozen)  # type: ignore[no-untyped-call]  # untyped in torch
-        self.register_load_state_dict_pre_hook(_lend_frozen)  # type: ignore[no-untyped-call]  # untyped in torch
->>>>>>> h/surface
+        self.register_state_dict_post_hook(drop_frozen)  # type: ignore[no-untyped-call]  # untyped in torch
+        self.register_load_state_dict_pre_hook(lend_frozen)  # type: ignore[no-untyped-call]  # untyped in torch
 
     @abstractmethod
     def build(self) -> nn.Module:
