@@ -30,6 +30,7 @@ from mmpeft.errors import ConfigError, nearest
 from mmpeft.files import write_atomic
 from mmpeft.run.experiment import Experiment
 from mmpeft.run.study import choose_entries, key_of, override, quiet_progress, read_file
+from mmpeft.sites import sites
 
 KEYS = {"model", "data", "trainer", "methods", "seeds", "metric", "title", "columns", "axes"}
 NEEDED = ("model", "data", "methods", "metric")
@@ -167,7 +168,9 @@ def one(run: Mapping[str, Any], name: str, seed: int, key: str, metric: str, set
     tuning = task.prepare()
     trainable = sum(p.numel() for _, p in task.trainable())
     beside = trainable - sum(p.numel() for p in tuning.parameters())
-    head = sum(p.numel() for placed in tuning.placements if "head" in placed.home for p in placed.part.parameters())
+    heads = {site.path for site in sites(tuning.model) if site.role == "head"}
+    own = (placed for placed in tuning.placements if heads & {placed.home, *(hook.path for hook in placed.hooks)})
+    head = sum(p.numel() for placed in own for p in placed.part.parameters())
     memory = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else meter.found.total if meter.found else 0
     score = values[metric]
     return Result(key, name, seed, score, trainable, head + beside, seconds, memory, values, dict(setting))

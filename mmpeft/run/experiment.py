@@ -30,6 +30,19 @@ def reporting_callbacks() -> list[Callback]:
     return [LearningCurves(), Outcome()]
 
 
+def parsed(parser: ArgumentParser, run: Mapping[str, Any], where: str = "the configuration of a run") -> Namespace:
+    """A configuration by a parser that knows what the classes in it must be; nothing is built.
+
+    Raises:
+        ConfigError: a class or an argument is unknown or of the wrong type; `where` says which configuration.
+    """
+    import_named(named_in(run))
+    try:
+        return parser.parse_object(copy.deepcopy(dict(run)))
+    except Exception as error:  # jsonargparse raises whatever a type's own check does
+        raise ConfigError(f"{where} is wrong: {error}") from error
+
+
 class Run(NamedTuple):
     """An experiment's objects, ready for `trainer.fit(task, datamodule=data)`."""
 
@@ -68,16 +81,11 @@ class Experiment:
         if facts.get("method"):
             named = spelled_out({"method": facts["method"]})["method"]
             run["model"].setdefault("init_args", {})["method"] = named
-        import_named(named_in(run))
         parser = ArgumentParser(exit_on_error=False)
         parser.add_subclass_arguments(TuningModule, "model")
         parser.add_subclass_arguments(lightning.LightningDataModule, "data")
         parser.add_class_arguments(lightning.Trainer, "trainer")
-        try:
-            config = parser.parse_object(run)
-        except Exception as error:  # jsonargparse raises whatever a type's own check does
-            raise ConfigError(f"{where} is wrong: {error}") from error
-        return cls(parser, config, int(facts.get("seed_everything") or facts.get("seed") or 0))
+        return cls(parser, parsed(parser, run, where), int(facts.get("seed_everything") or facts.get("seed") or 0))
 
     def build(self) -> Run:
         """Make the objects, under the run's seed: a base of random weights is the same each time."""

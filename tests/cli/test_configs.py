@@ -81,12 +81,9 @@ def test_a_comparison(path: Path) -> None:
 
 @of("continual")
 def test_a_sequence(path: Path) -> None:
-    from mmpeft.run.arguments import named_in
-    from mmpeft.run.domains import import_named
     from mmpeft.run.study import read_file
     from mmpeft.vision.continual.command import KEYS, NEEDED, merged, parse
 
     config = read_file(path, KEYS, NEEDED)
-    import_named(named_in(config))
     for entry in config["methods"].values():
         parse(merged(config, entry, seed=0))

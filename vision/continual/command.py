@@ -21,8 +21,7 @@ from rich.console import Console
 from mmpeft.data.images import ImageData
 from mmpeft.errors import ConfigError, nearest
 from mmpeft.files import write_atomic
-from mmpeft.run.arguments import named_in
-from mmpeft.run.domains import import_named
+from mmpeft.run.experiment import parsed
 from mmpeft.run.study import choose_entries, key_of, quiet_progress, read_file
 from mmpeft.vision.continual import report
 from mmpeft.vision.continual.learner import Learner
@@ -42,7 +41,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=Path("runs/continual"))
     args = parser.parse_args(list(sys.argv[1:] if argv is None else argv)[1:])
     config = read_file(args.config, KEYS, NEEDED)
-    import_named(named_in(config))
     seeds = [int(seed) for seed in args.seeds.split(",")] if args.seeds else list(config.get("seeds", [1993]))
     sequence(config, choose_entries(config["methods"], args.methods), seeds, args.out)
     return 0
@@ -71,10 +69,7 @@ def parse(run: Mapping[str, Any]) -> tuple[ArgumentParser, Any]:
     parser.add_subclass_arguments(Learner, "learner")
     parser.add_subclass_arguments(ImageData, "data")
     parser.add_class_arguments(ContinualClassifier, "run", skip={"learner", "data"}, instantiate=False)
-    try:
-        return parser, parser.parse_object(dict(run))
-    except Exception as error:
-        raise ConfigError(f"the configuration of a run is wrong: {error}") from error
+    return parser, parsed(parser, run)
 
 
 def build(run: Mapping[str, Any]) -> ContinualClassifier:
