@@ -38,9 +38,10 @@ def parsed(parser: ArgumentParser, run: Mapping[str, Any], where: str = "the con
     """
     import_named(named_in(run))
     try:
-        return parser.parse_object(copy.deepcopy(dict(run)))
+        config: Namespace = parser.parse_object(copy.deepcopy(dict(run)))
     except Exception as error:  # jsonargparse raises whatever a type's own check does
         raise ConfigError(f"{where} is wrong: {error}") from error
+    return config
 
 
 class Run(NamedTuple):
