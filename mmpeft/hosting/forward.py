@@ -19,7 +19,6 @@ from mmpeft.hosting.offload import looked, take_back
 from mmpeft.hosting.output import first_of, with_first
 from mmpeft.hosting.patched import is_inside
 from mmpeft.hosting.running import RUNNING, Pinned, Planned, current, remember
-from mmpeft.hosting.still import Still
 
 if TYPE_CHECKING:
     from mmpeft.parts.base import Call, Part
@@ -61,9 +60,9 @@ class Seat:
         self.__dict__.update(values, plans={})
 
 
-def forward_of(base: Any, still: bool) -> Callable[..., Any]:
-    """The forward of a host of class `base`, under the signature, name and doc of its own."""
-    own: Any = Still.forward if still else Product.forward if packs(base) else base.forward
+def forward_of(base: Any, instead: Callable[..., Any] | None = None) -> Callable[..., Any]:
+    """The forward of a host of class `base`, or what runs `instead`, under the signature, name and doc of its own."""
+    own: Any = instead or (Product.forward if packs(base) else base.forward)
     function = isinstance(base.forward, FunctionType)
 
     def inner(self: Any, *args: Any, **kwargs: Any) -> Any:

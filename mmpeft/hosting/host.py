@@ -101,7 +101,12 @@ def _tuned_class(base: type, reads: frozenset[str], forward: Callable[..., Any])
     still = MODE in reads
     namespace: dict[str, Any] = {name: _reader(name) for name in reads - {MODE}}
     namespace |= {name: _guarded(getattr(base, name), GUARDS[name]) for name in GUARDS if hasattr(base, name)}
-    namespace |= {BASE: base, "mmpeft_reads": reads, "mmpeft_packed": packs(base), "forward": forward_of(base, still)}
+    namespace |= {
+        BASE: base,
+        "mmpeft_reads": reads,
+        "mmpeft_packed": packs(base),
+        "forward": forward_of(base, Still.forward if still else None),
+    }
     namespace |= {"__module__": base.__module__, "__doc__": base.__doc__, "__qualname__": base.__qualname__}
     namespace |= {"__setattr__": _setter(base), HOOK: Hooked(), "__prepare_scriptable__": _scriptable}
     return _meta(type(base))(base.__name__, (Hosting, *((Still,) if still else ()), base), namespace)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from mmpeft.errors import Refused
+from mmpeft.hosting.forward import plan_of
 from mmpeft.hosting.modules import own_modules
 
 NAMES = ("running_mean", "running_var", "num_batches_tracked")
@@ -78,6 +79,4 @@ class Still:
 
     def _moves(self) -> bool:
         """Whether a part answers for the statistics under the present route."""
-        from mmpeft.hosting.forward import plan_of
-
         return any(name in plan_of(self).reads for name in NAMES)  # type: ignore[arg-type]  # mixed into a norm

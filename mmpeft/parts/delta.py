@@ -13,12 +13,13 @@ from mmpeft.errors import ConfigError
 from mmpeft.functional.fused import Update
 from mmpeft.functional.low_rank import low_rank_row_norms, squared_row_norms
 from mmpeft.functional.rows import Rows, cut_rows, put_rows, take_rows, turned
-from mmpeft.hosting.few_bits import FewBits, dense, viewed
+from mmpeft.hosting.few_bits import FewBits, dense
 from mmpeft.hosting.host import original_class
 from mmpeft.hosting.unchanged import Kept
 from mmpeft.parts.base import Call, Hook, HookKind, Part, cast, trainable_dtype
 from mmpeft.parts.factors import Factor, Hadamard, LowRank
-from mmpeft.parts.product import Inner, WeightProduct
+from mmpeft.parts.linear import call_of
+from mmpeft.parts.product import Inner, WeightProduct, host_weight
 from mmpeft.sites import Kind
 
 KEPT_TO = 2**20
@@ -204,7 +205,7 @@ class Delta(Part):
 
     def reading(self, host: nn.Module) -> WeightProduct:
         """The product that a host's own forward makes."""
-        base = own_weight(host)
+        base = host_weight(host)
         weight = turned(base) if self.transposed else base
         layer: Any = host
         bias: Tensor | None = None if self.lookup else layer.bias
@@ -224,8 +225,6 @@ class Delta(Part):
 
     @classmethod
     def combine(cls, parts: Sequence[Delta], host: nn.Module, read: Sequence[str]) -> Call:
-        from mmpeft.parts.linear import call_of
-
         return call_of(parts, host, read)
 
 
@@ -238,13 +237,6 @@ def hook_kind(kind: Kind, factor: Factor) -> HookKind:
     if isinstance(factor, LowRank):
         return "call" if kind == "linear" else "exit"
     return "call" if kind == "conv" or isinstance(factor, Hadamard) else "exit"
-
-
-def own_weight(host: nn.Module) -> Tensor:
-    """The weight that a host multiplies by, whatever parts read it."""
-    weight: Tensor = host.weight  # type: ignore[assignment]  # a layer's own
-    found: Tensor = viewed(host, weight) if getattr(type(host), "mmpeft_packed", False) else weight
-    return found
 
 
 def stored_in(weight: Tensor) -> tuple[Tensor, ...]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import partial
 from itertools import pairwise
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -14,9 +14,11 @@ from torch import Tensor, nn
 from mmpeft.functional.fused import Update, low_rank_composed, low_rank_linear
 from mmpeft.hosting.few_bits import FewBits, dense
 from mmpeft.parts.base import Call, cast
-from mmpeft.parts.delta import Delta, own_weight
 from mmpeft.parts.factors import LowRank
-from mmpeft.parts.product import FUSED_FROM, WeightProduct, fusible, like
+from mmpeft.parts.product import FUSED_FROM, WeightProduct, fusible, host_weight, like
+
+if TYPE_CHECKING:
+    from mmpeft.parts.delta import Delta
 
 
 def call_of(parts: Sequence[Delta], host: nn.Module, read: Sequence[str]) -> Call:
@@ -106,7 +108,7 @@ class _FormedCall:
         self.deltas = deltas
 
     def __call__(self, host: nn.Module, x: Tensor) -> Tensor:
-        weight = own_weight(host)
+        weight = host_weight(host)
         layer: Any = host
         bias: Tensor | None = layer.bias
         if type(weight) not in (Tensor, nn.Parameter) or any(delta.dropping for delta in self.deltas):

@@ -8,6 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from mmpeft.hosting.few_bits import viewed
+
 Apply = Callable[[Tensor, Tensor], Tensor]
 Inner = Callable[[Tensor], Tensor]
 
@@ -83,3 +85,10 @@ def like(weight: Tensor, x: Tensor) -> Tensor:
     if type(weight) not in (Tensor, nn.Parameter) or torch.is_autocast_enabled(x.device.type):
         return weight
     return weight if weight.dtype == x.dtype else weight.to(x.dtype)
+
+
+def host_weight(host: nn.Module) -> Tensor:
+    """The weight that a host multiplies by, whatever parts read it."""
+    weight: Tensor = host.weight  # type: ignore[assignment]  # a layer's own
+    found: Tensor = viewed(host, weight) if getattr(type(host), "mmpeft_packed", False) else weight
+    return found

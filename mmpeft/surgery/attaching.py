@@ -35,7 +35,7 @@ from mmpeft.sites import Site, sites
 from mmpeft.surgery.choice import use
 from mmpeft.surgery.fresh_head import fresh_head
 from mmpeft.surgery.liveness import buffer_prints, moved_buffers
-from mmpeft.surgery.planning import by_weight
+from mmpeft.surgery.planning import by_weight, plan_route
 from mmpeft.surgery.reach import reached
 from mmpeft.surgery.state import STATE, State, state_of, state_with
 from mmpeft.surgery.together import names_of
@@ -62,7 +62,7 @@ def attach(
     check_order(model)
     check_stored(model)
     with unchanged_on_error(model), noted(f"attaching {name!r} to {type(model).__name__}: {method}"):
-        state = state_of(model) or State()
+        state = state_of(model) or State(plan_route)
         _check_name(state, name)
         available = sites(model, example)
         method.check(model, available)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from types import FrameType
@@ -34,10 +34,15 @@ PLANS_KEPT = 128
 _keys = itertools.count(1)
 
 
+Planner = Callable[["State", Route], Planned]
+
+
 @dataclass(eq=False)
 class State:
     """All tunings of one model, shared by its hosts."""
 
+    planner: Planner
+    """Works out what every host does under a route."""
     hosts: dict[str, nn.Module] = field(default_factory=dict)
     methods: dict[str, Method] = field(default_factory=dict)
     placements: dict[str, list[Placement]] = field(default_factory=dict)
@@ -95,11 +100,9 @@ class State:
 
     def plan(self, route: Route) -> Planned:
         """What every host does under a route; kept until the model changes."""
-        from mmpeft.surgery.planning import plan_route
-
         found = self.kept.get(route)
         if found is None:
-            found = plan_route(self, route)
+            found = self.planner(self, route)
             while len(self.kept) >= PLANS_KEPT:
                 self.kept.pop(next(iter(self.kept)), None)
             self.kept[route] = found
