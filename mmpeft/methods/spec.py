@@ -47,7 +47,10 @@ def from_spec(spec: Mapping[str, Any]) -> Method:
     classes: dict[str, type[Method]] = {**METHODS, **{c.__name__: c for c in unlisted}}
     name = spec.get("name")
     if not isinstance(name, str) or name not in classes:
-        raise ConfigError(f"unknown method {name!r}; known: {', '.join(sorted(classes))}.{nearest(str(name), classes)}")
+        raise ConfigError(
+            f"unknown method {name!r}; known: {', '.join(sorted(classes))}.{nearest(str(name), classes)} A method of "
+            "somebody else's is known once the module that registers it is imported"
+        )
     cls = classes[name]
     known = {f.name for f in fields(cls)}
     values: dict[str, Any] = {key: value for key, value in spec.items() if key != "name"}

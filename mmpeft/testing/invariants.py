@@ -195,16 +195,20 @@ def _unless_the_base_fails(session: Session, what: Callable[[nn.Module], T]) -> 
 def _twin(session: Session, way: Callable[[nn.Module], nn.Module]) -> None:
     expected = session.tuned
     twin = _unless_the_base_fails(session, way)
-    for (name, before), (_, after) in zip(session.model.named_parameters(), twin.named_parameters()):
-        if type(before) is not type(after):  # the library that holds it so has not kept it
-            raise NotApplicable(f"{name} of the base comes back as a {type(after).__name__}")
+    for (name, mine), (_, its) in zip(session.model.named_parameters(), twin.named_parameters()):
+        if type(mine) is not type(its):  # the library that holds it so has not kept it
+            raise NotApplicable(f"{name} of the base comes back as a {type(its).__name__}")
     received = session.answer(twin)
     session.same(received, expected, "the original's answer", "the copy's answer")
     (handle,) = tunings(twin).values()
+    before = {name: tensor.detach().clone() for name, tensor in session.tuning.named_parameters()}
     with torch.no_grad():
         for parameter in handle.parameters():
             parameter.add_(1.0)
-    session.same(session.answer(), expected, "no tensor shared with the copy", "the original's answer")
+    for name, tensor in session.tuning.named_parameters():
+        session.same(tensor, before[name], "no tensor shared with the copy", name)
+    if before and torch.equal(session.answer(twin), expected):
+        session.broken("the copy's answer", "another one once the copy's tensors are moved", "the original's")
 
 
 @_invariant()

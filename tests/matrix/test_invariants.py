@@ -35,8 +35,9 @@ def session(cell: Cell, families: dict[str, partial[Example]] = FAMILIES) -> Ses
     """The cell's method attached to its model."""
     make = families[cell.family]
     example = make()
+    built = [example.model]
     return Session(
-        lambda: make().model,
+        lambda: built.pop() if built else make().model,
         example.batch,
         cell.method,
         read=example.read,

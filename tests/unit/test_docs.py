@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import re
+import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
 import mmpeft
+from mmpeft.methods import METHODS
 from mmpeft.sites import notes
 
 ROOT = Path(__file__).parents[2]
@@ -39,3 +42,17 @@ def test_any_model_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys:
     assert all(line in printed for line in promised)
     space["tuning"].detach()
     assert mmpeft.load(space["model"], "out/").report().trainable > 0
+
+
+def test_a_method_of_ones_own_runs(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """The section on methods is one program; what it prints is what its comment says."""
+    text = (ROOT / "docs" / "extend.md").read_text("utf-8").partition("## A task")[0]
+    blocks = re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    module = ModuleType("docs_extend")
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    monkeypatch.setitem(METHODS, "Shifts", None)  # and none of that name afterwards
+    space = vars(module)
+    exec("\n".join(blocks), space)
+    (promised,) = re.findall(r"^print\(.*  # (.*)$", "\n".join(blocks), re.MULTILINE)
+    assert capsys.readouterr().out.strip() == promised
+    space["test_my_method"]()
