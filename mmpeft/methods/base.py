@@ -42,6 +42,8 @@ class MethodInfo:
 
 
 METHODS: dict[str, type[Method]] = {}
+COMPOSED: dict[str, Callable[..., Method]] = {}
+"""What `+` and `where` make of methods; said by `compose`, which builds on this file."""
 M = TypeVar("M", bound="type[Method]")
 
 
@@ -157,9 +159,7 @@ class Method(FormerContract, ABC):
         return self.traits.needs_data
 
     def __add__(self, other: Method) -> Method:
-        from mmpeft.methods.compose import united
-
-        return united(self, other) if isinstance(other, Method) else NotImplemented
+        return COMPOSED["+"](self, other) if isinstance(other, Method) else NotImplemented
 
     def resolve(self, model: nn.Module, data: Iterable[Any] = (), loss: Loss = default_loss) -> Method:
         """The method with everything decided that its data decide; the model is left as it was."""
@@ -167,9 +167,7 @@ class Method(FormerContract, ABC):
 
     def where(self, at: Selector) -> Method:
         """This method on the sites that also match `at`: `LoRA(at="mlp.*").where("depth>=6")`."""
-        from mmpeft.methods.compose import Restricted
-
-        return Restricted(self, at)
+        return COMPOSED["where"](self, at)
 
 
 @dataclass(frozen=True)

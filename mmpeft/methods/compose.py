@@ -12,7 +12,7 @@ from torch import nn
 from mmpeft.controllers.scores import Loss, default_loss
 from mmpeft.errors import ConfigError
 from mmpeft.functional.rows import Rows
-from mmpeft.methods.base import Method, MethodInfo
+from mmpeft.methods.base import COMPOSED, Method, MethodInfo
 from mmpeft.methods.former import place
 from mmpeft.methods.placed import Placed, Tensors, Traits, everything
 from mmpeft.parts.base import Hook, Placement
@@ -162,3 +162,6 @@ class Restricted(Wrapped):
 
     def count(self, model: nn.Module, available: list[Site]) -> int:
         return super().count(model, select(available, self.at))
+
+
+COMPOSED |= {"+": united, "where": Restricted}
