@@ -16,6 +16,9 @@ torch.set_num_threads(1)
 hypothesis.settings.register_profile("suite", deadline=None, max_examples=25, derandomize=True)
 hypothesis.settings.load_profile("suite")
 
+collect_ignore = ["third_party"]
+"""A package of somebody else's, which is found when a test puts it on the path."""
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
