@@ -12,7 +12,7 @@ import yaml
 
 from mmpeft.errors import ConfigError, nearest
 from mmpeft.methods import METHODS, Method
-from mmpeft.methods.spec import from_spec, to_spec
+from mmpeft.methods.spec import from_spec
 
 KEYS = ("method", "text_method")
 """Keys of a configuration that hold a method."""
@@ -46,18 +46,16 @@ def read_method(text: str) -> Method:
 
 def as_class(method: Method) -> dict[str, Any]:
     """A method as a parser of classes takes it: `{"class_path": "LoRA", "init_args": {"rank": 8}}`."""
-    form: dict[str, Any] = _class_form(to_spec(method))
-    return form
+    own = {field.name: _class_form(getattr(method, field.name)) for field in fields(method) if field.init}
+    return {"class_path": f"{type(method).__module__}.{type(method).__qualname__}", "init_args": own}
 
 
 def _class_form(value: Any) -> Any:
-    if isinstance(value, list):
+    if isinstance(value, Method):
+        return as_class(value)
+    if isinstance(value, list | tuple):
         return [_class_form(item) for item in value]
-    if isinstance(value, Mapping) and value.get("name") in METHODS:
-        own = {key: _class_form(item) for key, item in value.items() if key not in ("name", "version")}
-        cls = METHODS[value["name"]]
-        return {"class_path": f"{cls.__module__}.{cls.__qualname__}", "init_args": own}
-    return value
+    return dict(value) if isinstance(value, Mapping) else value
 
 
 def spelled_out(content: Any) -> Any:

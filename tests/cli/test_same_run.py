@@ -15,7 +15,7 @@ from tests.support.task_examples import VIT, of
 MODEL = of("ImageClassifier", backbone=VIT, optimizer=of("torch.optim.SGD", lr=0.05))
 DATA = of("EmojiData", shots=1, batch_size=4)
 TRAINER = {"accelerator": "cpu", "max_epochs": 1, "limit_train_batches": 2, "limit_val_batches": 1}
-METHOD = "LoRA(rank=1, dropout=0.5)"
+METHOD = "LoRA(rank=1, dropout=0.5).where('depth>=2') + BitFit(at='norm')"
 
 
 def test_fit_and_compare_draw_the_same_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -25,9 +25,12 @@ def test_fit_and_compare_draw_the_same_numbers(tmp_path: Path, monkeypatch: pyte
         yaml.safe_dump({"model": MODEL, "data": DATA, "trainer": {**TRAINER, **quiet}, "method": METHOD})
     )
     assert main(["fit", "-c", "fit.yaml", "--name", "one"]) == 0
+    assert main(["fit", "-c", "fit.yaml", "--name", "two", "--method", METHOD, "--trainer.fast_dev_run", "true"]) == 0
     (curves,) = Path("runs").rglob("curves.csv")
     (fitted,) = csv.DictReader(curves.open())
-    entries = {"call": {"method": METHOD}, "class": {"method": of("LoRA", rank=1, dropout=0.5)}}
+    restricted = of("Restricted", method=of("LoRA", rank=1, dropout=0.5), at="depth>=2")
+    whole = of("Union", methods=[restricted, of("BitFit", at="norm")])
+    entries = {"call": {"method": METHOD}, "class": {"method": whole}}
     study = {"metric": "val/loss", "seeds": [0], "methods": entries}
     trainer = {**TRAINER, "limit_test_batches": 1}
     Path("compare.yaml").write_text(yaml.safe_dump({**study, "model": MODEL, "data": DATA, "trainer": trainer}))
