@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 
+import numpy as np
 import pytest
 import torch
 from lightning.pytorch.callbacks import EMAWeightAveraging
+from PIL import Image
 from torch import nn
 
 import mmpeft
@@ -15,6 +18,7 @@ from mmpeft.errors import AdapterFileError, ConfigError, DataError, SiteError
 from mmpeft.run.callbacks import LearningCurves, Outcome
 from mmpeft.run.checkpoint import LastCheckpoint, RandomState
 from mmpeft.tasks.predictions import PredictionFile
+from mmpeft.vision.classification.draw import images_png
 from tests.tasks.tiny import TinyData, classifier, trainer, weights
 
 LR = {"optimizer": lambda p: torch.optim.AdamW(p, lr=3e-2)}
@@ -167,3 +171,11 @@ def test_ema_averages_and_resumes(tmp_path):
     again = trainer(tmp_path, callbacks=callbacks(), max_epochs=2)
     again.fit(classifier(**LR), TinyData(), ckpt_path=file)
     assert again.global_step == 8
+
+
+def test_pictures_show_what_they_are_given():
+    images = torch.zeros(3, 3, 8, 8)
+    images[1] = 1
+    blank, shown = (images_png(own, ["a", "b", "c"]) for own in (torch.ones(3, 3, 8, 8), images))
+    dark = [(np.asarray(Image.open(io.BytesIO(png)).convert("L")) < 64).sum() for png in (blank, shown)]
+    assert dark[1] > dark[0] + 1000

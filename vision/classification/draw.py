@@ -47,7 +47,7 @@ def images_png(images: Tensor, names: Sequence[str], columns: int = 8) -> bytes:
 
     rows = -(-len(images) // columns)
     figure = Figure(figsize=(1.3 * columns, 1.5 * rows), dpi=110, layout="constrained")
-    cells = figure.subplots(rows, columns, squeeze=False).flat
+    cells = list(figure.subplots(rows, columns, squeeze=False).flat)
     for cell in cells:
         cell.axis("off")
     for cell, image, name in zip(cells, images.permute(0, 2, 3, 1).cpu().numpy(), names):
