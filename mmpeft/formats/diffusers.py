@@ -15,7 +15,7 @@ import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -77,14 +77,37 @@ def read_file(path: Path) -> Content:
             for some layers only.
     """
     tensors, metadata = read_tensors(path)
+    keys = _sorted_keys(tensors, path)
+    layers = [_layer(name, own, path) for name, own in keys.slots.items() if name not in keys.factored]
+    layers, notes = _with_alpha(layers, _configs(metadata, path), path)
+    factored = sorted(keys.factored & set(keys.slots))
+    layers += [_layer(name, keys.slots[name], path, lycoris.layer_of) for name in factored]
+    style = keys.style or ("lycoris" if keys.others or keys.factored else "diffusers")
+    if style == "diffusers" and all(name.startswith(original.PREFIX) for name in keys.slots):
+        style = "comfy"
+    others = {_place(name)[1]: kind for name, kind in keys.others.items()}
+    return Content(style, layers, notes=notes, others=others)
+
+
+class _Keys(NamedTuple):
+    """A file's tensors by layer and slot; layers whose factors are LyCORIS's, and others' that are not read."""
+
+    slots: dict[str, dict[str, Tensor]]
+    factored: set[str]
+    others: dict[str, str]
+    style: str
+
+
+def _sorted_keys(tensors: Mapping[str, Tensor], path: Path) -> _Keys:
+    """What each key of a file is; raises where one is unknown, or of another style than the rest."""
     slots: dict[str, dict[str, Tensor]] = {}
     factored: set[str] = set()
     others: dict[str, str] = {}
     styles: dict[str, str] = {}
     for key, tensor in sorted(tensors.items()):
-        for suffix, why in NOT_YET.items():
-            if key.endswith(suffix):
-                raise AdapterFileError(f"{path}: {key} is {why}; it cannot be loaded")
+        why = next((why for suffix, why in NOT_YET.items() if key.endswith(suffix)), "")
+        if why:
+            raise AdapterFileError(f"{path}: {key} is {why}; it cannot be loaded")
         key = PROCESSOR.sub(lambda m: f".to_{m[1]}{'.0' if m[1] == 'out' else ''}.lora.{m[2]}.", key)
         found = next((s for s in SLOTS if key.endswith(s)), "")
         factor = next((f for f in FACTORS if key.endswith(f".{f}")), "")
@@ -94,11 +117,7 @@ def read_file(path: Path) -> Content:
             slots.setdefault(name, {})[part] = tensor
         elif found:
             slot, style = SLOTS[found]
-            if found == ".dora_scale" and len(tensor) == 1 < tensor.numel():
-                raise AdapterFileError(
-                    f"{path}: {key} has shape {tuple(tensor.shape)}, the lengths of input columns, which are another "
-                    "method than DoRA; expected one length for each output row"
-                )
+            _check_lengths(key, found, tensor, path)
             slots.setdefault(key.removesuffix(found), {})[slot] = tensor
             styles.setdefault(style, key)
         elif factor:
@@ -116,25 +135,33 @@ def read_file(path: Path) -> Content:
         raise AdapterFileError(
             f"{path} holds the tensors of a PEFT folder; their alpha is in adapter_config.json, which is not beside it"
         )
-    layers = [_layer(name, own, path) for name, own in slots.items() if name not in factored]
-    notes = []
-    configs = _configs(metadata, path)
+    return _Keys(slots, factored, others, next(iter(styles), ""))
+
+
+def _check_lengths(key: str, slot: str, tensor: Tensor, path: Path) -> None:
+    if slot == ".dora_scale" and len(tensor) == 1 < tensor.numel():
+        raise AdapterFileError(
+            f"{path}: {key} has shape {tuple(tensor.shape)}, the lengths of input columns, which are another "
+            "method than DoRA; expected one length for each output row"
+        )
+
+
+def _with_alpha(
+    layers: list[Layer], configs: Mapping[str, Mapping[str, Any]], path: Path
+) -> tuple[list[Layer], tuple[str, ...]]:
+    """Layers with the alpha that the file's configuration says where they carry none, and what is to be noted."""
     with_alpha = [layer for layer in layers if layer.alpha is not None]
     if configs and not with_alpha:
-        layers = [_configured(layer, configs, path) for layer in layers]
-    elif with_alpha and len(with_alpha) < len(layers):
+        return [_configured(layer, configs, path) for layer in layers], ()
+    if with_alpha and len(with_alpha) < len(layers):
         bare = next(layer for layer in layers if layer.alpha is None)
         raise AdapterFileError(
             f"{path}: {len(with_alpha)} of {len(layers)} layers have an alpha, {bare.path} has none; its scale is not "
             "known"
         )
-    elif layers and not with_alpha:
-        notes.append("the file carries no alpha: scale 1, as every reader takes it")
-    layers += [_layer(name, slots[name], path, lycoris.layer_of) for name in sorted(factored & set(slots))]
-    style = next(iter(styles), "lycoris" if others or factored else "diffusers")
-    if style == "diffusers" and all(name.startswith(original.PREFIX) for name in slots):
-        style = "comfy"
-    return Content(style, layers, notes=tuple(notes), others={_place(name)[1]: kind for name, kind in others.items()})
+    if layers and not with_alpha:
+        return layers, ("the file carries no alpha: scale 1, as every reader takes it",)
+    return layers, ()
 
 
 def _place(name: str) -> tuple[str, str, bool]:

@@ -71,16 +71,7 @@ def read_folder(folder: Path) -> Content:
         raise AdapterFileError(
             f"{folder / CONFIG}: peft_type {kind!r} is not read; supported: {', '.join(TYPES)}.{nearest(kind, TYPES)}"
         )
-    if not (folder / WEIGHTS).exists():
-        found = sorted(p.name for p in folder.iterdir() if p.name != CONFIG)
-        pickled = [name for name in found if name.endswith(PICKLED)]
-        why = (
-            f"{pickled[0]} is pickled, and reading it would run code it holds; save it again with "
-            "safe_serialization=True"
-            if pickled
-            else f"the folder holds {found or 'nothing else'}; it was copied in part"
-        )
-        raise AdapterFileError(f"no {WEIGHTS} in {folder}: {why}")
+    _check_weights(folder)
     tensors, _ = read_tensors(folder / WEIGHTS)
     if kind in peft_prompts.TYPES:
         learned = peft_prompts.read(config, tensors, folder / WEIGHTS)
@@ -107,15 +98,7 @@ def read_folder(folder: Path) -> Content:
         "notes": notes,
         "stacks": stacks,
     }
-    expected = {"gamma"} if kind == "IA3" else {"down", "up", "magnitude"}
-    for path, own in slots.items():
-        if not set(own) <= expected:
-            raise AdapterFileError(
-                f"{folder}: {CONFIG} says {kind}, {path} has {sorted(set(own) - expected)}; the files belong to "
-                "different adapters"
-            )
-    if not slots and stacks is None:
-        raise AdapterFileError(f"{folder / WEIGHTS} holds no layer of a {kind} adapter")
+    _check_slots(slots, kind, folder, stacked=stacks is not None)
     if kind == "IA3":
         scalings = [_scaling(path, own["gamma"], config, folder) for path, own in slots.items()]
         return Content("peft", scalings=scalings, **told)
@@ -123,6 +106,32 @@ def read_folder(folder: Path) -> Content:
     layers = [replace(x, lookup=True, transposed=True) if x.path in lookups else x for x in layers]
     _check_dora(layers, config, folder)
     return Content("peft", layers, dropout=float(config.get("lora_dropout") or 0.0), **told)
+
+
+def _check_weights(folder: Path) -> None:
+    if not (folder / WEIGHTS).exists():
+        found = sorted(p.name for p in folder.iterdir() if p.name != CONFIG)
+        pickled = [name for name in found if name.endswith(PICKLED)]
+        why = (
+            f"{pickled[0]} is pickled, and reading it would run code it holds; save it again with "
+            "safe_serialization=True"
+            if pickled
+            else f"the folder holds {found or 'nothing else'}; it was copied in part"
+        )
+        raise AdapterFileError(f"no {WEIGHTS} in {folder}: {why}")
+
+
+def _check_slots(slots: Mapping[str, Mapping[str, Tensor]], kind: str, folder: Path, *, stacked: bool) -> None:
+    """Raise where a layer has tensors of another kind of adapter, or there is no layer at all."""
+    expected = {"gamma"} if kind == "IA3" else {"down", "up", "magnitude"}
+    for path, own in slots.items():
+        if not set(own) <= expected:
+            raise AdapterFileError(
+                f"{folder}: {CONFIG} says {kind}, {path} has {sorted(set(own) - expected)}; the files belong to "
+                "different adapters"
+            )
+    if not slots and not stacked:
+        raise AdapterFileError(f"{folder / WEIGHTS} holds no layer of a {kind} adapter")
 
 
 def split(tensors: Mapping[str, Tensor], where: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
