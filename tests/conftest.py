@@ -40,6 +40,10 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
+def pytest_unconfigure() -> None:
+    gc.unfreeze()  # else libraries complain at exit of objects that nobody has freed
+
+
 def _share() -> str:
     seed = os.environ[shares.VARIABLE]
     return f"share of the matrix: --share-seed {seed}" + (

@@ -14,6 +14,7 @@ from mmpeft import attach
 from mmpeft.errors import AdapterFileError, Refused
 from mmpeft.llm.inputs import example_inputs
 from mmpeft.methods import DoRA, LoRA
+from tests.support.moved import add_noise
 from tests.zoo.hf import build
 
 peft = pytest.importorskip("peft")
@@ -40,16 +41,10 @@ def mixture_of(model: nn.Module) -> nn.Module:
     return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator, no-any-return]
 
 
-def move(parameters: Any) -> None:
-    with torch.no_grad():
-        for parameter in parameters:
-            parameter.add_(torch.randn(parameter.shape) * 0.1)
-
-
 def theirs(model_type: str, folder: Path, **options: Any) -> Tensor:
     config = peft.LoraConfig(r=4, lora_alpha=6, target_modules=["q_proj"], target_parameters=BOTH, **options)
     model = peft.get_peft_model(mixture(model_type), config).eval()
-    move(p for p in model.parameters() if p.requires_grad)
+    add_noise(p for p in model.parameters() if p.requires_grad)
     model.save_pretrained(folder)
     return answer(model)
 
@@ -76,7 +71,7 @@ def test_ranks_of_their_own_and_rslora(tmp_path: Path) -> None:
 def test_our_folder_gives_our_answers(model_type: str, experts: str, tmp_path: Path) -> None:
     model = mixture(model_type)
     tuning = attach(model, LoRA(at="{attn.q,expert.*}", rank=3, experts=experts))  # type: ignore[arg-type]
-    move(tuning.parameters())
+    add_noise(tuning.parameters())
     expected = answer(model)
     tuning.export(tmp_path / "folder")
     loaded = peft.PeftModel.from_pretrained(mixture(model_type), tmp_path / "folder").eval()
@@ -89,7 +84,7 @@ def test_our_folder_gives_our_answers(model_type: str, experts: str, tmp_path: P
 def test_one_parameter_of_two(tmp_path: Path) -> None:
     model = mixture("gpt_oss")
     tuning = attach(model, LoRA(at="expert.down", rank=3))
-    move(tuning.parameters())
+    add_noise(tuning.parameters())
     tuning.export(tmp_path / "folder")
     loaded = peft.PeftModel.from_pretrained(mixture("gpt_oss"), tmp_path / "folder").eval()
     assert torch.allclose(answer(loaded), answer(model), atol=1e-4)

@@ -17,6 +17,7 @@ from mmpeft.errors import MMPEFTError, Refused, SiteError
 from mmpeft.formats.exchange import convert, export, load_foreign
 from mmpeft.formats.low_rank import delta_weights, layers_of
 from mmpeft.sites import sites
+from tests.support.moved import add_noise
 
 peft = pytest.importorskip("peft")
 
@@ -107,18 +108,11 @@ def build(family: str) -> Family:
     return model.eval(), torch.no_grad()(run)
 
 
-def randomise(tensors: Any) -> None:
-    with torch.random.fork_rng(), torch.no_grad():
-        torch.manual_seed(1)
-        for tensor in tensors:
-            tensor.add_(torch.randn_like(tensor) * 0.1)
-
-
 def theirs(family: str, config: Any, folder: Path) -> Tensor:
     """Train nothing, randomise, save: the outputs of an adapter that PEFT wrote into a folder."""
     model, run = build(family)
     wrapped = peft.get_peft_model(model, config).eval()
-    randomise(p for p in wrapped.parameters() if p.requires_grad)
+    add_noise(p for p in wrapped.parameters() if p.requires_grad)
     wrapped.save_pretrained(str(folder))
     return run(wrapped)
 
@@ -153,7 +147,7 @@ def test_ours_in_peft_and_back(family: str, method: mmpeft.Method, tmp_path: Pat
     model, run = build(family)
     plain = run(model)
     tuning = mmpeft.attach(model, method)
-    randomise(tuning.parameters())
+    add_noise(tuning.parameters())
     y = run(model)
     assert (y - plain).abs().max() > 1e-3
     written = export(tuning, tmp_path / "hf")
@@ -174,7 +168,7 @@ def test_ours_in_peft_and_back(family: str, method: mmpeft.Method, tmp_path: Pat
 def test_export_leaves_the_tuned_model_alone(tmp_path: Path) -> None:
     model, run = build("vit")
     tuning = mmpeft.attach(model, mmpeft.LoRA())
-    randomise(tuning.parameters())
+    add_noise(tuning.parameters())
     y, before = run(model), {n: (p.requires_grad, p.clone()) for n, p in model.named_parameters()}
     export(tuning, tmp_path / "hf")
     assert torch.equal(run(model), y)
@@ -202,7 +196,7 @@ def test_factors_of_lycoris_in_every_format(family: str, method: mmpeft.Method, 
     model, run = build(family)
     plain = run(model)
     tuning = mmpeft.attach(model, method)
-    randomise(tuning.parameters())
+    add_noise(tuning.parameters())
     y = run(model)
     assert (y - plain).abs().max() > 1e-3
     own = sum(parameter.numel() for parameter in tuning.parameters())
@@ -224,7 +218,7 @@ def test_factors_of_a_slice_of_a_weight(tmp_path: Path) -> None:
     """A fused projection has no LoHa of its rows in any file: written is the LoRA it equals, or nothing."""
     model, run = build("vit")
     tuning = mmpeft.attach(model, mmpeft.LoHa(at="attn.{q,v}", rank=3))
-    randomise(tuning.parameters())
+    add_noise(tuning.parameters())
     y = run(model)
     export(tuning, tmp_path)
     other, _ = build("vit")
@@ -319,7 +313,7 @@ def test_other_methods_of_peft_are_named(tmp_path: Path) -> None:
 def test_ours_in_diffusers_in_both_styles(method: mmpeft.Method, tmp_path: Path) -> None:
     model, run = build("unet")
     tuning = mmpeft.attach(model, method)
-    randomise(tuning.parameters())
+    add_noise(tuning.parameters())
     y = run(model)
     for format in ("diffusers", "kohya"):
         written = export(tuning, tmp_path / format, format)
@@ -342,7 +336,7 @@ def test_what_diffusers_saves(tmp_path: Path) -> None:
 
     model, run = build("unet")
     model.add_adapter(LORA(target_modules=["to_q", "conv1"], rank_pattern={"conv1": 2}, lora_dropout=0.0))
-    randomise(p for n, p in model.named_parameters() if "lora_" in n)
+    add_noise(p for n, p in model.named_parameters() if "lora_" in n)
     y = run(model)
     state = convert_state_dict_to_diffusers(peft.utils.get_peft_model_state_dict(model))
     metadata = model.peft_config["default"].to_dict()

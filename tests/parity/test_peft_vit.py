@@ -10,6 +10,7 @@ from torch import nn
 
 import mmpeft
 from tests.matrix.families import FAMILIES
+from tests.support.moved import perturb
 
 peft = pytest.importorskip("peft")
 
@@ -35,12 +36,6 @@ def _compare(
         torch.testing.assert_close(a.view(b.shape), b, atol=1e-5, rtol=1e-4)
 
 
-def _randomise(tuning: mmpeft.Tuning) -> None:
-    with torch.no_grad():
-        for parameter in tuning.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.1)
-
-
 @pytest.mark.parametrize("dora", [False, True], ids=["LoRA", "DoRA"])
 @pytest.mark.parametrize("rslora", [False, True], ids=["", "rs"])
 def test_lora_family(dora: bool, rslora: bool) -> None:
@@ -50,7 +45,7 @@ def test_lora_family(dora: bool, rslora: bool) -> None:
         r=4, lora_alpha=6, use_dora=dora, use_rslora=rslora, target_modules=r".*blocks.*(attn\.proj|fc1|fc2)"
     )
     model, tuning, theirs, x = _pair(method, config)
-    _randomise(tuning)
+    perturb(tuning, by=0.1)
     pairs = []
     for placement in tuning.placements:
         layer = theirs.base_model.model.get_submodule(placement.home)
@@ -65,6 +60,6 @@ def test_lora_family(dora: bool, rslora: bool) -> None:
 def test_ia3() -> None:
     config = peft.IA3Config(target_modules=r".*blocks.*fc2", feedforward_modules=r".*blocks.*fc2")
     model, tuning, theirs, x = _pair(mmpeft.IA3(at="mlp.down"), config)
-    _randomise(tuning)
+    perturb(tuning, by=0.1)
     pairs = [(p.part.gamma, theirs.base_model.model.get_submodule(p.home).ia3_l["default"]) for p in tuning.placements]
     _compare(model, theirs, x, pairs)

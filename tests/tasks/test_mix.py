@@ -16,7 +16,8 @@ from mmpeft.diffusion import backbone
 from mmpeft.diffusion.families import family_of
 from mmpeft.errors import ConfigError, Refused
 from tests.matrix.families import FAMILIES
-from tests.tasks.test_sample import LORA, drawn, moved, saved
+from tests.support.moved import attach_moved
+from tests.tasks.test_sample import LORA, drawn, saved
 from tests.tasks.tiny_pipelines import pipeline
 
 OTHER = mmpeft.LoRA(rank=3, at="attn.{q,v}|mlp.*")
@@ -26,7 +27,10 @@ LOHA = mmpeft.LoHa(rank=3, at="attn.{q,v}|mlp.*")  # too high a rank here for th
 def test_untrained_it_is_the_weighted_sum_and_every_column_has_its_own_weight() -> None:
     example = FAMILIES["sd_unet"]()
     at = mmpeft.LoRA(rank=2, at="attn.q|conv", alpha=4)
-    tunings = [moved(example.model, method, name, i) for i, (name, method) in enumerate({"a": at, "b": OTHER}.items())]
+    tunings = [
+        attach_moved(example.model, method, name, 0.3, i)
+        for i, (name, method) in enumerate({"a": at, "b": OTHER}.items())
+    ]
     with mmpeft.use(example.model, mmpeft.Together(("a", "b"), (1.0, 0.5))):
         wanted = example.answer()
     zipped = mmpeft.zip_lora(tunings, [1.0, 0.5])
@@ -44,7 +48,9 @@ def test_untrained_it_is_the_weighted_sum_and_every_column_has_its_own_weight() 
 
 def test_what_is_no_low_rank_update_is_refused() -> None:
     example = FAMILIES["vit"]()
-    tunings = [moved(example.model, method, name) for name, method in (("a", mmpeft.LoRA()), ("b", mmpeft.DoRA()))]
+    tunings = [
+        attach_moved(example.model, method, name, 0.3) for name, method in (("a", mmpeft.LoRA()), ("b", mmpeft.DoRA()))
+    ]
     with pytest.raises(Refused, match="Run them as a weighted sum"):
         mmpeft.zip_lora(tunings)
     with pytest.raises(ConfigError, match="got 1 of 1"):

@@ -18,19 +18,10 @@ from mmpeft.diffusion.families import family_of
 from mmpeft.diffusion.style.command import Base, base_of, open_adapters
 from mmpeft.errors import AdapterFileError
 from mmpeft.formats.exchange import load_foreign
+from tests.support.moved import attach_moved
 from tests.tasks.tiny_pipelines import pipeline
 
 LORA = mmpeft.LoRA(rank=2, at="attn.{q,k,v,out}|cross.{q,k,v,out}", alpha=4)
-
-
-def moved(model: Any, method: Any, name: str = "default", seed: int = 0) -> mmpeft.Tuning:
-    """A tuning far enough from its start to be seen."""
-    tuning = mmpeft.attach(model, method, name)
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in tuning.parameters():
-            parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator))
-    return tuning
 
 
 def saved(kind: str, folder: Path, method: Any = LORA, seed: int = 0) -> Path:
@@ -38,7 +29,7 @@ def saved(kind: str, folder: Path, method: Any = LORA, seed: int = 0) -> Path:
     made = pipeline(kind)
     if not (folder / kind).is_dir():
         made.save_pretrained(folder / kind)
-    return moved(family_of(made).denoiser, method, seed=seed).save(folder / f"adapter{seed}")
+    return attach_moved(family_of(made).denoiser, method, by=0.3, seed=seed).save(folder / f"adapter{seed}")
 
 
 def drawn(made: Any, kind: str) -> torch.Tensor:
@@ -78,7 +69,7 @@ def test_text_encoders_are_in_the_same_file(kind: str, format: str, tmp_path: Pa
     ours = pipeline(kind)
     mmpeft.load(family_of(ours).denoiser, adapter)
     for name, encoder in family_of(ours).encoders.items():
-        moved(encoder, mmpeft.LoRA(rank=2, at="attn.{q,k,v,out}", alpha=1)).save(adapter / name)
+        attach_moved(encoder, mmpeft.LoRA(rank=2, at="attn.{q,k,v,out}", alpha=1), by=0.3).save(adapter / name)
     file = tmp_path / "lora.safetensors"
     argv = ["--pipeline", str(tmp_path / kind), "--adapter", str(adapter), "--to", format, "--out", str(file)]
     assert main(["export-pipeline", *argv]) == 0

@@ -14,6 +14,7 @@ from mmpeft.sites import sites
 from mmpeft.sites.selector import select
 from tests.matrix.example import Example
 from tests.matrix.families.open_clip import FAMILIES
+from tests.support.moved import redraw
 
 ALL = mmpeft.LoRA(rank=2, alpha=4, at="attn.*")
 
@@ -21,13 +22,6 @@ ALL = mmpeft.LoRA(rank=2, alpha=4, at="attn.*")
 @pytest.fixture
 def example() -> Example:
     return FAMILIES["open_clip"]()
-
-
-def _randomise(tuning: mmpeft.Tuning) -> None:
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in tuning.parameters():
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
 
 
 def test_four_deltas_of_one_attention_and_base_keys(example: Example) -> None:
@@ -45,7 +39,7 @@ def test_each_delta_changes_its_own_rows_and_merges_to_w_plus_delta(example: Exa
     attention = model.visual.transformer.resblocks[0].attn
     before = attention.in_proj_weight.detach().clone(), attention.out_proj.weight.detach().clone()
     tuning = mmpeft.attach(model, ALL.where("image:attn.* & depth=0"))
-    _randomise(tuning)
+    redraw(tuning.parameters(), seed=0)
     delta = {p.role: p.part.factor.materialise() * p.part.scale for p in tuning.placements}
     tuning.merge()
     inside = torch.cat([delta[f"attn.{name}"] for name in "qkv"])
@@ -69,7 +63,7 @@ def test_attention_agrees_with_its_merged_self(batch_first: bool, masked: bool) 
     for block in model.transformer.resblocks:
         block.attn.batch_first = batch_first
     tuning = mmpeft.attach(model, ALL)
-    _randomise(tuning)
+    redraw(tuning.parameters(), seed=0)
     attention = model.transformer.resblocks[1].attn
     x = torch.randn(3, 5, 16)
     mask = torch.full((5, 5) if batch_first else (3, 3), float("-inf")).triu_(1) if masked else None
@@ -98,7 +92,7 @@ def test_frozen_bf16_weights_keep_their_bits_for_a_thousand_steps() -> None:
 def test_open_clips_own_checkpointing_gives_the_same_gradients(example: Example) -> None:
     model = example.model
     tuning = mmpeft.attach(model, ALL)
-    _randomise(tuning)
+    redraw(tuning.parameters(), seed=0)
     plain = torch.autograd.grad(example().square().sum(), list(tuning.parameters()))
     model.set_grad_checkpointing(True)
     model.train()
@@ -110,7 +104,7 @@ def test_open_clips_own_checkpointing_gives_the_same_gradients(example: Example)
 def test_intermediates_and_cast_dtype(example: Example) -> None:
     model = example.model
     tuning = mmpeft.attach(model, ALL + mmpeft.Full(at="mlp.up"))
-    _randomise(tuning)
+    redraw(tuning.parameters(), seed=0)
     found = model.visual.forward_intermediates(example.batch["image"])
     tuning.merge()
     merged = model.visual.forward_intermediates(example.batch["image"])

@@ -14,6 +14,7 @@ from mmpeft.bank import Bank, LinearHead, PrototypeHead, RidgeHead
 from mmpeft.errors import ConfigError, DataError, Refused
 from mmpeft.hosting.host import is_host
 from mmpeft.surgery.together import Together
+from tests.support.moved import redraw
 from tests.unit.toy import Toy
 
 X = torch.randn(6, 3, 8, generator=torch.Generator().manual_seed(3))
@@ -29,18 +30,11 @@ def extract(model: nn.Module, x: Tensor) -> Tensor:
     return model.blocks(x).mean(1) if not is_host(model) else model(x)
 
 
-def moved(bank: Bank, name: str, seed: int) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for p in bank.tuning(name).parameters():
-            p.copy_(torch.randn(p.shape, generator=generator) * 0.1)
-
-
 def filled(names: dict[str, mmpeft.Method] | None = None) -> Bank:
     bank = Bank(Toy())
     for i, (name, method) in enumerate((names or KINDS).items()):
         bank.add_task(name, method)
-        moved(bank, name, i)
+        redraw(bank.tuning(name).parameters(), seed=i)
     return bank.eval()
 
 
@@ -82,7 +76,7 @@ def test_the_query_is_the_plain_model_itself() -> None:
     plain = model(X)
     bank = Bank(model)
     bank.add_task("a", KINDS["full"])
-    moved(bank, "a", 0)
+    redraw(bank.tuning("a").parameters(), seed=0)
     assert not torch.allclose(bank.features(X, "a"), plain)
     bank.train()
     assert torch.equal(bank.query(X), plain)
@@ -166,7 +160,7 @@ def test_folding_keeps_memory_flat_and_the_sum_exact() -> None:
     for t in range(6):
         for own in (bank, plain):
             own.add_task(f"t{t}", KINDS["wide"])
-            moved(own, f"t{t}", 100 + t)
+            redraw(own.tuning(f"t{t}").parameters(), seed=100 + t)
         bank.fold(["past", f"t{t}"], into="past")
         sizes.append(sum(p.numel() for p in bank.parameters_of("past")))
     assert len(bank) == 1

@@ -20,6 +20,7 @@ from mmpeft.methods import IA3, AdaLoRA, DoRA, Full, KronA, LoHa, LoRA
 from mmpeft.sites import Site, sites
 from mmpeft.surgery.attached import Attached
 from mmpeft.surgery.liveness import liveness
+from tests.support.moved import perturb
 from tests.zoo.hf import build
 
 TYPES = ("mixtral", "qwen3_moe", "gpt_oss", "deepseek_v3", "llama4_text")
@@ -50,13 +51,6 @@ def run(model: nn.Module) -> Tensor:
     args, kwargs = example_inputs(model)
     out: Tensor = model(*args, **kwargs).logits
     return out
-
-
-def move(tuning: Attached) -> None:
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in tuning.parameters():
-            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
 
 
 def kinds(model: nn.Module) -> list[Site]:
@@ -136,7 +130,7 @@ def test_parts_on_experts(model_type: str, way: str, name: str) -> None:
     assert torch.equal(run(model), base)
     assert liveness(tuning, example_inputs(model)[1]).check().ok
     assert sum(p.numel() for p in tuning.parameters()) == method.count(model, sites(model))
-    move(tuning)
+    perturb(tuning, by=0.1)
     tuned = run(model)
     assert (tuned - base).abs().max() > 0.1
     found = torch.autograd.grad(tuned.square().mean(), list(tuning.parameters()))
@@ -247,7 +241,7 @@ def test_a_list_of_experts_of_which_some_rest() -> None:
 def test_saved_and_loaded(name: str, tmp_path: Path) -> None:
     model = mixture("gpt_oss", "grouped_mm")
     tuning = attach(model, METHODS[name])
-    move(tuning)
+    perturb(tuning, by=0.1)
     expected = run(model).detach()
     tuning.save(tmp_path / "adapter")
     again = mixture("gpt_oss", "eager")
@@ -260,8 +254,8 @@ def test_several_tunings_at_once(way: str) -> None:
     model, base = mixture("mixtral", way), run(mixture("mixtral")).detach()
     one = attach(model, LoRA(at="expert.*", rank=2), "one")
     two = attach(model, LoRA(at="expert.{gate,down}", rank=3), "two")
-    move(one)
-    move(two)
+    perturb(one, by=0.1)
+    perturb(two, by=0.1)
     with torch.no_grad():
         with mmpeft.use(model, "one"):
             first = run(model)
@@ -289,7 +283,7 @@ def test_of_one_expert_no_more_than_its_own_weight_is_formed() -> None:
     model = mixture("mixtral")
     site = next(s for s in kinds(model) if s.role == "expert.down")
     tuning = attach(model, DoRA(at="expert.*", rank=2))
-    move(tuning)
+    perturb(tuning, by=0.1)
     host, sizes = model.get_submodule(site.path), []
 
     class Sizes(TorchDispatchMode):
@@ -312,7 +306,7 @@ def test_other_types(way: str, dtype: torch.dtype) -> None:
     base = run(model).detach()
     tuning = attach(model, LoRA(at="expert.*", rank=3))
     assert torch.equal(run(model), base)
-    move(tuning)
+    perturb(tuning, by=0.1)
     tuned = run(model)
     assert tuned.dtype == dtype
     tuned.float().square().mean().backward()
@@ -322,7 +316,7 @@ def test_other_types(way: str, dtype: torch.dtype) -> None:
 def test_compiled() -> None:
     model = mixture("mixtral", "batched_mm")
     tuning = attach(model, DoRA(at="expert.*", rank=3))
-    move(tuning)
+    perturb(tuning, by=0.1)
     expected = run(model)
     found = torch.compile(model, backend="aot_eager")(**example_inputs(model)[1]).logits
     assert torch.allclose(found, expected, atol=1e-4)
@@ -334,7 +328,7 @@ def test_compiled() -> None:
 def test_dropout_is_of_what_enters_the_update(way: str) -> None:
     model = mixture("mixtral", way)
     tuning = attach(model, LoRA(at="expert.*", rank=3, dropout=0.5))
-    move(tuning)
+    perturb(tuning, by=0.1)
     assert torch.equal(run(model), run(model))
     model.train()
     assert not torch.allclose(run(model), run(model), atol=1e-3)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -15,19 +17,14 @@ from mmpeft.parts.gate import Gate, GatedKeys, GatedOutput, GatedPart
 from mmpeft.parts.prefix import Prefix
 from tests.matrix.families import FAMILIES
 from tests.matrix.families.transformers import TOKENS, WORDS
+from tests.support.moved import attach_moved
 
 SMALL = {"rank": 2, "tokens": 3, "hidden": 16, "bottleneck": 8}
 PARTS = (mmpeft.LoRA(rank=2, at="mlp.*"), mmpeft.PrefixTuning(tokens=3, hidden=16), mmpeft.Pfeiffer(bottleneck=8))
 FAMILY = ["bert", "llama", "t5", "gpt2"]
 
 
-def stirred(model: nn.Module, method: mmpeft.methods.Method, by: float = 0.3) -> mmpeft.Tuning:
-    tuning = mmpeft.attach(model, method)
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for p in tuning.parameters():
-            p.add_(torch.randn(p.shape, generator=generator) * by)
-    return tuning
+stirred = partial(attach_moved, by=0.3)
 
 
 @pytest.mark.parametrize("family", FAMILY)

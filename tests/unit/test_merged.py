@@ -23,19 +23,11 @@ from tests.matrix.families import timm as timm_families
 from tests.matrix.families.diffusers import FAMILIES as DIFFUSERS
 from tests.matrix.families.few_bits import FAMILIES as FEW_BITS
 from tests.matrix.families.transformers import GQA
+from tests.support.moved import attach_moved
 from tests.unit.toy import Toy
 
 CLOSE = {"atol": 1e-5, "rtol": 1e-5}
 WORDS = torch.randint(3, 60, (2, 6), generator=torch.Generator().manual_seed(0))
-
-
-def tune(model: nn.Module, method: mmpeft.Method) -> mmpeft.Tuning:
-    tuning = mmpeft.attach(model.eval(), method)
-    with torch.no_grad(), torch.random.fork_rng():
-        torch.manual_seed(1)
-        for parameter in tuning.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.1)
-    return tuning
 
 
 def llama(tied: bool = False, **options: object) -> hf.LlamaForCausalLM:
@@ -52,7 +44,7 @@ def logits(model: nn.Module) -> torch.Tensor:
 @pytest.mark.parametrize("family", [family for family in FAMILIES if family not in FEW_BITS])
 def test_every_family_is_read_back(family: str, tmp_path: Path) -> None:
     example = FAMILIES[family]()
-    tuning = tune(example.model, mmpeft.LoRA(at="mlp.up" if family == "convnext" else "attn.{q,v}", rank=2))
+    tuning = attach_moved(example.model, mmpeft.LoRA(at="mlp.up" if family == "convnext" else "attn.{q,v}", rank=2))
     before = {key: tensor.clone() for key, tensor in example.model.state_dict().items()}
     answer = example.answer()
     written = tuning.save_merged(tmp_path / "out")
@@ -73,7 +65,7 @@ def test_every_family_is_read_back(family: str, tmp_path: Path) -> None:
 def test_timm_creates_it(tmp_path: Path) -> None:
     size = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3, "num_classes": 5}
     model = timm.create_model("vit_tiny_patch16_224", **size)
-    tuning = tune(model, mmpeft.LoRA(at="attn.*|mlp.*|embed") + mmpeft.BitFit(at="norm") + mmpeft.LinearProbe())
+    tuning = attach_moved(model, mmpeft.LoRA(at="attn.*|mlp.*|embed") + mmpeft.BitFit(at="norm") + mmpeft.LinearProbe())
     written = tuning.save_merged(tmp_path / "vit.safetensors")
     assert (written.path.name, written.library) == ("vit.safetensors", "timm")
     plain = timm.create_model("vit_tiny_patch16_224", **size, checkpoint_path=str(written.path)).eval()
@@ -90,7 +82,7 @@ def test_open_clip_creates_it(tmp_path: Path) -> None:
     (tmp_path / "tiny-clip.json").write_text(json.dumps(config))
     open_clip.add_model_config(tmp_path / "tiny-clip.json")
     model = open_clip.create_model("tiny-clip")
-    written = tune(model, mmpeft.LoRA(at="*attn.*|*mlp.*")).save_merged(tmp_path / "clip.safetensors")
+    written = attach_moved(model, mmpeft.LoRA(at="*attn.*|*mlp.*")).save_merged(tmp_path / "clip.safetensors")
     plain = open_clip.create_model("tiny-clip", pretrained=str(written.path)).eval()
     x = torch.randn(2, 3, 32, 32)
     torch.testing.assert_close(plain.encode_image(x), model.encode_image(x), **CLOSE)
@@ -101,7 +93,7 @@ def test_open_clip_creates_it(tmp_path: Path) -> None:
 
 def test_llama_keeps_its_class_and_its_tie(tmp_path: Path) -> None:
     model = llama(tied=True)
-    tuning = tune(model, mmpeft.LoRA(at="attn.*|mlp.*"))
+    tuning = attach_moved(model, mmpeft.LoRA(at="attn.*|mlp.*"))
     assert tuning.save_merged(tmp_path / "out").untied == ()
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert (config["architectures"], config["tie_word_embeddings"]) == (["LlamaForCausalLM"], True)
@@ -115,7 +107,7 @@ def test_llama_keeps_its_class_and_its_tie(tmp_path: Path) -> None:
 )
 def test_a_tie_that_training_has_cut(method: mmpeft.Method, tmp_path: Path) -> None:
     model = llama(tied=True)
-    written = tune(model, method).save_merged(tmp_path / "out")
+    written = attach_moved(model, method).save_merged(tmp_path / "out")
     assert len(written.untied) == 1
     assert model.config.tie_word_embeddings
     assert not json.loads((tmp_path / "out" / "config.json").read_text())["tie_word_embeddings"]
@@ -125,7 +117,7 @@ def test_a_tie_that_training_has_cut(method: mmpeft.Method, tmp_path: Path) -> N
 
 def test_the_shell_merges(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = Toy()
-    tune(model, mmpeft.LoRA(at="mlp.*")).save(tmp_path / "own")
+    attach_moved(model, mmpeft.LoRA(at="mlp.*")).save(tmp_path / "own")
     file = tmp_path / "toy.safetensors"
     assert merge_command(["merge", str(tmp_path / "own"), str(file), "--model", "tests.unit.toy:Toy"]) == 0
     assert "torch read back 16 tensors" in capsys.readouterr().out
@@ -137,14 +129,14 @@ def test_the_shell_merges(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
 
 def test_half_precision_stays(tmp_path: Path) -> None:
     model = llama().to(torch.bfloat16)
-    tune(model, mmpeft.LoRA()).save_merged(tmp_path / "out")
+    attach_moved(model, mmpeft.LoRA()).save_merged(tmp_path / "out")
     tensors = load_file(tmp_path / "out" / "model.safetensors")
     assert {tensor.dtype for tensor in tensors.values()} == {torch.bfloat16}
 
 
 def test_a_unet_of_diffusers(tmp_path: Path) -> None:
     example = DIFFUSERS["sd_unet"]()
-    tune(example.model, mmpeft.LoRA(at="attn.*|cross.*|conv", rank=2)).save_merged(tmp_path / "unet")
+    attach_moved(example.model, mmpeft.LoRA(at="attn.*|cross.*|conv", rank=2)).save_merged(tmp_path / "unet")
     plain = merged.original_class(example.model).from_pretrained(tmp_path / "unet").eval()  # type: ignore[attr-defined]
     assert json.loads((tmp_path / "unet" / "config.json").read_text())["_class_name"] == "UNet2DConditionModel"
     torch.testing.assert_close(example.answer(plain), example.answer(), **CLOSE)
@@ -155,9 +147,9 @@ def test_a_unet_of_diffusers(tmp_path: Path) -> None:
 
 def test_biases_without_a_place_and_parts_that_do_not_merge(tmp_path: Path) -> None:
     with pytest.raises(Refused, match=r"creates 14 tensors that LlamaForCausalLM has no place for, .*create=False"):
-        tune(llama(), mmpeft.BitFit()).save_merged(tmp_path / "out")
+        attach_moved(llama(), mmpeft.BitFit()).save_merged(tmp_path / "out")
     with pytest.raises(Refused, match="cannot be merged"):
-        tune(llama(), mmpeft.Houlsby()).save_merged(tmp_path / "out")
+        attach_moved(llama(), mmpeft.Houlsby()).save_merged(tmp_path / "out")
     assert not list(tmp_path.iterdir())
 
 
@@ -165,7 +157,7 @@ def test_ties_that_no_config_can_cut(tmp_path: Path) -> None:
     model = hf.T5ForConditionalGeneration(
         hf.T5Config(d_model=32, d_kv=8, d_ff=48, num_layers=1, num_heads=4, vocab_size=60)
     )
-    tuning = tune(model, mmpeft.LoRA(at="attn.q", rank=2))
+    tuning = attach_moved(model, mmpeft.LoRA(at="attn.q", rank=2))
     state = tuning._state
     with pytest.MonkeyPatch.context() as patch:
         plain = merged.merged_copy(tuning)
@@ -177,13 +169,13 @@ def test_ties_that_no_config_can_cut(tmp_path: Path) -> None:
 
 
 def test_places_that_are_taken_and_merged_already(tmp_path: Path) -> None:
-    tuning = tune(llama(), mmpeft.LoRA())
+    tuning = attach_moved(llama(), mmpeft.LoRA())
     with pytest.raises(AdapterFileError, match="the name of one file"):
         tuning.save_merged(tmp_path / "a.safetensors")
     tuning.save_merged(tmp_path / "out")
     with pytest.raises(AdapterFileError, match="is not empty"):
         tuning.save_merged(tmp_path / "out")
-    vit = tune(timm_families.FAMILIES["vit"]().model, mmpeft.LoRA())
+    vit = attach_moved(timm_families.FAMILIES["vit"]().model, mmpeft.LoRA())
     (tmp_path / "b.safetensors").mkdir()
     with pytest.raises(AdapterFileError, match="is a folder"):
         vit.save_merged(tmp_path / "b.safetensors")
@@ -196,7 +188,7 @@ def test_places_that_are_taken_and_merged_already(tmp_path: Path) -> None:
 def test_a_reader_that_disagrees_leaves_nothing(
     family: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    tuning = tune(FAMILIES[family]().model, mmpeft.LoRA())
+    tuning = attach_moved(FAMILIES[family]().model, mmpeft.LoRA())
     read = merged._read
 
     def wrong(library: str, load: object) -> object:

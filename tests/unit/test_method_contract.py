@@ -123,7 +123,7 @@ class Picky(Sited):
 
 
 def test_a_missing_need_and_a_refused_fact_are_said_before_anything_is_placed() -> None:
-    with pytest.raises(Refused, match=r"^Picky at attn\.q@.*: depth 1 is no good; take at='depth=0'$"):
+    with pytest.raises(Refused, match=r"^Picky at attn\.q@.*: depth 1 is no good; take at='depth=0'"):
         mmpeft.attach(Toy(), Picky())
     model = Toy()
     model.head = torch.nn.Identity()

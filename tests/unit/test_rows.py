@@ -14,6 +14,7 @@ import mmpeft
 from mmpeft.errors import ConfigError, Refused
 from mmpeft.sites import Site, anatomy, qualified_name
 from mmpeft.surgery.state import state_of
+from tests.support.moved import attach_moved
 from tests.unit.toy import Layer, Toy
 
 WIDTH, WORDS = 8, 30
@@ -30,13 +31,7 @@ LM = {
 
 def moved(model: nn.Module, method: mmpeft.Method, *names: str) -> dict[str, mmpeft.Tuning]:
     """Tunings of one method, far from their start and from one another."""
-    found = {name: mmpeft.attach(model, method, name) for name in names}
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for tuning in found.values():
-            for parameter in tuning.parameters():
-                parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.3)
-    return found
+    return {name: attach_moved(model, method, name, by=0.3, seed=seed) for seed, name in enumerate(names)}
 
 
 class Stacked(nn.Module):

@@ -13,19 +13,13 @@ import mmpeft
 from mmpeft.bench.memory import kept_for_backward
 from mmpeft.errors import ConfigError, MMPEFTError, Refused
 from tests.matrix.families import FAMILIES
+from tests.support.moved import perturb
 
 
 def _vit(**known: object) -> VisionTransformer:
     torch.manual_seed(0)
     options = {"img_size": 32, "patch_size": 4, "embed_dim": 96, "depth": 4, "num_heads": 3, "num_classes": 5}
     return VisionTransformer(**{**options, **known}).eval()
-
-
-def _shake(tuning: mmpeft.Tuning) -> None:
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in tuning.parameters():
-            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.05)
 
 
 # -- LST ----------------------------------------------------------------------------------------------------
@@ -53,7 +47,7 @@ def test_lst_is_the_recurrence_of_the_paper() -> None:
     for hook in hooks:
         hook.remove()
     tuning = mmpeft.attach(model, mmpeft.LST(drop=2, attention=False))
-    _shake(tuning)
+    perturb(tuning)
     rungs = [p.part for p in tuning.placements]
     u = rungs[0].start(hidden[0])
     for rung, h in zip(rungs, hidden[1:]):
@@ -85,7 +79,7 @@ def test_lst_follows_blocks_whose_width_and_size_change(family: str) -> None:
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_lst_generates_the_same_with_and_without_a_cache(family: str) -> None:
     model = FAMILIES[family]().model
-    _shake(mmpeft.attach(model, mmpeft.LST(reduction=2)))
+    perturb(mmpeft.attach(model, mmpeft.LST(reduction=2)))
     ids = torch.randint(5, 50, (3, 6), generator=torch.Generator().manual_seed(0))
     mask = torch.ones_like(ids)
     mask[0, :3] = 0

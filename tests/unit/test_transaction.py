@@ -19,19 +19,13 @@ from mmpeft.errors import MMPEFTError
 from mmpeft.hosting.modules import CHILD
 from mmpeft.surgery.state import state_of
 from mmpeft.surgery.transaction import unchanged_on_error
+from tests.support.moved import perturb
 from tests.unit.toy import Toy
 
 ROOT = str(Path(mmpeft.__file__).parent)
 LORA = mmpeft.LoRA(rank=2, at="attn.q|mlp.up")
 X = torch.randn(3, 2, 8, generator=torch.Generator().manual_seed(0))
 DATA = [(X, torch.tensor([0, 1, 2]))]
-
-
-def _perturbed(tuning: mmpeft.Tuning) -> mmpeft.Tuning:
-    with torch.no_grad():
-        for i, parameter in enumerate(tuning.parameters()):
-            parameter.add_(0.1 * (i + 1))
-    return tuning
 
 
 def _picture(model: nn.Module) -> dict[str, Any]:
@@ -97,15 +91,15 @@ def _plain(folder: Path) -> nn.Module:
 def _two(folder: Path) -> nn.Module:
     """Two tunings, one row each of a batch of three, and one row plain."""
     model = Toy()
-    _perturbed(mmpeft.attach(model, LORA, name="a"))
-    _perturbed(mmpeft.attach(model, mmpeft.BitFit(), name="b"))
+    perturb(mmpeft.attach(model, LORA, name="a"))
+    perturb(mmpeft.attach(model, mmpeft.BitFit(), name="b"))
     mmpeft.use(model, ["a", "b", None])
     return model
 
 
 def _one(folder: Path) -> nn.Module:
     model = Toy()
-    _perturbed(mmpeft.attach(model, mmpeft.AdaLoRA(rank=2, target=1, at="attn.q|mlp.up")))
+    perturb(mmpeft.attach(model, mmpeft.AdaLoRA(rank=2, target=1, at="attn.q|mlp.up")))
     return model
 
 
@@ -116,11 +110,11 @@ def _merged(folder: Path) -> nn.Module:
 
 
 def _native(folder: Path) -> Path:
-    return _perturbed(mmpeft.attach(Toy(), LORA)).save(folder / "native")
+    return perturb(mmpeft.attach(Toy(), LORA)).save(folder / "native")
 
 
 def _peft(folder: Path) -> Path:
-    tuning = _perturbed(mmpeft.attach(Toy(), LORA + mmpeft.LinearProbe()))
+    tuning = perturb(mmpeft.attach(Toy(), LORA + mmpeft.LinearProbe()))
     return tuning.export(folder / "peft", verify=False).path
 
 
@@ -182,7 +176,7 @@ def test_a_bank_that_fails_to_fold_has_all_its_entries() -> None:
     bank = mmpeft.Bank(Toy(), extract=lambda model, x: model(x))
     for name in ("a", "b"):
         bank.add_task(name, LORA)
-        _perturbed(bank.tuning(name))
+        perturb(bank.tuning(name))
     twin = copy.deepcopy(bank)
     _picture(twin.model)
     with _at(-1) as seen:
@@ -217,7 +211,7 @@ def test_methods_that_cannot_be_placed_change_nothing() -> None:
 
 def test_what_is_put_back_is_all_that_a_change_touches() -> None:
     model = Toy()
-    tuning = _perturbed(mmpeft.attach(model, LORA))
+    tuning = perturb(mmpeft.attach(model, LORA))
     before = _picture(model)
 
     def change() -> None:

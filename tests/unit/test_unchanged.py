@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import mmpeft
 from mmpeft.hosting.unchanged import Kept, Unchanged
+from tests.support.moved import attach_moved
 from tests.unit.toy import Toy
 
 CHANGES: dict[str, Callable[[nn.Parameter], object]] = {
@@ -112,13 +113,7 @@ def test_a_value_is_made_anew_after_a_change_and_not_copied() -> None:
 # -- DoRA -------------------------------------------------------------------------------------------------------
 
 
-def _tuned(model: nn.Module) -> mmpeft.Tuning:
-    tuning = mmpeft.attach(model, mmpeft.DoRA(rank=2, at="attn.q|mlp.*"), "dora")
-    torch.manual_seed(3)
-    with torch.no_grad():
-        for parameter in tuning.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.1)
-    return tuning
+DORA = mmpeft.DoRA(rank=2, at="attn.q|mlp.*")
 
 
 def _reference(model: nn.Module, tuning: mmpeft.Tuning) -> Toy:
@@ -166,7 +161,7 @@ MOVES = {"loaded": _load, "data": _data, "averaged": _ema, "trained": _step, "do
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
 def test_norms_are_those_of_the_weight_now(move: str, mode: Callable[[], object]) -> None:
     model = Toy()
-    tuning = _tuned(model)
+    tuning = attach_moved(model, DORA, "dora")
     model.eval()
     x = torch.randn(2, 3, 8)
     with mode():
@@ -183,7 +178,7 @@ def test_norms_are_those_of_the_weight_now(move: str, mode: Callable[[], object]
 
 def test_in_half_precision() -> None:
     model = Toy()
-    tuning = _tuned(model)
+    tuning = attach_moved(model, DORA, "dora")
     model.eval()
     x = torch.randn(2, 3, 8)
     with torch.no_grad():
@@ -199,7 +194,7 @@ def test_above_an_update_that_was_merged() -> None:
     with torch.no_grad():
         for parameter in below.parameters():
             parameter.normal_()
-    tuning = _tuned(model)
+    tuning = attach_moved(model, DORA, "dora")
     model.eval()
     with torch.no_grad():
         model(x)
@@ -216,7 +211,7 @@ def test_above_an_update_that_was_merged() -> None:
 def test_the_short_way_of_one_token(shape: tuple[int, ...], kept: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mmpeft.parts.delta.KEPT_TO", 1 << 20 if kept else 0)
     model = Toy()
-    tuning = _tuned(model)
+    tuning = attach_moved(model, DORA, "dora")
     plain, x = _reference(model, tuning), torch.randn(shape)
     for layer, wanted in ((model.blocks[0].q, plain.blocks[0].q), (model.blocks[1].up, plain.blocks[1].up)):
         with torch.no_grad():
@@ -231,7 +226,7 @@ def test_a_gain_is_made_once_while_nothing_changes(monkeypatch: pytest.MonkeyPat
     calls, norms = [], delta.low_rank_row_norms
     monkeypatch.setattr(delta, "low_rank_row_norms", lambda *args: calls.append(0) or norms(*args))
     model = Toy()
-    _tuned(model)
+    attach_moved(model, DORA, "dora")
     model.eval()
     with torch.no_grad():
         for _ in range(4):

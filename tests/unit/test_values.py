@@ -20,17 +20,11 @@ from mmpeft.formats.content import Layer
 from mmpeft.formats.exchange import convert, read
 from mmpeft.hosting.values import unfit
 from mmpeft.surgery.state import state_of
+from tests.support.moved import perturb
 from tests.unit.toy import Toy
 
 LORA = mmpeft.LoRA(rank=2, at="attn.q|mlp.up")
 NAN, INF = float("nan"), float("inf")
-
-
-def _perturbed(tuning: mmpeft.Tuning) -> mmpeft.Tuning:
-    with torch.no_grad():
-        for parameter in tuning.parameters():
-            parameter.add_(0.1)
-    return tuning
 
 
 def _host() -> nn.Module:
@@ -98,7 +92,7 @@ def _rehash(folder: Path) -> None:
 
 @pytest.mark.parametrize(("change", "why"), TENSORS.values(), ids=TENSORS)
 def test_own_folders(change: Callable[[Tensor], Tensor], why: str, tmp_path: Path) -> None:
-    folder = _perturbed(mmpeft.attach(Toy(), LORA)).save(tmp_path)
+    folder = perturb(mmpeft.attach(Toy(), LORA)).save(tmp_path)
     name = "blocks.0.q.lora_q.factor.B"
     _rewrite(next(folder.glob("*.safetensors")), name, change)
     _rehash(folder)
@@ -110,9 +104,9 @@ def test_own_folders(change: Callable[[Tensor], Tensor], why: str, tmp_path: Pat
 def test_files_of_others(format: str, change: Callable[[Tensor], Tensor], why: str, tmp_path: Path) -> None:
     if format == "loha":
         tuning = mmpeft.attach(Toy(), mmpeft.LoHa(rank=2, at="attn.q"))
-        path = _perturbed(tuning).export(tmp_path, "peft", verify=False).path
+        path = perturb(tuning).export(tmp_path, "peft", verify=False).path
     else:
-        path = _perturbed(mmpeft.attach(Toy(), LORA)).export(tmp_path, format, verify=False).path
+        path = perturb(mmpeft.attach(Toy(), LORA)).export(tmp_path, format, verify=False).path
     file = path if path.is_file() else path / "adapter_model.safetensors"
     name = next(key for key, tensor in load_file(file).items() if tensor.numel() > 1)
     _rewrite(file, name, change)
@@ -121,14 +115,14 @@ def test_files_of_others(format: str, change: Callable[[Tensor], Tensor], why: s
 
 @pytest.mark.parametrize(("value", "why"), [(NAN, "alpha holds NaN"), (INF, "alpha holds NaN"), (1e300, "alpha holds")])
 def test_alpha_of_a_kohya_file(value: float, why: str, tmp_path: Path) -> None:
-    path = _perturbed(mmpeft.attach(Toy(), LORA)).export(tmp_path, "kohya", verify=False).path
+    path = perturb(mmpeft.attach(Toy(), LORA)).export(tmp_path, "kohya", verify=False).path
     name = next(key for key in load_file(path) if key.endswith(".alpha"))
     _rewrite(path, name, lambda t: torch.tensor(value, dtype=torch.float64))
     _refused(lambda model: mmpeft.load_foreign(model, path), why)
 
 
 def test_a_whole_number_is_an_alpha_as_good_as_any(tmp_path: Path) -> None:
-    path = _perturbed(mmpeft.attach(Toy(), LORA)).export(tmp_path, "kohya", verify=False).path
+    path = perturb(mmpeft.attach(Toy(), LORA)).export(tmp_path, "kohya", verify=False).path
     models = [Toy(), Toy()]
     mmpeft.load_foreign(models[0], path)
     for name in [key for key in load_file(path) if key.endswith(".alpha")]:
@@ -139,7 +133,7 @@ def test_a_whole_number_is_an_alpha_as_good_as_any(tmp_path: Path) -> None:
 
 
 def test_factors_whose_product_is_infinite(tmp_path: Path) -> None:
-    tuning = _perturbed(mmpeft.attach(Toy(), mmpeft.LoHa(rank=2, at="attn.q")))
+    tuning = perturb(mmpeft.attach(Toy(), mmpeft.LoHa(rank=2, at="attn.q")))
     path = tuning.export(tmp_path, "peft", verify=False).path
     file = path / "adapter_model.safetensors"
     for name in load_file(file):
@@ -232,7 +226,7 @@ MANIFESTS: dict[str, Callable[[dict[str, Any]], Any]] = {
 
 @pytest.mark.parametrize("change", MANIFESTS.values(), ids=MANIFESTS)
 def test_manifests(change: Callable[[dict[str, Any]], Any], tmp_path: Path) -> None:
-    folder = _perturbed(mmpeft.attach(Toy(), LORA)).save(tmp_path)
+    folder = perturb(mmpeft.attach(Toy(), LORA)).save(tmp_path)
     manifest = json.loads((folder / "adapter.json").read_text())
     change(manifest)
     (folder / "adapter.json").write_text(json.dumps(manifest))
@@ -263,7 +257,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("changes", CONFIGS.values(), ids=CONFIGS)
 def test_configs_of_peft(changes: dict[str, Any], tmp_path: Path) -> None:
-    path = _perturbed(mmpeft.attach(Toy(), LORA)).export(tmp_path, "peft", verify=False).path
+    path = perturb(mmpeft.attach(Toy(), LORA)).export(tmp_path, "peft", verify=False).path
     config = json.loads((path / "adapter_config.json").read_text())
     (path / "adapter_config.json").write_text(json.dumps({**config, **changes}))
     _refused(lambda model: mmpeft.load_foreign(model, path, name="c"), "")

@@ -13,6 +13,7 @@ import mmpeft
 from mmpeft.errors import Refused
 from mmpeft.sites import Site, anatomy, qualified_name
 from tests.support.formed import Formed
+from tests.support.moved import attach_moved
 
 
 class Attends(nn.Module):
@@ -56,21 +57,12 @@ def _attended(model: nn.Module, tuning: mmpeft.Tuning) -> nn.Module:
     return plain
 
 
-def _tuned(model: nn.Module, method: mmpeft.Method) -> mmpeft.Tuning:
-    tuning = mmpeft.attach(model, method)
-    torch.manual_seed(3)
-    with torch.no_grad():
-        for parameter in tuning.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.2)
-    return tuning
-
-
 @pytest.mark.parametrize("first", [True, False])
 @pytest.mark.parametrize("other", [None, 12])
 @pytest.mark.parametrize("method", [mmpeft.LoRA, mmpeft.DoRA])
 def test_attention_of_torch(first: bool, other: int | None, method: type) -> None:
     model = Attends(first, other)
-    tuning = _tuned(model, method(rank=2, at="attn.*"))
+    tuning = attach_moved(model, method(rank=2, at="attn.*"))
     plain = _attended(model, tuning)
     x, y = torch.randn(3, 5, 16), torch.randn(3 if first else 6, 6 if first else 5, other or 16)
     calls = [(x, y)] if other else [(x,), (x, y)]
@@ -90,7 +82,7 @@ def test_attention_of_torch(first: bool, other: int | None, method: type) -> Non
 
 def test_dropout_takes_the_input_of_the_update_alone() -> None:
     model = Attends()
-    tuning = _tuned(model, mmpeft.LoRA(rank=2, at="attn.out", dropout=0.5))
+    tuning = attach_moved(model, mmpeft.LoRA(rank=2, at="attn.out", dropout=0.5))
     part, x = tuning.placements[0].part, torch.randn(2, 4, 16)
     assert not torch.equal(model(x), model(x))
     mean = torch.stack([model(x) for _ in range(3000)]).mean(0)
@@ -104,7 +96,7 @@ def test_dropout_takes_the_input_of_the_update_alone() -> None:
 @pytest.mark.parametrize("kind", ["token", "scalar", "constant"])
 def test_a_gate_turns_the_update_by_what_the_weight_multiplies(kind: str) -> None:
     model = Attends(first=False)
-    tuning = _tuned(model, mmpeft.gate(mmpeft.LoRA(rank=2, at="attn.v"), kind=kind, start=0.3))
+    tuning = attach_moved(model, mmpeft.gate(mmpeft.LoRA(rank=2, at="attn.v"), kind=kind, start=0.3))
     part, x = tuning.placements[0].part, torch.randn(5, 2, 16)
     plain = Attends(first=False).attn
     g = part.gate(x)
@@ -136,7 +128,7 @@ def test_a_pooled_gate_is_refused_where_rows_may_be_flattened() -> None:
 )
 def test_compiled_whole_exported_and_differentiated_by_functions(method: mmpeft.Method) -> None:
     model = Attends().eval()
-    _tuned(model, method)
+    attach_moved(model, method)
     x = torch.randn(2, 4, 16)
     y = model(x)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
@@ -161,7 +153,7 @@ def test_compiled_whole_exported_and_differentiated_by_functions(method: mmpeft.
 
 def test_autocast_and_copies() -> None:
     model = Attends()
-    tuning = _tuned(model, mmpeft.LoRA(rank=2, at="attn.*"))
+    tuning = attach_moved(model, mmpeft.LoRA(rank=2, at="attn.*"))
     x = torch.randn(2, 4, 16)
     with torch.autocast("cpu", torch.bfloat16):
         y = model(x)
@@ -172,7 +164,7 @@ def test_autocast_and_copies() -> None:
 
 def test_two_tunings_at_a_strength() -> None:
     model = Attends()
-    first = _tuned(model, mmpeft.LoRA(rank=2, at="attn.v"))
+    first = attach_moved(model, mmpeft.LoRA(rank=2, at="attn.v"))
     plain, x = Attends(), torch.randn(2, 4, 16)
     second = mmpeft.attach(model, mmpeft.DoRA(rank=2, at="attn.out"), "second")
     with torch.no_grad():
