@@ -17,7 +17,7 @@ from mmpeft.diffusion.families import family_of
 from mmpeft.errors import ConfigError, Refused
 from tests.matrix.families import FAMILIES
 from tests.support.moved import attach_moved
-from tests.tasks.test_sample import LORA, drawn, saved
+from tests.tasks.saved_pipelines import LORA, drawn, saved
 from tests.tasks.tiny_pipelines import pipeline
 
 OTHER = mmpeft.LoRA(rank=3, at="attn.{q,v}|mlp.*")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import multiprocessing
 import os
 import signal
 from functools import partial
@@ -13,7 +12,7 @@ from typing import Any
 import lightning
 import pytest
 import torch
-from lightning.pytorch.callbacks import Callback, EMAWeightAveraging
+from lightning.pytorch.callbacks import EMAWeightAveraging
 
 import mmpeft
 from mmpeft import files
@@ -21,20 +20,8 @@ from mmpeft.errors import AdapterFileError, MMPEFTError
 from mmpeft.run.callbacks import LearningCurves
 from mmpeft.run.checkpoint import LastCheckpoint, RandomState
 from mmpeft.tasks.checkpoint import AtomicCheckpointIO
+from tests.support.killing import KillBefore, assert_same_bits, killed, last
 from tests.tasks.tiny import TinyData, classifier, trainer
-
-FORK = multiprocessing.get_context("fork")
-
-
-class KillBefore(Callback):
-    """SIGKILL before a training step: no handler, no cleanup."""
-
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        if trainer.global_step == self.step:
-            os.kill(os.getpid(), signal.SIGKILL)
 
 
 def run(
@@ -49,33 +36,6 @@ def run(
     callbacks += [EMAWeightAveraging(decay=0.9)] if ema else []
     fit = trainer(folder, callbacks=callbacks, **(limits or {"max_epochs": 3}))
     fit.fit(module, TinyData(), ckpt_path="last" if resume else None)
-
-
-def killed(target: Any, *args: Any) -> None:
-    """Run a function in a process that must die by SIGKILL."""
-    process = FORK.Process(target=target, args=args)
-    process.start()
-    process.join(60)
-    assert process.exitcode == -signal.SIGKILL
-
-
-def last(folder: Path) -> dict[str, Any]:
-    return torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)  # type: ignore[no-any-return]
-
-
-def assert_same_bits(a: Any, b: Any) -> None:
-    if isinstance(a, dict):
-        assert set(a) == set(b)
-        for key in a:
-            assert_same_bits(a[key], b[key])
-    elif isinstance(a, list | tuple):
-        assert len(a) == len(b)
-        for x, y in zip(a, b):
-            assert_same_bits(x, y)
-    elif isinstance(a, torch.Tensor):
-        assert torch.equal(a, b)
-    else:
-        assert a == b
 
 
 @pytest.fixture(scope="module")

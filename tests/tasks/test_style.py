@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,9 +9,6 @@ from typing import Any
 import lightning
 import pytest
 import torch
-from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.loggers import CSVLogger
-from PIL import Image
 
 import mmpeft
 from mmpeft.diffusion.data.images import CaptionedImages
@@ -21,23 +17,11 @@ from mmpeft.diffusion.style.slider import SliderTuner
 from mmpeft.diffusion.style.task import StyleTuner
 from mmpeft.errors import ConfigError, DataError
 from mmpeft.run.callbacks import Outcome
-from mmpeft.run.checkpoint import LastCheckpoint, RandomState
-from mmpeft.tasks.checkpoint import AtomicCheckpointIO
-from tests.tasks.test_resume import KillBefore, assert_same_bits, killed, last
+from tests.support.killing import KillBefore, assert_same_bits, killed, last
+from tests.tasks.style_runs import LORA, pictures, trainer
 from tests.tasks.tiny_pipelines import PIPELINES, pipeline
 
-LORA = mmpeft.LoRA(rank=2, at="attn.{q,v}|cross.{q,v}")
 SHOW = Show(prompts=("a cat",), every=3, steps=2, strengths=(0.0, 1.0))
-
-
-def pictures(folder: Path, count: int = 6, side: int = 16, prompt: str = "red apple") -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    lines = []
-    for i in range(count):
-        Image.new("RGB", (side, side), (40 * i, 90, 200 - 30 * i)).save(folder / f"{i}.png")
-        lines.append(json.dumps({"file_name": f"{i}.png", "text": f"{prompt} {i}"}))
-    (folder / "metadata.jsonl").write_text("\n".join(lines))
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -58,21 +42,6 @@ def task(folder: Path, **options: Any) -> StyleTuner:
 
 def data(folders: dict[str, Path], **options: Any) -> CaptionedImages:
     return CaptionedImages(str(folders["pictures"]), **{"batch_size": 2, "resolution": 16, **options})
-
-
-def trainer(folder: Path, steps: int, *callbacks: Callback, every: int | None = 1) -> lightning.Trainer:
-    return lightning.Trainer(
-        default_root_dir=folder,
-        accelerator="cpu",
-        max_steps=steps,
-        max_epochs=-1,
-        logger=CSVLogger(folder, name="", version=""),
-        plugins=[AtomicCheckpointIO()],
-        callbacks=[RandomState(), LastCheckpoint(every), *callbacks],
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        num_sanity_val_steps=0,
-    )
 
 
 @pytest.mark.parametrize("kind", PIPELINES)

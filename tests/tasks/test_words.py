@@ -19,7 +19,7 @@ from mmpeft.diffusion.style.command import open_adapters
 from mmpeft.diffusion.style.words import WordTuner, add_words, load_words
 from mmpeft.errors import AdapterFileError, ConfigError, DataError
 from mmpeft.run.callbacks import Outcome
-from tests.tasks.test_style import LORA, pictures, trainer
+from tests.tasks.style_runs import LORA, pictures, trainer
 from tests.tasks.tiny_pipelines import pipeline
 
 WORDS = {"<round>": "red apple", "<flat>": "cat"}

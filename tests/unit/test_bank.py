@@ -15,27 +15,12 @@ from mmpeft.errors import ConfigError, DataError, Refused
 from mmpeft.hosting.host import is_host
 from mmpeft.surgery.together import Together
 from tests.support.moved import redraw
+from tests.unit.filled_bank import KINDS, X, filled
 from tests.unit.toy import Toy
-
-X = torch.randn(6, 3, 8, generator=torch.Generator().manual_seed(3))
-KINDS = {
-    "lora": mmpeft.LoRA(at="attn.q", rank=2),
-    "wide": mmpeft.LoRA(at="attn.q|mlp.*", rank=3, alpha=6),
-    "adapter": mmpeft.ParallelAdapter(at="block", bottleneck=2),
-    "full": mmpeft.Full(),
-}
 
 
 def extract(model: nn.Module, x: Tensor) -> Tensor:
     return model.blocks(x).mean(1) if not is_host(model) else model(x)
-
-
-def filled(names: dict[str, mmpeft.Method] | None = None) -> Bank:
-    bank = Bank(Toy())
-    for i, (name, method) in enumerate((names or KINDS).items()):
-        bank.add_task(name, method)
-        redraw(bank.tuning(name).parameters(), seed=i)
-    return bank.eval()
 
 
 def snapshot(bank: Bank, name: str) -> list[Tensor]:

@@ -13,7 +13,7 @@ from torch import nn
 
 from mmpeft.bank import Bank, LinearHead, RidgeHead
 from mmpeft.errors import AdapterFileError
-from tests.unit.test_bank import KINDS, X, filled
+from tests.unit.filled_bank import KINDS, X, filled
 from tests.unit.toy import Toy
 
 CHILD = """
