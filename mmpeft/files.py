@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mmpeft.errors import MMPEFTError
+from mmpeft.types import Argument
 
 
 def write_atomic(path: Path, data: bytes) -> None:
@@ -47,7 +48,7 @@ def _umask() -> int:
     return mask
 
 
-def png_of(figure: Any, **options: Any) -> bytes:
+def png_of(figure: Any, **options: Argument) -> bytes:
     """A matplotlib figure as the content of a PNG file; options as for `savefig`."""
     out = io.BytesIO()
     figure.savefig(out, format="png", **options)

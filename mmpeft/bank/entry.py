@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from mmpeft.bank.heads import Head
 from mmpeft.methods.base import Method
+from mmpeft.types import Json
 
 
 class Entry(nn.Module):
@@ -22,7 +23,7 @@ class Entry(nn.Module):
         self.method, self.head = method, head
         self.learned = nn.ParameterDict()
         self.state: dict[str, Tensor] = {}
-        self.meta: dict[str, Any] = {}
+        self.meta: Json = {}
         self.frozen = False
 
     @property

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from rich.table import Table
 
 from mmpeft.files import png_of
+from mmpeft.types import Json
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -29,7 +30,7 @@ class Result:
     seconds: float
     memory: int
     metrics: dict[str, float] = field(default_factory=dict)
-    setting: dict[str, Any] = field(default_factory=dict)
+    setting: Json = field(default_factory=dict)
     """Values of the axes of the comparison."""
 
 

@@ -27,6 +27,7 @@ from mmpeft.surgery.liveness import call
 from mmpeft.surgery.state import state_of
 from mmpeft.surgery.transaction import unchanged_on_error
 from mmpeft.tuning import Tuning
+from mmpeft.types import Batch, Output
 
 ALIKE = 0.1
 """Adapters from one initialisation point in much the same direction; from two, nearly at right angles."""
@@ -100,7 +101,7 @@ def closest(model: nn.Module, target: Iterable[Any], sources: Mapping[str, Itera
 
 
 @torch.no_grad()
-def mean_features(model: nn.Module, data: Iterable[Any], batches: int = 4) -> Tensor:
+def mean_features(model: nn.Module, data: Iterable[Batch], batches: int = 4) -> Tensor:
     """Mean output [d] of the last block of the plain backbone over samples and positions; pairs are `(inputs, …)`."""
     blocks = [site for site in sites(model) if site.role == "block"]
     if not blocks:
@@ -108,7 +109,7 @@ def mean_features(model: nn.Module, data: Iterable[Any], batches: int = 4) -> Te
     last = max(blocks, key=lambda site: site.depth)
     seen: list[Tensor] = []
 
-    def keep(module: nn.Module, inputs: Any, output: Any) -> None:
+    def keep(module: nn.Module, inputs: Batch, output: Output) -> None:
         seen.append(first_of(output).movedim(last.channel_dim, -1).flatten(0, -2).float().mean(0))
 
     training = model.training

@@ -13,6 +13,7 @@ from PIL import Image
 
 from mmpeft.data.pictures import PICTURES, contents, decoded, pictures_below
 from mmpeft.errors import DataError, nearest
+from mmpeft.types import Json
 
 TABLES = {".csv": ",", ".tsv": "\t", ".jsonl": ""}
 METADATA = ("metadata.jsonl", "metadata.csv")  # of a folder, by Hugging Face's convention
@@ -80,7 +81,7 @@ def table_captions(table: Path, image: str, text: str) -> FileCaptions:
     return FileCaptions(files, [line[text] or "" for line in lines])
 
 
-def _lines(table: Path) -> list[dict[str, Any]]:
+def _lines(table: Path) -> list[Json]:
     try:
         with table.open(newline="", encoding="utf-8-sig") as file:
             if table.suffix != ".jsonl":
@@ -99,7 +100,7 @@ def _lines(table: Path) -> list[dict[str, Any]]:
     return found
 
 
-def _rows(reader: csv.DictReader[str], table: Path) -> list[dict[str, Any]]:
+def _rows(reader: csv.DictReader[str], table: Path) -> list[Json]:
     rows = list(reader)
     long = next((number for number, row in enumerate(rows, 1) if reader.restkey in row), None)
     if long is not None:

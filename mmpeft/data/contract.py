@@ -29,7 +29,7 @@ class Preprocessing(NamedTuple):
 class Preprocessed:
     """Data that prepare their images as the backbone wants them; a subclass says how in `preprocess`."""
 
-    def configure(self, preprocessing: Preprocessing | int | Sequence[int], *former: Any) -> None:
+    def configure(self, preprocessing: Preprocessing | int | Sequence[int], *former: Sequence[float]) -> None:
         """Take what the backbone wants; the task calls it, before or after `setup`.
 
         The former three arguments `size, mean, std` are understood as well.

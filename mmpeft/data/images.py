@@ -14,6 +14,7 @@ from mmpeft.data.options import Augment, ImageOptions
 from mmpeft.data.sampling import SizedDataset
 from mmpeft.data.transforms import AUGMENTS, OfImage, evaluation, training
 from mmpeft.errors import ConfigError, DataError, nearest
+from mmpeft.types import Argument
 
 FALLBACK_SIZE, FALLBACK_MEAN, FALLBACK_STD = 224, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
 
@@ -93,7 +94,7 @@ class ImageData(AugmentedImages):
     A subclass fills the sets with samples `(PIL image or uint8 [3, H, W], label)` and names its `classes`.
     """
 
-    def __init__(self, *former: Any, **options: Unpack[ImageOptions]) -> None:
+    def __init__(self, *former: Argument, **options: Unpack[ImageOptions]) -> None:
         """
         Args:
             former: options by position, as older data modules give them.

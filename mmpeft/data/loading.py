@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 from mmpeft.data.options import inherit_options
 from mmpeft.data.sampling import EpochSampler, ResumableLoader, Seeded, SizedDataset
 from mmpeft.errors import ConfigError, DataError
+from mmpeft.types import Argument
 
 
 class DataModule(lightning.LightningDataModule):
@@ -26,7 +27,7 @@ class DataModule(lightning.LightningDataModule):
     small_batch: ClassVar[int | None] = None
     """Samples in an evaluation step by default, for data whose samples are small."""
 
-    def __init_subclass__(cls, **options: Any) -> None:
+    def __init_subclass__(cls, **options: Argument) -> None:
         super().__init_subclass__(**options)
         inherit_options(cls)
 

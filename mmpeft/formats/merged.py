@@ -27,6 +27,7 @@ from mmpeft.hosting.host import base_value, original_class
 from mmpeft.hosting.modules import module_at
 from mmpeft.hosting.offload import check_present
 from mmpeft.surgery.attached import Attached
+from mmpeft.types import Config, Json
 
 FOLDERS = ("transformers", "diffusers")
 FILE = "model.safetensors"
@@ -114,7 +115,7 @@ def _check_places(tuned: nn.Module, plain: nn.Module) -> tuple[str, ...]:
             split.append((partner, key))
     if not split:
         return ()
-    config: Any = getattr(plain, "config", None)
+    config: Config = getattr(plain, "config", None)
     heads = {id(module) for module in (_part(plain, "get_output_embeddings"), _part(plain, "get_input_embeddings"))}
     for pair in split:
         owners = [id(module_at(plain, key.rpartition(".")[0])) for key in pair]
@@ -167,7 +168,7 @@ def _untie(plain: Any) -> None:
         plain.all_tied_weights_keys = plain.get_expanded_tied_weights_keys(all_submodels=True)
 
 
-def _dtype(plain: Any, library: str) -> dict[str, Any]:
+def _dtype(plain: Any, library: str) -> Json:
     return {"dtype" if library == "transformers" else "torch_dtype": plain.dtype}
 
 

@@ -26,6 +26,7 @@ from mmpeft.parts.prompt import Prompt, PromptBeside, PromptLayer
 from mmpeft.sites import Site, sites
 from mmpeft.surgery.choice import use
 from mmpeft.surgery.state import state_of
+from mmpeft.types import Facts, Json
 
 PROMPT, P_TUNING, PREFIX = TYPES = ("PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING")
 KEY, WRAPPED = "prompt_embeddings", "base_model."
@@ -49,7 +50,7 @@ def is_learned(placement: Placement) -> bool:
     return isinstance(placement.part, Prompt | PromptBeside | PromptLayer | Prefix)
 
 
-def read(config: Mapping[str, Any], tensors: Mapping[str, Tensor], where: Path) -> Learned:
+def read(config: Facts, tensors: Mapping[str, Tensor], where: Path) -> Learned:
     """The learned tensor of a folder.
 
     Raises:
@@ -70,7 +71,7 @@ def read(config: Mapping[str, Any], tensors: Mapping[str, Tensor], where: Path) 
     return Learned(kind, tensor[:count], dict(config))
 
 
-def fields(learned: Learned) -> dict[str, Any]:
+def fields(learned: Learned) -> Json:
     """The config of a folder."""
     known = ("num_layers", "num_attention_heads", "token_dim", "task_type")
     own = {name: learned.config.get(name) for name in known}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
@@ -11,6 +10,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from mmpeft.errors import Refused
 from mmpeft.hosting.forward import plan_of
 from mmpeft.hosting.modules import own_modules
+from mmpeft.types import AnyModule, Argument, Output
 
 NAMES = ("running_mean", "running_var", "num_batches_tracked")
 """What PyTorch and all who follow it call the buffers that follow the data."""
@@ -54,7 +54,7 @@ class Still:
     def training(self, mode: bool) -> None:
         self.__dict__[MODE] = mode
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, *args: Argument, **kwargs: Argument) -> Output:
         if not self.__dict__[MODE] or self._moves():
             return super().forward(*args, **kwargs)  # type: ignore[misc]  # mixed into a norm
         before, _inside.host = getattr(_inside, "host", None), self
@@ -70,7 +70,7 @@ class Still:
             Refused: none moves them; the base's stay as they are (`torch.optim.swa_utils.update_bn` asks for this).
         """
         if not self._moves():
-            host: Any = type(self)
+            host: AnyModule = type(self)
             raise Refused(
                 f"the running statistics of this {host.mmpeft_base.__name__} are the frozen base's; attach "
                 "mmpeft.BatchStatistics() beside the method to have a tuning with its own"

@@ -11,9 +11,10 @@ from mmpeft.methods.base import METHODS, Method
 from mmpeft.methods.compose import Frozen, Restricted, Union
 from mmpeft.methods.gated import Gated
 from mmpeft.methods.shared.statistics import BatchStatistics
+from mmpeft.types import Facts, Json, Kwargs
 
 
-def to_spec(method: Method) -> dict[str, Any]:
+def to_spec(method: Method) -> Json:
     """A method as JSON-ready data: its class name and every field.
 
     Raises:
@@ -37,7 +38,7 @@ def _plain(method: Method, name: str) -> Any:
     return value
 
 
-def from_spec(spec: Mapping[str, Any]) -> Method:
+def from_spec(spec: Facts) -> Method:
     """The method that `to_spec` described.
 
     Raises:
@@ -53,7 +54,7 @@ def from_spec(spec: Mapping[str, Any]) -> Method:
         )
     cls = classes[name]
     known = {f.name for f in fields(cls)}
-    values: dict[str, Any] = {key: value for key, value in spec.items() if key != "name"}
+    values: Kwargs = {key: value for key, value in spec.items() if key != "name"}
     for key in values:
         if key not in known:
             raise ConfigError(f"{name} has no field {key!r}; fields: {', '.join(sorted(known))}.{nearest(key, known)}")

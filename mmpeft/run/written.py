@@ -13,6 +13,7 @@ import yaml
 from mmpeft.errors import ConfigError, nearest
 from mmpeft.methods import METHODS, Method
 from mmpeft.methods.spec import from_spec
+from mmpeft.types import Json
 
 KEYS = ("method", "text_method")
 """Keys of a configuration that hold a method."""
@@ -44,7 +45,7 @@ def read_method(text: str) -> Method:
     return found
 
 
-def as_class(method: Method) -> dict[str, Any]:
+def as_class(method: Method) -> Json:
     """A method as a parser of classes takes it: `{"class_path": "LoRA", "init_args": {"rank": 8}}`."""
     own = {field.name: _class_form(getattr(method, field.name)) for field in fields(method) if field.init}
     return {"class_path": f"{type(method).__module__}.{type(method).__qualname__}", "init_args": own}
@@ -75,7 +76,7 @@ def is_call(value: Any) -> bool:
     return isinstance(value, str) and ("(" in value or "+" in value)
 
 
-def _spec(content: Any, text: str) -> dict[str, Any]:
+def _spec(content: Any, text: str) -> Json:
     """Data as `to_spec` writes them, of those or of a configuration with `class_path` and `init_args`."""
     if isinstance(content, Mapping) and isinstance(content.get("method"), str | Mapping):
         content = content["method"]

@@ -6,7 +6,6 @@ on them.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
@@ -17,6 +16,7 @@ from torch import nn
 
 from mmpeft.errors import ConfigError, nearest
 from mmpeft.sites.site import load_domains
+from mmpeft.types import AnyFunc
 
 
 @dataclass(frozen=True)
@@ -49,8 +49,8 @@ class Library:
     def is_installed(self) -> bool:
         return find_spec(self.package or self.name) is not None
 
-    def _call(self, function: str) -> Callable[..., Any]:
-        found: Callable[..., Any] = getattr(import_module(self.home), function)
+    def _call(self, function: str) -> AnyFunc:
+        found: AnyFunc = getattr(import_module(self.home), function)
         return found
 
 

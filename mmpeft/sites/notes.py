@@ -6,14 +6,14 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
-from typing import Any
 
 from torch import nn
 
 from mmpeft.hosting.modules import own_modules
 from mmpeft.sites.site import Connect, Site, load_domains, qualified_name
+from mmpeft.types import Args, Kwargs
 
-Inputs = tuple[tuple[Any, ...], dict[str, Any]]
+Inputs = tuple[Args, Kwargs]
 Note = Callable[[nn.Module, list[Site]], list[Site]]
 Examples = Callable[[nn.Module], Inputs | None]
 

@@ -22,7 +22,7 @@ def shadow_of(model: nn.Module, fake: FakeTensorMode | None) -> nn.Module:
 
     The pass may leave anything behind in them: masks, caches, buffers that grow.
     """
-    memo: dict[int, Any] = {}
+    memo: dict[int, object] = {}
     for module in model.modules():
         if packs(type(module)) or _holds_few_bits(module):
             memo[id(module)] = _unpacked(module, fake)
@@ -53,7 +53,7 @@ def shadow_of(model: nn.Module, fake: FakeTensorMode | None) -> nn.Module:
     return shadow
 
 
-def _is_own(hook: Any, cls: type) -> bool:
+def _is_own(hook: object, cls: type) -> bool:
     """Whether a hook is a part of the module: it computes a weight, or its library gathers results by it."""
     home = getattr(hook, "__module__", type(hook).__module__)
     library = cls.__module__.partition(".")[0]

@@ -7,12 +7,13 @@ from dataclasses import MISSING, Field, fields
 from typing import Any
 
 from mmpeft.sites.site import ROLES, Site
+from mmpeft.types import Json
 
 LEFT_OUT = ("connect",)
 """How learned keys enter is noted anew by the domain."""
 
 
-def to_json(site: Site) -> dict[str, Any]:
+def to_json(site: Site) -> Json:
     """What of a site differs from its defaults."""
     found = {}
     for field in fields(Site):
@@ -22,7 +23,7 @@ def to_json(site: Site) -> dict[str, Any]:
     return found
 
 
-def from_json(given: Any) -> Site:
+def from_json(given: object) -> Site:
     """A site from what `to_json` made of it.
 
     Raises:

@@ -7,7 +7,7 @@ read off shapes, which may agree by chance: one row of an input is changed, and 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -23,11 +23,12 @@ from mmpeft.hosting.forward import HostPlan
 from mmpeft.hosting.recompute import is_cache
 from mmpeft.hosting.running import RUNNING, Planned
 from mmpeft.parts.base import Part
+from mmpeft.types import Args, Kwargs, Output, TorchOp
 
 if TYPE_CHECKING:
     from mmpeft.surgery.state import State
 
-Run = Callable[[Planned, Any, Any], Any]
+Run = Callable[[Planned, Args, Kwargs], Output]
 MOVING = {"masked_scatter", "index_put", "nonzero", "masked_select"}
 """Operations that put values where other values say."""
 
@@ -43,7 +44,7 @@ class Proof:
     reason: str = ""
 
 
-def proof_key(batch: int, args: Any, kwargs: Any) -> tuple[Any, ...]:
+def proof_key(batch: int, args: Args, kwargs: Kwargs) -> tuple[Hashable, ...]:
     """What batches must have in common for one proof to hold for them: names, dimensions and rows, not lengths."""
     named = [*((str(i), a) for i, a in enumerate(args)), *kwargs.items()]
     facts = [
@@ -55,7 +56,7 @@ def proof_key(batch: int, args: Any, kwargs: Any) -> tuple[Any, ...]:
     return (batch, *facts, *(name for name, value in named if is_cache(value)))
 
 
-def prove(state: State, batch: int, tuned: Sequence[int], run: Run, args: Any, kwargs: Any) -> Proof:
+def prove(state: State, batch: int, tuned: Sequence[int], run: Run, args: Args, kwargs: Kwargs) -> Proof:
     """Change the last row of each input in turn, and see which rows of the tuned hosts' inputs and of outputs change.
 
     Nothing is left behind: no gradient, no random number, no buffer, no entry of a key-value cache.
@@ -146,7 +147,7 @@ class _Moving(TorchDispatchMode):
         super().__init__()  # type: ignore[no-untyped-call]  # untyped in torch
         self.seen = seen
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(self, func: TorchOp, types: object, args: Args = (), kwargs: Kwargs | None = None) -> object:
         if func.overloadpacket.__name__.rstrip("_") in MOVING:
             self.seen.moved = True
         return func(*args, **(kwargs or {}))
