@@ -37,6 +37,11 @@ Batch: TypeAlias = Any
 Output: TypeAlias = Any
 """What a model or a step of a task returns."""
 
+Sample: TypeAlias = Any
+"""What a data set gives for one of its rows."""
+Transform: TypeAlias = Callable[[Any], Any]
+"""What is done to a sample or a picture before it goes into a batch."""
+
 Config: TypeAlias = Any
 """The configuration of a library's model: which settings there are depends on the model."""
 Untyped: TypeAlias = Any

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +25,7 @@ from mmpeft.tuning import Tuning, attach
 from mmpeft.types import Argument, Batch
 
 Rows = RouteEntry | Sequence[RouteEntry]
-Extract = Callable[[nn.Module, Any], Tensor]
+Extract = Callable[[nn.Module, Batch], Tensor]
 
 
 def call(model: nn.Module, inputs: Batch) -> Tensor:
@@ -137,14 +137,14 @@ class Bank(nn.Module):
 
     # -- what runs ------------------------------------------------------------------------------------------
 
-    def using(self, rows: Rows) -> AbstractContextManager[Any]:
+    def using(self, rows: Rows) -> AbstractContextManager[object]:
         """Run these entries inside a `with` block; those without a method stand for the plain model."""
         route = self._plain(rows)
         if state_of(self.model) is None:
             return nullcontext()
         return use(self.model, route)
 
-    def _plain(self, rows: Rows) -> Any:
+    def _plain(self, rows: Rows) -> Rows:
         """What `mmpeft.use` takes, with every name checked."""
         route = rows if rows is None or isinstance(rows, str | Together) else tuple(rows)
         tuned = {name: self[name].method is not None for name in names_of(route)}

@@ -7,7 +7,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -87,7 +86,9 @@ def average(tensors: Sequence[Mapping[str, Tensor]], weights: Sequence[float]) -
     return joined
 
 
-def closest(model: nn.Module, target: Iterable[Any], sources: Mapping[str, Iterable[Any]], top: int = 5) -> list[str]:
+def closest(
+    model: nn.Module, target: Iterable[Batch], sources: Mapping[str, Iterable[Batch]], top: int = 5
+) -> list[str]:
     """The `top` sources whose data look most like the target's to the plain backbone, the closest first.
 
     Compares by cosine the mean output of the last block over a few batches of each. Too many sources disturb each

@@ -7,7 +7,6 @@ import json
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
 from PIL import Image
 
@@ -157,7 +156,7 @@ def _text(path: Path) -> str:
         raise DataError(f"{path} cannot be read: {error}; save it as UTF-8") from error
 
 
-def listed(things: Iterable[Any], most: int = 3) -> str:
+def listed(things: Iterable[object], most: int = 3) -> str:
     """The first of many things, and how many more there are."""
     named = [str(thing) for thing in things]
     return "; ".join(named[:most]) + (f" and {len(named) - most} more" if len(named) > most else "")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections.abc import Sequence
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -53,7 +53,7 @@ class HasClasses(Protocol):
     classes: Sequence[str]
 
 
-def configure(data: Any, preprocessing: Preprocessing) -> None:
+def configure(data: object, preprocessing: Preprocessing) -> None:
     """Tell data what the backbone wants; data without `configure` know themselves."""
     own = getattr(data, "configure", None)
     if own is None:
@@ -69,7 +69,7 @@ def configure(data: Any, preprocessing: Preprocessing) -> None:
         own(preprocessing)
 
 
-def expected(data: object, contract: type[Any], task: str) -> None:
+def expected(data: object, contract: type, task: str) -> None:
     """Raise unless data have what a task's contract names.
 
     Raises:

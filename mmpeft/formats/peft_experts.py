@@ -9,7 +9,6 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +19,7 @@ from mmpeft.hosting.host import base_value
 from mmpeft.hosting.modules import module_at, own_modules
 from mmpeft.parts import ExpertsDelta
 from mmpeft.parts.base import Placement
-from mmpeft.types import Facts
+from mmpeft.types import Facts, Leaf
 
 OPTION = "target_parameters"
 WRAP = ".base_layer"
@@ -127,7 +126,7 @@ def _layer(module: nn.Module, path: str, name: str, a: Tensor, b: Tensor, config
     return StackLayer(path, name, *((down, up) if _swaps(module) else (up.mT, down.mT)), scale)
 
 
-def _pattern(patterns: Facts, name: str, default: Any) -> Any:
+def _pattern(patterns: Facts, name: str, default: Leaf) -> Leaf:
     key = next((key for key in patterns if re.match(rf"(.*\.)?({key})$", name)), None)
     return default if key is None else patterns[key]
 

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import fields
-from typing import Any
 
 from mmpeft.errors import ConfigError, nearest
 from mmpeft.methods.base import METHODS, Method
 from mmpeft.methods.compose import Frozen, Restricted, Union
 from mmpeft.methods.gated import Gated
 from mmpeft.methods.shared.statistics import BatchStatistics
-from mmpeft.types import Facts, Json, Kwargs
+from mmpeft.types import Facts, Json, Kwargs, Leaf
 
 
 def to_spec(method: Method) -> Json:
@@ -23,7 +22,7 @@ def to_spec(method: Method) -> Json:
     return {"name": type(method).__name__, **{f.name: _plain(method, f.name) for f in fields(method)}}
 
 
-def _plain(method: Method, name: str) -> Any:
+def _plain(method: Method, name: str) -> object:
     value = getattr(method, name)
     if callable(value):
         raise ConfigError(
@@ -61,7 +60,7 @@ def from_spec(spec: Facts) -> Method:
     return cls(**{key: _built(value) for key, value in values.items()})
 
 
-def _built(value: Any) -> Any:
+def _built(value: object) -> Leaf:
     """A field's value, methods inside it built."""
     if isinstance(value, list):
         return [_built(item) for item in value]

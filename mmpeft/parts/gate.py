@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -168,7 +168,7 @@ class GatedOutput(GatedPart):
         return bool(getattr(self.inner, "transposed", False))
 
     @property
-    def rows(self) -> Any:
+    def rows(self) -> Attribute:
         return getattr(self.inner, "rows", None)
 
     def through(self, reading: WeightProduct, inner: Inner, x: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from mmpeft.parts.base import Part
 from mmpeft.parts.passing import Passed
 from mmpeft.types import AnyModule, Args, Argument, Attribute, Forward, Kwargs, Output, StateDict
 
-Around = Callable[[nn.Module, Forward, Any, Args, Kwargs], Output]
+Around = Callable[[nn.Module, Forward, "Prompt", Args, Kwargs], Output]
 View = Callable[[nn.Module, Attribute, Any], Attribute]
 UNMERGEABLE = "learned tokens lengthen the sequence; no base weight can stand for them"
 
@@ -92,7 +92,7 @@ class Prompt(Part):
 
     def _reset(self) -> None:
         self._pass: Passed[Pass] = Passed()
-        self._kept: tuple[Any, Watched, Keys] | None = None  # replaced as a whole: threads may share it
+        self._kept: tuple[tuple[object, ...], Watched, Keys] | None = None  # replaced as a whole: threads may share it
         self._graph: Pass | None = None
 
     def __getstate__(self) -> StateDict:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -53,7 +52,7 @@ class Scaled(Part):
         return bool(getattr(self._of[0], "transposed", False))
 
     @property
-    def rows(self) -> Any:
+    def rows(self) -> Attribute:
         return getattr(self._of[0], "rows", None)
 
     def tensors(self) -> Iterable[Tensor]:

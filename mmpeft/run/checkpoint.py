@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import torch
 from lightning import LightningModule, Trainer
@@ -93,7 +92,7 @@ class RandomState(Callback):
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: StateDict) -> None:
         own = self._state or collect()
-        ranks: list[Any] = [own]
+        ranks: list[StateDict | None] = [own]
         if distributed.is_available() and distributed.is_initialized():
             ranks = [None] * distributed.get_world_size()
             distributed.all_gather_object(ranks, own)

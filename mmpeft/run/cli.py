@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import lightning
 import yaml
@@ -27,7 +27,7 @@ from mmpeft.run.experiment import reporting_callbacks, run_callbacks
 from mmpeft.run.written import spelled_out
 from mmpeft.tasks.checkpoint import AtomicCheckpointIO
 from mmpeft.tasks.module import TuningModule
-from mmpeft.types import Argument, Config, Kwargs
+from mmpeft.types import Argument, Config, Kwargs, Leaf, Untyped
 
 ROOT = "runs"
 UNWANTED = ("Total length of .* across ranks is zero", ".*isinstance\\(treespec, LeafSpec\\)")
@@ -144,7 +144,7 @@ class TuningCLI(LightningCLI):
         return super().instantiate_trainer(**kwargs)
 
 
-def as_list(value: Any) -> list[Any]:
+def as_list(value: Leaf) -> list[Leaf]:
     """A list of what was given: nothing, one, or several."""
     return [] if value is None else list(value) if isinstance(value, list | tuple) else [value]
 
@@ -178,7 +178,7 @@ def last_checkpoint(folder: Path) -> Path | None:
 # -- errors -------------------------------------------------------------------------------------------------
 
 
-def options(parser: Any) -> Iterator[str]:
+def options(parser: Untyped) -> Iterator[str]:
     """Names of all options of a parser and of its sub-commands."""
     for action in parser._actions:
         yield action.dest

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable
 from random import Random
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,7 +16,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from mmpeft.functional.rows import Rows
 from mmpeft.sites.graph import Graph
 from mmpeft.sites.record import PRODUCTS, SOFTMAX, Op
-from mmpeft.types import Args
+from mmpeft.types import Args, Leaf
 
 _PLACE = ("device", "dtype", "layout", "pin_memory")
 STATISTICS = frozenset({"mean", "linalg_vector_norm", "norm", "var", "var_mean", "std", "std_mean", "max", "amax"})
@@ -143,7 +142,7 @@ def _again(
     start.movedim(dim, 0)[lost] = float("nan")
     values = {**(held or {}), source.outs[0]: start}
 
-    def real(value: Any) -> Any:
+    def real(value: Leaf) -> Leaf:
         if not isinstance(value, Tensor):
             return value
         if id(value) not in values:

@@ -7,7 +7,7 @@ from dataclasses import MISSING, Field, fields
 from typing import Any
 
 from mmpeft.sites.site import ROLES, Site
-from mmpeft.types import Json
+from mmpeft.types import Json, Leaf
 
 LEFT_OUT = ("connect",)
 """How learned keys enter is noted anew by the domain."""
@@ -42,7 +42,7 @@ def from_json(given: object) -> Site:
     return site
 
 
-def _checked(field: Field[Any], value: Any) -> Any:
+def _checked(field: Field[Any], value: Leaf) -> Leaf:
     if field.name == "rows":
         if isinstance(value, list) and len(value) in (2, 3) and all(type(v) is int and v >= 0 for v in value):
             return tuple(value)

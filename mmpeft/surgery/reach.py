@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from mmpeft.parts.base import Part, Placement
 from mmpeft.surgery.liveness import call
-from mmpeft.types import Args, Argument, Batch, Json, Kwargs, Output, TorchOp
+from mmpeft.types import AnyFunc, Args, Argument, Batch, Json, Kwargs, Output, TorchOp
 
 ENTRIES = ("enter", "exit", "read", "around", "extend")
 """Methods by which a forward pass enters a part that owns no tensor."""
@@ -52,7 +51,7 @@ class _Reading(TorchDispatchMode):
 def _called(parts: Sequence[Part], seen: set[int]) -> Iterator[None]:
     """Notes which of the parts have a hook run."""
 
-    def noted(part: Part, name: str) -> Any:
+    def noted(part: Part, name: str) -> AnyFunc:
         own = getattr(part, name)
 
         def run(*args: Argument, **kwargs: Argument) -> Output:

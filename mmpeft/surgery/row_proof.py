@@ -10,12 +10,12 @@ import copy
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_unflatten
 
 from mmpeft.errors import Refused
 from mmpeft.hosting.batch_rows import row_count_error
@@ -23,7 +23,7 @@ from mmpeft.hosting.forward import HostPlan
 from mmpeft.hosting.recompute import is_cache
 from mmpeft.hosting.running import RUNNING, Planned
 from mmpeft.parts.base import Part
-from mmpeft.types import Args, Kwargs, Output, TorchOp
+from mmpeft.types import Args, Kwargs, Leaf, Output, TorchOp
 
 if TYPE_CHECKING:
     from mmpeft.surgery.state import State
@@ -133,7 +133,7 @@ class _Watch(Part):
         super().__init__()
         self.seat, self.seen, self.calls = seat, seen, 0
 
-    def enter(self, host: nn.Module, x: Any) -> Any:
+    def enter(self, host: nn.Module, x: Leaf) -> Leaf:
         if isinstance(x, Tensor) and x.dim():
             flat = x.detach().reshape(len(x), -1).double()
             weights = torch.arange(1, flat.shape[1] + 1, device=flat.device, dtype=flat.dtype).sin()
@@ -153,7 +153,7 @@ class _Moving(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def _watched(state: State, tuned: Sequence[int], run: Run, leaves: list[Any], spec: Any) -> _Seen:
+def _watched(state: State, tuned: Sequence[int], run: Run, leaves: list[object], spec: TreeSpec) -> _Seen:
     """One pass of the plain model."""
     seen = _Seen()
     plans = {seat: HostPlan(enter=(_Watch(seat, seen),)) for seat in tuned}

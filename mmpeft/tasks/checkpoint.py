@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from lightning.fabric.plugins.io import TorchCheckpointIO
+from lightning.fabric.utilities.types import _PATH
 
 from mmpeft.errors import CheckpointError
 from mmpeft.files import write_atomic
@@ -18,7 +19,7 @@ from mmpeft.types import StateDict
 class AtomicCheckpointIO(TorchCheckpointIO):
     """Writes through a temporary file and a rename; reads tensors and plain data only, never code."""
 
-    def save_checkpoint(self, checkpoint: StateDict, path: Any, storage_options: Any | None = None) -> None:
+    def save_checkpoint(self, checkpoint: StateDict, path: _PATH, storage_options: object = None) -> None:
         """Write a checkpoint; the former file at `path` is whole until the new one is.
 
         Raises:
@@ -31,7 +32,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         torch.save(checkpoint, buffer)
         write_atomic(Path(path), buffer.getvalue())
 
-    def load_checkpoint(self, path: Any, map_location: Any = "cpu", weights_only: bool | None = None) -> StateDict:
+    def load_checkpoint(self, path: _PATH, map_location: Any = "cpu", weights_only: bool | None = None) -> StateDict:
         """Read a checkpoint.
 
         Raises:

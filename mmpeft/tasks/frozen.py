@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from torch import nn
 
@@ -34,7 +33,7 @@ def _frozen(module: nn.Module) -> dict[str, nn.Parameter]:
     return {name: p for name, p in module.named_parameters(remove_duplicate=False) if not p.requires_grad}
 
 
-def drop_frozen(module: nn.Module, state_dict: StateDict, prefix: str, local_metadata: Any) -> None:
+def drop_frozen(module: nn.Module, state_dict: StateDict, prefix: str, local_metadata: object) -> None:
     """Leave the frozen base out of every state dict, also of one gathered through a parent such as AveragedModel."""
     for name in _frozen(module):
         state_dict.pop(prefix + name, None)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Generic, TypeVar
+from typing import Generic, TypeVar
 
 import torch
 from lightning import LightningModule, Trainer
@@ -46,5 +46,5 @@ def renew(module: nn.Module) -> None:
 
 
 def _inferred(metric: Metric) -> bool:
-    states: list[Any] = [getattr(metric, name) for name in metric._defaults]
+    states = [getattr(metric, name) for name in metric._defaults]
     return any(isinstance(state, Tensor) and state.is_inference() for state in states)

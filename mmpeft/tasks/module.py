@@ -30,7 +30,7 @@ from mmpeft.tasks.frozen import drop_frozen, frozen_towers, lend_frozen
 from mmpeft.tasks.metrics import FreshMetrics
 from mmpeft.tasks.schedule import warmup_cosine
 from mmpeft.tuning import Tuning, attach
-from mmpeft.types import Argument, Batch, Facts, Kwargs
+from mmpeft.types import Argument, Batch, Facts, Kwargs, Untyped
 
 D = TypeVar("D")
 
@@ -163,7 +163,7 @@ class TuningModule(lightning.LightningModule):
             tower.eval()
         return self
 
-    def example(self) -> Any:
+    def example(self) -> Batch:
         """A batch that the backbone takes, asked for where its library is not known; None for none.
 
         By default what a training batch of the data module begins with.
@@ -242,7 +242,7 @@ class TuningModule(lightning.LightningModule):
 
     # -- checkpoints hold only what trains ------------------------------------------------------------------
 
-    def load_state_dict(self, state_dict: Facts, strict: bool = True, assign: bool = False) -> Any:
+    def load_state_dict(self, state_dict: Facts, strict: bool = True, assign: bool = False) -> _IncompatibleKeys:
         """Set every trainable tensor; nothing is changed unless all names and shapes agree.
 
         Before the backbone exists (a main process whose forked workers have trained), the tensors wait for it.
@@ -274,10 +274,10 @@ class TuningModule(lightning.LightningModule):
 class OnDevice:
     """Batches on another device."""
 
-    def __init__(self, loader: Any, device: torch.device) -> None:
+    def __init__(self, loader: Untyped, device: torch.device) -> None:
         self.loader, self.device = loader, device
 
-    def __iter__(self) -> Iterator[Any]:
+    def __iter__(self) -> Iterator[Batch]:
         return (move_data_to_device(batch, self.device) for batch in self.loader)
 
     def __len__(self) -> int:

@@ -9,7 +9,7 @@ import os
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TextIO
 
 import torch
 from lightning import LightningModule, Trainer
@@ -36,7 +36,7 @@ class PredictionFile(Callback):
     those of rank 0 come first. A CSV's columns are the keys of its first line.
     """
 
-    def __init__(self, path: str, lines: Callable[[Any, str], Iterable[Line]]) -> None:
+    def __init__(self, path: str, lines: Callable[[Output, str], Iterable[Line]]) -> None:
         """
         Args:
             path: of the file, in the run's folder unless absolute.
@@ -122,7 +122,9 @@ class PredictionFile(Callback):
 class PredictionFolder(Callback):
     """Writes what `predict_step` returns as files, by what the task says they hold."""
 
-    def __init__(self, name: str, files: Callable[[Any], Iterable[tuple[str, bytes]]], note: Callable[[], str]) -> None:
+    def __init__(
+        self, name: str, files: Callable[[Output], Iterable[tuple[str, bytes]]], note: Callable[[], str]
+    ) -> None:
         """
         Args:
             name: of the folder, in the run's folder.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -34,7 +34,7 @@ class Task(TuningModule):
         """Raise DataError for a batch that would be misread: labels out of range. Called before each is used."""
 
     @abstractmethod
-    def evaluate(self, batch: Batch, stage: str) -> Any:
+    def evaluate(self, batch: Batch, stage: str) -> Output:
         """Update the metrics of `stage` ("val" or "test") by a batch; what is returned is handed to `draw`."""
 
     @abstractmethod
@@ -67,10 +67,10 @@ class Task(TuningModule):
     def on_test_batch_start(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
         self.check(batch)
 
-    def validation_step(self, batch: Batch, index: int) -> Any:
+    def validation_step(self, batch: Batch, index: int) -> Output:
         return self._measured(batch, index, "val")
 
-    def test_step(self, batch: Batch, index: int) -> Any:
+    def test_step(self, batch: Batch, index: int) -> Output:
         return self._measured(batch, index, "test")
 
     def _measured(self, batch: Batch, index: int, stage: str) -> None:
@@ -117,7 +117,7 @@ class Task(TuningModule):
                 )
 
 
-def _listed(name: str, values: Any) -> str:
+def _listed(name: str, values: object) -> str:
     if not isinstance(values, list):
         return f"{name} {values!r}"
     return f"{len(values)} {name} ({', '.join(map(str, values[:5]))}{' …' if len(values) > 5 else ''})"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import Any
 
 from torch import nn
 
@@ -107,7 +106,7 @@ def _text(method: Method) -> str:
         return " + ".join(_text(part) for part in parts)
     given: list[str] = []
     for own in fields(method):
-        value: Any = getattr(method, own.name)
+        value: object = getattr(method, own.name)
         if value != own.default and value != {} and value != ():
             given.append(f"{own.name}={_text(value) if isinstance(value, Method) else repr(value)}")
     return f"{type(method).__name__}({', '.join(given)})"

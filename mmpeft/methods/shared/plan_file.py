@@ -7,13 +7,12 @@ import json
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from mmpeft.errors import AdapterFileError
-from mmpeft.types import Argument, Facts, Json
+from mmpeft.types import Argument, Facts, Json, Leaf
 
 FORMAT, VERSION = "mmpeft-plan", 1
 ENCODING = "base64(zlib(little-endian uint32 gaps of ascending flat indices))"
@@ -39,7 +38,7 @@ def read_plan(source: str | Path | Facts) -> Json:
         AdapterFileError: missing, not JSON, foreign, newer, or only a part of a plan.
     """
     where = "the plan"
-    content: Any = source
+    content: Leaf = source
     if isinstance(source, str | Path):
         where = str(source)
         if not Path(source).is_file():
