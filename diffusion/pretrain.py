@@ -121,8 +121,8 @@ class PipelinePretraining(WritesWeights):
         encoder, tokenizer = text_encoder(WEIGHTS / "clip_emoji")
         part = "unet" if self.denoiser.startswith("UNet") else "transformer"
         scheduler = FlowMatchEulerDiscreteScheduler(shift=self.objective.levels.shift)
-        self.__dict__["pipeline"] = PixelPipeline(scheduler, encoder, tokenizer, **{part: model})
-        self.pipeline.set_progress_bar_config(disable=True)  # type: ignore[union-attr]  # built a line above
+        pipeline = self.__dict__["pipeline"] = PixelPipeline(scheduler, encoder, tokenizer, **{part: model})
+        pipeline.set_progress_bar_config(disable=True)
         return model
 
     def _error(self, images: Tensor, texts: Sequence[str], steps: Tensor, noise: Tensor) -> Tensor:

@@ -158,10 +158,10 @@ def _timm_file(source: str, weights: Path, num_classes: int, pretrained: bool, k
     if not pretrained:
         return build(num_classes=num_classes)
     tensors = read_weights(weights)
-    model = build()
+    model: AnyModule = build()
     rows = _head_rows(model, tensors)
     if rows != getattr(model, "num_classes", rows):
-        model.reset_classifier(rows)  # type: ignore[operator]  # of timm
+        model.reset_classifier(rows)
     problem = differences(model, tensors)
     if problem:
         # A file in a family's original layout, or for another image size: timm's converter knows how to read it.

@@ -70,11 +70,11 @@ class MemoryMeter(Callback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Batch, batch_idx: int) -> None:
         if self.found is None:
             self._live = _Live()
-            self._live.__enter__()  # type: ignore[no-untyped-call]  # untyped in torch
+            self._live.__enter__()
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         if self._live is not None:
-            self._live.__exit__(None, None, None)  # type: ignore[no-untyped-call]  # untyped in torch
+            self._live.__exit__(None, None, None)
             weights = sum(p.numel() * p.element_size() for p in pl_module.parameters())
             trainable = sum(p.numel() * p.element_size() for p in pl_module.parameters() if p.requires_grad)
             self.found, self._live = StepMemory(weights, trainable, sum(self._live.sizes.values())), None

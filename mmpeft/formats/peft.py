@@ -19,7 +19,7 @@ from torch import Tensor
 from mmpeft.errors import AdapterFileError, Refused, nearest
 from mmpeft.formats import peft_experts, peft_prompts
 from mmpeft.formats.content import PICKLED, Content, Layer, Scaling, assemble, dump_tensors, read_json, read_tensors
-from mmpeft.types import Facts, Json
+from mmpeft.types import Facts, Json, Kwargs
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -100,7 +100,7 @@ def read_folder(folder: Path) -> Content:
     modules = tuple(config.get("modules_to_save") or ())
     whole = _whole(rest, modules, folder / WEIGHTS)
     notes = tuple(f"holds a copy of the base's table, which is not read: {name}" for name in tables)
-    told: Json = {
+    told: Kwargs = {
         "whole": whole,
         "modules": modules,
         "targets": _targets(config),

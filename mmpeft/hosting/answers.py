@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mmpeft.hosting.weights import ANSWERS, Answer, Operand, Weight
-from mmpeft.types import AnyFunc, Argument
+from mmpeft.types import AnyFunc, Argument, Untyped
 
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
@@ -125,12 +125,13 @@ def _packed(q: Tensor, k: Tensor, v: Tensor, weight: Tensor, bias: Tensor | None
     return [_product(x, piece, b) for x, piece, b in zip((q, k, v), pieces, biases)]
 
 
-_one_product = opened(F._in_projection_packed, linear=_product)  # type: ignore[attr-defined]  # private in torch
+_torch: Untyped = F  # of which some is private
+_one_product = opened(_torch._in_projection_packed, linear=_product)
 multi_head = opened(
     F.multi_head_attention_forward,
     linear=_product,
     _in_projection_packed=_packed,
-    _in_projection=opened(F._in_projection, linear=_product),  # type: ignore[attr-defined]  # private in torch
+    _in_projection=opened(_torch._in_projection, linear=_product),
 )
 
 
@@ -283,8 +284,7 @@ ANSWERS |= {
     F.multi_head_attention_forward: _attention,
     Tensor.__rmatmul__: _reflected,
     Tensor.__getitem__: _item,
-    Tensor.T.__get__: _flip,  # type: ignore[attr-defined]  # what torch hands to overrides
-    Tensor.mT.__get__: _flip,  # type: ignore[attr-defined]  # what torch hands to overrides
+    **{getattr(Tensor, name).__get__: _flip for name in ("T", "mT")},
     Tensor.type_as: _to,
     Tensor.to: _to,
     Tensor.float: _cast(torch.float32),

@@ -93,7 +93,7 @@ def forward_of(base: AnyModule, instead: Forward | None = None) -> Forward:
     if not function:
         return forward
     found = wraps(base.forward)(forward)
-    found.__signature__ = inspect.signature(base.forward)  # type: ignore[attr-defined]  # what inspect looks for
+    found.__dict__["__signature__"] = inspect.signature(base.forward)  # where inspect looks for it
     return found
 
 
@@ -200,7 +200,8 @@ def planned_of(host: nn.Module) -> Planned:
 
 def plan_of(host: nn.Module) -> HostPlan:
     """What a host does at present."""
-    planned, seat = planned_of(host), getattr(host, SEAT)
+    seat: Seat = getattr(host, SEAT)
+    planned = planned_of(host)
     if torch.compiler.is_compiling() and RUNNING.get() is planned and planned.number is not None:
-        return seat.plans.get(planned.number, PLAIN)  # type: ignore[no-any-return]  # a Seat, behind getattr
+        return seat.plans.get(planned.number, PLAIN)
     return planned.plans.get(seat.index, PLAIN)

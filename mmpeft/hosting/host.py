@@ -68,7 +68,7 @@ def base_value(module: nn.Module, name: str) -> Attribute:
             return fetched(module, name, viewed(module, store[name]))
     own = getattr(original_class(module), name, None)
     if isinstance(own, property):  # of a parametrised module, which computes its weight
-        return own.fget(module)  # type: ignore[misc]  # a getter is always there
+        return own.__get__(module)
     raise AttributeError(f"{type(module).__name__} has no attribute {name!r}")
 
 

@@ -45,8 +45,10 @@ class Seen(NamedTuple):
         if values.dtype != self.dtype:
             values = values.to(self.dtype)
         if self.k:
-            return values.unflatten(0, (self.k, -1))  # type: ignore[no-any-return]  # untyped in torch
-        return values.t() if self.flipped else values
+            values = values.unflatten(0, (self.k, -1))
+        elif self.flipped:
+            values = values.t()
+        return values
 
 
 class Weight(Tensor):

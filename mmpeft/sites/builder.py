@@ -109,7 +109,7 @@ class Builder:
             elif path in embed and isinstance(module, nn.Embedding):
                 self.add(path, "embed", depth, kind="embedding", transposed=True, width=module.embedding_dim)
             elif path not in covered and is_norm(module):
-                width = len(module.weight)  # type: ignore[arg-type]  # norms have one
+                width = weight_shape(module)[0]
                 self.add(path, "norm", depth, kind="norm", width=width, channel_dim=norm_channel(module))
         rank = {role: i for i, role in enumerate(ROLES)}
         once = {(site.path, site.role, site.tensor, site.rows): site for site in self.sites[::-1]}

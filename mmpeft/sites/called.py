@@ -42,11 +42,11 @@ def build(name: str) -> nn.Module | tuple[nn.Module, Batch]:
         inspect.signature(call).bind()
     except (ImportError, AttributeError, TypeError, ValueError) as error:
         raise ConfigError(f"{name!r}: {error}; expected {FORM}") from error
-    built = call()
+    built: nn.Module | tuple[nn.Module, Batch] = call()
     model = built[0] if isinstance(built, tuple) and len(built) == 2 else built
     if not isinstance(model, nn.Module):
         raise ConfigError(f"{name} returned a {type(model).__name__}; expected {FORM}")
-    return built  # type: ignore[no-any-return]  # as just checked
+    return built
 
 
 def _look_here() -> None:

@@ -114,8 +114,8 @@ def _above(around: str, path: str) -> str:
 
 def _moved(site: Site, move: Callable[[str], str]) -> Site:
     """A site with other paths; those it does not have stay empty, `path` may be the model itself."""
-    paths = {name: move(value) for name in _PATHS if (value := getattr(site, name)) or name == "path"}
-    return replace(site, **paths, connect=_moved_connect(site, move))  # type: ignore[arg-type]  # fields by name
+    paths: Kwargs = {name: move(value) for name in _PATHS if (value := getattr(site, name)) or name == "path"}
+    return replace(site, **paths, connect=_moved_connect(site, move))
 
 
 def _moved_connect(site: Site, move: Callable[[str], str]) -> Connect | None:

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from mmpeft.parts.base import Part, Placement
 from mmpeft.surgery.liveness import call
-from mmpeft.types import AnyFunc, Args, Argument, Batch, Json, Kwargs, Output, TorchOp
+from mmpeft.types import AnyFunc, Args, Argument, Attribute, Batch, Kwargs, Output, TorchOp
 
 ENTRIES = ("enter", "exit", "read", "around", "extend")
 """Methods by which a forward pass enters a part that owns no tensor."""
@@ -75,7 +75,7 @@ def _as_it_was(model: nn.Module) -> Iterator[None]:
     """Evaluation mode inside; modes, attributes, buffers and random state come back on exit."""
     modules = list(model.modules())
     attributes = [dict(module.__dict__) for module in modules]
-    held: list[Json] = [table for m in modules for table in (m._buffers, m._modules)]
+    held: list[dict[str, Attribute]] = [table for m in modules for table in (m._buffers, m._modules)]
     tables = [(table, dict(table)) for table in held]
     values = [(b, b.detach().clone()) for b in model.buffers()]
     devices = sorted({t.device.index or 0 for t in model.parameters() if t.is_cuda})

@@ -27,12 +27,12 @@ class FreshMetrics(Callback):
     cannot be added to in the latter.
     """
 
-    def _begin(self, trainer: Trainer, module: LightningModule) -> None:
+    def _begin(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not torch.is_inference_mode_enabled():
-            renew(module)
+            renew(pl_module)
 
-    on_train_start = on_validation_start = _begin  # type: ignore[assignment]  # hooks with a name less
-    on_test_start = on_predict_start = _begin  # type: ignore[assignment]  # hooks with a name less
+    on_train_start = on_validation_start = _begin
+    on_test_start = on_predict_start = _begin
 
 
 def renew(module: nn.Module) -> None:

@@ -85,8 +85,8 @@ class TuningModule(lightning.LightningModule):
         self.tuning: Tuning | None = None
         self._waiting: Facts | None = None
         self._frozen_towers: list[nn.Module] = []
-        self.register_state_dict_post_hook(drop_frozen)  # type: ignore[no-untyped-call]  # untyped in torch
-        self.register_load_state_dict_pre_hook(lend_frozen)  # type: ignore[no-untyped-call]  # untyped in torch
+        self.register_state_dict_post_hook(drop_frozen)
+        self.register_load_state_dict_pre_hook(lend_frozen)
 
     @abstractmethod
     def build(self) -> nn.Module:
@@ -110,10 +110,10 @@ class TuningModule(lightning.LightningModule):
         Raises:
             ConfigError: the data module lacks what the contract names.
         """
-        found = self.datamodule
+        found: D | None = self.datamodule
         if found is not None:
             expected(found, contract, type(self).__name__)
-        return found  # type: ignore[no-any-return]  # a protocol's attributes were just looked for
+        return found
 
     def training_step(self, batch: Batch, index: int) -> Tensor | None:
         """The task's loss and the terms that the method's controllers add; None where nothing trains."""

@@ -23,7 +23,7 @@ from mmpeft.methods.shared.plan_picture import label_of
 from mmpeft.methods.spec import to_spec
 from mmpeft.sites import Site, sites
 from mmpeft.sites.selector import select
-from mmpeft.types import Argument, Batch, Json
+from mmpeft.types import Argument, Batch, Json, Kwargs
 
 
 @register("https://arxiv.org/abs/2303.08566", "selective", mergeable=True)
@@ -176,8 +176,8 @@ def allocate(
     `plan = allocate(model, loader, budget="0.2M", structured=LoRA(rank=8, at="attn.*"))`, then `plan.save("plan.json")`
     and `attach(model, plan)`. `options` are those of `SPT`. The model is left as it was.
     """
-    chosen = {} if structured is None else {"structured": structured}
-    method = SPT(budget=budget, **chosen, **options)  # type: ignore[arg-type]  # fields by name
+    chosen: Kwargs = {} if structured is None else {"structured": structured}
+    method = SPT(budget=budget, **chosen, **options)
     return method.resolve(model, data, loss)
 
 
