@@ -26,7 +26,7 @@ from mmpeft.hosting.host import base_value, original_class
 from mmpeft.hosting.modules import module_at
 from mmpeft.hosting.offload import check_present
 from mmpeft.surgery.attached import Attached
-from mmpeft.types import AnyModule, Config, Json, Untyped
+from mmpeft.types import AnyModule, Config, Kwargs, Untyped
 
 FOLDERS = ("transformers", "diffusers")
 FILE = "model.safetensors"
@@ -167,7 +167,7 @@ def _untie(plain: AnyModule) -> None:
         plain.all_tied_weights_keys = plain.get_expanded_tied_weights_keys(all_submodels=True)
 
 
-def _dtype(plain: AnyModule, library: str) -> Json:
+def _dtype(plain: AnyModule, library: str) -> Kwargs:
     return {"dtype" if library == "transformers" else "torch_dtype": plain.dtype}
 
 

@@ -26,7 +26,7 @@ from mmpeft.tasks.options import TrainingOptions
 from mmpeft.tasks.predictions import Line, PredictionFile, class_lines
 from mmpeft.tasks.publish import folder_of
 from mmpeft.tasks.task import Task
-from mmpeft.types import Facts, Fields, Json, Kwargs
+from mmpeft.types import Facts, Fields, Kwargs
 from mmpeft.vision.backbone import create, normalisation
 from mmpeft.vision.classification.draw import class_table, confusion_png, images_png
 
@@ -168,7 +168,7 @@ class ImageClassifier(Task):
 
 def metrics(classes: int) -> MetricCollection:
     """Accuracy over samples and over classes, top 5 where there are more, calibration error, confusion matrix."""
-    found: Json = {
+    found: Fields = {
         "accuracy": MulticlassAccuracy(classes, average="micro", validate_args=False),
         "class_accuracy": MulticlassAccuracy(classes, average="macro", validate_args=False),
         "calibration_error": MulticlassCalibrationError(classes, validate_args=False),

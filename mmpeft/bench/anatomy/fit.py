@@ -16,7 +16,7 @@ from mmpeft.methods.former import place
 from mmpeft.parts.base import Placement
 from mmpeft.sites import Site
 from mmpeft.surgery.attaching import base_tensors
-from mmpeft.types import Json
+from mmpeft.types import Kwargs
 
 BY_DATA = "{} chooses by data what it trains: see mmpeft.allocate, or attach(model, method, data=loader)"
 
@@ -84,7 +84,7 @@ def fit(model: nn.Module, method: Method, found: Sequence[Site], at: str = "", n
         if at:
             name = f"{name} at {at}"
             sited = any(own.name == "at" for own in fields(method))
-            field: Json = {"at": at}
+            field: Kwargs = {"at": at}
             method = replace(method, **field) if sited else method.where(at)
         method.check(model, list(found))
         if method.needs_data:
