@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
-from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
@@ -14,13 +13,14 @@ from diffusers import DiffusionPipeline
 from mmpeft.diffusion.pipeline import PixelPipeline
 from mmpeft.embedded.store import WEIGHTS
 from mmpeft.errors import ConfigError, nearest
+from mmpeft.types import Facts, Kwargs, Untyped
 
 INDEX = "model_index.json"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 WHERE = "name a repository that this machine can reach, a folder of diffusers' layout, or embedded:unet_emoji"
 
 
-def create(name: str, dtype: torch.dtype = torch.float32, quantization: Mapping[str, Any] | None = None) -> Any:
+def create(name: str, dtype: torch.dtype = torch.float32, quantization: Facts | None = None) -> Untyped:
     """A pipeline on the CPU, in evaluation mode.
 
     Args:
@@ -32,7 +32,7 @@ def create(name: str, dtype: torch.dtype = torch.float32, quantization: Mapping[
         ConfigError: no such folder, a folder without safetensors, or weights that cannot be fetched.
     """
     folder = folder_of(name)
-    options: dict[str, Any] = {"use_safetensors": True}
+    options: Kwargs = {"use_safetensors": True}
     if quantization is not None:
         options["quantization_config"] = quantized(quantization)
     if dtype != torch.float32 or quantization is not None:  # torchao's own choice is bfloat16
@@ -52,7 +52,7 @@ def create(name: str, dtype: torch.dtype = torch.float32, quantization: Mapping[
     return pipeline
 
 
-def quantized(facts: Mapping[str, Any]) -> Any:
+def quantized(facts: Facts) -> Untyped:
     """diffusers' config. For `quant_backend: torchao`, `quant_type` is the name of one of torchao's own configs.
 
     Raises:
@@ -68,9 +68,7 @@ def quantized(facts: Mapping[str, Any]) -> Any:
         raise ConfigError(f"quantization={dict(facts)}: {' '.join(str(error).split())[:300]}") from error
 
 
-def _torchao(
-    quant_backend: str, components_to_quantize: Sequence[str], quant_kwargs: Mapping[str, Any]
-) -> dict[str, Any]:
+def _torchao(quant_backend: str, components_to_quantize: Sequence[str], quant_kwargs: Facts) -> Kwargs:
     """By component, because diffusers and transformers have different classes for the same settings."""
     import diffusers
     import transformers

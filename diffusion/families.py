@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from mmpeft.diffusion.family import FACTS, Condition, Family
 from mmpeft.errors import ConfigError
+from mmpeft.types import Kwargs, Untyped
 
 FAMILIES: dict[str, type[Family]] = {}
 
@@ -19,7 +20,7 @@ def _register(family: type[Family]) -> type[Family]:
     return family
 
 
-def family_of(pipeline: Any) -> Family:
+def family_of(pipeline: Untyped) -> Family:
     """The family of a pipeline.
 
     Raises:
@@ -37,13 +38,13 @@ class Pixel(Family):
 
     pipelines = ("PixelPipeline",)
 
-    def sides(self, size: int) -> dict[str, Any]:
+    def sides(self, size: int) -> Kwargs:
         if size != self.pipeline.size:
             raise ConfigError(f"this pipeline draws {self.pipeline.size} pixels, asked for {size}")
         return {}
 
     @property
-    def contexts(self) -> list[tuple[Any, int]]:
+    def contexts(self) -> list[tuple[Untyped, int]]:
         return [(self.pipeline.tokenizer, int(self.pipeline.text_encoder.config.max_position_embeddings))]
 
     def encode_prompt(self, prompts: Sequence[str]) -> Condition:
@@ -76,7 +77,7 @@ class StableDiffusionXL(Family):
     pipelines = ("StableDiffusionXLPipeline",)
 
     @property
-    def contexts(self) -> list[tuple[Any, int]]:
+    def contexts(self) -> list[tuple[Untyped, int]]:
         both = (self.pipeline.tokenizer, self.pipeline.tokenizer_2)
         return [(t, int(t.model_max_length)) for t in both if t is not None]
 
@@ -100,7 +101,7 @@ class StableDiffusion3(Family):
     pipelines = ("StableDiffusion3Pipeline",)
 
     @property
-    def contexts(self) -> list[tuple[Any, int]]:
+    def contexts(self) -> list[tuple[Untyped, int]]:
         """T5 reads it all; where it was left out, the two CLIP encoders do."""
         if self.pipeline.text_encoder_3 is not None:
             return [(self.pipeline.tokenizer_3, 256)]
@@ -131,7 +132,7 @@ class Flux(Family):
     guided = False
 
     @property
-    def contexts(self) -> list[tuple[Any, int]]:
+    def contexts(self) -> list[tuple[Untyped, int]]:
         return [(self.pipeline.tokenizer_2, 512)]
 
     def encode_prompt(self, prompts: Sequence[str]) -> Condition:
@@ -165,10 +166,10 @@ class PixArt(Family):
     pipelines = ("PixArtAlphaPipeline", "PixArtSigmaPipeline")
 
     @property
-    def contexts(self) -> list[tuple[Any, int]]:
+    def contexts(self) -> list[tuple[Untyped, int]]:
         return [(self.pipeline.tokenizer, 120 if type(self.pipeline).__name__ == "PixArtAlphaPipeline" else 300)]
 
-    def sides(self, size: int) -> dict[str, Any]:
+    def sides(self, size: int) -> Kwargs:
         own = {"use_resolution_binning": False, "clean_caption": False}  # prompts are drawn as they were trained
         return {"height": size, "width": size, **own}
 

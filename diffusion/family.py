@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,7 @@ from transformers.utils import logging
 
 from mmpeft.data.captioned import listed
 from mmpeft.errors import ConfigError, DataError
+from mmpeft.types import AnyModule, Kwargs, Untyped
 
 Condition = dict[str, Tensor]
 """What a denoiser is told beside noise and time, batch first: text features, and the sizes SDXL asks for."""
@@ -32,7 +33,7 @@ class Family(ABC):
     guided: ClassVar[bool] = True
     """Whether guidance compares two predictions; else it is an input of one."""
 
-    def __init__(self, pipeline: Any) -> None:
+    def __init__(self, pipeline: Untyped) -> None:
         self.pipeline = pipeline
 
     @property
@@ -41,7 +42,7 @@ class Family(ABC):
         return "transformer" if getattr(self.pipeline, "transformer", None) is not None else "unet"
 
     @property
-    def denoiser(self) -> Any:
+    def denoiser(self) -> AnyModule:
         """The UNet or transformer."""
         return getattr(self.pipeline, self.part)
 
@@ -52,7 +53,7 @@ class Family(ABC):
         return {name: part for name, part in known if name.startswith("text_encoder") and part is not None}
 
     @property
-    def vae(self) -> Any:
+    def vae(self) -> AnyModule:
         """The autoencoder; None where the denoiser works on pixels."""
         return getattr(self.pipeline, "vae", None)
 
@@ -76,7 +77,7 @@ class Family(ABC):
         return int(self.scale * max(patch, 2 if self.scale > 1 else 1))
 
     @property
-    def contexts(self) -> list[tuple[Any, int]]:
+    def contexts(self) -> list[tuple[Untyped, int]]:
         """Tokenizers whose text a prompt must fit, with the tokens they may give."""
         return [(self.pipeline.tokenizer, int(self.pipeline.tokenizer.model_max_length))]
 
@@ -136,7 +137,7 @@ class Family(ABC):
         Raises:
             ConfigError: a negative prompt where guidance does not compare two predictions.
         """
-        options: dict[str, Any] = {"num_inference_steps": steps, "guidance_scale": guidance, "output_type": "pt"}
+        options: Kwargs = {"num_inference_steps": steps, "guidance_scale": guidance, "output_type": "pt"}
         if negative:
             if not self.guided or guidance <= 1:
                 raise ConfigError(
@@ -147,7 +148,7 @@ class Family(ABC):
         found: Tensor = self.pipeline(list(prompts), generator=generators, **self.sides(size), **options).images
         return found
 
-    def sides(self, size: int) -> dict[str, Any]:
+    def sides(self, size: int) -> Kwargs:
         """The pipeline's arguments for height and width."""
         return {"height": size, "width": size}
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
-from typing import Any
 
 from torch import nn
 
 from mmpeft.embedded.store import WEIGHTS
 from mmpeft.errors import ConfigError, nearest
+from mmpeft.types import Json
 
 INDEX, CONFIG = "model_index.json", "config.json"
 DENOISERS = ("transformer", "unet", "prior")
@@ -45,7 +45,7 @@ def build(name: str) -> nn.Module:
         file = _config_of(path)
         if file is None:
             raise ConfigError(f"{path} has no {INDEX} with one of {', '.join(DENOISERS)}, and no {CONFIG}")
-        config: dict[str, Any] = json.loads(file.read_text("utf-8"))
+        config: Json = json.loads(file.read_text("utf-8"))
         cls = getattr(diffusers, str(config.get("_class_name")), None)
         if cls is None:
             raise ConfigError(f"{file} is of class {config.get('_class_name')!r}, which diffusers does not have")
@@ -84,6 +84,6 @@ def _from_hub(name: str) -> nn.Module:
     except (OSError, ValueError) as error:
         raise ConfigError(f"cannot read {INDEX} of {name}: {' '.join(str(error).split())[:200]}") from error
     file = hf_hub_download(name, CONFIG, subfolder=part)
-    config: dict[str, Any] = json.loads(Path(file).read_text("utf-8"))
+    config: Json = json.loads(Path(file).read_text("utf-8"))
     model: nn.Module = getattr(diffusers, config["_class_name"]).from_config(config)
     return model

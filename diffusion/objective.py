@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from diffusers import DDPMScheduler
@@ -12,6 +12,7 @@ from diffusers.training_utils import compute_snr
 from torch import Generator, Tensor
 
 from mmpeft.errors import ConfigError
+from mmpeft.types import Untyped
 
 Prediction = Literal["epsilon", "v_prediction", "sample"]
 Sampling = Literal["uniform", "logit_normal"]
@@ -82,7 +83,7 @@ class Denoising(Objective):
     `min(SNR, γ) / SNR` for ε, `min(SNR, γ) / (SNR + 1)` for v and `min(SNR, γ)` for x₀, `SNR = ᾱ / (1 − ᾱ)`.
     """
 
-    def __init__(self, scheduler: Any, snr_gamma: float | None = None, levels: Levels | None = None) -> None:
+    def __init__(self, scheduler: Untyped, snr_gamma: float | None = None, levels: Levels | None = None) -> None:
         """
         Args:
             scheduler: diffusers' DDPM or DDIM scheduler of the pipeline, which says what is predicted.
@@ -139,7 +140,7 @@ class FlowMatching(Objective):
         return noise - latents
 
 
-def objective_of(scheduler: Any, snr_gamma: float | None = None, levels: Levels | None = None) -> Objective:
+def objective_of(scheduler: Untyped, snr_gamma: float | None = None, levels: Levels | None = None) -> Objective:
     """What a pipeline's denoiser was trained for, by the pipeline's scheduler.
 
     Flow matching draws logit-normal levels with the scheduler's own shift unless told otherwise.

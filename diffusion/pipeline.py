@@ -13,6 +13,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Generator, Tensor
 
 from mmpeft.errors import ConfigError, DataError
+from mmpeft.types import AnyModule, Kwargs, Output
 
 
 class PixelPipeline(DiffusionPipeline, TextualInversionLoaderMixin):  # type: ignore[misc]  # diffusers is not followed
@@ -37,7 +38,7 @@ class PixelPipeline(DiffusionPipeline, TextualInversionLoaderMixin):  # type: ig
         self.image_processor = VaeImageProcessor(vae_scale_factor=1, do_resize=False)
 
     @property
-    def denoiser(self) -> Any:
+    def denoiser(self) -> AnyModule:
         """The model that is trained: the UNet or the transformer."""
         return self.unet if self.unet is not None else self.transformer
 
@@ -63,7 +64,7 @@ class PixelPipeline(DiffusionPipeline, TextualInversionLoaderMixin):  # type: ig
 
     def predict(self, noisy: Tensor, timesteps: Tensor, text: Tensor, mask: Tensor) -> Tensor:
         """What the denoiser makes of noisy images [B, 3, S, S] at timesteps [B]."""
-        options: dict[str, Any] = {"encoder_hidden_states": text, "encoder_attention_mask": mask, "return_dict": False}
+        options: Kwargs = {"encoder_hidden_states": text, "encoder_attention_mask": mask, "return_dict": False}
         if self.unet is not None:
             found: Tensor = self.unet(noisy, timesteps, **options)[0]
         else:
@@ -81,7 +82,7 @@ class PixelPipeline(DiffusionPipeline, TextualInversionLoaderMixin):  # type: ig
         latents: Tensor | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
-    ) -> Any:
+    ) -> Output:
         """Draw one image a prompt.
 
         Args:

@@ -6,7 +6,6 @@ import io
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import diffusers
 import torch
@@ -31,6 +30,7 @@ from mmpeft.formats.merged import merged_copy
 from mmpeft.methods import Full
 from mmpeft.methods.base import Method
 from mmpeft.tasks.pretraining import WritesWeights
+from mmpeft.types import Json
 
 STYLES = ("noto", "twemoji")
 PROMPTS = (
@@ -88,7 +88,7 @@ class PipelinePretraining(WritesWeights):
     def __init__(
         self,
         denoiser: str,
-        config: dict[str, Any],
+        config: Json,
         method: Method | None = None,
         optimizer: OptimizerCallable = torch.optim.AdamW,
         warmup: float = 0.05,
@@ -121,8 +121,8 @@ class PipelinePretraining(WritesWeights):
         encoder, tokenizer = text_encoder(WEIGHTS / "clip_emoji")
         part = "unet" if self.denoiser.startswith("UNet") else "transformer"
         scheduler = FlowMatchEulerDiscreteScheduler(shift=self.objective.levels.shift)
-        self.__dict__["pipeline"] = PixelPipeline(scheduler, encoder, tokenizer, **{part: model})
-        self.pipeline.set_progress_bar_config(disable=True)  # type: ignore[union-attr]  # built a line above
+        pipeline = self.__dict__["pipeline"] = PixelPipeline(scheduler, encoder, tokenizer, **{part: model})
+        pipeline.set_progress_bar_config(disable=True)
         return model
 
     def _error(self, images: Tensor, texts: Sequence[str], steps: Tensor, noise: Tensor) -> Tensor:
@@ -168,7 +168,7 @@ class PipelinePretraining(WritesWeights):
         grid: Tensor = make_grid(images.cpu(), nrow=len(prompts), padding=1, pad_value=1.0)
         return grid
 
-    def write(self, folder: Path, card: dict[str, Any]) -> None:
+    def write(self, folder: Path, card: Json) -> None:
         """The pipeline in fp16 with its card."""
         assert self.pipeline is not None
         assert self.tuning is not None

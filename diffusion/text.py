@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,9 +10,10 @@ from transformers import AutoTokenizer, CLIPTextConfig, CLIPTextModel
 
 from mmpeft.embedded.store import differences, read_card, read_weights
 from mmpeft.errors import ConfigError
+from mmpeft.types import Untyped
 
 
-def text_encoder(folder: Path) -> tuple[CLIPTextModel, Any]:
+def text_encoder(folder: Path) -> tuple[CLIPTextModel, Untyped]:
     """Text encoder and tokenizer of a pair in open_clip's folder layout.
 
     Raises:

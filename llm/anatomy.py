@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import partial
-from typing import Any
 
 import torch.nn.functional as F
 from torch import nn
@@ -24,6 +23,7 @@ from mmpeft.parts.attention import attend
 from mmpeft.sites import Connect, Site, example_inputs, note, prepares, while_watching
 from mmpeft.sites.builder import weight_shape
 from mmpeft.sites.keys import UNEQUAL
+from mmpeft.types import AnyModule, Config
 
 TEXT = "positions and the attention mask are made before the blocks; tokens put in between would have neither"
 SPARSE = "long texts are attended to block-sparse, by the number of keys; set attention_type='original_full'"
@@ -46,7 +46,7 @@ while_watching(references)
 def open_kernels(shadow: nn.Module) -> None:
     """Attention by products in place of flex attention, a kernel that compiles itself."""
     for _, module in own_modules(shadow):
-        config: Any = module.__dict__.get("config")
+        config: Config = module.__dict__.get("config")
         if str(getattr(config, "_attn_implementation", "")).startswith("flex"):
             config._attn_implementation = "sdpa"
 
@@ -69,7 +69,7 @@ def _towers(model: nn.Module, found: list[Site]) -> dict[str, str]:
     for site in sorted(first.values(), key=lambda site: (site.path.count("."), place[site.tower])):
         name = _tower(model, site)
         names[site.tower] = site.tower if name in (*names.values(), "") else name
-    config: Any = model.config
+    config: Config = model.config
     if set(names) == {"text"} and not str(config.model_type).endswith("_text_model"):
         names = {"text": "lm" if names["text"] == "text" else names["text"]}
     return names
@@ -77,7 +77,7 @@ def _towers(model: nn.Module, found: list[Site]) -> dict[str, str]:
 
 def _tower(model: nn.Module, site: Site) -> str:
     """`encoder` and `decoder` of a sequence-to-sequence model, `image` and `text` of two towers so named."""
-    config: Any = model.config
+    config: Config = model.config
     names = site.path.split(".")
     if getattr(config, "is_encoder_decoder", False):
         return next((name for name in names if name in ("encoder", "decoder")), "")
@@ -112,11 +112,11 @@ def _keys(model: nn.Module, site: Site, found: list[Site]) -> Site:
     keys = next((s for s in near if f"{s.path}.".startswith(f"{site.path}.")), None)
     head = next((size for name in HEAD if (size := getattr(module, name, 0))), site.width)
     if keys is None or not head:  # those of another block, which are repeated for the queries behind the registry
-        config: Any = model.config
+        config: Config = model.config
         own = getattr(config.get_text_config(), "num_key_value_heads", None) or site.heads
         heads = own if own and site.heads % own == 0 else site.heads
         return replace(site, heads=heads, connect=Connect("config", view, shift=shifted))
-    weight: Any = module_at(model, keys.path)
+    weight: AnyModule = module_at(model, keys.path)
     total = int(weight_shape(weight)[1 if keys.transposed else 0])
     heads = count_rows(keys.rows, total) // head
     groups = getattr(module, "num_key_value_groups", 1)

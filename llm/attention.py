@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Iterator
 from functools import cache
 from types import CodeType, FunctionType
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -23,8 +23,11 @@ from mmpeft.hosting.host import base_value, original_class
 from mmpeft.parts.gate import GatedKeys
 from mmpeft.parts.prefix import GatedPrefix
 from mmpeft.parts.prompt import PromptLayer
+from mmpeft.types import AnyFunc, Argument, Config, Kwargs, Output
 
 NAME = "mmpeft"
+Mask: TypeAlias = Any
+"""None, a tensor, or one of flex attention's block masks, which take seconds to import."""
 EXTENDED = "_mmpeft_extended"
 """Where a block mask keeps the longer ones made of it: every layer of a pass asks for the same."""
 
@@ -34,14 +37,14 @@ class _Config:
 
     _attn_implementation = NAME
 
-    def __init__(self, base: Any) -> None:
+    def __init__(self, base: Config) -> None:
         self._base = base
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.__dict__["_base"], name)
 
 
-def view(module: nn.Module, config: Any, part: Any) -> Any:
+def view(module: nn.Module, config: Config, part: object) -> Config:
     """What the attention module reads as its config."""
     _register()
     return _Config(config)
@@ -63,10 +66,10 @@ def consults(module: nn.Module) -> bool:
 
 
 @cache
-def _globals_used(cls: type) -> tuple[Any, ...]:
+def _globals_used(cls: type) -> tuple[object, ...]:
     """Global values that a class's methods name, those of functions and classes of the same file included."""
-    found: dict[int, Any] = {}
-    pending: list[Any] = [cls]
+    found: dict[int, object] = {}
+    pending: list[object] = [cls]
     while pending:
         value = pending.pop()
         if id(value) in found:
@@ -91,8 +94,8 @@ def _codes(code: CodeType) -> Iterator[CodeType]:
 
 
 def attend(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **options: Any
-) -> tuple[Tensor, Any]:
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Mask, **options: Argument
+) -> tuple[Tensor, Output]:
     """The module's own attention function on keys and values with every part's in front.
 
     `query` is [B, H, n, d], `key` and `value` [B, h, m, d] with what the cache holds.
@@ -102,11 +105,11 @@ def attend(
     """
     parts = _parts(module)
     name = str(base_value(module, "config")._attn_implementation or "eager")
-    function: Callable[..., tuple[Tensor, Any]] = _original(module, name)
+    function: Callable[..., tuple[Tensor, Output]] = _original(module, name)
     beside = [part for part in parts if isinstance(part, GatedPrefix)]
     gated = [part for part in parts if isinstance(part, GatedKeys)]
 
-    def with_(front: list[Any]) -> tuple[Tensor, Any]:
+    def with_(front: list[Any]) -> tuple[Tensor, Output]:
         keys, values = key, value
         seen: list[tuple[int, Tensor | None]] = []
         for part in front:
@@ -145,14 +148,15 @@ def _parts(module: nn.Module) -> tuple[Any, ...]:
     return plan_of(module).reads["config"]
 
 
-def _original(module: nn.Module, name: str) -> Any:
+def _original(module: nn.Module, name: str) -> AnyFunc:
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     home = sys.modules[original_class(module).__module__]
-    return ALL_ATTENTION_FUNCTIONS.get_interface(name, getattr(home, "eager_attention_forward", None))
+    found: AnyFunc = ALL_ATTENTION_FUNCTIONS.get_interface(name, getattr(home, "eager_attention_forward", None))
+    return found
 
 
-def _extended(name: str, mask: Any, causal: bool, query: Tensor, length: int, count: int) -> Any:
+def _extended(name: str, mask: Mask, causal: bool, query: Tensor, length: int, count: int) -> Mask:
     """A mask under which every query sees the keys in front: of padding [B, m], scores [B, 1, n, m], blocks, or none.
 
     No mask means what it means to the function: all keys to eager and flex attention, the triangle from the first
@@ -172,11 +176,11 @@ def _extended(name: str, mask: Any, causal: bool, query: Tensor, length: int, co
     return longer if longer is None or longer.dim() == 4 else longer[None, None]
 
 
-def _longer_blocks(mask: Any, count: int) -> Any:
+def _longer_blocks(mask: Mask, count: int) -> Mask:
     """A block mask with `count` keys in front that every query sees; made once for all layers."""
     from torch.nn.attention.flex_attention import create_block_mask
 
-    made: dict[int, Any] = mask.__dict__.setdefault(EXTENDED, {})
+    made: dict[int, Mask] = mask.__dict__.setdefault(EXTENDED, {})
     if count not in made:
         inner = mask.mask_mod
 
@@ -191,7 +195,7 @@ def _longer_blocks(mask: Any, count: int) -> Any:
     return made[count]
 
 
-def _hidden(name: str, mask: Any, columns: Tensor, length: int) -> Any:
+def _hidden(name: str, mask: Mask, columns: Tensor, length: int) -> Mask:
     """Take keys in front out of some queries' sight: `columns` [n, p] is true for those seen."""
     rows, count = columns.shape
     if mask is None and not _flash(name):
@@ -206,7 +210,7 @@ def _hidden(name: str, mask: Any, columns: Tensor, length: int) -> Any:
     return torch.cat([mask[..., :count].masked_fill(~columns, low), mask[..., count:]], dim=-1)
 
 
-def _own_options(name: str, options: dict[str, Any], query: Tensor, length: int, count: int) -> dict[str, Any]:
+def _own_options(name: str, options: Kwargs, query: Tensor, length: int, count: int) -> Kwargs:
     """What the function is told besides, for longer keys.
 
     Raises:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
-from typing import Any
 
 from torch import nn
 
 from mmpeft.errors import ConfigError, nearest
+from mmpeft.types import Config
 
 CONFIG = "config.json"
 TASKS = (
@@ -50,7 +50,7 @@ def build(name: str) -> nn.Module:
         raise ConfigError(f"transformers:{name}: no folder with a {CONFIG}, no repository and no type of model.{hint}")
     try:
         if file is None and name in names():
-            config: Any = transformers.AutoConfig.for_model(name)
+            config: Config = transformers.AutoConfig.for_model(name)
         else:
             config = transformers.AutoConfig.from_pretrained(file or name)
     except (OSError, ValueError, ImportError) as error:

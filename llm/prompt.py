@@ -6,11 +6,10 @@ Causal models keep its keys and values; encoders see it as part of the sequence.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from threading import Lock
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,11 +19,10 @@ from torch.utils._pytree import tree_map
 from mmpeft.errors import ConfigError
 from mmpeft.hosting.host import original_class
 from mmpeft.parts.prompt import Prompt
+from mmpeft.types import AnyModule, Args, Forward, Kwargs, Output
 
 
-def prompted(
-    host: nn.Module, run: Callable[..., Any], part: Prompt, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Any:
+def prompted(host: nn.Module, run: Forward, part: Prompt, args: Args, kwargs: Kwargs) -> Output:
     """A decoder's forward pass with the prompt in front of every row; equal to concatenated embeddings.
 
     The host is the stack of blocks with its embedding, which is given the text's positions when they are made: one
@@ -33,7 +31,7 @@ def prompted(
     kwargs = _named(host, args, kwargs)
     text = kwargs.get("input_ids")
     text = kwargs["inputs_embeds"] if text is None else text
-    embedding: Any = host.get_input_embeddings()  # type: ignore[operator]  # a model of transformers
+    embedding: AnyModule = host.get_input_embeddings()  # type: ignore[operator]  # a model of transformers
 
     def prompt_alone() -> None:
         with nullcontext() if torch.compiler.is_compiling() else _unchecked(host):
@@ -62,7 +60,7 @@ def _unchecked(host: nn.Module) -> Iterator[None]:
         yield
         return
     with _LOCK:
-        paused: list[Any] = [m for m in host.modules() if getattr(m, flag, False) or id(m) in _PAUSED]
+        paused = [m for m in host.modules() if getattr(m, flag, False) or id(m) in _PAUSED]
         for module in paused:
             setattr(module, flag, False)
             _PAUSED[id(module)] = _PAUSED.get(id(module), 0) + 1
@@ -83,9 +81,7 @@ def _first_position(host: nn.Module) -> int:
     return 0 if table is None or table.padding_idx is None else table.padding_idx + 1
 
 
-def bidirectional(
-    host: nn.Module, run: Callable[..., Any], part: Prompt, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Any:
+def bidirectional(host: nn.Module, run: Forward, part: Prompt, args: Args, kwargs: Kwargs) -> Output:
     """An encoder's forward pass on the prompt and the text, one sequence with one mask; all of it is returned.
 
     Positions of the text move behind the prompt's, and the prompt is of token type 0, as with concatenated
@@ -94,25 +90,19 @@ def bidirectional(
     return run(**_lengthened(host, part, args, kwargs)[0])
 
 
-def stripped(
-    host: nn.Module, run: Callable[..., Any], part: Prompt, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Any:
+def stripped(host: nn.Module, run: Forward, part: Prompt, args: Args, kwargs: Kwargs) -> Output:
     """The same, and the prompt's positions are taken out of every output."""
     longer, length = _lengthened(host, part, args, kwargs)
     return _without(run(**longer), len(part), length)
 
 
-def unlengthened(
-    host: nn.Module, run: Callable[..., Any], part: Prompt, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Any:
+def unlengthened(host: nn.Module, run: Forward, part: Prompt, args: Args, kwargs: Kwargs) -> Output:
     """The layers alone, between embeddings and pooler: what comes after them sees the text."""
     states = args[0] if args else kwargs["hidden_states"]
     return _without(run(*args, **kwargs), len(part), states.shape[1])
 
 
-def cross_attended(
-    host: nn.Module, run: Callable[..., Any], part: Prompt, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Any:
+def cross_attended(host: nn.Module, run: Forward, part: Prompt, args: Args, kwargs: Kwargs) -> Output:
     """A decoder behind a lengthened encoder: the mask of what it attends to is the text's, and grows by ones."""
     kwargs = _named(host, args, kwargs)
     mask, states = kwargs.get("encoder_attention_mask"), kwargs.get("encoder_hidden_states")
@@ -121,14 +111,12 @@ def cross_attended(
     return run(**kwargs)
 
 
-def _named(host: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+def _named(host: nn.Module, args: Args, kwargs: Kwargs) -> Kwargs:
     parameters = list(inspect.signature(original_class(host).forward).parameters)[1:]
     return {**dict(zip(parameters, args)), **kwargs}
 
 
-def _lengthened(
-    host: nn.Module, part: Prompt, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[dict[str, Any], int]:
+def _lengthened(host: nn.Module, part: Prompt, args: Args, kwargs: Kwargs) -> tuple[Kwargs, int]:
     """Arguments with the prompt in front of every row, and how long the sequence is now."""
     kwargs = _named(host, args, kwargs)
     text, count = kwargs.get("inputs_embeds"), len(part)
@@ -137,7 +125,7 @@ def _lengthened(
     assert text is not None
     _check_room(host, count, text.shape[1])
     rows = part.embeddings().to(text.dtype).expand(len(text), -1, -1)
-    longer: dict[str, Any] = {"input_ids": None, "inputs_embeds": torch.cat([rows, text], dim=1)}
+    longer: Kwargs = {"input_ids": None, "inputs_embeds": torch.cat([rows, text], dim=1)}
     if kwargs.get("attention_mask") is not None:
         longer["attention_mask"] = _visible(kwargs["attention_mask"], count)
     if kwargs.get("token_type_ids") is not None:
@@ -176,10 +164,10 @@ def _visible(mask: Tensor, count: int) -> Tensor:
     return F.pad(mask, (count, 0), value=1)
 
 
-def _without(output: Any, count: int, length: int) -> Any:
+def _without(output: Output, count: int, length: int) -> Output:
     """Outputs without the prompt's positions: states [B, n, d], and the queries of attentions [B, h, n, m]."""
 
-    def strip(value: Any) -> Any:
+    def strip(value: object) -> object:
         if isinstance(value, Tensor) and value.dim() in (3, 4):
             return value.narrow(-2, count, length - count) if value.shape[-2] == length else value
         return value

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 from dataclasses import replace
-from typing import Any
 
 from torch import nn
 
@@ -13,6 +12,7 @@ from mmpeft.hosting.modules import module_at, own_modules
 from mmpeft.llm.attention import consults
 from mmpeft.llm.prompt import bidirectional, cross_attended, prompted, stripped, unlengthened
 from mmpeft.sites import Connect, Site
+from mmpeft.types import Config
 
 
 def prompts(model: nn.Module, found: list[Site]) -> list[Site]:
@@ -65,7 +65,7 @@ def _model_around(model: nn.Module, path: str) -> str:
 
 def _told_positions(model: nn.Module) -> bool:
     """Whether all that a model knows of positions is told by `position_ids`, so that a text can be moved."""
-    config: Any = getattr(model, "config", None)
+    config: Config = getattr(model, "config", None)
     if getattr(config, "alibi", False) or getattr(config, "attention_chunk_size", None):
         return False  # by distance out of the mask; windows of which a moved text would have others
     counted = any(isinstance(m, nn.Embedding) and "attention_mask" in arguments(m) for _, m in own_modules(model))

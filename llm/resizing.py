@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from mmpeft.errors import Refused
 from mmpeft.hosting.host import GUARDS, base_value
 from mmpeft.parts import Delta
 from mmpeft.parts.base import Placement
 from mmpeft.surgery.state import state_with
+from mmpeft.types import AnyModule
 
 
 def check_resizing(
-    model: Any, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, *_: Any, **__: Any
+    model: AnyModule, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, *_: object, **__: object
 ) -> None:
     """Raise Refused where `resize_token_embeddings` would take tensors away that parts of a tuning go with.
 

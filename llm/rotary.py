@@ -7,7 +7,6 @@ Attention's scores depend on `R(i) q · k` for a key that carries no position. W
 from __future__ import annotations
 
 import sys
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +15,7 @@ from mmpeft.errors import Refused
 from mmpeft.hosting.host import original_class
 from mmpeft.hosting.modules import module_at
 from mmpeft.sites import Site
+from mmpeft.types import AnyModule, Config
 
 VARYING = ("dynamic", "longrope")
 """Rotary embeddings whose frequencies depend on the length of the text."""
@@ -27,12 +27,12 @@ def shifted(model: nn.Module, site: Site, keys: Tensor, by: int) -> Tensor:
     Raises:
         Refused: positions enter the model otherwise than by one fixed rotation of queries and keys.
     """
-    config: Any = model.config
+    config: Config = model.config
     if getattr(config, "sliding_window", None):
         raise Refused(f"{site}: a sliding window, out of which moved prefixes would fall and others would not")
     home = sys.modules[original_class(module_at(model, site.path)).__module__]
     turn = getattr(home, "apply_rotary_pos_emb", None)
-    found: list[Any] = [m for m in model.modules() if isinstance(m._buffers.get("inv_freq"), Tensor)]
+    found: list[AnyModule] = [m for m in model.modules() if isinstance(m._buffers.get("inv_freq"), Tensor)]
     if turn is None or len(found) != 1 or site.role != "kv":
         raise Refused(
             f"{site}: positions of {type(model).__name__} are no rotation (learned embeddings, or biases by distance); "

@@ -6,12 +6,12 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
 
 from torch import nn
 
 from mmpeft.hosting.modules import own_modules
 from mmpeft.sites import Site
+from mmpeft.types import AnyModule, Untyped
 
 FUSED = {
     "mamba_inner_fn": ("x_proj", "dt_proj", "out_proj"),
@@ -46,7 +46,7 @@ def fused(module: nn.Module) -> list[tuple[str, ...]]:
     """Of each function that a kernel may stand for in the forward pass of a module, the projections it is given."""
     found = []
     for cls in type(module).__mro__:
-        code: Any = getattr(vars(cls).get("forward"), "__wrapped__", vars(cls).get("forward"))
+        code: Untyped = getattr(vars(cls).get("forward"), "__wrapped__", vars(cls).get("forward"))
         while hasattr(code, "__wrapped__"):
             code = code.__wrapped__
         names = getattr(getattr(code, "__code__", None), "co_names", ())
@@ -61,14 +61,14 @@ def _rescaled(model: nn.Module, site: Site) -> Site:
     return replace(site, refuse=RESCALED) if site.path.endswith(("attention.output", "feed_forward.value")) else site
 
 
-def _scaler(model: nn.Module) -> Any:
+def _scaler(model: nn.Module) -> AnyModule:
     return getattr(model, str(getattr(model, "base_model_prefix", "")), model)
 
 
 @contextmanager
 def references() -> Iterator[None]:
     """Functions that a kernel stands for run as transformers wrote them: kernels take no tensors without data."""
-    hub: Any = sys.modules.get("transformers.integrations.hub_kernels")
+    hub: Untyped = sys.modules.get("transformers.integrations.hub_kernels")
     before = getattr(hub, "is_torchdynamo_exporting", None)
     if before is not None:
         hub.is_torchdynamo_exporting = lambda: True

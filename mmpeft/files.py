@@ -6,9 +6,9 @@ import io
 import os
 import tempfile
 from pathlib import Path
-from typing import Any
 
 from mmpeft.errors import MMPEFTError
+from mmpeft.types import Argument, Untyped
 
 
 def write_atomic(path: Path, data: bytes) -> None:
@@ -47,7 +47,7 @@ def _umask() -> int:
     return mask
 
 
-def png_of(figure: Any, **options: Any) -> bytes:
+def png_of(figure: Untyped, **options: Argument) -> bytes:
     """A matplotlib figure as the content of a PNG file; options as for `savefig`."""
     out = io.BytesIO()
     figure.savefig(out, format="png", **options)

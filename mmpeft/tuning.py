@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from torch import nn
 
@@ -17,6 +17,7 @@ from mmpeft.surgery import attaching
 from mmpeft.surgery.attached import Attached
 from mmpeft.surgery.merging import check_whole
 from mmpeft.surgery.state import state_of
+from mmpeft.types import Batch
 
 
 def attach(
@@ -24,11 +25,11 @@ def attach(
     method: Method,
     name: str = "default",
     *,
-    data: Iterable[Any] | None = None,
+    data: Iterable[Batch] | None = None,
     loss: Loss = default_loss,
     run: bool = True,
     train_head: bool = False,
-    example: Any = None,
+    example: Batch = None,
 ) -> Tuning:
     """Tune `model` by `method`: freeze the base and hang trainable parts under it; nothing else changes.
 

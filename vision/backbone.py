@@ -11,7 +11,6 @@ import logging
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 import timm
 import torch
@@ -30,6 +29,7 @@ from mmpeft.embedded.store import (
     write_weights,
 )
 from mmpeft.errors import ConfigError, nearest
+from mmpeft.types import AnyModule, Argument, Facts, Json, Kwargs
 
 log = logging.getLogger(__name__)
 
@@ -37,7 +37,7 @@ log = logging.getLogger(__name__)
 Build = Callable[..., nn.Module]
 
 
-def create(name: str, num_classes: int = 0, pretrained: bool = True, **kwargs: Any) -> nn.Module:
+def create(name: str, num_classes: int = 0, pretrained: bool = True, **kwargs: Argument) -> nn.Module:
     """Build an image backbone with a new head.
 
     Args:
@@ -66,7 +66,7 @@ def normalisation(model: nn.Module) -> Preprocessing:
 
     The size is the one the model was built for; where it takes any size, the one it was pretrained with.
     """
-    config: Mapping[str, Any] = getattr(model, "pretrained_cfg", None) or {}
+    config: Facts = getattr(model, "pretrained_cfg", None) or {}
     fixed = getattr(getattr(model, "patch_embed", None), "img_size", None)
     height, width = fixed or tuple(config.get("input_size") or (3, 224, 224))[-2:]
     mean = config.get("mean") or IMAGENET_DEFAULT_MEAN
@@ -82,7 +82,7 @@ def embedded_names() -> list[str]:
 # -- timm's registry and hub --------------------------------------------------------------------------------
 
 
-def _registered(name: str, num_classes: int, pretrained: bool, kwargs: dict[str, Any]) -> nn.Module:
+def _registered(name: str, num_classes: int, pretrained: bool, kwargs: Kwargs) -> nn.Module:
     if not name.startswith(("hf-hub:", "hf_hub:")):
         check_name(name)
     if pretrained and re.fullmatch(r"vit_\w+_in21k", name):
@@ -125,7 +125,7 @@ def check_name(name: str) -> None:
 # -- local weights ------------------------------------------------------------------------------------------
 
 
-def _local(path: Path, num_classes: int, pretrained: bool, kwargs: dict[str, Any]) -> nn.Module:
+def _local(path: Path, num_classes: int, pretrained: bool, kwargs: Kwargs) -> nn.Module:
     """A folder in timm's layout, or one weight file with a card or a named architecture."""
     weights = path if path.suffix == ".safetensors" else path / "model.safetensors"
     architecture = kwargs.pop("architecture", None)
@@ -145,10 +145,10 @@ def _local(path: Path, num_classes: int, pretrained: bool, kwargs: dict[str, Any
     return _carded(card, weights, num_classes, pretrained, kwargs)
 
 
-def _timm_file(source: str, weights: Path, num_classes: int, pretrained: bool, kwargs: dict[str, Any]) -> nn.Module:
+def _timm_file(source: str, weights: Path, num_classes: int, pretrained: bool, kwargs: Kwargs) -> nn.Module:
     """A timm architecture with weights from a file, strictly."""
 
-    def build(**more: Any) -> nn.Module:
+    def build(**more: Argument) -> nn.Module:
         try:
             model: nn.Module = timm.create_model(source, **{**kwargs, **more})
             return model
@@ -158,10 +158,10 @@ def _timm_file(source: str, weights: Path, num_classes: int, pretrained: bool, k
     if not pretrained:
         return build(num_classes=num_classes)
     tensors = read_weights(weights)
-    model = build()
+    model: AnyModule = build()
     rows = _head_rows(model, tensors)
     if rows != getattr(model, "num_classes", rows):
-        model.reset_classifier(rows)  # type: ignore[operator]  # of timm
+        model.reset_classifier(rows)
     problem = differences(model, tensors)
     if problem:
         # A file in a family's original layout, or for another image size: timm's converter knows how to read it.
@@ -175,7 +175,7 @@ def _timm_file(source: str, weights: Path, num_classes: int, pretrained: bool, k
     return _with_head(model, num_classes)
 
 
-def _embedded(name: str, num_classes: int, pretrained: bool, kwargs: dict[str, Any]) -> nn.Module:
+def _embedded(name: str, num_classes: int, pretrained: bool, kwargs: Kwargs) -> nn.Module:
     card, weights = WEIGHTS / f"{name}.json", WEIGHTS / f"{name}.safetensors"
     if name not in embedded_names():
         known = embedded_names()
@@ -185,14 +185,14 @@ def _embedded(name: str, num_classes: int, pretrained: bool, kwargs: dict[str, A
     return _carded(card, weights, num_classes, pretrained, kwargs)
 
 
-def _carded(card: Path, weights: Path, num_classes: int, pretrained: bool, kwargs: dict[str, Any]) -> nn.Module:
+def _carded(card: Path, weights: Path, num_classes: int, pretrained: bool, kwargs: Kwargs) -> nn.Module:
     """A VisionTransformer whose card holds its keyword arguments."""
     facts = read_card(card)
     if not isinstance(facts.get("architecture"), dict):
         raise ConfigError(f"{card} has no `architecture`: a timm name, or keyword arguments of VisionTransformer")
     size = kwargs.pop("img_size", None)
     try:
-        model: Any = VisionTransformer(
+        model: AnyModule = VisionTransformer(
             **{**facts["architecture"], **kwargs}, num_classes=int(facts.get("num_classes", 0))
         )
     except TypeError as error:
@@ -205,13 +205,13 @@ def _carded(card: Path, weights: Path, num_classes: int, pretrained: bool, kwarg
         model.load_state_dict(tensors)
     if size is not None:
         model.set_input_size(img_size=size)  # resamples the position embedding
-    config: dict[str, Any] = {"architecture": weights.stem, "first_conv": "patch_embed.proj", "classifier": "head"}
+    config: Json = {"architecture": weights.stem, "first_conv": "patch_embed.proj", "classifier": "head"}
     config |= {"num_classes": model.num_classes, "input_size": (3, *model.patch_embed.img_size)}
     model.pretrained_cfg = model.default_cfg = {**config, **facts.get("pretrained_cfg", {})}
     return _with_head(model, num_classes)
 
 
-def save_embedded(model: nn.Module, name: str, folder: str | Path, card: Mapping[str, Any]) -> Path:
+def save_embedded(model: nn.Module, name: str, folder: str | Path, card: Facts) -> Path:
     """Write `<name>.safetensors` (fp16) and its card `<name>.json`; return the weight file.
 
     The backbone alone is written, whatever tuning it carries; merge first to keep what was learned. The card gets
@@ -243,7 +243,7 @@ def _head_rows(model: nn.Module, tensors: Mapping[str, Tensor]) -> int:
 
 def _with_head(model: nn.Module, num_classes: int) -> nn.Module:
     """The model with a fresh head, unless it has one of that size."""
-    of_timm: Any = model
+    of_timm: AnyModule = model
     if of_timm.num_classes != num_classes:
         of_timm.reset_classifier(num_classes)
     return model

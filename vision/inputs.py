@@ -6,12 +6,14 @@ weights were: `patch_embed.img_size`, `image_size`, positions counted. timm's co
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
-Inputs = tuple[tuple[Any, ...], dict[str, Any]]
+from mmpeft.types import AnyModule, Args, Json, Kwargs
+
+Inputs = tuple[Args, Kwargs]
 
 SIDE = 224
 """Side of an image where the model fixes none: every family takes it, and it is the size most were trained at."""
@@ -41,7 +43,7 @@ def _timm(model: nn.Module) -> Inputs | None:
     return (_image(model, int(channels), *_timm_size(model, configuration)),), {}
 
 
-def _timm_size(model: Any, configuration: dict[str, Any]) -> tuple[int, int]:
+def _timm_size(model: AnyModule, configuration: Json) -> tuple[int, int]:
     default = (configuration.get("input_size") or (3, SIDE, SIDE))[-2:]
     own, fixed = None, bool(configuration.get("fixed_input_size", False))
     for module in model.modules():  # the model itself, its patch embedding, or that of a wrapped model
@@ -71,7 +73,7 @@ def _torchvision(model: nn.Module, cls: type[nn.Module]) -> Inputs:
     return (_image(model, _channels(model), *_torchvision_size(model, cls)),), {}
 
 
-def _torchvision_size(model: Any, cls: type[nn.Module]) -> tuple[int, int]:
+def _torchvision_size(model: AnyModule, cls: type[nn.Module]) -> tuple[int, int]:
     if hasattr(model, "image_size"):  # VisionTransformer
         return _pair(model.image_size)
     if cls.__name__ == "MaxVit":  # the first stage runs behind two strides of 2, on windows of a fixed grid
@@ -80,7 +82,7 @@ def _torchvision_size(model: Any, cls: type[nn.Module]) -> tuple[int, int]:
     return (299, 299) if "Inception" in cls.__name__ else (SIDE, SIDE)
 
 
-def _clip_size(model: Any) -> tuple[int, int, int]:
+def _clip_size(model: AnyModule) -> tuple[int, int, int]:
     """Frames, height and width of a clip."""
     positions = getattr(model, "pos_encoding", None)
     if positions is None:  # S3D's pools need at least 16 frames of full size
@@ -92,7 +94,7 @@ def _clip_size(model: Any) -> tuple[int, int, int]:
     return frames, height, width
 
 
-def _detection(model: Any) -> Inputs:
+def _detection(model: AnyModule) -> Inputs:
     """A list of images, and in training mode what is to be found in them."""
     images = list(_image(model, _channels(model), SIDE, SIDE))
     if not model.training:
@@ -122,6 +124,6 @@ def _image(model: nn.Module, channels: int, *size: int, seed: int = 0) -> Tensor
     return image.to(next(floats, torch.float32))
 
 
-def _pair(size: Any) -> tuple[int, int]:
+def _pair(size: int | Sequence[int]) -> tuple[int, int]:
     height, width = (size, size) if isinstance(size, int) else size
     return int(height), int(width)

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
@@ -25,6 +25,7 @@ from mmpeft.methods import Full
 from mmpeft.methods.base import Method
 from mmpeft.tasks.pretraining import WritesWeights
 from mmpeft.tasks.schedule import warmup_cosine
+from mmpeft.types import AnyModule, Json, Kwargs
 
 STYLES = ("noto", "twemoji")
 STOP_WORDS = frozenset({"with", "of", "and", "the", "in", "on", "flag"})
@@ -48,7 +49,7 @@ def word_targets(sets: EmojiSet, words: Sequence[str]) -> Tensor:
     return has / has.sum(1, keepdim=True).clamp(min=1)
 
 
-def default_optimizer(groups: Any) -> torch.optim.Optimizer:
+def default_optimizer(groups: Iterable[Kwargs]) -> torch.optim.Optimizer:
     """timm's Muon at 0.02 with Nesterov momentum .95, AdamW at 1e-3 for what is no matrix of a block."""
     from timm.optim import Muon
 
@@ -93,7 +94,7 @@ class EmojiPretraining(WritesWeights):
 
     def __init__(
         self,
-        architecture: dict[str, Any],
+        architecture: Json,
         method: Method | None = None,
         optimizer: OptimizerCallable = default_optimizer,
         warmup: float = 0.05,
@@ -129,12 +130,12 @@ class EmojiPretraining(WritesWeights):
 
         if not torch.cuda.is_available():
             set_fused_attn(False)  # on a CPU in bf16 the written-out attention trains 1.7 times as fast
-        vit: Any = VisionTransformer(num_classes=0, **self.architecture)
+        vit: AnyModule = VisionTransformer(num_classes=0, **self.architecture)
         grid = build_sincos2d_pos_embed(list(vit.patch_embed.grid_size), dim=vit.embed_dim)
         vit.pos_embed.data.copy_(0.5 * grid.view_as(vit.pos_embed))
         return vit  # type: ignore[no-any-return]  # timm is not followed
 
-    def configure_optimizers(self) -> Any:
+    def configure_optimizers(self) -> OptimizerLRScheduler:
         """Muon for the matrices of the blocks; its AdamW fallback for embeddings, heads, norms and biases."""
         groups: dict[str, list[nn.Parameter]] = {"muon": [], "matrices": [], "vectors": []}
         for name, parameter in self.trainable():
@@ -184,7 +185,7 @@ class EmojiPretraining(WritesWeights):
             if own.any():
                 self.log(f"val/{name}", right[own].float().mean(), prog_bar=True, batch_size=int(own.sum()))
 
-    def write(self, folder: Path, card: dict[str, Any]) -> None:
+    def write(self, folder: Path, card: Json) -> None:
         """The backbone alone, with its architecture, data and final metrics as the card."""
         from mmpeft.vision.backbone import save_embedded
 

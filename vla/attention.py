@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -11,17 +10,18 @@ from torch import Tensor, nn
 from mmpeft.errors import Refused
 from mmpeft.parts.attention import KeyValuePart, attend
 from mmpeft.parts.prefix import GatedPrefix, Prefix
+from mmpeft.types import Args, Forward, Kwargs, Output
 
 NAMES = ("query", "key", "value", "key_padding_mask", "need_weights")
 
 
 def multihead(
     host: nn.Module,
-    run: Callable[..., Any],
+    run: Forward,
     parts: Sequence[KeyValuePart],
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-) -> Any:
+    args: Args,
+    kwargs: Kwargs,
+) -> Output:
     """The module's own forward pass with the keys and values of every part.
 
     A gated attention is added behind it: torch's fast path for inference, which a function mode would turn off,

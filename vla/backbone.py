@@ -10,7 +10,7 @@ import copy
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Protocol, cast
 
 import open_clip
 import torch
@@ -22,6 +22,7 @@ from mmpeft.data.contract import Preprocessing
 from mmpeft.embedded.store import REMEDY, WEIGHTS, differences, read_card, read_weights, write_weights
 from mmpeft.errors import ConfigError, DataError, nearest
 from mmpeft.files import write_atomic
+from mmpeft.types import AnyModule, Argument, Json, Untyped
 
 CONFIG, MODEL, CARD = "open_clip_config.json", "open_clip_model.safetensors", "card.json"
 
@@ -29,7 +30,7 @@ Tokenizer = Callable[[Sequence[str]], Tensor]
 """Texts to token numbers, int64 [B, context]; longer texts are cut."""
 
 
-def vit_emoji_64(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+def vit_emoji_64(pretrained: bool = False, **kwargs: Argument) -> nn.Module:
     """The architecture of `embedded:vit_emoji` under a timm name, for the image tower of `embedded:clip_emoji`."""
     architecture = read_card(WEIGHTS / "vit_emoji.json")["architecture"]
     for name in ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir"):
@@ -105,7 +106,7 @@ def tokenizer(name: str) -> Tokenizer:
     return found
 
 
-def preprocessing(model: Any) -> Preprocessing:
+def preprocessing(model: AnyModule) -> Preprocessing:
     """Size, mean and std of the images a pair wants."""
     size = model.visual.image_size
     height, width = (size, size) if isinstance(size, int) else size
@@ -116,7 +117,7 @@ def preprocessing(model: Any) -> Preprocessing:
 
 def check_length(texts: Sequence[str], tokens: Tokenizer) -> None:
     """Raise DataError if a text does not fit the context: what was cut off would be missing without a word."""
-    own: Any = tokens
+    own: Untyped = tokens
     context = int(own.context_length)
     pad = own([""], context_length=context + 1)[0, -1]
     for start in range(0, len(texts), 4096):
@@ -147,7 +148,7 @@ def folder_of(name: str) -> Path | None:
     return None
 
 
-def save(model: nn.Module, folder: Path, config: dict[str, Any], tensors: dict[str, Tensor], **card: Any) -> None:
+def save(model: nn.Module, folder: Path, config: Json, tensors: dict[str, Tensor], **card: Argument) -> None:
     """Write open_clip's folder: its configuration, the tensors in fp16, and a card with their hash.
 
     Raises:
@@ -162,17 +163,17 @@ def save(model: nn.Module, folder: Path, config: dict[str, Any], tensors: dict[s
     write_atomic(folder / CONFIG, (json.dumps(config, indent=2) + "\n").encode())
 
 
-def described(name: str) -> dict[str, Any]:
+def described(name: str) -> Json:
     """The architecture of a pair of open_clip's registry or of the hub, as its configuration has it."""
     if name.startswith("hf-hub:"):
         repository, _, revision = name.removeprefix("hf-hub:").partition("@")
         file = hf_hub_download(repository, CONFIG, revision=revision or None)
-        found: dict[str, Any] = read_card(Path(file))["model_cfg"]
+        found: Json = read_card(Path(file))["model_cfg"]
         return found
     return open_clip.get_model_config(name.partition("/")[0]) or {}
 
 
-def build(model_cfg: dict[str, Any]) -> nn.Module:
+def build(model_cfg: Json) -> nn.Module:
     """A pair with random weights by open_clip's configuration dictionary."""
     known = copy.deepcopy(model_cfg)
     custom = known.pop("custom_text", False) or "hf_model_name" in known.get("text_cfg", {})
@@ -189,7 +190,7 @@ def _local(folder: Path, pretrained: bool, image_size: int | None) -> nn.Module:
     if "model_cfg" not in config:
         raise ConfigError(f"{folder / CONFIG} has no model_cfg")
     model = build(config["model_cfg"])
-    tower: Any = model.visual
+    tower: AnyModule = model.visual
     if pretrained:
         card = folder / CARD
         tensors = read_weights(folder / MODEL, read_card(card).get("sha256") if card.is_file() else None)

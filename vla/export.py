@@ -9,7 +9,6 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 import open_clip
 import torch
@@ -22,8 +21,10 @@ from mmpeft.files import write_atomic
 from mmpeft.formats.merged import merged_copy
 from mmpeft.run.reload import load_run
 from mmpeft.tuning import Tuning
+from mmpeft.types import AnyModule
 from mmpeft.vla.backbone import CONFIG, MODEL, described, folder_of, preprocessing
 from mmpeft.vla.fewshot.heads import Head
+from mmpeft.vla.fewshot.task import FewShot
 
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "special_tokens_map.json")
 WEIGHTS, NAMES = "classifier.safetensors", "classes.json"
@@ -40,7 +41,7 @@ def save_pair(tuning: Tuning, backbone: str, folder: str | Path) -> float:
         AdapterFileError: open_clip reads something else.
     """
     folder, source = Path(folder), folder_of(backbone)
-    plain: Any = merged_copy(tuning)
+    plain: AnyModule = merged_copy(tuning)
     size, mean, std = preprocessing(plain)
     config = json.loads((source / CONFIG).read_text("utf-8")) if source else {"model_cfg": described(backbone)}
     vision = config["model_cfg"]["vision_cfg"]
@@ -69,11 +70,11 @@ def save_pair(tuning: Tuning, backbone: str, folder: str | Path) -> float:
 def _difference(tuning: Tuning, folder: Path, target: Path) -> float:
     """Between the features of a tuned pair and of what open_clip reads from a folder."""
     try:
-        back: Any = open_clip.create_model(f"local-dir:{folder}")
+        back: AnyModule = open_clip.create_model(f"local-dir:{folder}")
     except (RuntimeError, ValueError, OSError) as error:
         reason = str(error).splitlines()[0]
         raise AdapterFileError(f"open_clip does not read what would be in {target}: {reason}") from error
-    model: Any = tuning.model.to("cpu")
+    model: AnyModule = tuning.model.to("cpu")
     size = preprocessing(model)[0]
     generator = torch.Generator().manual_seed(0)
     image = torch.randn(2, 3, *size, generator=generator)
@@ -94,7 +95,7 @@ def _difference(tuning: Tuning, folder: Path, target: Path) -> float:
 
 
 @torch.no_grad()
-def save_classifier(task: Any, folder: str | Path) -> float:
+def save_classifier(task: FewShot, folder: str | Path) -> float:
     """Write the text features of a task's classes, W [C, d] and their names: scores are `logit_scale · f Wᵀ`.
 
     Returned is the largest difference between scores by the file and by the task for random unit features.
@@ -123,7 +124,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--checkpoint", type=Path, required=True, help="a run's folder or a .ckpt file")
     parser.add_argument("--out", type=Path, required=True, help="the folder to write")
     options = parser.parse_args((sys.argv[1:] if argv is None else list(argv))[1:])
-    task: Any = load_run(options.checkpoint)[0]
+    task: AnyModule = load_run(options.checkpoint)[0]
     if not hasattr(task, "backbone") or not hasattr(task.model, "encode_text"):
         raise ConfigError(f"{options.checkpoint} is a run of {type(task).__name__}, which tunes no image-text pair")
     if task.method.mergeable:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
-Inputs = tuple[tuple[Any, ...], dict[str, Any]]
+from mmpeft.types import AnyModule, Args, Kwargs
+
+Inputs = tuple[Args, Kwargs]
 
 ROWS = 2
 LONGEST = 77
@@ -34,7 +34,7 @@ def example_inputs(model: nn.Module) -> Inputs | None:
     return None
 
 
-def _images(tower: Any, dtype: torch.dtype) -> Tensor:
+def _images(tower: AnyModule, dtype: torch.dtype) -> Tensor:
     size = tower.image_size
     height, width = (size, size) if isinstance(size, int) else size
     channels = next((m.in_channels for m in tower.modules() if isinstance(m, nn.Conv2d)), 3)
@@ -42,7 +42,7 @@ def _images(tower: Any, dtype: torch.dtype) -> Tensor:
     return image.to(dtype)
 
 
-def _texts(tower: Any) -> Tensor:
+def _texts(tower: AnyModule) -> Tensor:
     """Token numbers that end as the tower's pooling expects: with its end token, or with the highest number."""
     known = int(tower.vocab_size)
     length = min(int(tower.context_length) - 2 if _hugging_face(tower) else int(tower.context_length), LONGEST)
@@ -56,11 +56,11 @@ def _texts(tower: Any) -> Tensor:
     return ids
 
 
-def _hugging_face(tower: Any) -> bool:
+def _hugging_face(tower: AnyModule) -> bool:
     return getattr(tower, "config", None) is not None
 
 
-def _features(decoder: Any) -> tuple[Tensor, Tensor]:
+def _features(decoder: AnyModule) -> tuple[Tensor, Tensor]:
     """Image and text features for CoCa's decoder."""
     width = int(decoder.ln_final.normalized_shape[0])
     generator = torch.Generator().manual_seed(0)

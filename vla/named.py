@@ -5,12 +5,12 @@ from __future__ import annotations
 import copy
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 from torch import nn
 
 from mmpeft.embedded.store import WEIGHTS
 from mmpeft.errors import ConfigError, nearest
+from mmpeft.types import Json
 
 CONFIG = "open_clip_config.json"
 
@@ -50,7 +50,7 @@ def build(name: str) -> nn.Module:
         ) from error
 
 
-def _random(config: dict[str, Any]) -> dict[str, Any]:
+def _random(config: Json) -> Json:
     """A configuration that fetches no weights."""
     own = copy.deepcopy(config)
     if "timm_model_name" in own.get("vision_cfg", {}):

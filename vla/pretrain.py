@@ -6,11 +6,11 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from open_clip.loss import ClipLoss
 from timm.layers import set_fused_attn
 from tokenizers import Tokenizer as Fast
@@ -28,6 +28,7 @@ from mmpeft.methods import Full
 from mmpeft.methods.base import Method
 from mmpeft.tasks.pretraining import WritesWeights
 from mmpeft.tasks.schedule import warmup_cosine
+from mmpeft.types import AnyModule, Json
 from mmpeft.vla.backbone import build, save, tokenizer
 from mmpeft.vla.contrastive.task import MAX_SCALE, ContrastiveTuner, recall
 
@@ -117,7 +118,7 @@ class PairPretraining(WritesWeights, ContrastiveTuner):
 
     def __init__(
         self,
-        model_cfg: dict[str, Any],
+        model_cfg: Json,
         method: Method | None = None,
         optimizer: OptimizerCallable = torch.optim.AdamW,
         warmup: float = 0.05,
@@ -157,7 +158,7 @@ class PairPretraining(WritesWeights, ContrastiveTuner):
         self.tokenizer = tokenizer(str(folder))
         self.unfuse()
         model = build(self.model_cfg)
-        tower: Any = model.visual
+        tower: AnyModule = model.visual
         tower.trunk.load_state_dict(read_weights(WEIGHTS / f"{self.image_tower}.safetensors"))
         return model
 
@@ -167,10 +168,10 @@ class PairPretraining(WritesWeights, ContrastiveTuner):
         if not torch.cuda.is_available():
             set_fused_attn(False)
 
-    def _config(self) -> dict[str, Any]:
+    def _config(self) -> Json:
         return {"model_cfg": self.model_cfg, "preprocess_cfg": {"mean": MEAN, "std": STD}}
 
-    def configure_optimizers(self) -> Any:
+    def configure_optimizers(self) -> OptimizerLRScheduler:
         """The image tower apart, at a lower rate; no decay for vectors, embeddings and the scale."""
         groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
         for name, parameter in self.trainable():
@@ -194,13 +195,13 @@ class PairPretraining(WritesWeights, ContrastiveTuner):
         """
         drawings, texts, labels = batch
         images = (self.augment(drawings.float() / 255, self.generator) - 0.5) / 0.5
-        model: Any = self.model
+        model: AnyModule = self.model
         losses = self.naming(model.encode_image(images, normalize=True).float(), texts, labels)
         return self.total(losses, len(images))
 
     def naming(self, image: Tensor, texts: Sequence[str], labels: Tensor) -> dict[str, Tensor]:
         """The three losses of unit features [B, e] whose captions and labels [B, 2] are known."""
-        model: Any = self.model
+        model: AnyModule = self.model
         sets = [self.tokens(own) for own in (texts, *([*map(dressed, own)] for own in self.names))]
         text = model.encode_text(torch.cat(sets), normalize=True).float()
         scale = model.logit_scale.clamp(max=math.log(MAX_SCALE)).exp()
@@ -222,12 +223,12 @@ class PairPretraining(WritesWeights, ContrastiveTuner):
         drawings, *rest = batch
         rgba = drawings.float() / 255
         images = (rgba[:, :3] * rgba[:, 3:] + 1 - rgba[:, 3:] - 0.5) / 0.5
-        model: Any = self.model
+        model: AnyModule = self.model
         self._kept.append((model.encode_image(images, normalize=True).float(), torch.stack(rest, 1), rest[0]))
 
     def results(self, stage: str) -> Mapping[str, Tensor]:
         """Retrieval among unseen identities and zero-shot naming of their kinds, in each style."""
-        model: Any = self.model
+        model: AnyModule = self.model
         image, facts = (torch.cat([kept[i] for kept in self._kept]) for i in (0, 1))
         self._kept = []
         known = emoji("openmoji", "val")
@@ -246,7 +247,7 @@ class PairPretraining(WritesWeights, ContrastiveTuner):
             values |= {f"{style}_{key}": value for key, value in found.items()}
         return values
 
-    def write(self, folder: Path, card: dict[str, Any]) -> None:
+    def write(self, folder: Path, card: Json) -> None:
         """The pair in open_clip's layout, with data and final metrics as the card."""
         with self.merged() as pair:
             save(pair, folder / self.name, self._config(), backbone_tensors(pair), **card)

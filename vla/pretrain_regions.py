@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +14,7 @@ from mmpeft.embedded.augment import StyleAugment
 from mmpeft.embedded.store import read_card
 from mmpeft.errors import ConfigError
 from mmpeft.methods.base import Method
+from mmpeft.types import AnyModule, Kwargs
 from mmpeft.vla.backbone import CONFIG, create, folder_of, tokenizer, vit_emoji_64
 from mmpeft.vla.pretrain import PairPretraining
 from mmpeft.vla.taps import image_taps, projection
@@ -56,7 +56,7 @@ class RegionPretraining(PairPretraining):
             raise ConfigError(f"mosaic is a share of steps in [0, 1], got {mosaic}")
         self.pair = found
         config = read_card(found / CONFIG)["model_cfg"]
-        options: dict[str, Any] = {"kind_weight": kind_weight, "smoothing": smoothing, "seed": seed}
+        options: Kwargs = {"kind_weight": kind_weight, "smoothing": smoothing, "seed": seed}
         super().__init__(
             config, method, optimizer, warmup, "vit_emoji", image_lr=1.0, name=name, folder=folder, **options
         )
@@ -70,7 +70,7 @@ class RegionPretraining(PairPretraining):
             for path in (self.pair / CONFIG, *self.pair.glob("tokenizer*.json")):
                 shutil.copyfile(path, folder / path.name)
         self.tokenizer = tokenizer(str(folder))
-        model: Any = create(str(self.pair))
+        model: AnyModule = create(str(self.pair))
         trunk = vit_emoji_64(dynamic_img_size=True)
         trunk.load_state_dict(model.visual.trunk.state_dict())
         model.visual.trunk = trunk

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,19 +10,20 @@ from torch import Tensor
 from mmpeft.errors import Refused
 from mmpeft.sites.builder import is_a
 from mmpeft.tasks.taps import Taps
+from mmpeft.types import AnyModule
 
 
-def image_taps(model: Any) -> Taps:
+def image_taps(model: AnyModule) -> Taps:
     """The blocks of a pair's image tower."""
     return Taps(model, "image", model.encode_image)
 
 
-def text_taps(model: Any) -> Taps:
+def text_taps(model: AnyModule) -> Taps:
     """The blocks of a pair's text tower."""
     return Taps(model, "text", model.encode_text, patches=False)
 
 
-def projection(model: Any) -> Callable[[Tensor], Tensor]:
+def projection(model: AnyModule) -> Callable[[Tensor], Tensor]:
     """What takes a token [.., d] of the last block into the joint space, as the tower does with what it pools.
 
     Raises:

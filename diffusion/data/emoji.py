@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from typing import Any, Literal, Unpack
+from typing import Literal, Unpack
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from mmpeft.embedded import EmojiSet, emoji
 from mmpeft.embedded.captions import captions
 from mmpeft.embedded.emoji import NATIVE
 from mmpeft.errors import ConfigError, DataError
+from mmpeft.types import Fields
 
 SIZES = (32, NATIVE)
 OTHERS = ("noto", "twemoji")  # what the embedded pipelines draw
@@ -138,7 +139,7 @@ class Drawings(Dataset[Sample]):
         return as_sample(self.images[index], text, (NATIVE, NATIVE), (0, 0), self.keys[index])
 
 
-class Tested(Dataset[dict[str, Any]]):
+class Tested(Dataset[Fields]):
     """Drawings with their category, and, where the style is asked for by words, the same without them: the name alone
     (`plain`), and how another style draws it (`plain_image`)."""
 
@@ -151,7 +152,7 @@ class Tested(Dataset[dict[str, Any]]):
         """Return the number of drawings."""
         return len(self.drawings)
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
+    def __getitem__(self, index: int) -> Fields:
         """Return one sample with what else is known of it."""
         sample = {**self.drawings[index], "label": self.labels[index]}
         if self.others is not None:

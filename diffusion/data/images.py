@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Sequence
-from typing import Any, Literal, Unpack
+from typing import Literal, Unpack
 
 import torch
 from PIL import Image, ImageColor
@@ -22,6 +22,7 @@ from mmpeft.diffusion.data.buckets import BucketSampler, Size, bucket_sizes, cro
 from mmpeft.diffusion.family import beginning
 from mmpeft.diffusion.style.judge import Judge
 from mmpeft.errors import ConfigError, DataError
+from mmpeft.types import Fields
 
 LOG = logging.getLogger(__name__)
 VERSION = 1  # of the way from a file to pixels: another one is another key
@@ -235,7 +236,7 @@ class WithPrior(Dataset[Sample]):
         return {**self.crops[index], "prior": self.prior[rows[int(torch.randint(len(rows), ()))]]}
 
 
-class WithOthers(Dataset[dict[str, Any]]):
+class WithOthers(Dataset[Fields]):
     """Crops, each with one of some other prompts (`plain`) if there are any."""
 
     def __init__(self, crops: Crops, prompts: Sequence[str]) -> None:
@@ -245,7 +246,7 @@ class WithOthers(Dataset[dict[str, Any]]):
         """Return the number of crops."""
         return len(self.crops)
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
+    def __getitem__(self, index: int) -> Fields:
         """Return one sample."""
         return {**self.crops[index], **({"plain": self.prompts[index % len(self.prompts)]} if self.prompts else {})}
 

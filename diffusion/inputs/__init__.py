@@ -7,8 +7,6 @@ library is never imported.
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import nn
 
 from mmpeft.diffusion.inputs.facts import Denoiser
@@ -16,10 +14,11 @@ from mmpeft.diffusion.inputs.images import CASES as IMAGES
 from mmpeft.diffusion.inputs.rules import RULES
 from mmpeft.diffusion.inputs.sounds import CASES as SOUNDS
 from mmpeft.diffusion.inputs.videos import CASES as VIDEOS
+from mmpeft.types import Args, Kwargs
 
 CASES = {**IMAGES, **VIDEOS, **SOUNDS}
 
-Inputs = tuple[tuple[Any, ...], dict[str, Any]]
+Inputs = tuple[Args, Kwargs]
 
 
 def example_inputs(model: nn.Module) -> Inputs | None:
@@ -28,7 +27,7 @@ def example_inputs(model: nn.Module) -> Inputs | None:
     if not names or getattr(model, "config", None) is None:
         return None
     denoiser = Denoiser(model, names)
-    values: dict[str, Any] = {}
+    values: Kwargs = {}
     for parameter in denoiser.parameters:
         if parameter in RULES:
             value = RULES[parameter](denoiser)

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mmpeft.types import Json
+
 ROWS = 2
 FRAMES = 4
 SIDE = 4
@@ -36,7 +38,7 @@ class Denoiser:
     def __init__(self, model: nn.Module, names: list[str]) -> None:
         self.model, self.names = model, set(names)
         config = model.config
-        self.config: dict[str, Any] = dict(config) if isinstance(config, Mapping) else dict(vars(config))
+        self.config: Json = dict(config) if isinstance(config, Mapping) else dict(vars(config))
         self.parameters = inspect.signature(model.forward).parameters
         floats = (p.dtype for p in model.parameters() if p.is_floating_point())
         self.dtype = next(floats, torch.float32)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 
 from mmpeft.diffusion.inputs.facts import FRAMES, ROWS, SIDE, Denoiser, rotation
 from mmpeft.diffusion.inputs.rules import control, timestep
+from mmpeft.types import AnyModule, Kwargs
 
-Values = dict[str, Any]
+Values = Kwargs
 
 
 def _hidream(d: Denoiser) -> Values:
@@ -116,7 +116,7 @@ def _plain_transformer(d: Denoiser) -> Values:
 
 def _z_image(d: Denoiser) -> Values:
     frames, rows, columns = d.patch
-    model: Any = d.model  # its ControlNet has these modules from a transformer, and no setting of their widths
+    model: AnyModule = d.model  # its ControlNet has these modules from a transformer, and no setting of their widths
     channels = next(iter(model.all_x_embedder.values())).in_features // (frames * rows * columns)
     width = model.cap_embedder[-1].in_features
     return {

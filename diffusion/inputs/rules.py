@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from mmpeft.diffusion.inputs.facts import ROWS, SIDE, Denoiser
+from mmpeft.types import Kwargs
 
 TEXT_WIDTHS = (
     "joint_attention_dim", "caption_channels", "text_embed_dim", "text_dim", "cap_feat_dim", "context_in_dim",
@@ -80,11 +80,11 @@ def class_labels(d: Denoiser) -> Tensor | None:
     return torch.tensor([0, 1]) if many or by_norm else None
 
 
-def added_conditions(d: Denoiser) -> dict[str, Any] | None:
+def added_conditions(d: Denoiser) -> Kwargs | None:
     """What SDXL, unCLIP, Kandinsky and PixArt add to the time embedding."""
     kind, projected = d.get("addition_embed_type"), d.get("encoder_hid_dim_type")
     inside = d.size("projection_class_embeddings_input_dim", default=0)
-    added: dict[str, Any] = {}
+    added: Kwargs = {}
     if kind == "text_time":
         added["time_ids"] = torch.tensor([[64.0, 64.0, 0.0, 0.0, 64.0, 64.0]] * ROWS).to(d.dtype)
         added["text_embeds"] = d.noise(ROWS, inside - 6 * d.size("addition_time_embed_dim", default=0))
@@ -125,11 +125,11 @@ def picture(d: Denoiser) -> Tensor | None:
     return d.noise(ROWS, 4, width) if width else None
 
 
-def _if(needed: str, give: Callable[[Denoiser], Any]) -> Callable[[Denoiser], Any]:
+def _if(needed: str, give: Callable[[Denoiser], object]) -> Callable[[Denoiser], object]:
     return lambda d: give(d) if d.get(needed) else None
 
 
-RULES: dict[str, Callable[[Denoiser], Any]] = {
+RULES: dict[str, Callable[[Denoiser], object]] = {
     "sample": lambda d: d.latent(),
     "hidden_states": lambda d: d.latent(),
     "timestep": timestep,

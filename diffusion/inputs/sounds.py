@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 
 from mmpeft.diffusion.inputs.facts import ROWS, Denoiser, rotation
+from mmpeft.types import Kwargs
 
-Values = dict[str, Any]
+Values = Kwargs
 
 
 def _stable_audio(d: Denoiser) -> Values:

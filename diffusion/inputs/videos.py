@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from typing import Any
 
 import torch
 
 from mmpeft.diffusion.inputs.facts import FRAMES, ROWS, SIDE, Denoiser, rotation
 from mmpeft.diffusion.inputs.rules import IMAGE_SCALE, text, timestep
+from mmpeft.types import AnyModule, Argument, Kwargs
 
-Values = dict[str, Any]
+Values = Kwargs
 
 
 def _cogvideox(d: Denoiser) -> Values:
@@ -36,11 +36,11 @@ def _cosmos(d: Denoiser) -> Values:
     condition = torch.ones(ROWS, 1, d.frames, d.side, d.side, dtype=d.dtype)
     channels = d.channels
     # the configuration counts the mask of conditioned frames as a channel where video is continued
-    embed: Any = d.model.patch_embed
+    embed: AnyModule = d.model.patch_embed
     widest = embed.proj.in_features // (d.patch[0] * d.patch[1] * d.patch[2])
     rest = widest - channels - int(bool(d.get("concat_padding_mask")))
     width = d.size("crossattn_proj_in_channels" if d.get("use_crossattn_projection") else "text_embed_dim", default=0)
-    prompt: Any = d.text(width)
+    prompt: Argument = d.text(width)
     if d.get("img_context_dim_in"):
         prompt = (prompt, d.noise(ROWS, 4, d.size("img_context_dim_in", default=0)))
     return {

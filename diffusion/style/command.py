@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple, get_args
+from typing import NamedTuple, get_args
 
 import torch
 import yaml
@@ -33,6 +33,7 @@ from mmpeft.formats.native import MANIFEST
 from mmpeft.surgery.choice import use
 from mmpeft.surgery.together import Together
 from mmpeft.tuning import Tuning, load, load_foreign
+from mmpeft.types import Facts, Untyped
 
 PIPELINE = "a hub repository, a folder, or embedded:<name> (default: what the adapter's run was tuned on)"
 
@@ -126,7 +127,7 @@ class Base(NamedTuple):
 
     pipeline: str
     dtype: str = "float32"
-    quantization: Mapping[str, Any] | None = None
+    quantization: Facts | None = None
     size: int | None = None
 
 
@@ -217,7 +218,7 @@ def save_grid(images: Tensor, path: Path, columns: int) -> None:
     """A PNG of images [B, 3, H, W] in [0, 1]; small ones are enlarged without smoothing."""
     grid = make_grid(images, nrow=columns if columns > 1 else min(len(images), 4), padding=2, pad_value=1.0)
     times = max(1, 256 // images.shape[-1])
-    picture: Any = tf.to_pil_image(grid)
+    picture: Untyped = tf.to_pil_image(grid)
     path.parent.mkdir(parents=True, exist_ok=True)
     picture.resize((picture.width * times, picture.height * times), 0).save(path)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import torch
 from lightning import LightningModule, Trainer
@@ -17,6 +16,7 @@ from mmpeft.diffusion.style.judge import Judge, judged
 from mmpeft.files import write_atomic
 from mmpeft.run.callbacks import draw, rows_before, to_csv
 from mmpeft.tasks.publish import folder_of
+from mmpeft.types import AnyModule, Batch, Fields, Output, Untyped
 
 ROWS = 8
 """Prompts in the picture."""
@@ -37,7 +37,7 @@ class Drawn:
         self.plain: list[str] = []
         self.labels: list[Tensor] = []
 
-    def add(self, images: dict[str, Tensor], batch: dict[str, Any]) -> None:
+    def add(self, images: dict[str, Tensor], batch: Fields) -> None:
         """Keep the images drawn for a batch."""
         for kind, own in images.items():
             self.parts.setdefault(kind, []).append(own.detach().cpu())
@@ -66,7 +66,7 @@ class StyleTest(Callback):
         self.drawn, self.judge = Drawn(), judge_of(trainer)  # an evaluator that is not there is no news for the end
 
     def on_test_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, *rest: Any
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Output, batch: Batch, *rest: object
     ) -> None:
         self.drawn.add(outputs, batch)
 
@@ -99,7 +99,7 @@ class StyleScores(Callback):
             self.rows = rows_before(folder / SCORES, trainer.global_step) if folder and trainer.global_step else []
             self._judge = judge_of(trainer) if folder else None
 
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *rest: Any) -> None:
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *rest: object) -> None:
         if trainer.global_step % self.show.every == 0 and trainer.global_step != self._last and self.show.judged:
             self._last = trainer.global_step
             folder = folder_of(trainer)
@@ -110,7 +110,7 @@ class StyleScores(Callback):
                 self.rows.append({"step": trainer.global_step, **scores})
                 self._write(folder)
 
-    def _scores(self, module: Any) -> dict[str, float]:
+    def _scores(self, module: AnyModule) -> dict[str, float]:
         known = module.datamodule.val_set
         if self._judge is None or not known:
             return {}
@@ -132,6 +132,6 @@ class StyleScores(Callback):
 
 def judge_of(trainer: Trainer) -> Judge | None:
     """The evaluator of a run's data; None where they have none."""
-    data: Any = getattr(trainer, "datamodule", None)
+    data: Untyped = getattr(trainer, "datamodule", None)
     found: Judge | None = data.judge() if hasattr(data, "judge") else None
     return found

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ from torch import Tensor
 from mmpeft.errors import ConfigError, Refused
 from mmpeft.files import png_of, write_atomic
 from mmpeft.tasks.publish import folder_of
+from mmpeft.types import AnyModule
 
 if TYPE_CHECKING:
     from mmpeft.diffusion.style.task import StyleTuner
@@ -60,14 +61,14 @@ class StrengthGrid(Callback):
         self.show = show
         self._last = -1
 
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *rest: Any) -> None:
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *rest: object) -> None:
         if trainer.global_step % self.show.every == 0:
             self._draw(trainer, pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._draw(trainer, pl_module)
 
-    def _draw(self, trainer: Trainer, module: Any) -> None:
+    def _draw(self, trainer: Trainer, module: AnyModule) -> None:
         if not self.show.prompts or trainer.global_step in (0, self._last):
             return
         self._last = trainer.global_step

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +11,7 @@ from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
 
 from mmpeft.diffusion.style.judge import Judge, eight_bits
 from mmpeft.errors import ConfigError
+from mmpeft.types import Output, Untyped
 
 AT_ONCE = 32
 
@@ -19,7 +19,7 @@ AT_ONCE = 32
 class PairFeatures(nn.Module):
     """Image features of a pair, of uint8 images [B, 3, H, W]."""
 
-    def __init__(self, model: Any, processor: Any) -> None:
+    def __init__(self, model: Untyped, processor: Untyped) -> None:
         super().__init__()
         self.model, self.processor = model, processor
 
@@ -46,8 +46,8 @@ class PairJudge(Judge):
             ConfigError: it cannot be loaded, or is no image-text pair.
         """
         try:
-            self.model: Any = AutoModel.from_pretrained(name, use_safetensors=True).eval().requires_grad_(False)
-            self.tokenizer: Any = AutoTokenizer.from_pretrained(name)
+            self.model: Untyped = AutoModel.from_pretrained(name, use_safetensors=True).eval().requires_grad_(False)
+            self.tokenizer: Untyped = AutoTokenizer.from_pretrained(name)
             processor = AutoImageProcessor.from_pretrained(name)
         except (OSError, ValueError, ImportError) as error:
             reason = " ".join(str(error).split())[:300]
@@ -70,7 +70,7 @@ class PairJudge(Judge):
         }
 
 
-def pooled(found: Any) -> Tensor:
+def pooled(found: Output) -> Tensor:
     """The features in what transformers returns, which has changed between its versions."""
-    features: Tensor = getattr(found, "pooler_output", found)
+    features: Tensor = found.pooler_output if hasattr(found, "pooler_output") else found
     return features

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,6 +10,7 @@ from torch import Tensor
 from mmpeft.data.sampling import hash_seed
 from mmpeft.diffusion.style.task import StyleTuner
 from mmpeft.errors import ConfigError
+from mmpeft.types import Argument, Fields
 
 
 class SliderTuner(StyleTuner):
@@ -29,7 +29,7 @@ class SliderTuner(StyleTuner):
         less: str = "",
         keep: Sequence[str] = ("",),
         scale: float = 1.0,
-        **options: Any,
+        **options: Argument,
     ) -> None:
         """
         Args:
@@ -55,7 +55,7 @@ class SliderTuner(StyleTuner):
     def own_prompts(self) -> list[str]:
         return [*super().own_prompts(), self.concept, *(prompt for pair in self.ends for prompt in pair)]
 
-    def loss(self, batch: dict[str, Any], index: int) -> Tensor:
+    def loss(self, batch: Fields, index: int) -> Tensor:
         generator = torch.Generator().manual_seed(hash_seed(self.seed, self.current_epoch, index, self.global_rank))
         latents = self.latents(batch)
         noise, steps = self._draw(latents, generator)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, Literal, TypedDict, Unpack
+from typing import Literal, TypedDict, Unpack
 
 import torch
 from lightning.pytorch.callbacks import Callback
@@ -30,6 +30,7 @@ from mmpeft.surgery.choice import use
 from mmpeft.tasks.module import TuningModule
 from mmpeft.tasks.publish import folder_of
 from mmpeft.tuning import Tuning, attach
+from mmpeft.types import Fields, Json
 
 
 class StyleOptions(TypedDict, total=False):
@@ -62,7 +63,7 @@ class StyleTuner(TuningModule):
         prior_prompt: str | None = None,
         resolution: int | None = None,
         dtype: Literal["float32", "bfloat16", "float16"] = "float32",
-        quantization: dict[str, Any] | None = None,
+        quantization: Json | None = None,
         cache_dir: str | None = None,
         show: Show | None = None,
         seed: int = 0,
@@ -182,13 +183,13 @@ class StyleTuner(TuningModule):
         self.text_cache.fill(prompts, compute)
         return self.text_cache.stacked(prompts, self.device)
 
-    def condition(self, prompts: Sequence[str], batch: dict[str, Any] | None = None) -> Condition:
+    def condition(self, prompts: Sequence[str], batch: Fields | None = None) -> Condition:
         """What the denoiser is told: text features, and the facts of the images."""
         text = self.family.encode_prompt(prompts) if self.text_tunings else self._texts(prompts)
         return {**text, **{name: batch[name] for name in FACTS if batch is not None and name in batch}}
 
     @torch.no_grad()
-    def latents(self, batch: dict[str, Any]) -> Tensor:
+    def latents(self, batch: Fields) -> Tensor:
         """Latents of a batch, from the cache where the data give each sample a `key` that names its pixels."""
         images: Tensor = batch["image"]
         if self.family.vae is None:
@@ -204,7 +205,7 @@ class StyleTuner(TuningModule):
 
     # -- the loss -------------------------------------------------------------------------------------------
 
-    def loss(self, batch: dict[str, Any], index: int) -> Tensor:
+    def loss(self, batch: Fields, index: int) -> Tensor:
         generator = torch.Generator().manual_seed(hash_seed(self.seed, self.current_epoch, index, self.global_rank))
         loss = self._error(batch, generator, self.no_caption)
         self.log("train/loss", loss, prog_bar=True, on_step=True, on_epoch=True, batch_size=len(batch["image"]))
@@ -214,12 +215,12 @@ class StyleTuner(TuningModule):
             loss = loss + self.prior_weight * prior
         return loss
 
-    def validation_step(self, batch: dict[str, Any], index: int) -> None:
+    def validation_step(self, batch: Fields, index: int) -> None:
         """The error on images that are not trained on, at the same noise and timesteps each time."""
         loss = self._error(batch, torch.Generator().manual_seed(hash_seed(self.seed, index, self.global_rank)), 0.0)
         self.log("val/loss", loss, prog_bar=True, sync_dist=True, batch_size=len(batch["image"]))
 
-    def _error(self, batch: dict[str, Any], generator: Generator, no_caption: float = 0.0) -> Tensor:
+    def _error(self, batch: Fields, generator: Generator, no_caption: float = 0.0) -> Tensor:
         latents = self.latents(batch)
         noise, steps = self._draw(latents, generator)
         dropped = torch.rand(len(latents), generator=generator) < no_caption
@@ -227,7 +228,7 @@ class StyleTuner(TuningModule):
         prediction = self._predict(latents, noise, steps, self.condition(prompts, batch))
         return self.objective.loss(prediction, latents, noise, steps)
 
-    def _drift(self, batch: dict[str, Any], generator: Generator) -> Tensor:
+    def _drift(self, batch: Fields, generator: Generator) -> Tensor:
         """`‖f(x_t, t, prior) − f₀(x_t, t, prior)‖²`, f₀ the model with its tuning off."""
         latents = self.latents(batch)
         noise, steps = self._draw(latents, generator)
@@ -278,11 +279,11 @@ class StyleTuner(TuningModule):
         self.train(training)
         return images.float().cpu()
 
-    def test_step(self, batch: dict[str, Any], index: int) -> dict[str, Tensor]:
+    def test_step(self, batch: Fields, index: int) -> dict[str, Tensor]:
         """Images in [0, 1] by kind, for the test's prompts: drawn by hand, by the base, by the tuned model."""
         return self.drawings(batch, [index * 10_000 + i for i in range(len(batch["prompt"]))])
 
-    def drawings(self, batch: dict[str, Any], seeds: Sequence[int], base: bool = True) -> dict[str, Tensor]:
+    def drawings(self, batch: Fields, seeds: Sequence[int], base: bool = True) -> dict[str, Tensor]:
         """Images in [0, 1] for the prompts of a batch by kind, as `evaluation.Drawn` names them.
 
         `base` says whether to draw by the base as well, and give the images by hand.

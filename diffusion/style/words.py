@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +16,7 @@ from mmpeft.files import write_atomic
 from mmpeft.formats.content import dump_tensors, read_tensors
 from mmpeft.methods import Frozen, Method, TextualInversion
 from mmpeft.tuning import Tuning
+from mmpeft.types import AnyModule, Argument, Facts, Untyped
 
 FOLDER = "words"
 ENCODERS = {"text_encoder": ("tokenizer", "clip_l"), "text_encoder_2": ("tokenizer_2", "clip_g")}
@@ -40,7 +40,7 @@ class WordTuner(StyleTuner):
         vectors: int = 1,
         method: Method | None = None,
         text_method: Method | None = None,
-        **options: Any,
+        **options: Argument,
     ) -> None:
         """
         Args:
@@ -73,7 +73,7 @@ class WordTuner(StyleTuner):
         write_words(self.family, self.words, folder / FOLDER, self.text_tunings, self.vectors)
 
 
-def tables(family: Family) -> dict[str, tuple[Any, nn.Module, str]]:
+def tables(family: Family) -> dict[str, tuple[Untyped, nn.Module, str]]:
     """Text encoder → its tokenizer, itself, and its name in files.
 
     Raises:
@@ -99,7 +99,7 @@ def add_words(family: Family, words: Mapping[str, str | Mapping[str, Tensor]], v
         ConfigError: a tokenizer knows the word already, or knows nothing of its description.
     """
     for part, (tokenizer, encoder, _) in tables(family).items():
-        encoder_any: Any = encoder
+        encoder_any: AnyModule = encoder
         table = encoder_any.get_input_embeddings().weight
         rows: list[Tensor] = []
         for word, start in words.items():
@@ -124,15 +124,13 @@ def add_words(family: Family, words: Mapping[str, str | Mapping[str, Tensor]], v
 
 
 @torch.no_grad()
-def write_words(
-    family: Family, words: Mapping[str, Any], folder: Path, tunings: Mapping[str, Tuning], vectors: int = 1
-) -> None:
+def write_words(family: Family, words: Facts, folder: Path, tunings: Mapping[str, Tuning], vectors: int = 1) -> None:
     """A file a word: `{word: embeddings}` [n, d] for one encoder, `{clip_l: …, clip_g: …}` for two."""
     known = tables(family)
     found: dict[str, Tensor] = {}
     for part, (tokenizer, encoder, _) in known.items():
         ids = [tokenizer.convert_tokens_to_ids(tokens_of(word, vectors)) for word in words]
-        encoder_any: Any = encoder
+        encoder_any: AnyModule = encoder
         with tunings[part].use():
             found[part] = encoder_any.get_input_embeddings()(torch.tensor(ids, device=encoder_any.device)).float()
     for number, word in enumerate(words):
@@ -181,7 +179,7 @@ def load_words(family: Family, path: Path) -> list[str]:
     words = read_words(path, {part: key for part, (_, _, key) in known.items()})
     for word, tensors in words.items():
         for part, tensor in tensors.items():
-            encoder: Any = known[part][1]
+            encoder: AnyModule = known[part][1]
             width = encoder.get_input_embeddings().weight.shape[1]
             if tensor.shape[1] != width:
                 raise AdapterFileError(

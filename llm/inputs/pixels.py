@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from mmpeft.llm.inputs.request import ROWS, Request, first
+from mmpeft.types import Config
 
 _GRID = 4
 _PAIRS = ("superglue", "lightglue", "efficientloftr")
@@ -28,7 +28,7 @@ _LISTS = (
 )
 
 
-def _tower(request: Request) -> Any:
+def _tower(request: Request) -> Config:
     """The config of what reads pixels."""
     config = request.config
     if hasattr(config, "patch_size") and not hasattr(config, "text_config"):
@@ -87,7 +87,7 @@ def _convolutions(request: Request) -> Iterator[nn.Module]:
     return (m for m in request.model.modules() if isinstance(m, nn.Conv1d | nn.Conv2d | nn.Conv3d))
 
 
-def _pixels(request: Request) -> Any:
+def _pixels(request: Request) -> object:
     names, kind = request.names, request.kind
     if request.lacks("vision"):
         return None
@@ -171,7 +171,7 @@ def _merges(request: Request) -> Tensor:
     return torch.tensor([int(request.find("spatial_merge_size", default=1))] * ROWS)
 
 
-def _states_of_patches(request: Request) -> Any:
+def _states_of_patches(request: Request) -> object:
     if "grid_thw" not in request.names:
         if isinstance(first_convolution := next(_convolutions(request), None), nn.Conv1d):
             channels = first_convolution.in_channels
@@ -182,7 +182,7 @@ def _states_of_patches(request: Request) -> Any:
     return {"hidden_states": pixels, "grid_thw": grid}
 
 
-def _videos(request: Request) -> Any:
+def _videos(request: Request) -> object:
     """Where a model needs a video or reads nothing else."""
     wanted = "pixel_values_videos" in request.required or request.main == "pixel_values_videos"
     if not wanted and not request.kind.startswith("pe_audio_video"):
@@ -226,7 +226,7 @@ def _finer(request: Request) -> Tensor:
     return request.noise(ROWS, 3, *([first(tower.image_size)] * 2))
 
 
-PIXELS: dict[str, Callable[[Request], Any]] = {
+PIXELS: dict[str, Callable[[Request], object]] = {
     "pixel_values": _pixels,
     "pixel_values_videos": _videos,
     "hidden_states": _states_of_patches,

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from inspect import Parameter
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from mmpeft.types import AnyFunc, Config, Leaf
 
 ROWS = 2
 TOKENS = 12
@@ -20,7 +22,7 @@ class Request:
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        config: Any = model.config
+        config: Config = model.config
         self.config, self.kind = config, str(config.model_type)
         named = _named(model.forward)
         self.names = list(named)
@@ -31,7 +33,7 @@ class Request:
                 self.required |= {n for n, p in _named(run).items() if p.default is Parameter.empty and n in named}
         self._generator = torch.Generator().manual_seed(0)
 
-    def tower(self, modality: str) -> Callable[..., Any] | None:
+    def tower(self, modality: str) -> AnyFunc | None:
         """The method that gives the features of a modality."""
         holders = (self.model, getattr(self.model, "base_model", None), getattr(self.model, "model", None))
         found = [f for h in holders if (f := getattr(h, f"get_{modality}_features", None)) is not None]
@@ -42,11 +44,11 @@ class Request:
         named = {n: v for n, v in vars(self.config).items() if n in {f"{w}_config" for w in words}}
         return bool(named) and all(v is None for v in named.values())
 
-    def configs(self) -> Iterator[Any]:
+    def configs(self) -> Iterator[Config]:
         """The config and all those below it, the nearest first."""
         return (config for _, config in self._named_configs())
 
-    def _named_configs(self) -> Iterator[tuple[str, Any]]:
+    def _named_configs(self) -> Iterator[tuple[str, Config]]:
         level = [("", self.config)]
         while level:
             yield from level
@@ -61,7 +63,7 @@ class Request:
                     return value
         return default
 
-    def part(self, *words: str) -> Any:
+    def part(self, *words: str) -> Config:
         """The nearest sub-config in whose name one of these words stands, or the config."""
         return next((c for n, c in self._named_configs() if any(word in n for word in words)), self.config)
 
@@ -74,11 +76,11 @@ class Request:
         return torch.randint(low, max(high, low + 1), shape, generator=self._generator)
 
 
-def _named(function: Callable[..., Any]) -> dict[str, Parameter]:
+def _named(function: AnyFunc) -> dict[str, Parameter]:
     parameters = inspect.signature(function).parameters
     return {n: p for n, p in parameters.items() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
 
 
-def first(value: Any) -> int:
+def first(value: Leaf) -> int:
     """A size that some configs write as a list."""
     return int(value[0]) if isinstance(value, list | tuple) else int(value)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from mmpeft.llm.inputs.request import ROWS, TOKENS, Request
+from mmpeft.types import Kwargs
 
 _STEPS = 6
 
@@ -59,7 +59,7 @@ def _context(request: Request) -> Tensor:
     return _hidden(request).repeat(1, 1, len(request.find("target_layer_ids", default=[0])))
 
 
-def _shared(request: Request) -> dict[str, Any]:
+def _shared(request: Request) -> Kwargs:
     """Keys and values of the model that a small one assists, and its last state beside its embedding."""
     shared = {}
     for module in request.model.modules():
@@ -77,7 +77,7 @@ def _questions(request: Request) -> dict[str, Tensor]:
     return {"marks": marks, "num_options": torch.full((1, 2), 2), "question_type_ids": torch.tensor([[0, 1]])}
 
 
-def _if_required(name: str, maker: Callable[[Request], Any]) -> Callable[[Request], Any]:
+def _if_required(name: str, maker: Callable[[Request], object]) -> Callable[[Request], object]:
     return lambda request: maker(request) if name in request.required or request.main == name else None
 
 
@@ -86,7 +86,7 @@ def _visual_features(request: Request) -> dict[str, Tensor]:
     return {"visual_feats": request.noise(ROWS, _STEPS, wide), "visual_pos": torch.rand(ROWS, _STEPS, 4)}
 
 
-SERIES: dict[str, Callable[[Request], Any]] = {
+SERIES: dict[str, Callable[[Request], object]] = {
     "past_values": _past,
     "states": _trajectory,
     "visual_feats": _visual_features,

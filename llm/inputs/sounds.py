@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from mmpeft.llm.inputs.request import ROWS, Request, first
+from mmpeft.types import Kwargs
 
 _FRAMES = 64
 _MASKS = ("feature_attention_mask", "input_features_mask", "padding_mask")
@@ -42,7 +42,7 @@ def _channels_first(request: Request, bins: int) -> list[nn.Conv1d]:
     return found if reads else []
 
 
-def _features(request: Request) -> dict[str, Any]:
+def _features(request: Request) -> Kwargs:
     """[rows, bins, frames] where a convolution over frames reads them first, else [rows, frames, bins]."""
     if request.lacks("audio") or request.kind == "speech-encoder-decoder":
         return {}
@@ -63,7 +63,7 @@ def _features(request: Request) -> dict[str, Any]:
     return {"input_features": features, **{n: mask for n in _MASKS if n in request.required or n in wanted}}
 
 
-def _values(request: Request) -> Any:
+def _values(request: Request) -> object:
     """Waves, with a channel where the model tells channels; or what a spectrogram transformer calls so."""
     if request.main == "input_features" and "input_values" not in request.required:
         return None
@@ -87,7 +87,7 @@ def _mel(request: Request) -> dict[str, Tensor]:
     return {"audio_mel": mel, "audio_mel_mask": torch.zeros(ROWS, _FRAMES, dtype=torch.bool)}
 
 
-SOUNDS: dict[str, Callable[[Request], Any]] = {
+SOUNDS: dict[str, Callable[[Request], object]] = {
     "input_features": _features,
     "padding_mask": _waves_mask,
     "input_values": _values,

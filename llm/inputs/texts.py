@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from mmpeft.llm.inputs.request import MODALITIES, ROWS, TOKENS, Request
+from mmpeft.types import Kwargs
 
 _OTHER = ("pixel_values", "input_features", "input_values", "inputs", "flattened_patches", "pixel_values_videos")
 
@@ -87,7 +87,7 @@ def _text(request: Request) -> Tensor:
     return _tokens(request, int(request.find("vocab_size", default=100)))
 
 
-def _if_required(name: str, maker: Callable[[Request], Any]) -> Callable[[Request], Any]:
+def _if_required(name: str, maker: Callable[[Request], object]) -> Callable[[Request], object]:
     return lambda request: maker(request) if name in request.required else None
 
 
@@ -123,7 +123,7 @@ def _classes(request: Request) -> dict[str, Tensor]:
     }
 
 
-TEXTS: dict[str, Callable[[Request], Any]] = {
+TEXTS: dict[str, Callable[[Request], object]] = {
     "input_ids": _input_ids,
     "decoder_input_ids": _decoder_input_ids,
     "bbox": _boxes,
@@ -138,7 +138,7 @@ TEXTS: dict[str, Callable[[Request], Any]] = {
 }
 
 
-def place_features(request: Request, made: dict[str, Any]) -> None:
+def place_features(request: Request, made: Kwargs) -> None:
     """Put a placeholder among the tokens for every feature of a picture or a sound, in rows of one length."""
     ids = made.get("input_ids")
     if ids is None:
@@ -160,7 +160,7 @@ def place_features(request: Request, made: dict[str, Any]) -> None:
         made["attention_mask"] = torch.ones_like(ids)
 
 
-def _features(request: Request, modality: str, made: dict[str, Any]) -> int:
+def _features(request: Request, modality: str, made: Kwargs) -> int:
     """How many features the tower of a modality gives for what was made, by running it."""
     run = request.tower(modality)
     taken = inspect.signature(run).parameters if run else {}
@@ -191,7 +191,7 @@ def _features(request: Request, modality: str, made: dict[str, Any]) -> int:
     return max(count, ROWS * int(filled))
 
 
-def _counted(request: Request, made: dict[str, Any]) -> int:
+def _counted(request: Request, made: Kwargs) -> int:
     """How many features the tower of sound says that it gives."""
     counts = [f for m in request.model.modules() if (f := getattr(m, "_get_feat_extract_output_lengths", None))]
     if not counts:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -22,12 +22,13 @@ from mmpeft.surgery.together import Entry as RouteEntry
 from mmpeft.surgery.together import Together, names_of
 from mmpeft.surgery.transaction import unchanged_on_error
 from mmpeft.tuning import Tuning, attach
+from mmpeft.types import Argument, Batch
 
 Rows = RouteEntry | Sequence[RouteEntry]
-Extract = Callable[[nn.Module, Any], Tensor]
+Extract = Callable[[nn.Module, Batch], Tensor]
 
 
-def call(model: nn.Module, inputs: Any) -> Tensor:
+def call(model: nn.Module, inputs: Batch) -> Tensor:
     """`model(inputs)`, the features of a backbone without a head."""
     found: Tensor = model(inputs)
     return found
@@ -81,7 +82,7 @@ class Bank(nn.Module):
 
     # -- entries --------------------------------------------------------------------------------------------
 
-    def add_task(self, name: str, method: Method | None = None, head: Head | None = None, **options: Any) -> Entry:
+    def add_task(self, name: str, method: Method | None = None, head: Head | None = None, **options: Argument) -> Entry:
         """Add an entry; what runs at present stays what it is. `options` go to `attach`.
 
         Raises:
@@ -136,14 +137,14 @@ class Bank(nn.Module):
 
     # -- what runs ------------------------------------------------------------------------------------------
 
-    def using(self, rows: Rows) -> AbstractContextManager[Any]:
+    def using(self, rows: Rows) -> AbstractContextManager[object]:
         """Run these entries inside a `with` block; those without a method stand for the plain model."""
         route = self._plain(rows)
         if state_of(self.model) is None:
             return nullcontext()
         return use(self.model, route)
 
-    def _plain(self, rows: Rows) -> Any:
+    def _plain(self, rows: Rows) -> Rows:
         """What `mmpeft.use` takes, with every name checked."""
         route = rows if rows is None or isinstance(rows, str | Together) else tuple(rows)
         tuned = {name: self[name].method is not None for name in names_of(route)}
@@ -158,13 +159,13 @@ class Bank(nn.Module):
 
         return tuple(map(one, route)) if isinstance(route, tuple) else one(route)
 
-    def features(self, inputs: Any, rows: Rows = None) -> Tensor:
+    def features(self, inputs: Batch, rows: Rows = None) -> Tensor:
         """Features [B, d] with one entry for all rows, or one (or several `Together`, or None) for each row."""
         with self.using(rows):
             return self.extract(self.model, inputs)
 
     @torch.no_grad()
-    def query(self, inputs: Any) -> Tensor:
+    def query(self, inputs: Batch) -> Tensor:
         """Features of the frozen model with every entry switched off, in evaluation mode: the same backbone."""
         training = self.model.training
         self.model.eval()

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
 
 from mmpeft.bank.heads import Head
 from mmpeft.methods.base import Method
+from mmpeft.types import Json
 
 
 class Entry(nn.Module):
@@ -22,7 +24,7 @@ class Entry(nn.Module):
         self.method, self.head = method, head
         self.learned = nn.ParameterDict()
         self.state: dict[str, Tensor] = {}
-        self.meta: dict[str, Any] = {}
+        self.meta: Json = {}
         self.frozen = False
 
     @property
@@ -31,7 +33,7 @@ class Entry(nn.Module):
         stored = self.learned if "key" in self.learned else self.state
         return stored.get("key", None)
 
-    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         """`to(device)` reaches the state too."""
         self.state = {name: fn(tensor) for name, tensor in self.state.items()}
         return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # untyped in torch

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors.torch import save as dump_tensors
@@ -26,6 +26,7 @@ from mmpeft.hosting.values import unfit
 from mmpeft.methods.spec import from_spec, to_spec
 from mmpeft.surgery.state import state_of
 from mmpeft.surgery.transaction import unchanged_on_error
+from mmpeft.types import Json
 
 if TYPE_CHECKING:
     from mmpeft.bank.bank import Bank
@@ -70,7 +71,7 @@ def _tensors(bank: Bank, name: str) -> dict[str, Tensor]:
     return {key: tensor.detach().cpu().clone().contiguous() for key, tensor in found.items()}
 
 
-def _facts(bank: Bank, name: str) -> dict[str, Any]:
+def _facts(bank: Bank, name: str) -> Json:
     entry = bank[name]
     placements = bank.tuning(name).placements if entry.method is not None else ()
     return {
@@ -98,7 +99,7 @@ def load(bank: Bank, folder: Path) -> Bank:
     return bank
 
 
-def _add(bank: Bank, folder: Path, facts: dict[str, Any], made_for: str) -> None:
+def _add(bank: Bank, folder: Path, facts: Json, made_for: str) -> None:
     name = facts["id"]
     tensors = read_tensors(folder, facts, MANIFEST)
     head = None if facts["head"] is None else head_from(facts["head"], _below(tensors, "entry.head."))
@@ -127,7 +128,7 @@ def _add(bank: Bank, folder: Path, facts: dict[str, Any], made_for: str) -> None
         parameter.requires_grad_(i in facts["trains"])
 
 
-def _restore(entry: Entry, tensors: dict[str, Tensor], facts: dict[str, Any], device: torch.device) -> None:
+def _restore(entry: Entry, tensors: dict[str, Tensor], facts: Json, device: torch.device) -> None:
     for key, tensor in _below(tensors, "entry.learned.").items():
         why = unfit(tensor, tensor.dtype)
         if why:
@@ -141,7 +142,7 @@ def _below(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}
 
 
-def _manifest(folder: Path) -> dict[str, Any]:
+def _manifest(folder: Path) -> Json:
     path = folder / MANIFEST
     if not path.is_file():
         raise AdapterFileError(f"no {MANIFEST} in {folder}: not the folder of a bank")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 
 from mmpeft.errors import AdapterFileError, ConfigError, DataError, nearest
 from mmpeft.hosting.values import unfit
+from mmpeft.types import Facts, Json
 
 LAMBDAS = tuple(10.0**power for power in range(-8, 9))
 
@@ -25,7 +25,7 @@ class Head(nn.Module):
         self.width = width
         self.register_buffer("labels", torch.tensor(list(labels), dtype=torch.int64))
 
-    def spec(self) -> dict[str, Any]:
+    def spec(self) -> Json:
         """What `head_from` needs beside the tensors."""
         return {"kind": type(self).__name__, "width": self.width}
 
@@ -122,7 +122,7 @@ class RidgeHead(Head):
         self.register_buffer("target", torch.zeros(inner, len(self.labels)))
         self.register_buffer("weight", torch.zeros(inner, len(self.labels)))
 
-    def spec(self) -> dict[str, Any]:
+    def spec(self) -> Json:
         return {**super().spec(), "size": self.size, "seed": self.seed}
 
     def project(self, features: Tensor) -> Tensor:
@@ -162,7 +162,7 @@ def _ridges(gram: Tensor, target: Tensor, strengths: Sequence[float] = LAMBDAS) 
 HEADS: dict[str, type[Head]] = {cls.__name__: cls for cls in (LinearHead, PrototypeHead, RidgeHead)}
 
 
-def head_from(spec: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Head:
+def head_from(spec: Facts, tensors: Mapping[str, Tensor]) -> Head:
     """The head that `spec()` and `state_dict()` described.
 
     Raises:

@@ -18,7 +18,6 @@ import time
 from collections.abc import Mapping, Sequence
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any
 
 import torch
 import yaml
@@ -31,10 +30,11 @@ from mmpeft.files import write_atomic
 from mmpeft.run.experiment import Experiment
 from mmpeft.run.study import choose_entries, key_of, override, quiet_progress, read_file
 from mmpeft.sites import sites
+from mmpeft.types import Facts, Json
 
 KEYS = {"model", "data", "trainer", "methods", "seeds", "metric", "title", "columns", "axes"}
 NEEDED = ("model", "data", "methods", "metric")
-Setting = dict[str, Any]
+Setting = Json
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -81,8 +81,8 @@ def settings(axes: Mapping[str, str], arguments: Sequence[str]) -> list[Setting]
 
 
 def compare(
-    config: Mapping[str, Any],
-    methods: Mapping[str, Any],
+    config: Facts,
+    methods: Facts,
     seeds: Sequence[int],
     out: Path,
     every: Sequence[Setting] = ({},),
@@ -123,9 +123,7 @@ def compare(
     return results
 
 
-def merged(
-    config: Mapping[str, Any], entry: Mapping[str, Any], seed: int, setting: Mapping[str, Any] = {}
-) -> dict[str, Any]:
+def merged(config: Facts, entry: Facts, seed: int, setting: Mapping[str, object] = {}) -> Json:
     """The configuration of one run: the common part under an entry's own, with a setting of the axes."""
     run = {key: config.get(key, {}) for key in ("model", "data", "trainer")}
     over = {key: value for key, value in entry.items() if key not in ("method", "lr")}
@@ -151,7 +149,7 @@ def merged(
     return run | {"seed": seed}
 
 
-def one(run: Mapping[str, Any], name: str, seed: int, key: str, metric: str, setting: Mapping[str, Any] = {}) -> Result:
+def one(run: Facts, name: str, seed: int, key: str, metric: str, setting: Mapping[str, object] = {}) -> Result:
     """Train and test one method with one seed."""
     task, data, trainer = Experiment.read(run).build()
     meter = MemoryMeter()

@@ -5,13 +5,14 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+from mmpeft.types import Args, Batch, Kwargs, TorchOp
 
 
 class _Live(TorchDispatchMode):
@@ -21,7 +22,7 @@ class _Live(TorchDispatchMode):
         super().__init__()  # type: ignore[no-untyped-call]  # untyped in torch
         self.sizes: dict[int, int] = {}
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(self, func: TorchOp, types: object, args: Args = (), kwargs: Kwargs | None = None) -> object:
         out = func(*args, **(kwargs or {}))
         known = {t.untyped_storage().data_ptr() for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
         for tensor in tree_leaves(out):
@@ -66,14 +67,14 @@ class MemoryMeter(Callback):
         self.found: StepMemory | None = None
         self._live: _Live | None = None
 
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Batch, batch_idx: int) -> None:
         if self.found is None:
             self._live = _Live()
-            self._live.__enter__()  # type: ignore[no-untyped-call]  # untyped in torch
+            self._live.__enter__()
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         if self._live is not None:
-            self._live.__exit__(None, None, None)  # type: ignore[no-untyped-call]  # untyped in torch
+            self._live.__exit__(None, None, None)
             weights = sum(p.numel() * p.element_size() for p in pl_module.parameters())
             trainable = sum(p.numel() * p.element_size() for p in pl_module.parameters() if p.requires_grad)
             self.found, self._live = StepMemory(weights, trainable, sum(self._live.sizes.values())), None

@@ -6,11 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from math import isnan, nan
 from statistics import mean, stdev
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rich.table import Table
 
 from mmpeft.files import png_of
+from mmpeft.types import Json, Leaf
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -29,13 +30,13 @@ class Result:
     seconds: float
     memory: int
     metrics: dict[str, float] = field(default_factory=dict)
-    setting: dict[str, Any] = field(default_factory=dict)
+    setting: Json = field(default_factory=dict)
     """Values of the axes of the comparison."""
 
 
-def grouped(results: Sequence[Result]) -> dict[tuple[Any, ...], list[Result]]:
+def grouped(results: Sequence[Result]) -> dict[tuple[Leaf, ...], list[Result]]:
     """Results of each method in each setting, over seeds, in order of appearance."""
-    groups: dict[tuple[Any, ...], list[Result]] = {}
+    groups: dict[tuple[Leaf, ...], list[Result]] = {}
     for result in results:
         groups.setdefault((result.method, *result.setting.values()), []).append(result)
     return groups

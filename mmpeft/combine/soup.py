@@ -7,7 +7,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +26,7 @@ from mmpeft.surgery.liveness import call
 from mmpeft.surgery.state import state_of
 from mmpeft.surgery.transaction import unchanged_on_error
 from mmpeft.tuning import Tuning
+from mmpeft.types import Batch, Output
 
 ALIKE = 0.1
 """Adapters from one initialisation point in much the same direction; from two, nearly at right angles."""
@@ -86,7 +86,9 @@ def average(tensors: Sequence[Mapping[str, Tensor]], weights: Sequence[float]) -
     return joined
 
 
-def closest(model: nn.Module, target: Iterable[Any], sources: Mapping[str, Iterable[Any]], top: int = 5) -> list[str]:
+def closest(
+    model: nn.Module, target: Iterable[Batch], sources: Mapping[str, Iterable[Batch]], top: int = 5
+) -> list[str]:
     """The `top` sources whose data look most like the target's to the plain backbone, the closest first.
 
     Compares by cosine the mean output of the last block over a few batches of each. Too many sources disturb each
@@ -100,7 +102,7 @@ def closest(model: nn.Module, target: Iterable[Any], sources: Mapping[str, Itera
 
 
 @torch.no_grad()
-def mean_features(model: nn.Module, data: Iterable[Any], batches: int = 4) -> Tensor:
+def mean_features(model: nn.Module, data: Iterable[Batch], batches: int = 4) -> Tensor:
     """Mean output [d] of the last block of the plain backbone over samples and positions; pairs are `(inputs, …)`."""
     blocks = [site for site in sites(model) if site.role == "block"]
     if not blocks:
@@ -108,7 +110,7 @@ def mean_features(model: nn.Module, data: Iterable[Any], batches: int = 4) -> Te
     last = max(blocks, key=lambda site: site.depth)
     seen: list[Tensor] = []
 
-    def keep(module: nn.Module, inputs: Any, output: Any) -> None:
+    def keep(module: nn.Module, inputs: Batch, output: Output) -> None:
         seen.append(first_of(output).movedim(last.channel_dim, -1).flatten(0, -2).float().mean(0))
 
     training = model.training

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar
+from collections.abc import Callable, Sequence
+from typing import ClassVar
 
 from torch import Tensor
 
 from mmpeft.errors import AdapterFileError, ConfigError
+from mmpeft.types import Facts, StateDict
 
 
 class Controller:
@@ -49,11 +50,11 @@ class Controller:
         """What is worth a curve: the budget, mean gates, …"""
         return {}
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> StateDict:
         """Tensors and plain data that a resumed run needs beyond the trained tensors."""
         return {}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state: Facts) -> None:
         """Set what `state_dict` returned."""
 
 
@@ -123,10 +124,10 @@ class Controllers:
     def values(self) -> dict[str, Tensor]:
         return {name: value for controller in self.list for name, value in controller.values().items()}
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> StateDict:
         return {"step": self.step, "controllers": [controller.state_dict() for controller in self.list]}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state: Facts) -> None:
         """Raises AdapterFileError when the state is that of another method."""
         own = state["controllers"]
         if len(own) != len(self.list):

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -11,6 +10,7 @@ from torch import Tensor
 from mmpeft.controllers.base import Controller
 from mmpeft.functional.top_k import top_k_masks
 from mmpeft.parts.diff import Diff
+from mmpeft.types import Facts, StateDict
 
 
 class DiffSelection(Controller):
@@ -70,9 +70,9 @@ class DiffSelection(Controller):
             return {"density": torch.tensor(self.keep / self.entries)}
         return {"density": torch.stack([part.expected_entries() for part in self.parts]).sum() / self.entries}
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> StateDict:
         return {"masks": [part.mask for part in self.parts] if self.fixed else []}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state: Facts) -> None:
         for part, mask in zip(self.parts, state["masks"]):
             part.mask = mask.to(part.w.device)

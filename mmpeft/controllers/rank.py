@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -13,6 +12,7 @@ from mmpeft.controllers.schedule import cubic, linear
 from mmpeft.errors import ConfigError
 from mmpeft.functional.top_k import keep_largest
 from mmpeft.parts.factors import DiagonalLowRank, NestedLowRank
+from mmpeft.types import Facts, StateDict
 
 
 class RankAllocation(Controller):
@@ -88,10 +88,10 @@ class RankAllocation(Controller):
     def values(self) -> dict[str, Tensor]:
         return {"rank": torch.stack([alive.sum() for alive in self.alive]).float().mean()}
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> StateDict:
         return {"importance": self.importance, "uncertainty": self.uncertainty, "alive": self.alive}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state: Facts) -> None:
         for own, saved in ((self.importance, "importance"), (self.uncertainty, "uncertainty"), (self.alive, "alive")):
             for tensor, value in zip(own, state[saved], strict=True):
                 tensor.copy_(value)

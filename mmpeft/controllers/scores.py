@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager
 from itertools import islice
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from mmpeft.errors import ConfigError, DataError, Refused
 from mmpeft.hosting.few_bits import FewBits
+from mmpeft.types import Batch, Leaf, Transform
 
 Score = Literal["gradient2", "fisher", "expected_fisher", "taylor", "signed", "magnitude", "small", "random"]
 SCORES: dict[str, str] = {
@@ -30,11 +31,11 @@ SCORES: dict[str, str] = {
 }
 DATA_FREE = ("magnitude", "small", "random")
 
-Loss = Callable[[nn.Module, Any], Tensor]
+Loss = Callable[[nn.Module, Batch], Tensor]
 Tensors = dict[str, Tensor]
 
 
-def default_loss(model: nn.Module, batch: Any) -> Tensor:
+def default_loss(model: nn.Module, batch: Batch) -> Tensor:
     """Cross entropy of `(inputs, labels)`, or the loss a model computes itself from keyword arguments.
 
     Raises:
@@ -55,7 +56,7 @@ def score(
     model: nn.Module,
     tensors: Mapping[str, Tensor],
     kind: Score,
-    data: Iterable[Any] = (),
+    data: Iterable[Batch] = (),
     loss: Loss = default_loss,
     batches: int | None = None,
 ) -> dict[str, Tensor]:
@@ -94,13 +95,13 @@ def score(
     return {name: value.abs() for name, value in total.items()}
 
 
-def _batches(data: Iterable[Any], limit: int | None, kind: str) -> Iterator[Any]:
+def _batches(data: Iterable[Batch], limit: int | None, kind: str) -> Iterator[Batch]:
     chosen = islice(data, limit)
     count = limit if limit is not None else len(data) if isinstance(data, Sized) else None
     yield from track(chosen, f"scoring ({kind})", total=count, transient=True)
 
 
-def _losses(model: nn.Module, batch: Any, loss: Loss, kind: str) -> Iterator[tuple[Tensor | float, Tensor]]:
+def _losses(model: nn.Module, batch: Batch, loss: Loss, kind: str) -> Iterator[tuple[Tensor | float, Tensor]]:
     """`(weight, loss)` of what is squared by itself: a batch, a sample, or a sample with one of its classes."""
     if kind not in ("fisher", "expected_fisher"):
         yield 1.0, loss(model, batch)
@@ -116,13 +117,13 @@ def _losses(model: nn.Module, batch: Any, loss: Loss, kind: str) -> Iterator[tup
             yield value.detach().exp(), value
 
 
-def samples(batch: Any) -> Iterator[Any]:
+def samples(batch: Batch) -> Iterator[Batch]:
     """A batch row by row, each row a batch of one; what has not as many rows as most tensors goes with every one."""
     lengths = Counter(len(leaf) for leaf in tree_leaves(batch) if isinstance(leaf, Tensor) and leaf.dim())
     rows = lengths.most_common(1)[0][0] if lengths else 0
 
-    def own(index: int) -> Callable[[Any], Any]:
-        def take(value: Any) -> Any:
+    def own(index: int) -> Transform:
+        def take(value: Leaf) -> Leaf:
             whole = not isinstance(value, Tensor) or not value.dim() or len(value) != rows
             return value if whole else value[index : index + 1]
 
@@ -176,7 +177,7 @@ def scoring(model: nn.Module, tensors: Iterable[Tensor]) -> Iterator[None]:
 def dense_change(
     model: nn.Module,
     tensors: Mapping[str, Tensor],
-    data: Iterable[Any],
+    data: Iterable[Batch],
     loss: Loss = default_loss,
     *,
     steps: int,
@@ -191,7 +192,7 @@ def dense_change(
     origin = {name: tensor.detach().clone() for name, tensor in tensors.items()}
     size = sum(tensor.numel() for tensor in tensors.values())
 
-    def endless() -> Iterator[Any]:
+    def endless() -> Iterator[Batch]:
         while True:
             seen = False
             for batch in data:

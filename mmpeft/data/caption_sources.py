@@ -8,11 +8,11 @@ import tarfile
 from collections.abc import Sequence
 from glob import glob
 from pathlib import Path
-from typing import Any
 
 from mmpeft.data.captioned import TABLES, Captioned, folder_captions, listed, table_captions
 from mmpeft.data.pictures import PICTURES, contents
 from mmpeft.errors import ConfigError, DataError, nearest
+from mmpeft.types import Untyped
 
 SAVED = ("dataset_dict.json", "state.json")  # what `save_to_disk` leaves in its folder
 MEMBER = re.compile(r"((?:.*/)?[^./]+)\.(.+)")  # a shard's <key>.<kind>; dots may stand in the folders before it
@@ -83,7 +83,7 @@ class HubCaptions(Captioned):
 
         self.name, self.split, self.image = name, split, image
         try:
-            table: Any = _load(name, split)
+            table: Untyped = _load(name, split)
         except Exception as error:  # `datasets` raises its own, the hub's, pyarrow's and the file system's
             raise DataError(f"datasets cannot load {name!r}, split {split!r}: {error}") from error
         for column in (image, *([text] if text is not None else [])):
@@ -100,7 +100,7 @@ class HubCaptions(Captioned):
         self.texts = [value or "" for value in said]
         self.rows = list(range(len(self.texts)))
         try:
-            self.table: Any = table.cast_column(image, datasets.Image(decode=False))
+            self.table: Untyped = table.cast_column(image, datasets.Image(decode=False))
         except Exception as error:  # pyarrow has many
             raise DataError(f"{name}: the column {image!r} holds {table.features[image]}, not images") from error
 
@@ -115,7 +115,7 @@ class HubCaptions(Captioned):
         return f"row {index} of {self.name}, split {self.split!r}"
 
 
-def _load(name: str, split: str) -> Any:
+def _load(name: str, split: str) -> Untyped:
     import datasets
 
     path = Path(name)

@@ -7,12 +7,12 @@ import json
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
 from PIL import Image
 
 from mmpeft.data.pictures import PICTURES, contents, decoded, pictures_below
 from mmpeft.errors import DataError, nearest
+from mmpeft.types import Json
 
 TABLES = {".csv": ",", ".tsv": "\t", ".jsonl": ""}
 METADATA = ("metadata.jsonl", "metadata.csv")  # of a folder, by Hugging Face's convention
@@ -80,7 +80,7 @@ def table_captions(table: Path, image: str, text: str) -> FileCaptions:
     return FileCaptions(files, [line[text] or "" for line in lines])
 
 
-def _lines(table: Path) -> list[dict[str, Any]]:
+def _lines(table: Path) -> list[Json]:
     try:
         with table.open(newline="", encoding="utf-8-sig") as file:
             if table.suffix != ".jsonl":
@@ -99,7 +99,7 @@ def _lines(table: Path) -> list[dict[str, Any]]:
     return found
 
 
-def _rows(reader: csv.DictReader[str], table: Path) -> list[dict[str, Any]]:
+def _rows(reader: csv.DictReader[str], table: Path) -> list[Json]:
     rows = list(reader)
     long = next((number for number, row in enumerate(rows, 1) if reader.restkey in row), None)
     if long is not None:
@@ -156,7 +156,7 @@ def _text(path: Path) -> str:
         raise DataError(f"{path} cannot be read: {error}; save it as UTF-8") from error
 
 
-def listed(things: Iterable[Any], most: int = 3) -> str:
+def listed(things: Iterable[object], most: int = 3) -> str:
     """The first of many things, and how many more there are."""
     named = [str(thing) for thing in things]
     return "; ".join(named[:most]) + (f" and {len(named) - most} more" if len(named) > most else "")

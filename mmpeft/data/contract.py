@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections.abc import Sequence
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -29,7 +29,7 @@ class Preprocessing(NamedTuple):
 class Preprocessed:
     """Data that prepare their images as the backbone wants them; a subclass says how in `preprocess`."""
 
-    def configure(self, preprocessing: Preprocessing | int | Sequence[int], *former: Any) -> None:
+    def configure(self, preprocessing: Preprocessing | int | Sequence[int], *former: Sequence[float]) -> None:
         """Take what the backbone wants; the task calls it, before or after `setup`.
 
         The former three arguments `size, mean, std` are understood as well.
@@ -53,7 +53,7 @@ class HasClasses(Protocol):
     classes: Sequence[str]
 
 
-def configure(data: Any, preprocessing: Preprocessing) -> None:
+def configure(data: object, preprocessing: Preprocessing) -> None:
     """Tell data what the backbone wants; data without `configure` know themselves."""
     own = getattr(data, "configure", None)
     if own is None:
@@ -69,7 +69,7 @@ def configure(data: Any, preprocessing: Preprocessing) -> None:
         own(preprocessing)
 
 
-def expected(data: object, contract: type[Any], task: str) -> None:
+def expected(data: object, contract: type, task: str) -> None:
     """Raise unless data have what a task's contract names.
 
     Raises:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, Unpack
+from typing import ClassVar, Unpack
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from mmpeft.data.options import Augment, ImageOptions
 from mmpeft.data.sampling import SizedDataset
 from mmpeft.data.transforms import AUGMENTS, OfImage, evaluation, training
 from mmpeft.errors import ConfigError, DataError, nearest
+from mmpeft.types import Argument, Leaf
 
 FALLBACK_SIZE, FALLBACK_MEAN, FALLBACK_STD = 224, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
 
@@ -93,7 +94,7 @@ class ImageData(AugmentedImages):
     A subclass fills the sets with samples `(PIL image or uint8 [3, H, W], label)` and names its `classes`.
     """
 
-    def __init__(self, *former: Any, **options: Unpack[ImageOptions]) -> None:
+    def __init__(self, *former: Argument, **options: Unpack[ImageOptions]) -> None:
         """
         Args:
             former: options by position, as older data modules give them.
@@ -111,14 +112,14 @@ class ImageData(AugmentedImages):
 class Pairs:
     """Samples `(images[i], second[i])` from uint8 images `[n, 3, H, W]` and labels or identifiers."""
 
-    def __init__(self, images: Tensor, second: Tensor | Sequence[Any]) -> None:
+    def __init__(self, images: Tensor, second: Tensor | Sequence[object]) -> None:
         self.images, self.second = images, second
 
     def __len__(self) -> int:
         """Return the number of samples."""
         return len(self.images)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, Any]:
+    def __getitem__(self, index: int) -> tuple[Tensor, object]:
         """Return one image (a copy: a transform may write into it) and its label or identifier."""
         second = self.second[index]
         return self.images[index].clone(), int(second) if isinstance(second, Tensor) else second
@@ -134,12 +135,12 @@ class Renamed:
         """Return the number of samples."""
         return len(self.dataset)
 
-    def __getitem__(self, index: int) -> tuple[Any, str]:
+    def __getitem__(self, index: int) -> tuple[Leaf, str]:
         """Return one image and its identifier."""
         return self.dataset[index][0], self.name(index)
 
 
-def check_label_column(labels: Sequence[Any], classes: int, where: Callable[[int], str], remedy: str) -> list[int]:
+def check_label_column(labels: Sequence[Leaf], classes: int, where: Callable[[int], str], remedy: str) -> list[int]:
     """Return labels as integers in [0, classes).
 
     Raises:

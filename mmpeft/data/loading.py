@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import lightning
 import torch
@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 from mmpeft.data.options import inherit_options
 from mmpeft.data.sampling import EpochSampler, ResumableLoader, Seeded, SizedDataset
 from mmpeft.errors import ConfigError, DataError
+from mmpeft.types import Argument, Batch, Sample, Transform
 
 
 class DataModule(lightning.LightningDataModule):
@@ -26,7 +27,7 @@ class DataModule(lightning.LightningDataModule):
     small_batch: ClassVar[int | None] = None
     """Samples in an evaluation step by default, for data whose samples are small."""
 
-    def __init_subclass__(cls, **options: Any) -> None:
+    def __init_subclass__(cls, **options: Argument) -> None:
         super().__init_subclass__(**options)
         inherit_options(cls)
 
@@ -60,10 +61,10 @@ class DataModule(lightning.LightningDataModule):
         self.val_set: SizedDataset | None = None
         self.test_set: SizedDataset | None = None
         self.predict_set: SizedDataset | None = None
-        self.train_transform: Callable[[Any], Any] | None = None
-        self.eval_transform: Callable[[Any], Any] | None = None
-        self.predict_transform: Callable[[Any], Any] | None = None
-        self.collate: Callable[[list[Any]], Any] | None = None
+        self.train_transform: Transform | None = None
+        self.eval_transform: Transform | None = None
+        self.predict_transform: Transform | None = None
+        self.collate: Callable[[list[Sample]], Batch] | None = None
         self._lent: SizedDataset | None = None
 
     def datasets(self, stage: str | None = None) -> None:
@@ -104,7 +105,7 @@ class DataModule(lightning.LightningDataModule):
             raise DataError(f"{type(self).__name__} has no test samples; name some where it is configured")
         return found
 
-    def predict_dataloader(self) -> DataLoader[Any]:
+    def predict_dataloader(self) -> DataLoader[Sample]:
         """Return the batches to predict, in order; Lightning splits them between processes itself."""
         if self.predict_set is None or len(self.predict_set) == 0:
             raise DataError(f"{type(self).__name__} has nothing to predict; give it inputs for prediction.")
@@ -123,7 +124,7 @@ class DataModule(lightning.LightningDataModule):
         return self._loader(dataset, self.eval_transform, self.eval_batch_size, shuffle=False)
 
     def _loader(
-        self, dataset: SizedDataset, transform: Callable[[Any], Any] | None, batch_size: int, *, shuffle: bool
+        self, dataset: SizedDataset, transform: Transform | None, batch_size: int, *, shuffle: bool
     ) -> ResumableLoader:
         replicas, _ = self._replicas()
         share, rest = divmod(len(dataset), replicas)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal, TypedDict
+from typing import Literal, TypedDict
 
 Augment = Literal["none", "light", "strong"]
 
@@ -44,7 +44,7 @@ class ImageOptions(LoadingOptions, LookOptions, total=False):
     """Options of `ImageData`."""
 
 
-def inherit_options(cls: type[Any]) -> None:
+def inherit_options(cls: type) -> None:
     """Let a parser read the options that a constructor passes on from the base that takes them.
 
     jsonargparse follows `super().__init__(**options)` to their types, texts and defaults, unless `**options` is

@@ -7,13 +7,14 @@ sample of one shuffled order, so the global batch is the same set of samples as 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import Any, Protocol, runtime_checkable
+from collections.abc import Iterator
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from mmpeft.errors import DataError
+from mmpeft.types import Sample, Transform, Untyped
 
 
 @runtime_checkable
@@ -22,7 +23,7 @@ class SizedDataset(Protocol):
 
     def __len__(self) -> int: ...
 
-    def __getitem__(self, index: int, /) -> Any: ...
+    def __getitem__(self, index: int, /) -> Sample: ...
 
 
 def hash_seed(*numbers: int) -> int:
@@ -36,21 +37,21 @@ def hash_seed(*numbers: int) -> int:
     return state >> 1
 
 
-class Seeded(Dataset[Any]):
+class Seeded(Dataset[Sample]):
     """Wrap a data set so that the random transform of a sample depends on `(seed, epoch, index)` only.
 
     Only torch's CPU generator is seeded (all of torchvision v2 draws from it), and it is restored afterwards.
     The index is an integer (epoch 0) or the pair `(epoch, index)` that `EpochSampler` yields.
     """
 
-    def __init__(self, dataset: SizedDataset, transform: Callable[[Any], Any] | None = None, seed: int = 0) -> None:
+    def __init__(self, dataset: SizedDataset, transform: Transform | None = None, seed: int = 0) -> None:
         self.dataset, self.transform, self.seed = dataset, transform, seed
 
     def __len__(self) -> int:
         """Return the number of samples."""
         return len(self.dataset)
 
-    def __getitem__(self, index: int | tuple[int, int]) -> Any:
+    def __getitem__(self, index: int | tuple[int, int]) -> Sample:
         """Return one sample, transformed under its own random seed."""
         epoch, row = index if isinstance(index, tuple) else (0, index)
         with torch.random.fork_rng(devices=[]):
@@ -59,7 +60,7 @@ class Seeded(Dataset[Any]):
             return sample if self.transform is None else self.transform(sample)
 
 
-class EpochSampler(DistributedSampler[Any]):
+class EpochSampler(DistributedSampler[Sample]):
     """Yield `(epoch, index)` for one rank: every W-th entry of an order that depends on `(seed, epoch)` only.
 
     With `shuffle` the order is padded from its own start to a multiple of W, so that all ranks step equally often;
@@ -67,7 +68,7 @@ class EpochSampler(DistributedSampler[Any]):
     """
 
     def __init__(self, length: int, *, shuffle: bool, seed: int = 0, num_replicas: int = 1, rank: int = 0) -> None:
-        rows: Any = range(length)  # of a data set only the length is asked for
+        rows: Untyped = range(length)  # of a data set only the length is asked for
         super().__init__(rows, num_replicas, rank, shuffle=shuffle, seed=seed)
         self.length = length
         self.skip = 0  # samples of this rank to leave out, once
@@ -98,7 +99,7 @@ class EpochSampler(DistributedSampler[Any]):
         return {"samples": self.length, "seed": self.seed}
 
 
-class ResumableLoader(DataLoader[Any]):
+class ResumableLoader(DataLoader[Sample]):
     """A DataLoader that remembers how many batches were consumed; its sampler is an `EpochSampler`.
 
     Lightning stores `state_dict()` in its checkpoints and hands it back on resume. Because samples depend on
@@ -152,7 +153,7 @@ class ResumableLoader(DataLoader[Any]):
         self._resume = (state["epoch"], state["batch"])
         self.sampler.set_epoch(state["epoch"])
 
-    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]  # a generator, which torch's iterator type is not
+    def __iter__(self) -> Iterator[Sample]:  # type: ignore[override]  # a generator, which torch's iterator type is not
         """Yield batches. The position is read at the first `next`, after Lightning has set the epoch."""
         sampler, start = self.sampler, 0
         if isinstance(sampler, EpochSampler):

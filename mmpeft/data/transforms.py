@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
-from torch import Tensor
 from torchvision.transforms import InterpolationMode, v2
+
+from mmpeft.types import Leaf, Transform
 
 AUGMENTS = ("none", "light", "strong")
 
@@ -15,10 +15,10 @@ AUGMENTS = ("none", "light", "strong")
 class OfImage:
     """Apply a transform to the image that a sample begins with: `(image, label or identifier)`."""
 
-    def __init__(self, transform: Callable[[Any], Tensor]) -> None:
+    def __init__(self, transform: Transform) -> None:
         self.transform = transform
 
-    def __call__(self, sample: tuple[Any, ...]) -> tuple[Any, ...]:
+    def __call__(self, sample: tuple[Leaf, ...]) -> tuple[Leaf, ...]:
         """Return the transformed image as a plain tensor, and the rest unchanged."""
         return self.transform(sample[0]), *sample[1:]
 

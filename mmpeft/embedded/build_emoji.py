@@ -12,13 +12,13 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
 from mmpeft.errors import DataError
+from mmpeft.types import Json
 
 COLUMNS = 48
 SIZE = 64
@@ -37,7 +37,7 @@ def figure(unified: str, subcategory: str) -> str:
     return "-".join(_FIGURE.get(code, code) for code in unified.split("-") if code not in _MODIFIERS)
 
 
-def kin(rows: list[dict[str, Any]], sheets: dict[str, npt.NDArray[np.uint8]]) -> list[int]:
+def kin(rows: list[Json], sheets: dict[str, npt.NDArray[np.uint8]]) -> list[int]:
     """Group emoji that must share a split: same figure, or the same pixels in some style. Returns [n] group ids."""
     parent = list(range(len(rows)))
 

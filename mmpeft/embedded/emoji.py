@@ -17,7 +17,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
-from typing import Any
 
 import numpy as np
 import torch
@@ -26,6 +25,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from mmpeft.errors import ConfigError, DataError, nearest
+from mmpeft.types import Json
 
 STYLES = ("noto", "openmoji", "twemoji")
 SPLITS = ("train", "val", "test", "all")
@@ -139,10 +139,10 @@ def spoken(label: str) -> str:
 
 
 @cache
-def _index() -> dict[str, Any]:
+def _index() -> Json:
     """Read the table of names and categories."""
     try:
-        index: dict[str, Any] = json.loads((files("mmpeft.embedded") / "data" / "emoji.json").read_text("utf-8"))
+        index: Json = json.loads((files("mmpeft.embedded") / "data" / "emoji.json").read_text("utf-8"))
     except FileNotFoundError as error:
         raise DataError(f"The package data of mmpeft.embedded are missing ({error}); reinstall mmpeft.") from error
     return index
@@ -175,7 +175,7 @@ def _splits() -> dict[str, list[int]]:
     for i, kin in enumerate(index["kin"]):
         groups[kin].append(i)
     order = sorted(groups, key=lambda kin: hashlib.sha256(index["unified"][kin].encode()).digest())
-    total = Counter(index["labels"])
+    total: Counter[tuple[str, int]] = Counter(index["labels"])
     out: dict[str, list[int]] = {"train": [], "val": [], "test": [], "all": list(range(len(index["kin"])))}
     taken: Counter[tuple[str, int]] = Counter()
     for kin in order:

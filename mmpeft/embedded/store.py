@@ -10,7 +10,6 @@ import json
 from collections.abc import Mapping
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -21,13 +20,14 @@ from torch import Tensor, nn
 from mmpeft.errors import ConfigError
 from mmpeft.files import write_atomic
 from mmpeft.hosting.modules import CHILD
+from mmpeft.types import Facts, Json
 
 WEIGHTS = Path(str(files("mmpeft"))) / "embedded" / "weights"
 HALF_MAX = torch.finfo(torch.float16).max
 REMEDY = "pass pretrained=False for random weights, a local folder or file, or a shipped backbone (embedded:…)"
 
 
-def read_card(path: Path) -> dict[str, Any]:
+def read_card(path: Path) -> Json:
     """The JSON object in a file.
 
     Raises:
@@ -58,7 +58,7 @@ def read_weights(path: Path, sha256: str | None = None) -> dict[str, Tensor]:
         raise ConfigError(f"{path} is no whole safetensors file: {error}") from error
 
 
-def write_weights(tensors: Mapping[str, Tensor], path: Path, card_path: Path, card: Mapping[str, Any]) -> None:
+def write_weights(tensors: Mapping[str, Tensor], path: Path, card_path: Path, card: Facts) -> None:
     """Write tensors in fp16 (integers as they are) and their card with the hash, each atomically.
 
     Raises:

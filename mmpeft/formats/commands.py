@@ -7,7 +7,6 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -18,6 +17,7 @@ from mmpeft.formats import native
 from mmpeft.formats.exchange import FORMATS, Exported, convert, export, inspect, load_foreign
 from mmpeft.formats.inspection import FileInfo
 from mmpeft.formats.merged import save_merged
+from mmpeft.types import AnyFunc
 
 MODEL_HELP = "a Python call that returns the base model, as module:function, e.g. my_project.models:unet"
 
@@ -127,7 +127,7 @@ def _model(target: str) -> nn.Module | None:
         return None
     module, _, function = target.partition(":")
     try:
-        build: Any = getattr(import_module(module), function)
+        build: AnyFunc = getattr(import_module(module), function)
     except (ImportError, AttributeError, ValueError) as error:
         raise ConfigError(f"--model {target!r}: {error}; expected {MODEL_HELP}") from error
     model = build()

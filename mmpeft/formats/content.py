@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -17,6 +17,7 @@ from torch import Tensor
 from mmpeft.errors import AdapterFileError
 from mmpeft.formats.peft_experts import StackTensors
 from mmpeft.hosting.values import finite, unfit
+from mmpeft.types import Facts, Json
 
 PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 
@@ -80,7 +81,7 @@ class Learned:
 
     kind: str
     tensor: Tensor
-    config: Mapping[str, Any]
+    config: Facts
 
 
 @dataclass(frozen=True)
@@ -188,7 +189,7 @@ def dump_tensors(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> 
     return len(text).to_bytes(8, "little") + text + data[start:]
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> Json:
     """A JSON object.
 
     Raises:
@@ -200,7 +201,7 @@ def read_json(path: Path) -> dict[str, Any]:
         raise AdapterFileError(f"{path} is no JSON object, or only a part of one: {error}") from error
 
 
-def parse_object(text: str) -> dict[str, Any]:
+def parse_object(text: str) -> Json:
     """A JSON object from text, every number in it finite. Raises ValueError, or RecursionError for a bottomless one."""
     value = json.loads(text, parse_constant=_number, parse_float=_number)
     if not isinstance(value, dict):

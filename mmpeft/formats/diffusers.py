@@ -15,7 +15,7 @@ import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,7 @@ from mmpeft.formats import lycoris, lycoris_out, original
 from mmpeft.formats.content import Content, Layer, assemble, dump_tensors, parse_object, read_tensors
 from mmpeft.formats.peft import NOT_YET, PREFIX, exact_targets, lora_fields, lora_tensors, scaled
 from mmpeft.hosting.modules import CHILD
+from mmpeft.types import Facts, Json
 
 WEIGHTS = "pytorch_lora_weights.safetensors"
 METADATA = "lora_adapter_metadata"
@@ -146,9 +147,7 @@ def _check_lengths(key: str, slot: str, tensor: Tensor, path: Path) -> None:
         )
 
 
-def _with_alpha(
-    layers: list[Layer], configs: Mapping[str, Mapping[str, Any]], path: Path
-) -> tuple[list[Layer], tuple[str, ...]]:
+def _with_alpha(layers: list[Layer], configs: Mapping[str, Facts], path: Path) -> tuple[list[Layer], tuple[str, ...]]:
     """Layers with the alpha that the file's configuration says where they carry none, and what is to be noted."""
     with_alpha = [layer for layer in layers if layer.alpha is not None]
     if configs and not with_alpha:
@@ -180,7 +179,7 @@ def _layer(name: str, own: Mapping[str, Tensor], where: Path, read: Reader = ass
     return replace(layer, component=component, flat=(flat and "_" in path) or kernel)
 
 
-def _configs(metadata: Mapping[str, str], where: Path) -> dict[str, dict[str, Any]]:
+def _configs(metadata: Mapping[str, str], where: Path) -> dict[str, Json]:
     """LoRA configs by component, from `lora_adapter_metadata`."""
     if METADATA not in metadata:
         return {}
@@ -188,7 +187,7 @@ def _configs(metadata: Mapping[str, str], where: Path) -> dict[str, dict[str, An
         packed = parse_object(metadata[METADATA])
     except ValueError as error:
         raise AdapterFileError(f"{where}: its metadata {METADATA} is no JSON object: {error}") from error
-    configs: dict[str, dict[str, Any]] = {}
+    configs: dict[str, Json] = {}
     for key, value in packed.items():
         component, _, name = key.partition(".")
         if component in DOTTED and name:
@@ -198,7 +197,7 @@ def _configs(metadata: Mapping[str, str], where: Path) -> dict[str, dict[str, An
     return configs
 
 
-def _configured(layer: Layer, configs: Mapping[str, Mapping[str, Any]], where: Path) -> Layer:
+def _configured(layer: Layer, configs: Mapping[str, Facts], where: Path) -> Layer:
     return scaled(layer, configs[layer.component], where) if layer.component in configs else layer
 
 
@@ -270,7 +269,7 @@ def diffusers_bytes(layers: Collection[Layer], component: str, modules: Collecti
     """A `pytorch_lora_weights.safetensors` with the least metadata that every diffusers accepts."""
     baked = {c: [x.baked() for x in layers if (x.component or component) == c] for c in _components(layers, component)}
     tensors: dict[str, Tensor] = {}
-    packed: dict[str, Any] = {}
+    packed: Json = {}
     for name, own in baked.items():
         tensors |= lora_tensors(own, f"{name}.")
         bare = [replace(layer, path=layer.path.removeprefix("text_model.")) for layer in own]  # names that end both

@@ -7,7 +7,6 @@ import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +16,7 @@ from mmpeft.hosting.few_bits import FewBits, dense
 from mmpeft.parts.base import Placement
 from mmpeft.parts.mask import Mask
 from mmpeft.surgery.attaching import base_tensors
+from mmpeft.types import Leaf
 
 SAMPLE = 256
 """Elements of each base tensor that are looked at."""
@@ -63,7 +63,7 @@ class Fingerprint:
         return cls(digest.hexdigest()[:16], layout.hexdigest()[:16], held)
 
     @classmethod
-    def read(cls, facts: Any) -> Fingerprint:
+    def read(cls, facts: Leaf) -> Fingerprint:
         """From a manifest; what an older one lacks is empty.
 
         Raises:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +24,7 @@ from mmpeft.parts import Delta, ExpertsDelta, LowRank
 from mmpeft.parts.base import Placement
 from mmpeft.sites import Site, sites
 from mmpeft.surgery.attached import Attached
+from mmpeft.types import Json
 
 
 def layers_of(tuning: Attached) -> list[Layer]:
@@ -258,7 +258,7 @@ def method_for(model: nn.Module, pieces: Sequence[Piece], dropout: float = 0.0) 
             ranks = _pattern([(p.site, p.rank) for p in own], rank, available)
             alphas = _pattern([(p.site, p.alpha) for p in own], alpha, available)
             at = selector([p.site for p in own], available)
-            patterns: dict[str, Any] = {"rank_pattern": ranks, "alpha_pattern": alphas}
+            patterns: Json = {"rank_pattern": ranks, "alpha_pattern": alphas}
             methods.append(cls(at=at, rank=rank, alpha=alpha, dropout=dropout, **patterns))
     return methods[0] if len(methods) == 1 else Union(methods)
 

@@ -17,7 +17,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,7 @@ from mmpeft.formats.content import Content, Layer, read_json, read_tensors
 from mmpeft.formats.peft import CONFIG, PREFIX, WEIGHTS
 from mmpeft.functional.hadamard import khatri_rao
 from mmpeft.hosting.host import base_value
+from mmpeft.types import Facts
 
 Pair = tuple[Tensor, Tensor]
 """`up` [o, r] and `down` [r, i, k...] of one product."""
@@ -209,7 +210,7 @@ def read_folder(folder: Path) -> Content:
     return Content("peft", layers, targets=listed)
 
 
-def _configured(path: str, own: Mapping[str, Tensor], config: Mapping[str, Any], where: Path) -> float:
+def _configured(path: str, own: Mapping[str, Tensor], config: Facts, where: Path) -> float:
     numbers = []
     for name in ("r", "alpha"):
         if not isinstance(config.get(name), int | float):

@@ -8,7 +8,6 @@ from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,8 +18,9 @@ from mmpeft.formats.lycoris import TYPES, layer_of
 from mmpeft.formats.peft import CONFIG, PREFIX, WEIGHTS, exact_targets
 from mmpeft.parts import Hadamard, Kron, LowRankKron
 from mmpeft.parts.factors import Factor
+from mmpeft.types import Json
 
-OPTIONS: dict[str, dict[str, Any]] = {
+OPTIONS: dict[str, Json] = {
     "LoHa": {"use_effective_conv2d": False},
     "LoKr": {"use_effective_conv2d": False, "decompose_both": False, "decompose_factor": -1},
 }
@@ -78,7 +78,7 @@ def folder_files(content: Content, modules: Collection[str], base_name: str | No
         for key, tensor in layer.tensors.items()
         if key != "alpha"
     }
-    config: dict[str, Any] = {
+    config: Json = {
         "auto_mapping": None,
         "base_model_name_or_path": base_name,
         "inference_mode": True,
@@ -92,7 +92,7 @@ def folder_files(content: Content, modules: Collection[str], base_name: str | No
     return {WEIGHTS: dump_tensors(tensors, {"format": "pt"}), CONFIG: text.encode()}
 
 
-def _ranks(layers: Sequence[Layer]) -> dict[str, Any]:
+def _ranks(layers: Sequence[Layer]) -> Json:
     """Rank and alpha, equal because the scale is in the tensors, and the layers that have another one."""
     ranks = {layer.path: int(layer.tensors["alpha"]) for layer in layers}
     rank, _ = Counter(ranks.values()).most_common(1)[0]

@@ -15,7 +15,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -27,6 +26,7 @@ from mmpeft.hosting.host import base_value, original_class
 from mmpeft.hosting.modules import module_at
 from mmpeft.hosting.offload import check_present
 from mmpeft.surgery.attached import Attached
+from mmpeft.types import AnyModule, Config, Kwargs, Untyped
 
 FOLDERS = ("transformers", "diffusers")
 FILE = "model.safetensors"
@@ -114,7 +114,7 @@ def _check_places(tuned: nn.Module, plain: nn.Module) -> tuple[str, ...]:
             split.append((partner, key))
     if not split:
         return ()
-    config: Any = getattr(plain, "config", None)
+    config: Config = getattr(plain, "config", None)
     heads = {id(module) for module in (_part(plain, "get_output_embeddings"), _part(plain, "get_input_embeddings"))}
     for pair in split:
         owners = [id(module_at(plain, key.rpartition(".")[0])) for key in pair]
@@ -139,7 +139,7 @@ def _same(a: Tensor, b: Tensor) -> bool:
 # -- out, and back ------------------------------------------------------------------------------------------
 
 
-def _write_folder(plain: Any, folder: Path, library: str, untied: tuple[str, ...]) -> Merged:
+def _write_folder(plain: AnyModule, folder: Path, library: str, untied: tuple[str, ...]) -> Merged:
     if folder.suffix == ".safetensors" or folder.is_file():
         raise AdapterFileError(f"{library} reads a folder; {folder} is the name of one file")
     if folder.exists() and any(folder.iterdir()):
@@ -161,13 +161,13 @@ def _write_folder(plain: Any, folder: Path, library: str, untied: tuple[str, ...
     return Merged(folder, library, count, size, untied)
 
 
-def _untie(plain: Any) -> None:
+def _untie(plain: AnyModule) -> None:
     """transformers notes at construction which tensors are one, and saves one of them only."""
     if hasattr(plain, "all_tied_weights_keys"):
         plain.all_tied_weights_keys = plain.get_expanded_tied_weights_keys(all_submodels=True)
 
 
-def _dtype(plain: Any, library: str) -> dict[str, Any]:
+def _dtype(plain: AnyModule, library: str) -> Kwargs:
     return {"dtype" if library == "transformers" else "torch_dtype": plain.dtype}
 
 
@@ -226,7 +226,7 @@ LOADERS: dict[str, Callable[[nn.Module, Path], None]] = {
 }
 
 
-def _read(library: str, load: Callable[[], Any]) -> Any:
+def _read(library: str, load: Callable[[], Untyped]) -> Untyped:
     try:
         return load()
     except REFUSALS as error:

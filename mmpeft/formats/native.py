@@ -9,11 +9,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -34,6 +33,7 @@ from mmpeft.sites.stored import from_json, to_json
 from mmpeft.surgery.attached import Attached
 from mmpeft.surgery.attaching import attach
 from mmpeft.surgery.transaction import unchanged_on_error
+from mmpeft.types import Facts, Json
 
 FORMAT, VERSION = "mmpeft", 1
 MANIFEST = "adapter.json"
@@ -76,7 +76,7 @@ def save(tuning: Attached, folder: str | Path, *, bake: bool = False) -> Path:
     return folder
 
 
-def _text(manifest: Mapping[str, Any], anatomy: Iterable[Site]) -> str:
+def _text(manifest: Facts, anatomy: Iterable[Site]) -> str:
     """The manifest with one line for each site of the model that it was made for."""
     lines = [json.dumps(to_json(site), separators=(",", ":"), ensure_ascii=False) for site in anatomy]
     text = json.dumps({**manifest, "anatomy": []}, indent=1, ensure_ascii=False)
@@ -147,7 +147,7 @@ def _attach(model: nn.Module, method: Method, name: str, what: str, made_for: st
     return Attached(model, name)
 
 
-def read_manifest(folder: Path) -> dict[str, Any]:
+def read_manifest(folder: Path) -> Json:
     """The manifest of an adapter folder, checked for what this version can read.
 
     Raises:
@@ -185,7 +185,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return manifest
 
 
-def read_tensors(folder: Path, entry: Mapping[str, Any], manifest: str) -> dict[str, Tensor]:
+def read_tensors(folder: Path, entry: Facts, manifest: str) -> dict[str, Tensor]:
     """The tensors of the `file` that a manifest's entry names, checked against its `sha256`.
 
     Raises:

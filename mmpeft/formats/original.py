@@ -100,7 +100,7 @@ def table_of(model: nn.Module) -> dict[str, tuple[str, ...]]:
     """Original name → the modules of this model that it is made of, in the order of their rows; empty if unknown."""
     found: dict[str, tuple[str, ...]] = {}
     for theirs, (ours, names) in TABLES.get(original_class(model).__name__, {}).items():
-        count = len(model.get_submodule(ours)) if ours else 1  # type: ignore[arg-type]  # a list of blocks
+        count = len(model.get_submodule(ours)._modules) if ours else 1
         for i in range(count):
             before, own = (f"{theirs}.{i}.", f"{ours}.{i}.") if ours else ("", "")
             found |= {before + name: tuple(own + path for path in paths) for name, paths in names.items()}

@@ -13,13 +13,13 @@ from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
 from mmpeft.errors import AdapterFileError, Refused, nearest
 from mmpeft.formats import peft_experts, peft_prompts
 from mmpeft.formats.content import PICKLED, Content, Layer, Scaling, assemble, dump_tensors, read_json, read_tensors
+from mmpeft.types import Facts, Json, Kwargs
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -91,7 +91,7 @@ def read_folder(folder: Path) -> Content:
     modules = tuple(config.get("modules_to_save") or ())
     whole = _whole(rest, modules, folder / WEIGHTS)
     notes = tuple(f"holds a copy of the base's table, which is not read: {name}" for name in tables)
-    told: dict[str, Any] = {
+    told: Kwargs = {
         "whole": whole,
         "modules": modules,
         "targets": _targets(config),
@@ -151,7 +151,7 @@ def split(tensors: Mapping[str, Tensor], where: Path) -> tuple[dict[str, dict[st
     return slots, rest
 
 
-def scaled(layer: Layer, config: Mapping[str, Any], where: Path) -> Layer:
+def scaled(layer: Layer, config: Facts, where: Path) -> Layer:
     """A layer with the effective alpha that a LoRA config gives it: s = alpha / r, or alpha / √r for rsLoRA.
 
     Raises:
@@ -161,23 +161,25 @@ def scaled(layer: Layer, config: Mapping[str, Any], where: Path) -> Layer:
         if not isinstance(config.get(name), int | float):
             raise AdapterFileError(f"{where}: no {name}, so the scale of the update is not known; restore the config")
     ranks, alphas = config.get("rank_pattern") or {}, config.get("alpha_pattern") or {}
-    rank = ranks.get(_pattern_key(ranks, layer.path), config["r"])
+    r: int = config["r"]
+    rank = ranks.get(_pattern_key(ranks, layer.path), r)
     if rank != layer.rank:
         raise AdapterFileError(
             f"{where}: rank {rank} for {layer.path}, its tensors have rank {layer.rank}; the files belong to "
             "different adapters"
         )
-    alpha = alphas.get(_pattern_key(alphas, layer.path), config["lora_alpha"])
+    own: float = config["lora_alpha"]
+    alpha = alphas.get(_pattern_key(alphas, layer.path), own)
     scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
     return replace(layer, alpha=scale * rank)
 
 
-def _pattern_key(patterns: Mapping[str, Any], path: str) -> str:
+def _pattern_key(patterns: Facts, path: str) -> str:
     """PEFT's own rule: the first pattern that matches the path or a suffix of it after a dot."""
     return next((key for key in patterns if re.match(rf"(.*\.)?({key})$", path)), path)
 
 
-def _check_options(config: Mapping[str, Any], where: Path) -> None:
+def _check_options(config: Facts, where: Path) -> None:
     for name, why in FOREIGN_OPTIONS.items():
         if config.get(name):
             raise AdapterFileError(f"{where}: {name}={config[name]!r} means {why}; it cannot be loaded")
@@ -191,7 +193,7 @@ def _check_options(config: Mapping[str, Any], where: Path) -> None:
         )
 
 
-def _check_dora(layers: Collection[Layer], config: Mapping[str, Any], where: Path) -> None:
+def _check_dora(layers: Collection[Layer], config: Facts, where: Path) -> None:
     have = sum(layer.magnitude is not None for layer in layers)
     if have != (len(layers) if config.get("use_dora") else 0):
         raise AdapterFileError(
@@ -222,7 +224,7 @@ def targeted(targets: str | Collection[str], path: str) -> bool:
     return any(path == name or path.endswith(f".{name}") for name in targets)
 
 
-def _targets(config: Mapping[str, Any]) -> str | tuple[str, ...]:
+def _targets(config: Facts) -> str | tuple[str, ...]:
     """`target_modules` where they alone say which modules have a layer."""
     chosen = config.get("target_modules") or ()
     others = ("layers_to_transform", "exclude_modules")
@@ -231,7 +233,7 @@ def _targets(config: Mapping[str, Any]) -> str | tuple[str, ...]:
     return chosen if isinstance(chosen, str) else tuple(chosen)
 
 
-def _scaling(path: str, gamma: Tensor, config: Mapping[str, Any], folder: Path) -> Scaling:
+def _scaling(path: str, gamma: Tensor, config: Facts, folder: Path) -> Scaling:
     inside = targeted(config.get("feedforward_modules") or (), path)
     if gamma.dim() > 1 and gamma.shape[1 if not inside else 0] != 1:
         raise AdapterFileError(
@@ -258,7 +260,7 @@ def folder_files(content: Content, modules: Collection[str] = (), base_name: str
     whole, layers = sorted(content.whole), [layer.baked() for layer in content.layers]
     tensors = {f"{PREFIX}{m}.{n}": tensor for m, own in content.whole.items() for n, tensor in own.items()}
     targets = [layer.path for layer in layers] or [scaling.path for scaling in content.scalings]
-    config: dict[str, Any] = {
+    config: Json = {
         "fan_in_fan_out": any(x.transposed for x in layers if not x.lookup)
         or any(x.transposed for x in content.scalings),
         "auto_mapping": None,
@@ -296,13 +298,13 @@ def folder_files(content: Content, modules: Collection[str] = (), base_name: str
     return {WEIGHTS: dump_tensors(tensors, {"format": "pt"}), CONFIG: text.encode()}
 
 
-def lora_fields(layers: Collection[Layer]) -> dict[str, Any]:
+def lora_fields(layers: Collection[Layer]) -> Json:
     """Rank, alpha, their patterns and `use_dora` of baked layers, as a LoraConfig has them."""
     dora = any(layer.magnitude is not None for layer in layers)
     return rank_fields({layer.path: layer.rank for layer in layers}) | {"use_dora": dora}
 
 
-def rank_fields(ranks: Mapping[str, int]) -> dict[str, Any]:
+def rank_fields(ranks: Mapping[str, int]) -> Json:
     """Rank, alpha and their patterns for what has these ranks and its scale in the tensors."""
     rank, _ = Counter(ranks.values()).most_common(1)[0]
     others = {f"^{re.escape(name)}": own for name, own in ranks.items() if own != rank}

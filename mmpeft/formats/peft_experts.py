@@ -9,7 +9,6 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +19,7 @@ from mmpeft.hosting.host import base_value
 from mmpeft.hosting.modules import module_at, own_modules
 from mmpeft.parts import ExpertsDelta
 from mmpeft.parts.base import Placement
+from mmpeft.types import Facts, Leaf
 
 OPTION = "target_parameters"
 WRAP = ".base_layer"
@@ -45,7 +45,7 @@ class StackTensors:
     """What a file holds of stacks: by module path, the `lora_A` and `lora_B` of each wrap, the deepest first."""
 
     halves: Mapping[str, list[tuple[Tensor, Tensor]]]
-    config: Mapping[str, Any]
+    config: Facts
 
     def tensors(self) -> dict[str, Tensor]:
         """By the names that PEFT gives them."""
@@ -56,7 +56,7 @@ class StackTensors:
         return found
 
 
-def is_stack(path: str, config: Mapping[str, Any], targeted: bool) -> bool:
+def is_stack(path: str, config: Facts, targeted: bool) -> bool:
     """Whether a module path of a file is one whose parameters have updates; `targeted` if `target_modules` names it."""
     names = config.get(OPTION) or ()
     bare = path.replace(WRAP, "")
@@ -65,7 +65,7 @@ def is_stack(path: str, config: Mapping[str, Any], targeted: bool) -> bool:
 
 
 def taken(
-    slots: dict[str, dict[str, Tensor]], paths: Collection[str], config: Mapping[str, Any], where: object
+    slots: dict[str, dict[str, Tensor]], paths: Collection[str], config: Facts, where: object
 ) -> StackTensors | None:
     """Take the updates of stacks out of the slots of a file."""
     halves: dict[str, list[tuple[Tensor, Tensor]]] = {}
@@ -104,9 +104,7 @@ def _named(path: str, module: nn.Module, targets: Collection[str]) -> list[str]:
     return [n for n in names if any(f".{path}.{n}".endswith(f".{target}") for target in targets)]
 
 
-def _layer(
-    module: nn.Module, path: str, name: str, a: Tensor, b: Tensor, config: Mapping[str, Any], where: object
-) -> StackLayer:
+def _layer(module: nn.Module, path: str, name: str, a: Tensor, b: Tensor, config: Facts, where: object) -> StackLayer:
     shape = tuple(base_value(module, name).shape)
     inputs, outputs = (shape[-1], shape[-2]) if _swaps(module) else (shape[-2], shape[-1])
     if len(shape) != 3 or a.shape != (len(a), inputs) or b.shape != (outputs, len(a)) or len(a) % shape[0]:
@@ -128,7 +126,7 @@ def _layer(
     return StackLayer(path, name, *((down, up) if _swaps(module) else (up.mT, down.mT)), scale)
 
 
-def _pattern(patterns: Mapping[str, Any], name: str, default: Any) -> Any:
+def _pattern(patterns: Facts, name: str, default: Leaf) -> Leaf:
     key = next((key for key in patterns if re.match(rf"(.*\.)?({key})$", name)), None)
     return default if key is None else patterns[key]
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +25,7 @@ from mmpeft.parts.prompt import Prompt, PromptBeside, PromptLayer
 from mmpeft.sites import Site, sites
 from mmpeft.surgery.choice import use
 from mmpeft.surgery.state import state_of
+from mmpeft.types import AnyModule, Facts, Json
 
 PROMPT, P_TUNING, PREFIX = TYPES = ("PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING")
 KEY, WRAPPED = "prompt_embeddings", "base_model."
@@ -49,7 +49,7 @@ def is_learned(placement: Placement) -> bool:
     return isinstance(placement.part, Prompt | PromptBeside | PromptLayer | Prefix)
 
 
-def read(config: Mapping[str, Any], tensors: Mapping[str, Tensor], where: Path) -> Learned:
+def read(config: Facts, tensors: Mapping[str, Tensor], where: Path) -> Learned:
     """The learned tensor of a folder.
 
     Raises:
@@ -70,7 +70,7 @@ def read(config: Mapping[str, Any], tensors: Mapping[str, Tensor], where: Path) 
     return Learned(kind, tensor[:count], dict(config))
 
 
-def fields(learned: Learned) -> dict[str, Any]:
+def fields(learned: Learned) -> Json:
     """The config of a folder."""
     known = ("num_layers", "num_attention_heads", "token_dim", "task_type")
     own = {name: learned.config.get(name) for name in known}
@@ -107,7 +107,7 @@ def learned_of(model: nn.Module, placements: Sequence[Placement], whole: Collect
     if len(prompts) + bool(prefixes) != 1:
         raise Refused("a PEFT folder holds one prompt, or one prefix for every layer; this tuning has more")
     if prompts:
-        part: Any = prompts[0].part
+        part: AnyModule = prompts[0].part
         _check_pooling(model, next(s for s in available if s.kind == "embedding" and s.connect is not None))
         kind = P_TUNING if prompts[0].key.startswith("ptuning") else PROMPT
         tensor = part.embeddings().detach().clone()

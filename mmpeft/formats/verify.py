@@ -12,7 +12,6 @@ from importlib import import_module
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +22,7 @@ from mmpeft.formats.low_rank import delta_weights
 from mmpeft.surgery.attached import Attached
 from mmpeft.surgery.attaching import detach
 from mmpeft.surgery.state import state_of
+from mmpeft.types import AnyModule
 
 TOLERANCE = 1e-5
 """Largest difference of a reloaded tensor, relative to its largest value; a reader in half precision may round."""
@@ -45,7 +45,7 @@ class Check:
 
 def plain_copy(model: nn.Module) -> nn.Module:
     """The base without its tunings as another module tree over the same storage; the model is left alone."""
-    shared: dict[int, Any] = {}
+    shared: dict[int, object] = {}
     for parameter in model.parameters():
         if type(parameter) is nn.Parameter:
             shared[id(parameter)] = nn.Parameter(parameter.detach(), requires_grad=parameter.requires_grad)
@@ -141,7 +141,7 @@ def by_peft_answers(tuning: Attached, folder: Path, content: Content) -> list[Ch
         model.eval()
         with _quiet(), tuning.use():
             try:
-                loaded: Any = PeftModel.from_pretrained(plain_copy(model), str(folder)).eval()
+                loaded: AnyModule = PeftModel.from_pretrained(plain_copy(model), str(folder)).eval()
                 theirs = loaded(**batch)
             except REFUSALS as error:
                 raise AdapterFileError(f"{reader} refuses the folder that was written: {error}") from error
@@ -173,7 +173,7 @@ def by_diffusers(model: nn.Module, file: Path, component: str, content: Content)
     text = component.startswith("text_encoder")
     if not (text or hasattr(model, "load_lora_adapter")) or find_spec("peft") is None:
         return []
-    twin: Any = plain_copy(model)
+    twin: AnyModule = plain_copy(model)
     reader = f"diffusers {version('diffusers')}"
     with _quiet():
         try:

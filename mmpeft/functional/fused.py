@@ -15,7 +15,7 @@ Two exact evaluations are used, whichever moves fewer bytes:
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +24,7 @@ from torch.autograd import Function
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from mmpeft.errors import Refused
+from mmpeft.types import Ctx
 
 Spans = tuple[tuple[int, int, float, bool], ...]
 
@@ -158,7 +159,7 @@ def _opaque(
 class _LowRankLinear(Function):
     @staticmethod
     def forward(
-        ctx: Any,
+        ctx: Ctx,
         x: Tensor,
         weight: Tensor,
         bias: Tensor | None,
@@ -180,7 +181,7 @@ class _LowRankLinear(Function):
         return y
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Any:
+    def backward(ctx: Ctx, *grads: Tensor) -> tuple[Tensor | None, ...]:
         try:
             flat, weight, bias, y, *tensors = ctx.saved_tensors
         except RuntimeError as error:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from jaxtyping import Float
 from torch import Tensor
+
+from mmpeft.types import Ctx
 
 Up = Float[Tensor, "o r"]
 Down = Float[Tensor, "r i"]
@@ -22,11 +22,11 @@ class _Product(torch.autograd.Function):
         return (up @ down) * (up_2 @ down_2)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    def setup_context(ctx: Ctx, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         ctx.save_for_backward(*inputs)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
+    def backward(ctx: Ctx, *grads: Tensor) -> tuple[Tensor, ...]:
         up, down, up_2, down_2 = ctx.saved_tensors
         first, second = grads[0] * (up_2 @ down_2), grads[0] * (up @ down)
         return first @ down.T, up.T @ first, second @ down_2.T, up_2.T @ second

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.autograd import Function
+
+from mmpeft.types import Ctx
 
 
 def soft_top_k(scores: Float[Tensor, "*batch n"], k: int, epsilon: float) -> Float[Tensor, "*batch n"]:
@@ -43,7 +43,7 @@ class _SoftTopK(Function):
     """`∂λ_j/∂s_i = λ_j/ε (δ_ij - λ_i / Σ_U λ)` for i, j in U, the weights below 1; 0 elsewhere."""
 
     @staticmethod
-    def forward(ctx: Any, scores: Tensor, k: int, epsilon: float) -> Tensor:
+    def forward(ctx: Ctx, scores: Tensor, k: int, epsilon: float) -> Tensor:
         wide = scores.to(torch.promote_types(scores.dtype, torch.float32))
         weights = _solve(wide, min(k, scores.shape[-1]), epsilon)
         ctx.save_for_backward(weights)
@@ -51,7 +51,7 @@ class _SoftTopK(Function):
         return weights
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Ctx, grad: Tensor) -> tuple[Tensor, None, None]:
         (weights,) = ctx.saved_tensors
         below = torch.where(weights < 1, weights, 0.0)
         total = below.sum(-1, keepdim=True).clamp(min=torch.finfo(below.dtype).tiny)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import warnings
-from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+
+from mmpeft.types import Ctx
 
 warnings.filterwarnings("ignore", message="Sparse CSR tensor support")
 
@@ -69,11 +70,11 @@ def _(grad: Tensor, flat: Tensor, values: Tensor, pointers: Tensor, columns: Ten
     return torch.empty_like(flat), torch.empty_like(values)
 
 
-def _setup(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+def _setup(ctx: Ctx, inputs: tuple[Tensor, ...], output: Tensor) -> None:
     ctx.save_for_backward(*inputs)
 
 
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
+def _backward(ctx: Ctx, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
     grad_flat, grad_values = _gradients(grad, *ctx.saved_tensors)
     return grad_flat, grad_values, None, None
 

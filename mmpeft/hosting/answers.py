@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
 from types import FunctionType, ModuleType
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mmpeft.hosting.weights import ANSWERS, Weight
+from mmpeft.hosting.weights import ANSWERS, Answer, Operand, Weight
+from mmpeft.types import AnyFunc, Argument, Untyped
 
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
-def opened(function: Any, **names: Any) -> Any:
+def opened(function: AnyFunc, **names: AnyFunc) -> AnyFunc:
     """A torch function that calls others, without its first question whether something handles it as a whole.
 
     Its names live in a module of their own, where compilers look them up; `names` stand in for some of them.
@@ -37,14 +37,14 @@ def opened(function: Any, **names: Any) -> Any:
 # -- products ---------------------------------------------------------------------------------------------------
 
 
-def _linear(_: Any, x: Any = None, weight: Any = None, bias: Any = None, **named: Any) -> Any:
+def _linear(_: object, x: Operand = None, weight: Operand = None, bias: Operand = None, **named: Argument) -> Answer:
     x = named.get("input", x)
     if not isinstance(weight, Weight) or weight.seen.flipped or len(weight.full) != 2 or weight.seen.k:
         return NotImplemented
     return weight.times(x, bias)
 
 
-def _matmul(_: Any, left: Any, right: Any = None, **named: Any) -> Any:
+def _matmul(_: object, left: Operand, right: Operand = None, **named: Argument) -> Answer:
     right = next(iter(named.values()), right)
     if isinstance(right, Weight):
         return right.times(left, None) if right.seen.flipped else NotImplemented
@@ -56,11 +56,11 @@ def _matmul(_: Any, left: Any, right: Any = None, **named: Any) -> Any:
     return y if y is NotImplemented else y.transpose(-2, -1)
 
 
-def _reflected(_: Any, weight: Any, x: Any) -> Any:
+def _reflected(_: object, weight: Operand, x: Operand) -> Answer:
     return _matmul(_, x, weight)
 
 
-def _addmm(_: Any, bias: Any, left: Any, right: Any, *, beta: float = 1, alpha: float = 1) -> Any:
+def _addmm(_: object, bias: Operand, left: Operand, right: Operand, *, beta: float = 1, alpha: float = 1) -> Answer:
     if not isinstance(right, Weight) or not right.seen.flipped or isinstance(bias, Weight):
         return NotImplemented
     if beta == alpha == 1 and bias.dim() == 1:
@@ -70,16 +70,16 @@ def _addmm(_: Any, bias: Any, left: Any, right: Any, *, beta: float = 1, alpha: 
 
 
 def _conv(
-    func: Any,
-    x: Any = None,
-    weight: Any = None,
-    bias: Any = None,
-    stride: Any = 1,
-    padding: Any = 0,
-    dilation: Any = 1,
+    func: AnyFunc,
+    x: Operand = None,
+    weight: Operand = None,
+    bias: Operand = None,
+    stride: Operand = 1,
+    padding: Operand = 0,
+    dilation: Operand = 1,
     groups: int = 1,
-    **named: Any,
-) -> Any:
+    **named: Argument,
+) -> Answer:
     x = named.get("input", x)
     if not isinstance(weight, Weight) or isinstance(x, Weight) or weight.seen.k or not isinstance(x, Tensor):
         return NotImplemented
@@ -92,8 +92,14 @@ def _conv(
 
 
 def _embedding(
-    _: Any, words: Any, weight: Any, padding_idx: Any = None, max_norm: Any = None, *rest: Any, **named: Any
-) -> Any:
+    _: object,
+    words: Operand,
+    weight: Operand,
+    padding_idx: Operand = None,
+    max_norm: Operand = None,
+    *rest: object,
+    **named: Argument,
+) -> Answer:
     """A table [words, d]: of a weight [d, words] that is seen flipped."""
     plain = max_norm is None and not any(rest[1:]) and not any(named.get(n) for n in ("scale_grad_by_freq", "sparse"))
     seen = weight.seen
@@ -102,7 +108,7 @@ def _embedding(
     return weight.look_up(words, padding_idx)
 
 
-def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Answer:
     """`F.linear` for code that is itself an answer: there compilers ask a weight no more."""
     if not isinstance(weight, Weight):
         return F.linear(x, weight, bias)
@@ -110,7 +116,7 @@ def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
     return F.linear(x, weight.formed(), bias) if found is NotImplemented else found
 
 
-def _packed(q: Tensor, k: Tensor, v: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
+def _packed(q: Tensor, k: Tensor, v: Tensor, weight: Tensor, bias: Tensor | None = None) -> Answer:
     """Queries, keys and values by one weight."""
     if (k is v and q is k) or not isinstance(weight, Weight):
         return _one_product(q, k, v, weight, bias)
@@ -119,37 +125,38 @@ def _packed(q: Tensor, k: Tensor, v: Tensor, weight: Tensor, bias: Tensor | None
     return [_product(x, piece, b) for x, piece, b in zip((q, k, v), pieces, biases)]
 
 
-_one_product = opened(F._in_projection_packed, linear=_product)  # type: ignore[attr-defined]  # private in torch
+_torch: Untyped = F  # of which some is private
+_one_product = opened(_torch._in_projection_packed, linear=_product)
 multi_head = opened(
     F.multi_head_attention_forward,
     linear=_product,
     _in_projection_packed=_packed,
-    _in_projection=opened(F._in_projection, linear=_product),  # type: ignore[attr-defined]  # private in torch
+    _in_projection=opened(_torch._in_projection, linear=_product),
 )
 
 
-def _attention(_: Any, *args: Any, **kwargs: Any) -> Any:
+def _attention(_: object, *args: Argument, **kwargs: Argument) -> Answer:
     return multi_head(*args, **kwargs)
 
 
 # -- looks ------------------------------------------------------------------------------------------------------
 
 
-def _flip(_: Any, weight: Any, *dims: Any, **named: Any) -> Any:
+def _flip(_: object, weight: Weight, *dims: Argument, **named: Argument) -> Answer:
     seen, dims = weight.seen, dims or tuple(named.values())
     if len(weight.full) != 2 or seen.k or (dims and sorted(d % 2 for d in dims) != [0, 1]):
         return NotImplemented
     return weight.again(seen._replace(flipped=not seen.flipped))
 
 
-def _permute(_: Any, weight: Any, *dims: Any) -> Any:
+def _permute(_: object, weight: Weight, *dims: Argument) -> Answer:
     dims = tuple(dims[0]) if len(dims) == 1 and not isinstance(dims[0], int) else dims
     if len(weight.full) != 2 or weight.seen.k or len(dims) != 2:
         return NotImplemented
     return _flip(_, weight) if [d % 2 for d in dims] == [1, 0] else weight
 
 
-def _to(_: Any, weight: Any, *args: Any, **named: Any) -> Any:
+def _to(_: object, weight: Tensor, *args: Argument, **named: Argument) -> Answer:
     if not isinstance(weight, Weight):  # another tensor goes where a weight is
         like = next(value for value in (*args, *named.values()) if isinstance(value, Weight))
         return weight.to(like.device, like.dtype)
@@ -171,18 +178,18 @@ def _to(_: Any, weight: Any, *args: Any, **named: Any) -> Any:
     return weight if dtype == weight.seen.dtype else weight.again(weight.seen._replace(dtype=dtype))
 
 
-def _cast(dtype: torch.dtype) -> Callable[..., Any]:
-    def answer(_: Any, weight: Any, **named: Any) -> Any:
+def _cast(dtype: torch.dtype) -> AnyFunc:
+    def answer(_: object, weight: Weight, **named: Argument) -> Answer:
         return NotImplemented if named else _to(_, weight, dtype)
 
     return answer
 
 
-def _itself(_: Any, weight: Any, **named: Any) -> Any:
+def _itself(_: object, weight: Weight, **named: Argument) -> Answer:
     return NotImplemented if named else weight
 
 
-def _cut(weight: Weight, dim: int, sizes: Sequence[int]) -> Any:
+def _cut(weight: Weight, dim: int, sizes: Sequence[int]) -> Answer:
     """The pieces of a weight along its rows."""
     seen = weight.seen
     if seen.k or dim % len(weight.full) != (len(weight.full) - 1 if seen.flipped else 0):
@@ -195,26 +202,28 @@ def _cut(weight: Weight, dim: int, sizes: Sequence[int]) -> Any:
     return tuple(weight.again(seen._replace(start=a, stop=b)) for a, b in pairwise(edges))
 
 
-def _split(_: Any, weight: Any, split_size_or_sections: Any = 1, dim: int = 0, **named: Any) -> Any:
+def _split(
+    _: object, weight: Weight, split_size_or_sections: int | Sequence[int] = 1, dim: int = 0, **named: Argument
+) -> Answer:
     sizes, rows = named.get("split_size", split_size_or_sections), weight.seen.stop - weight.seen.start
     if isinstance(sizes, int):
         sizes = [min(sizes, rows - at) for at in range(0, rows, sizes)]
     return _cut(weight, dim, sizes) if sum(sizes) == rows else NotImplemented
 
 
-def _chunk(_: Any, weight: Any, chunks: int, dim: int = 0) -> Any:
+def _chunk(_: object, weight: Weight, chunks: int, dim: int = 0) -> Answer:
     rows = weight.seen.stop - weight.seen.start
     return _split(_, weight, -(-rows // chunks), dim)
 
 
-def _narrow(_: Any, weight: Any, dim: int, start: Any, length: int) -> Any:
+def _narrow(_: object, weight: Weight, dim: int, start: int | Tensor, length: int) -> Answer:
     if not isinstance(start, int) or start < 0:
         return NotImplemented
     pieces = _cut(weight, dim, [start, length])
     return pieces if pieces is NotImplemented else pieces[1]
 
 
-def _item(_: Any, weight: Any, index: Any) -> Any:
+def _item(_: object, weight: Weight, index: Operand) -> Answer:
     seen = weight.seen
     index = index if isinstance(index, tuple) else (index,)
     if seen.k:
@@ -232,7 +241,7 @@ def _item(_: Any, weight: Any, index: Any) -> Any:
     return weight.again(seen._replace(start=seen.start + start, stop=seen.start + max(start, stop)))
 
 
-def _unbind(_: Any, weight: Any, dim: int = 0) -> Any:
+def _unbind(_: object, weight: Weight, dim: int = 0) -> Answer:
     seen = weight.seen
     if not seen.k or dim:
         return NotImplemented
@@ -240,7 +249,7 @@ def _unbind(_: Any, weight: Any, dim: int = 0) -> Any:
     return _cut(weight.again(seen._replace(k=0)), 0, [size] * seen.k)
 
 
-def _view(_: Any, weight: Any, *shape: Any, **named: Any) -> Any:
+def _view(_: object, weight: Weight, *shape: Argument, **named: Argument) -> Answer:
     """A stack of equal blocks of rows, or the matrix that it was."""
     shape = shape or tuple(named.values())
     if not shape or isinstance(shape[0], torch.dtype) or weight.seen.flipped or len(weight.full) != 2:
@@ -256,11 +265,11 @@ def _view(_: Any, weight: Any, *shape: Any, **named: Any) -> Any:
     return weight.again(weight.seen._replace(k=shape[0] if len(shape) == 3 else 0))
 
 
-def _unflatten(_: Any, weight: Any, dim: int, sizes: Any) -> Any:
+def _unflatten(_: object, weight: Weight, dim: int, sizes: Sequence[int]) -> Answer:
     return _view(_, weight, *sizes, weight.full[1]) if dim == 0 and len(sizes) == 2 else NotImplemented
 
 
-def _both(name: str) -> list[Any]:
+def _both(name: str) -> list[AnyFunc]:
     """A function of `torch` and the method of the same name, where there are both."""
     return [getattr(owner, name) for owner in (torch, Tensor) if hasattr(owner, name)]
 
@@ -275,8 +284,7 @@ ANSWERS |= {
     F.multi_head_attention_forward: _attention,
     Tensor.__rmatmul__: _reflected,
     Tensor.__getitem__: _item,
-    Tensor.T.__get__: _flip,  # type: ignore[attr-defined]  # what torch hands to overrides
-    Tensor.mT.__get__: _flip,  # type: ignore[attr-defined]  # what torch hands to overrides
+    **{getattr(Tensor, name).__get__: _flip for name in ("T", "mT")},
     Tensor.type_as: _to,
     Tensor.to: _to,
     Tensor.float: _cast(torch.float32),

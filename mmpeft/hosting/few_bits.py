@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from importlib import import_module
-from typing import Any
 from weakref import WeakKeyDictionary, ref
 
 import torch
@@ -12,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import mmpeft.hosting.answers  # noqa: F401  (fills in what weights answer)
-from mmpeft.hosting.weights import Seen, Wrapper
+from mmpeft.hosting.weights import Answer, Operand, Seen, Wrapper
+from mmpeft.types import AnyModule, Attribute, Untyped
 
 LAYERS = ("Linear4bit", "Linear8bitLt")
 
@@ -22,7 +22,7 @@ def packs(cls: type) -> bool:
     return any(base.__name__ in LAYERS for base in cls.__mro__)
 
 
-def viewed(module: nn.Module, value: Any) -> Any:
+def viewed(module: nn.Module, value: Attribute) -> Attribute:
     """The weight of a module as `FewBits` if it is held so, the same one each time; any other value itself.
 
     What bitsandbytes has not packed yet, which it does on the way to a device, is what it seems to be.
@@ -58,7 +58,7 @@ def guard(module: nn.Module) -> None:
         return
     module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]  # bitsandbytes's own flag
     if _rearranged(module):
-        packed: Any = module._parameters["weight"]
+        packed: Untyped = module._parameters["weight"]
         state = packed.quant_state
         scales = state.absmax.t().reshape(-1).float()  # kept [blocks, rows] beside the rearranged bits
         state.original_nested = False  # to quantise the scales again would round them once more
@@ -86,8 +86,7 @@ class FewBits(Wrapper):
     @classmethod
     def held(cls, layer: nn.Module, packed: Tensor) -> FewBits:
         shape, dtype = cls.facts(packed)
-        found: FewBits = cls.of(shape, Seen(0, shape[0], dtype), packed.device, layer=ref(layer))
-        return found
+        return cls.of(shape, Seen(0, shape[0], dtype), packed.device, layer=ref(layer))
 
     @staticmethod
     @abstractmethod
@@ -96,7 +95,7 @@ class FewBits(Wrapper):
 
     @staticmethod
     @abstractmethod
-    def facts(packed: Any) -> tuple[torch.Size, torch.dtype]:
+    def facts(packed: Untyped) -> tuple[torch.Size, torch.dtype]:
         """True shape, and type of the values."""
 
     @abstractmethod
@@ -107,14 +106,14 @@ class FewBits(Wrapper):
         """The values that the bits stand for, as they are seen."""
         return self.formed()
 
-    def times(self, x: Any, bias: Tensor | None) -> Any:
+    def times(self, x: Operand, bias: Tensor | None) -> Answer:
         """The libraries take inputs of any type."""
         if self.seen.stop - self.seen.start != self.full[0] or not isinstance(x, Tensor):
             return NotImplemented
         y = self.multiplied(x)
         return y if bias is None else y + bias.to(y.dtype)
 
-    def parts(self) -> tuple[Any, Any]:
+    def parts(self) -> tuple[AnyModule, Untyped]:
         """The module, and the parameter as the library keeps it."""
         layer = self.layer()
         assert layer is not None
@@ -133,7 +132,7 @@ class FourBits(FewBits):
         return type(packed).__name__ == "Params4bit" and getattr(packed, "quant_state", None) is not None
 
     @staticmethod
-    def facts(packed: Any) -> tuple[torch.Size, torch.dtype]:
+    def facts(packed: Untyped) -> tuple[torch.Size, torch.dtype]:
         return torch.Size(packed.quant_state.shape), packed.quant_state.dtype
 
     def values(self) -> Tensor:
@@ -156,7 +155,7 @@ class EightBits(FewBits):
         return type(packed).__name__ == "Int8Params" and packed.dtype == torch.int8
 
     @staticmethod
-    def facts(packed: Any) -> tuple[torch.Size, torch.dtype]:
+    def facts(packed: Untyped) -> tuple[torch.Size, torch.dtype]:
         return packed.shape, torch.float32
 
     def values(self) -> Tensor:
@@ -183,7 +182,7 @@ class Torchao(FewBits):
         return type(packed).__module__.startswith("torchao.") and hasattr(packed, "dequantize")
 
     @staticmethod
-    def facts(packed: Any) -> tuple[torch.Size, torch.dtype]:
+    def facts(packed: Untyped) -> tuple[torch.Size, torch.dtype]:
         return packed.shape, packed.dtype
 
     def values(self) -> Tensor:
@@ -198,7 +197,7 @@ class Product:
     """The forward of a packed linear that hosts parts: over the weight it reads, packed, merged or trained."""
 
     def forward(self, x: Tensor) -> Tensor:
-        host: Any = self
+        host: AnyModule = self
         return F.linear(x, viewed(host, host.weight), host.bias)
 
 

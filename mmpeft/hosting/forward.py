@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache, partial, wraps
 from types import FunctionType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -19,6 +19,7 @@ from mmpeft.hosting.offload import looked, take_back
 from mmpeft.hosting.output import first_of, with_first
 from mmpeft.hosting.patched import is_inside
 from mmpeft.hosting.running import RUNNING, Pinned, Planned, current, remember
+from mmpeft.types import AnyModule, Args, Argument, Attribute, Forward, Kwargs, Output, StateDict
 
 if TYPE_CHECKING:
     from mmpeft.parts.base import Call, Part
@@ -33,11 +34,11 @@ class HostPlan:
     exit: tuple[Part, ...] = ()
     call: Call | None = None
     reads: dict[str, tuple[Part, ...]] = field(default_factory=dict)
-    answer: Callable[[Any, str, Any, tuple[Part, ...]], Any] | None = None
+    answer: Callable[[nn.Module, str, Attribute, tuple[Part, ...]], Attribute] | None = None
     """What code finds that reads an attribute of the host, by its name and its value, under the parts of `reads`."""
     wraps: tuple[Part, ...] = ()
     """Parts that run the host themselves, the first one outermost."""
-    around: Callable[..., Any] | None = None
+    around: Forward | None = None
     """Runs the host inside `wraps`: recomputation, which repeats it and those of `wraps` that are `repeated`."""
     alone: bool = False
     """Whether `call` is all there is: the common case of a tuned linear, kept free of further tests."""
@@ -53,24 +54,24 @@ class Seat:
         self.state, self.index, self.path = state, index, path
         self.plans: dict[int, HostPlan] = {}
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> StateDict:
         return {"state": self.state, "index": self.index, "path": self.path}
 
-    def __setstate__(self, values: dict[str, Any]) -> None:
+    def __setstate__(self, values: StateDict) -> None:
         self.__dict__.update(values, plans={})
 
 
-def forward_of(base: Any, instead: Callable[..., Any] | None = None) -> Callable[..., Any]:
+def forward_of(base: AnyModule, instead: Forward | None = None) -> Forward:
     """The forward of a host of class `base`, or what runs `instead`, under the signature, name and doc of its own."""
-    own: Any = instead or (Product.forward if packs(base) else base.forward)
+    own: Forward = instead or (Product.forward if packs(base) else base.forward)
     function = isinstance(base.forward, FunctionType)
 
-    def inner(self: Any, *args: Any, **kwargs: Any) -> Any:
+    def inner(self: AnyModule, *args: Argument, **kwargs: Argument) -> Output:
         if "forward" in self.__dict__:
             return self.__dict__["forward"].run(*args, **kwargs)
         return own(self, *args, **kwargs) if function else base.forward(*args, **kwargs)
 
-    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+    def forward(self: AnyModule, *args: Argument, **kwargs: Argument) -> Output:
         seat = getattr(self, SEAT, None)
         if seat is None:  # a bound method that outlived the tuning
             return own(self, *args, **kwargs)
@@ -92,11 +93,11 @@ def forward_of(base: Any, instead: Callable[..., Any] | None = None) -> Callable
     if not function:
         return forward
     found = wraps(base.forward)(forward)
-    found.__signature__ = inspect.signature(base.forward)  # type: ignore[attr-defined]  # what inspect looks for
+    found.__dict__["__signature__"] = inspect.signature(base.forward)  # where inspect looks for it
     return found
 
 
-def _pass(host: Any, seat: Seat, inner: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+def _pass(host: AnyModule, seat: Seat, inner: Forward, args: Args, kwargs: Kwargs) -> Output:
     """A host that is run from outside: a pass through the model, or through a part of it, begins here."""
     planned = current(seat.state)
     if torch.compiler.is_compiling() and (planned.rows is None or (seat.state.proofs and not planned.whole)):
@@ -105,7 +106,7 @@ def _pass(host: Any, seat: Seat, inner: Callable[..., Any], args: Any, kwargs: A
     return _begun(host, seat, planned, inner, args, kwargs)
 
 
-def _begun(host: Any, seat: Seat, planned: Planned, inner: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+def _begun(host: AnyModule, seat: Seat, planned: Planned, inner: Forward, args: Args, kwargs: Kwargs) -> Output:
     state = seat.state
     plan = planned.plans.get(seat.index, PLAIN)
     if planned.whole and seat.path and seat.index in planned.plans:
@@ -132,7 +133,7 @@ def _begun(host: Any, seat: Seat, planned: Planned, inner: Callable[..., Any], a
     return output
 
 
-def _under(host: Any, seat: Seat, inner: Callable[..., Any], planned: Planned, args: Any, kwargs: Any) -> Any:
+def _under(host: AnyModule, seat: Seat, inner: Forward, planned: Planned, args: Args, kwargs: Kwargs) -> Output:
     """One of several passes through the whole model."""
     token = RUNNING.set(planned)
     try:
@@ -144,7 +145,7 @@ def _under(host: Any, seat: Seat, inner: Callable[..., Any], planned: Planned, a
     return output
 
 
-def run(host: Any, plan: HostPlan, inner: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+def run(host: AnyModule, plan: HostPlan, inner: Forward, args: Args, kwargs: Kwargs) -> Output:
     """A host's forward pass with the parts of a plan."""
     if not plan.wraps and plan.around is None:
         return _with_parts(host, plan, inner, *args, **kwargs)
@@ -154,14 +155,14 @@ def run(host: Any, plan: HostPlan, inner: Callable[..., Any], args: Any, kwargs:
     return _wrapped(host, plan, call, repeated=False)(*args, **kwargs)
 
 
-def _wrapped(host: Any, plan: HostPlan, call: Callable[..., Any], repeated: bool) -> Callable[..., Any]:
+def _wrapped(host: AnyModule, plan: HostPlan, call: Forward, repeated: bool) -> Forward:
     for part in reversed(plan.wraps):
         if part.repeated == repeated:
             call = partial(part.around, host, call)
     return call
 
 
-def _with_parts(host: Any, plan: HostPlan, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+def _with_parts(host: AnyModule, plan: HostPlan, inner: Forward, *args: Argument, **kwargs: Argument) -> Output:
     if not (plan.enter or plan.exit or plan.call):
         return inner(host, *args, **kwargs)
     if not (args or kwargs):
@@ -179,14 +180,14 @@ def _with_parts(host: Any, plan: HostPlan, inner: Callable[..., Any], *args: Any
     return y
 
 
-def _input_name(cls: Any, kwargs: dict[str, Any]) -> str:
+def _input_name(cls: AnyModule, kwargs: Kwargs) -> str:
     """The name of what a module reads, where all arguments are named: its first parameter, or the first given."""
     own = _first_parameter(cls)
     return own if own in kwargs else next(iter(kwargs))
 
 
 @cache
-def _first_parameter(cls: Any) -> str:
+def _first_parameter(cls: AnyModule) -> str:
     return next(iter(list(inspect.signature(cls.forward).parameters)[1:]), "")
 
 
@@ -199,7 +200,8 @@ def planned_of(host: nn.Module) -> Planned:
 
 def plan_of(host: nn.Module) -> HostPlan:
     """What a host does at present."""
-    planned, seat = planned_of(host), getattr(host, SEAT)
+    seat: Seat = getattr(host, SEAT)
+    planned = planned_of(host)
     if torch.compiler.is_compiling() and RUNNING.get() is planned and planned.number is not None:
-        return seat.plans.get(planned.number, PLAIN)  # type: ignore[no-any-return]  # a Seat, behind getattr
+        return seat.plans.get(planned.number, PLAIN)
     return planned.plans.get(seat.index, PLAIN)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copyreg
 from collections.abc import Callable
 from functools import cache, wraps
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,7 @@ from mmpeft.hosting.modules import CHILD, SEAT
 from mmpeft.hosting.offload import HOOK, Hooked, fetched
 from mmpeft.hosting.patched import Patched
 from mmpeft.hosting.still import MODE, Still
+from mmpeft.types import AnyModule, Argument, Attribute, Forward, Output
 
 GUARDS: dict[str, Callable[..., None]] = {}
 """Methods by which models change their own modules, and what refuses a call of one on a host; domains fill it in."""
@@ -48,7 +49,7 @@ def tuned_part(cls: type) -> TunedMeta | None:
     return next((c for c in cls.__mro__ if isinstance(c, TunedMeta) and BASE in vars(c)), None)
 
 
-def _reduced(cls: TunedMeta) -> Any:
+def _reduced(cls: TunedMeta) -> str | tuple[Callable[..., TunedMeta], tuple[object, ...]]:
     if BASE not in vars(cls):  # of another library, on top of a swapped one
         return cls.__qualname__
     return tuned_class, (cls.mmpeft_base, cls.mmpeft_reads)
@@ -57,7 +58,7 @@ def _reduced(cls: TunedMeta) -> Any:
 copyreg.pickle(TunedMeta, _reduced)
 
 
-def base_value(module: nn.Module, name: str) -> Any:
+def base_value(module: nn.Module, name: str) -> Attribute:
     """The backbone's own value of an attribute, whatever parts read it; a packed weight in its true shape.
 
     What accelerate holds elsewhere between passes is read from there.
@@ -67,17 +68,17 @@ def base_value(module: nn.Module, name: str) -> Any:
             return fetched(module, name, viewed(module, store[name]))
     own = getattr(original_class(module), name, None)
     if isinstance(own, property):  # of a parametrised module, which computes its weight
-        return own.fget(module)  # type: ignore[misc]  # a getter is always there
+        return own.__get__(module)
     raise AttributeError(f"{type(module).__name__} has no attribute {name!r}")
 
 
-def is_sharded(value: Any) -> bool:
+def is_sharded(value: object) -> bool:
     """Whether a tensor is one process's share of a distributed one."""
     return type(value) not in (Tensor, nn.Parameter) and type(value).__name__ == "DTensor"
 
 
 def _reader(name: str) -> property:
-    def read(self: Any) -> Any:
+    def read(self: AnyModule) -> Attribute:
         value = base_value(self, name)
         if is_sharded(value):  # asked for by who shards it: forward passes find it whole
             return value
@@ -85,21 +86,21 @@ def _reader(name: str) -> property:
         parts = plan.reads.get(name)
         return plan.answer(self, name, value, parts) if parts and plan.answer else value
 
-    def write(self: Any, value: Any) -> None:
+    def write(self: AnyModule, value: Attribute) -> None:
         self.__dict__[name] = value
 
     return property(read, write)
 
 
-def tuned_class(base: Any, reads: frozenset[str]) -> TunedMeta:
+def tuned_class(base: AnyModule, reads: frozenset[str]) -> TunedMeta:
     """The subclass of `base` that hosts parts and lets them answer for the attributes `reads`."""
     return _tuned_class(base, reads, base.forward)  # another one where the forward of `base` has been replaced
 
 
 @cache
-def _tuned_class(base: type, reads: frozenset[str], forward: Callable[..., Any]) -> TunedMeta:
+def _tuned_class(base: type, reads: frozenset[str], forward: Forward) -> TunedMeta:
     still = MODE in reads
-    namespace: dict[str, Any] = {name: _reader(name) for name in reads - {MODE}}
+    namespace: dict[str, object] = {name: _reader(name) for name in reads - {MODE}}
     namespace |= {name: _guarded(getattr(base, name), GUARDS[name]) for name in GUARDS if hasattr(base, name)}
     namespace |= {
         BASE: base,
@@ -112,9 +113,9 @@ def _tuned_class(base: type, reads: frozenset[str], forward: Callable[..., Any])
     return _meta(type(base))(base.__name__, (Hosting, *((Still,) if still else ()), base), namespace)
 
 
-def _guarded(method: Callable[..., Any], check: Callable[..., None]) -> Callable[..., Any]:
+def _guarded(method: Forward, check: Callable[..., None]) -> Forward:
     @wraps(method)
-    def guarded(self: Any, *args: Any, **kwargs: Any) -> Any:
+    def guarded(self: AnyModule, *args: Argument, **kwargs: Argument) -> Output:
         if SEAT in self.__dict__:
             check(self, *args, **kwargs)
         return method(self, *args, **kwargs)
@@ -122,13 +123,13 @@ def _guarded(method: Callable[..., Any], check: Callable[..., None]) -> Callable
     return guarded
 
 
-def _setter(base: Any) -> Callable[[Any, str, Any], None]:
+def _setter(base: AnyModule) -> Callable[[AnyModule, str, Attribute], None]:
     """`__setattr__` of a host of class `base`, which notices a forward that is put on the module.
 
     A tensor that parts answer with already, as a model that ties its weights once more gives it, stays theirs alone.
     """
 
-    def setattr_(self: Any, name: str, value: Any) -> None:
+    def setattr_(self: AnyModule, name: str, value: Attribute) -> None:
         theirs = isinstance(value, nn.Parameter) and value is not self._parameters.get(name)
         if theirs and value is getattr(self, name, None):
             return
@@ -145,7 +146,7 @@ def _setter(base: Any) -> Callable[[Any, str, Any], None]:
 
 def _patch(host: nn.Module, patch: Any) -> None:
     """Put a forward on a host, or take it off again."""
-    own: Any = original_class(host)
+    own: AnyModule = original_class(host)
     if isinstance(patch, Patched) and patch.host is host:
         host.__dict__["forward"] = patch
     elif getattr(patch, "__self__", None) is host and patch.__func__ in (type(host).forward, own.forward):
@@ -158,10 +159,10 @@ def _patch(host: nn.Module, patch: Any) -> None:
 class Hosting:
     """Mixin in front of a host's class: what the class asks of those who derive from it is not asked of the suite."""
 
-    def __init_subclass__(cls, **_: Any) -> None:
+    def __init_subclass__(cls, **_: object) -> None:
         pass
 
-    def _replicate_for_data_parallel(self) -> Any:
+    def _replicate_for_data_parallel(self) -> NoReturn:
         """What `nn.DataParallel` makes of a module for each of several devices, in every pass."""
         raise Refused(
             "nn.DataParallel runs shallow copies of a model in threads, and what a tuning runs belongs to the model "
@@ -197,7 +198,7 @@ def plain_copy(module: nn.Module) -> nn.Module:
     def copied(module: nn.Module) -> nn.Module:
         if id(module) not in made:
             tuned = tuned_part(type(module))
-            cls: Any = type(module) if tuned is None else rebased(type(module), tuned, tuned.mmpeft_base)
+            cls: AnyModule = type(module) if tuned is None else rebased(type(module), tuned, tuned.mmpeft_base)
             made[id(module)] = new = cls.__new__(cls)
             own = {k: v for k, v in module.__dict__.items() if not k.startswith("_mmpeft")}
             if isinstance(own.get("forward"), Patched):
@@ -273,7 +274,7 @@ def multiplies(module: nn.Module) -> bool:
 
     Where it is anything else (a patch, a standardised weight, a scale of its own), parts answer for the weight.
     """
-    base: Any = original_class(module)
+    base: AnyModule = original_class(module)
     if "forward" in module.__dict__:
         return False
     return packs(base) or (base.forward in PRODUCTS and "weight" in module._parameters)

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Hashable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from mmpeft.errors import Refused
 from mmpeft.hosting.modules import own_modules
+from mmpeft.types import Attribute, Untyped
 
 if TYPE_CHECKING:
     from mmpeft.parts.base import Placement
@@ -33,14 +34,14 @@ class _Count:
 class Hooked:
     """The attribute `_hf_hook` of hosts and parts, which notices that a hook is put there."""
 
-    def __get__(self, module: nn.Module | None, owner: type) -> Any:
+    def __get__(self, module: nn.Module | None, owner: type) -> Untyped:
         if module is None:
             return self
         if HOOK not in module.__dict__:
             raise AttributeError(f"{owner.__name__!r} object has no attribute {HOOK!r}")
         return module.__dict__[HOOK]
 
-    def __set__(self, module: nn.Module, hook: Any) -> None:
+    def __set__(self, module: nn.Module, hook: Untyped) -> None:
         if any(hasattr(own, "storage_dtype") for own in _each(hook)):
             raise Refused(NARROW.format("a tuned layer"))
         module.__dict__[HOOK] = hook
@@ -57,12 +58,12 @@ NARROW = (
 )
 
 
-def _each(hook: Any) -> tuple[Any, ...]:
+def _each(hook: Untyped) -> tuple[Untyped, ...]:
     """The hooks that one hook consists of."""
     return tuple(getattr(hook, "hooks", None) or (hook,))
 
 
-def _offloading(module: nn.Module) -> list[Any]:
+def _offloading(module: nn.Module) -> list[Untyped]:
     """Those of a module's hooks that hold tensors elsewhere."""
     hook = module.__dict__.get(HOOK)
     return [] if hook is None else [own for own in _each(hook) if getattr(own, "weights_map", None) is not None]
@@ -105,7 +106,7 @@ def check_present(model: nn.Module, what: str) -> None:
             )
 
 
-def fetched(module: nn.Module, name: str, value: Any) -> Any:
+def fetched(module: nn.Module, name: str, value: Attribute) -> Attribute:
     """A module's own tensor, from where a hook of its own holds it, on the device that it runs on."""
     if isinstance(value, Tensor) and value.is_meta:
         for hook in _offloading(module):

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from mmpeft.types import Output
 
 
-def first_of(output: Any) -> Any:
+def first_of(output: Output) -> Output:
     """The first of several, or what is alone."""
     return output[0] if isinstance(output, tuple | list) else output
 
 
-def with_first(output: Any, first: Any) -> Any:
+def with_first(output: Output, first: Output) -> Output:
     """An output of the same kind with another first element; a tensor alone is the first."""
     if hasattr(output, "_fields"):
         return output._replace(**{output._fields[0]: first})

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import inspect
 import threading
-from collections.abc import Callable
-from typing import Any
 
 from torch import nn
 
 from mmpeft.hosting.modules import SEAT
+from mmpeft.types import AnyModule, Argument, Attribute, Forward, Output
 
 
 class Patched:
@@ -18,16 +17,16 @@ class Patched:
     Each sees the one before it as the module had it; what calls the class's own forward gets the base's.
     """
 
-    def __init__(self, host: nn.Module, patch: Callable[..., Any]) -> None:
+    def __init__(self, host: nn.Module, patch: Forward) -> None:
         self.host, self.patch = host, patch
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        host: Any = self.host
+    def __call__(self, *args: Argument, **kwargs: Argument) -> Output:
+        host: AnyModule = self.host
         if SEAT not in host.__dict__ or is_inside(host):
             return self.run(*args, **kwargs)
         return type(host).forward(host, *args, **kwargs)
 
-    def run(self, *args: Any, **kwargs: Any) -> Any:
+    def run(self, *args: Argument, **kwargs: Argument) -> Output:
         """The patch itself."""
         patches = _inside.__dict__.setdefault("patches", [])
         patches.append(self.host)
@@ -36,7 +35,7 @@ class Patched:
         finally:
             patches.pop()
 
-    def __getattr__(self, name: str) -> Any:
+    def __getattr__(self, name: str) -> Attribute:
         """What the patch has: its function, which others wrap to make the next one, or what it wraps itself."""
         if "patch" not in self.__dict__:  # being copied
             raise AttributeError(name)

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import partial
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from mmpeft.functional.fused import LOW_RANK_OP
+from mmpeft.types import Args, Argument, Forward, Kwargs, Output
 
 Recompute = Literal["pointwise", "block"] | None
 _ON: ContextVar[bool] = ContextVar("mmpeft_recompute", default=True)
@@ -43,11 +44,11 @@ _PRODUCTS = {
 }
 
 
-def _policy(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+def _policy(context: object, op: object, *args: object, **kwargs: object) -> CheckpointPolicy:
     return CheckpointPolicy.MUST_SAVE if op in _PRODUCTS else CheckpointPolicy.PREFER_RECOMPUTE
 
 
-def recompute_around(mode: Literal["pointwise", "block"]) -> Callable[..., Any]:
+def recompute_around(mode: Literal["pointwise", "block"]) -> Forward:
     """A wrapper that runs a block and recomputes it in the backward pass.
 
     `pointwise` keeps the results of matrix products and attention and repeats normalisations, activations and
@@ -56,22 +57,22 @@ def recompute_around(mode: Literal["pointwise", "block"]) -> Callable[..., Any]:
     return _Pointwise() if mode == "pointwise" else _Block()
 
 
-def is_cache(value: Any) -> bool:
+def is_cache(value: object) -> bool:
     """Whether an argument is a key-value cache, which a forward pass writes into."""
     return hasattr(value, "get_seq_length") and hasattr(value, "update")
 
 
-def _without_caches(args: Any, kwargs: Any) -> tuple[Any, Any]:
+def _without_caches(args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
     """Arguments without key-value caches: a block that runs twice would write its keys and values twice."""
 
-    def keep(value: Any) -> Any:
+    def keep(value: object) -> object:
         return None if is_cache(value) else value
 
     return tuple(map(keep, args)), {name: keep(value) for name, value in kwargs.items()}
 
 
 class _Block:
-    def __call__(self, run: Any, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, run: Forward, *args: Argument, **kwargs: Argument) -> Output:
         if not (torch.is_grad_enabled() and _ON.get()):
             return run(*args, **kwargs)
         args, kwargs = _without_caches(args, kwargs)
@@ -79,7 +80,7 @@ class _Block:
 
 
 class _Pointwise:
-    def __call__(self, run: Any, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, run: Forward, *args: Argument, **kwargs: Argument) -> Output:
         if not (torch.is_grad_enabled() and _ON.get()):
             return run(*args, **kwargs)
         args, kwargs = _without_caches(args, kwargs)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from inspect import CO_ASYNC_GENERATOR, CO_GENERATOR
@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import CheckpointFunction
 
 from mmpeft.errors import Refused
+from mmpeft.types import Argument, Forward, Output
 
 if TYPE_CHECKING:
     from mmpeft.hosting.forward import HostPlan
@@ -43,7 +44,7 @@ class Planned:
         route: Route,
         plans: dict[int, HostPlan],
         number: int | None = None,
-        rows: Callable[..., Any] | None = None,
+        rows: Forward | None = None,
         whole: bool = False,
     ) -> None:
         self.state, self.route, self.plans, self.number = state, route, plans, number
@@ -172,14 +173,14 @@ class _Remember:
     def __init__(self, planned: Planned) -> None:
         self.planned = planned
 
-    def __call__(self, grads: Any) -> None:
+    def __call__(self, grads: object) -> None:
         passes, own = _RECALL.passes, _backward_pass()
         for ended in [number for number in passes if number > own] + sorted(passes)[:-NESTED]:
             passes.pop(ended, None)
         passes.setdefault(own, WeakValueDictionary())[self.planned.state.key] = self.planned
 
 
-def remember(output: Any, planned: Planned) -> None:
+def remember(output: Output, planned: Planned) -> None:
     """Have the backward pass of every tensor of an output remember the route; the tensors stay as they are."""
     if torch._C._are_functorch_transforms_active() or torch._C._is_tracing():
         return
@@ -238,10 +239,10 @@ def forgetting(state: State) -> Iterator[None]:
 class Pinned:
     """A function that runs under what its maker ran under, wherever it is repeated."""
 
-    def __init__(self, run: Callable[..., Any]) -> None:
+    def __init__(self, run: Forward) -> None:
         self.run, self.planned = run, RUNNING.get()
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, *args: Argument, **kwargs: Argument) -> Output:
         if self.planned is None or RUNNING.get() is self.planned:
             return self.run(*args, **kwargs)
         token = RUNNING.set(self.planned)

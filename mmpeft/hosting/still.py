@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from typing import Any
+from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
@@ -11,6 +11,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from mmpeft.errors import Refused
 from mmpeft.hosting.forward import plan_of
 from mmpeft.hosting.modules import own_modules
+from mmpeft.types import AnyModule, Argument, Output
 
 NAMES = ("running_mean", "running_var", "num_batches_tracked")
 """What PyTorch and all who follow it call the buffers that follow the data."""
@@ -40,7 +41,13 @@ _inside = threading.local()
 """Which host runs at present in this thread as if in evaluation mode."""
 
 
-class Still:
+if TYPE_CHECKING:
+    Norm = _NormBase  # what it is mixed into
+else:
+    Norm = object
+
+
+class Still(Norm):
     """Mixin in front of a normalisation's class: statistics that no tuning moves stay, in training mode too.
 
     `training` is what was set, for whoever asks; the module's own forward pass alone sees False.
@@ -54,12 +61,12 @@ class Still:
     def training(self, mode: bool) -> None:
         self.__dict__[MODE] = mode
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, *args: Argument, **kwargs: Argument) -> Output:
         if not self.__dict__[MODE] or self._moves():
-            return super().forward(*args, **kwargs)  # type: ignore[misc]  # mixed into a norm
+            return super().forward(*args, **kwargs)
         before, _inside.host = getattr(_inside, "host", None), self
         try:
-            return super().forward(*args, **kwargs)  # type: ignore[misc]  # mixed into a norm
+            return super().forward(*args, **kwargs)
         finally:
             _inside.host = before
 
@@ -70,13 +77,13 @@ class Still:
             Refused: none moves them; the base's stay as they are (`torch.optim.swa_utils.update_bn` asks for this).
         """
         if not self._moves():
-            host: Any = type(self)
+            host: AnyModule = type(self)
             raise Refused(
                 f"the running statistics of this {host.mmpeft_base.__name__} are the frozen base's; attach "
                 "mmpeft.BatchStatistics() beside the method to have a tuning with its own"
             )
-        super().reset_running_stats()  # type: ignore[misc]  # mixed into a norm
+        super().reset_running_stats()
 
     def _moves(self) -> bool:
         """Whether a part answers for the statistics under the present route."""
-        return any(name in plan_of(self).reads for name in NAMES)  # type: ignore[arg-type]  # mixed into a norm
+        return any(name in plan_of(self).reads for name in NAMES)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Generic, NamedTuple, TypeVar
 from weakref import ReferenceType, ref
 
 import torch
@@ -71,10 +71,10 @@ class Unchanged:
                 return False
         return True
 
-    def __deepcopy__(self, memo: Any) -> Unchanged:
+    def __deepcopy__(self, memo: object) -> Unchanged:
         return type(self)(self.entries)
 
-    def __reduce__(self) -> Any:
+    def __reduce__(self) -> tuple[object, ...]:
         return type(self), (self.entries,)
 
 
@@ -96,10 +96,10 @@ class Kept(Generic[T]):
         self._last = (unchanged, value) if noted else None
         return value
 
-    def __deepcopy__(self, memo: Any) -> Kept[T]:
+    def __deepcopy__(self, memo: object) -> Kept[T]:
         return type(self)(self.entries)
 
-    def __reduce__(self) -> Any:
+    def __reduce__(self) -> tuple[object, ...]:
         return type(self), (self.entries,)
 
 

@@ -8,13 +8,19 @@ Anything else gets the values, formed for the occasion and differentiable.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self, TypeAlias
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from mmpeft.errors import Refused
+from mmpeft.types import AnyFunc, Args, Argument, Kwargs, TorchOp
+
+Operand: TypeAlias = Any
+"""What a function of torch was given: a tensor, a weight, a number, or what only torch's own errors are for."""
+Answer: TypeAlias = Any
+"""What the function would return: a tensor or several; NotImplemented where the values serve as well."""
 
 
 class Seen(NamedTuple):
@@ -39,8 +45,10 @@ class Seen(NamedTuple):
         if values.dtype != self.dtype:
             values = values.to(self.dtype)
         if self.k:
-            return values.unflatten(0, (self.k, -1))  # type: ignore[no-any-return]  # untyped in torch
-        return values.t() if self.flipped else values
+            values = values.unflatten(0, (self.k, -1))
+        elif self.flipped:
+            values = values.t()
+        return values
 
 
 class Weight(Tensor):
@@ -57,13 +65,13 @@ class Weight(Tensor):
     def values(self) -> Tensor:
         raise NotImplementedError
 
-    def product(self, x: Tensor, bias: Tensor | None, start: int, stop: int) -> Any:
+    def product(self, x: Tensor, bias: Tensor | None, start: int, stop: int) -> Answer:
         return NotImplemented
 
-    def convolution(self, run: Callable[..., Tensor], x: Tensor, bias: Tensor | None, options: tuple[Any, ...]) -> Any:
+    def convolution(self, run: Callable[..., Tensor], x: Tensor, bias: Tensor | None, options: Args) -> Answer:
         return NotImplemented
 
-    def look_up(self, words: Tensor, padding_idx: int | None) -> Any:
+    def look_up(self, words: Tensor, padding_idx: int | None) -> Answer:
         return NotImplemented
 
     def again(self, seen: Seen) -> Weight:
@@ -74,12 +82,12 @@ class Weight(Tensor):
         """The values as they are seen."""
         return self.seen.of(self.values())
 
-    def fact(self, func: Any, *args: Any, **kwargs: Any) -> Any:
+    def fact(self, func: AnyFunc, *args: Argument, **kwargs: Argument) -> object:
         """What code asks of a tensor without reading its values."""
         with torch._C.DisableTorchFunctionSubclass():
             return func(self, *args, **kwargs)
 
-    def times(self, x: Any, bias: Tensor | None) -> Any:
+    def times(self, x: Operand, bias: Tensor | None) -> Answer:
         """`x Wᵀ + b` for the rows that are seen, if nothing is wrong with x."""
         seen = self.seen
         if not isinstance(x, Tensor) or isinstance(x, Weight) or x.dim() == 0 or x.shape[-1] != self.full[1]:
@@ -88,11 +96,11 @@ class Weight(Tensor):
             return NotImplemented
         return self.product(x, bias, seen.start, seen.stop)
 
-    def __repr__(self, **_: Any) -> str:  # type: ignore[override]  # torch's takes more
+    def __repr__(self, **_: object) -> str:  # type: ignore[override]  # torch's takes more
         return f"{type(self).__name__}({self.seen.shape(self.full)})"
 
     @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(cls, func: AnyFunc, types: object, args: Args = (), kwargs: Kwargs | None = None) -> object:
         kwargs = kwargs or {}
         answer = ANSWERS.get(func)
         if answer is not None:
@@ -115,30 +123,29 @@ class Wrapper(Weight):
     place: torch.device
 
     @classmethod
-    def of(cls, full: torch.Size, seen: Seen, device: torch.device, **facts: Any) -> Any:
+    def of(cls, full: torch.Size, seen: Seen, device: torch.device, **facts: Argument) -> Self:
         shape = seen.shape(full)
         strides = (1, shape[0]) if seen.flipped else None
-        found = Tensor._make_wrapper_subclass(cls, shape, strides, dtype=seen.dtype, device=device)
+        found: Self = Tensor._make_wrapper_subclass(cls, shape, strides, dtype=seen.dtype, device=device)
         found.__dict__.update(facts, full=full, seen=seen, place=device)
         return found
 
     def again(self, seen: Seen) -> Weight:
         facts = {name: value for name, value in self.__dict__.items() if name not in ("full", "seen", "place")}
-        found: Weight = type(self).of(self.full, seen, self.place, **facts)
-        return found
+        return type(self).of(self.full, seen, self.place, **facts)
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]  # as torch calls it
-        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
+        cls, func: TorchOp, types: object, args: Args = (), kwargs: Kwargs | None = None
+    ) -> object:
         return func(*tree_map(_formed, args), **tree_map(_formed, kwargs or {}))
 
 
-def _formed(value: Any) -> Any:
+def _formed(value: Operand) -> Operand:
     return value.formed() if isinstance(value, Weight) else value
 
 
-def _changes(func: Any) -> bool:
+def _changes(func: AnyFunc) -> bool:
     """Whether a function changes its first argument in place."""
     name: str = getattr(func, "__name__", "")
     plain = name.endswith("_") and not name.endswith("__")
@@ -148,7 +155,7 @@ def _changes(func: Any) -> bool:
 _IN_PLACE = {f"__i{name}__" for name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor")}
 
 
-ANSWERS: dict[Any, Callable[..., Any]] = {}
+ANSWERS: dict[object, AnyFunc] = {}
 """`answer(function, *args, **kwargs)` for each function that a weight knows how to answer; `answers` fills it in."""
 
 _VALUED = ("T", "mT", "H", "mH", "data", "real", "imag")
@@ -157,7 +164,7 @@ _METHODS = (
     *("is_floating_point", "is_complex", "is_contiguous", "is_inference", "register_hook", "retain_grad"),
     *("__len__", "__repr__"),
 )
-FACTS: set[Any] = {
+FACTS: set[object] = {
     *(getattr(Tensor, name) for name in ("size", "dim", "stride", "numel", "nelement", "ndimension", "element_size")),
     *(
         getattr(Tensor, name)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from torch import nn
 
@@ -20,6 +20,7 @@ from mmpeft.parts.mask import Mask
 from mmpeft.parts.statistics import Statistics
 from mmpeft.sites import Selector, Site
 from mmpeft.sites.selector import select
+from mmpeft.types import Batch
 
 
 def united(first: Method, second: Method) -> Union:
@@ -110,7 +111,7 @@ class Union(Method):
     def traits(self) -> Traits:
         return Traits.of_all(self.methods)
 
-    def resolve(self, model: nn.Module, data: Iterable[Any] = (), loss: Loss = default_loss) -> Method:
+    def resolve(self, model: nn.Module, data: Iterable[Batch] = (), loss: Loss = default_loss) -> Method:
         return Union([method.resolve(model, data, loss) for method in self.methods])
 
     def count(self, model: nn.Module, available: list[Site]) -> int:
@@ -141,7 +142,7 @@ class Wrapped(Method):
     def traits(self) -> Traits:
         return Traits.of(self.method)
 
-    def resolve(self, model: nn.Module, data: Iterable[Any] = (), loss: Loss = default_loss) -> Method:
+    def resolve(self, model: nn.Module, data: Iterable[Batch] = (), loss: Loss = default_loss) -> Method:
         if self.decided:
             return self
         raise ConfigError(f"{type(self.method).__name__} chooses among what its own at= selects: set that")

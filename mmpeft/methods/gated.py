@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from inspect import signature
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from torch import nn
 
@@ -26,6 +26,7 @@ from mmpeft.parts.gate import GATES, Gate, GatedKeys, GatedOutput, GatedPart, Ga
 from mmpeft.parts.prefix import Prefix
 from mmpeft.parts.shared import Shared
 from mmpeft.sites import Site
+from mmpeft.types import AnyModule
 
 
 @dataclass(frozen=True)
@@ -155,7 +156,7 @@ def _causal(model: nn.Module, available: list[Site], block: str) -> bool:
 
 def _padding(model: nn.Module, block: str, masks: dict[str, Placement]) -> Padding | None:
     """What knows the padding in a block, placed once; None where the block takes no attention mask."""
-    cls: Any = original_class(module_at(model, block))
+    cls: AnyModule = original_class(module_at(model, block))
     names = list(signature(cls.forward).parameters)[1:]
     if not block or "attention_mask" not in names:
         return None

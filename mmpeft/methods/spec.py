@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import fields
-from typing import Any
 
 from mmpeft.errors import ConfigError, nearest
 from mmpeft.methods.base import METHODS, Method
 from mmpeft.methods.compose import Frozen, Restricted, Union
 from mmpeft.methods.gated import Gated
 from mmpeft.methods.shared.statistics import BatchStatistics
+from mmpeft.types import Facts, Json, Kwargs, Leaf
 
 
-def to_spec(method: Method) -> dict[str, Any]:
+def to_spec(method: Method) -> Json:
     """A method as JSON-ready data: its class name and every field.
 
     Raises:
@@ -22,7 +22,7 @@ def to_spec(method: Method) -> dict[str, Any]:
     return {"name": type(method).__name__, **{f.name: _plain(method, f.name) for f in fields(method)}}
 
 
-def _plain(method: Method, name: str) -> Any:
+def _plain(method: Method, name: str) -> object:
     value = getattr(method, name)
     if callable(value):
         raise ConfigError(
@@ -37,7 +37,7 @@ def _plain(method: Method, name: str) -> Any:
     return value
 
 
-def from_spec(spec: Mapping[str, Any]) -> Method:
+def from_spec(spec: Facts) -> Method:
     """The method that `to_spec` described.
 
     Raises:
@@ -53,14 +53,14 @@ def from_spec(spec: Mapping[str, Any]) -> Method:
         )
     cls = classes[name]
     known = {f.name for f in fields(cls)}
-    values: dict[str, Any] = {key: value for key, value in spec.items() if key != "name"}
+    values: Kwargs = {key: value for key, value in spec.items() if key != "name"}
     for key in values:
         if key not in known:
             raise ConfigError(f"{name} has no field {key!r}; fields: {', '.join(sorted(known))}.{nearest(key, known)}")
     return cls(**{key: _built(value) for key, value in values.items()})
 
 
-def _built(value: Any) -> Any:
+def _built(value: object) -> Leaf:
     """A field's value, methods inside it built."""
     if isinstance(value, list):
         return [_built(item) for item in value]

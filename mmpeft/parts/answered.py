@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,12 +11,13 @@ from mmpeft.errors import Refused
 from mmpeft.parts.base import Part
 from mmpeft.parts.stacks import Stack
 from mmpeft.parts.tuned import Traced, Tuned
+from mmpeft.types import Attribute
 
 NATIVE = (nn.MultiheadAttention, nn.modules.linear.NonDynamicallyQuantizableLinear)
 """Modules whose weights, if plain, enter a kernel of their own without gradients: a tuned one keeps to it."""
 
 
-def answered(host: nn.Module, name: str, base: Any, parts: Sequence[Part]) -> Any:
+def answered(host: nn.Module, name: str, base: Attribute, parts: Sequence[Part]) -> Attribute:
     """What code finds that reads an attribute of `host` for which `parts` answer, the innermost first.
 
     A weight that parts change by what they do to its product answers as such. Where a graph is traced it is a formed

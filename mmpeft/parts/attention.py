@@ -7,7 +7,6 @@ No backbone is named here, and none is changed: an attention is known by what it
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +19,7 @@ from mmpeft.hosting.answers import multi_head
 from mmpeft.hosting.host import original_class
 from mmpeft.parts.prefix import GatedPrefix, Prefix
 from mmpeft.sites import Connect, Site
+from mmpeft.types import AnyFunc, Args, Argument, Forward, Kwargs, Output
 
 FUSED = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
 PRODUCTS = {torch.matmul, Tensor.matmul, Tensor.__matmul__}
@@ -47,12 +47,12 @@ def connection(site: Site) -> Connect:
 
 def attend(
     host: nn.Module,
-    run: Callable[..., Any],
+    run: Forward,
     parts: Sequence[KeyValuePart],
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
+    args: Args,
+    kwargs: Kwargs,
     keyed: Callable[[Tensor], Tensor] | None = None,
-) -> Any:
+) -> Output:
     """Run an attention module with the keys and values of `parts`.
 
     Of one that writes its softmax out, `keyed` says what it does to keys before the product with the queries; what it
@@ -73,7 +73,7 @@ def attend(
     return output
 
 
-def attentions(run: Callable[..., Any], *args: Any, **kwargs: Any) -> int:
+def attentions(run: Forward, *args: Argument, **kwargs: Argument) -> int:
     """How many attentions that learned keys can enter a module's pass computes; -1 if there are others too."""
     mode = _Attending(())
     with mode:
@@ -99,7 +99,7 @@ class _Attending(TorchFunctionMode):
         """Behind the softmax, until the product with the values."""
         self.values: list[Tensor] = []
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(self, func: AnyFunc, types: object, args: Args = (), kwargs: Kwargs | None = None) -> object:
         kwargs = kwargs or {}
         if func is F.scaled_dot_product_attention:
             return self.fused(**dict(zip(FUSED, args)), **kwargs)
@@ -125,7 +125,7 @@ class _Attending(TorchFunctionMode):
         attn_mask: Tensor | None = None,
         dropout_p: float = 0.0,
         is_causal: bool = False,
-        **options: Any,
+        **options: Argument,
     ) -> Tensor:
         self.found += 1
         length = key.shape[2]
@@ -141,7 +141,7 @@ class _Attending(TorchFunctionMode):
             y = y + gated.beside(query, scaling).transpose(1, 2).to(y.dtype)
         return y
 
-    def product(self, func: Any, left: Tensor, right: Tensor) -> Tensor:
+    def product(self, func: AnyFunc, left: Tensor, right: Tensor) -> Tensor:
         """The first product of an attention is that of queries and keys, the one behind the softmax has the values."""
         if self.share is None:
             y: Tensor = func(left, right)
@@ -166,7 +166,7 @@ class _Attending(TorchFunctionMode):
             mixed = mixed + beside.to(mixed.dtype)
         return mixed
 
-    def follow(self, func: Any, y: Tensor, args: Any, kwargs: Any) -> None:
+    def follow(self, func: AnyFunc, y: Tensor, args: Args, kwargs: Kwargs) -> None:
         """Do to the scores of learned keys what is done to the others'."""
         others = [a for a in args if isinstance(a, Tensor) and a is not self.scores]
         own = self.scores
@@ -180,7 +180,7 @@ class _Attending(TorchFunctionMode):
             return  # a value computed from the scores; where they become it, no softmax of theirs is found
         self.scores = y
 
-    def softmax(self, func: Any, scores: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def softmax(self, func: AnyFunc, scores: Tensor, *args: Argument, **kwargs: Argument) -> Tensor:
         learned, self.scores = [s.to(scores.dtype) for s in self.learned], None
         front = learned[:1] if self.front else []
         y: Tensor = func(torch.cat([*front, scores], dim=-1) if front else scores, *args, **kwargs)

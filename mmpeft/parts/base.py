@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from mmpeft.errors import Refused
 from mmpeft.hosting.offload import Hooked
 from mmpeft.parts.product import Inner, StackReading, WeightProduct
+from mmpeft.types import Argument, Attribute, Forward, Output
 
 HookKind = Literal["enter", "exit", "call", "read", "around"]
 Call = Callable[[nn.Module, Tensor], Tensor]
@@ -79,10 +80,10 @@ class Part(nn.Module):
     def exit(self, host: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         return y
 
-    def read(self, host: nn.Module, name: str, base: Any) -> Any:
+    def read(self, host: nn.Module, name: str, base: Attribute) -> Attribute:
         return base
 
-    def around(self, host: nn.Module, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    def around(self, host: nn.Module, run: Forward, *args: Argument, **kwargs: Argument) -> Output:
         return run(*args, **kwargs)
 
     def fold(self, host: nn.Module, hook: Hook, params: dict[str, Tensor | None]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +11,7 @@ from mmpeft.functional.pointwise import ACTIVATIONS, along, bottleneck, stochast
 from mmpeft.parts.base import Part, cast
 from mmpeft.parts.factors import Kron, like_options
 from mmpeft.parts.passing import Passed
+from mmpeft.types import Args
 
 Source = Literal["output", "input", "tap"]
 Init = Literal["houlsby", "lora", "bert"]
@@ -62,7 +63,7 @@ class Branch(Part):
 
     def apply_to(self, source: Tensor) -> Tensor:
         """What the branch makes of its source, channels last."""
-        tensors: tuple[Any, ...] = (self.down.weight, self.down.bias, self.up.weight, self.up.bias)
+        tensors: Args = (self.down.weight, self.down.bias, self.up.weight, self.up.bias)
         down, down_bias, up, up_bias = (cast(tensor, source.dtype) for tensor in tensors)
         rate = self.dropout if self.training else 0.0
         return bottleneck(source, down, down_bias, up, up_bias, ACTIVATIONS[self.activation], rate)

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
@@ -14,6 +11,7 @@ from mmpeft.hosting.output import first_of, with_first
 from mmpeft.parts.base import Part, cast
 from mmpeft.parts.branch import Branch
 from mmpeft.parts.factors import like_options
+from mmpeft.types import Argument, Forward, Output
 
 MASKS = ("attn_mask", "attention_mask")
 
@@ -50,7 +48,7 @@ class Conditional(Part):
             start = torch.empty(width, **like_options(like))
             self.router = nn.Parameter(start.normal_(std=epsilon * width**-0.5))
 
-    def around(self, host: nn.Module, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    def around(self, host: nn.Module, run: Forward, *args: Argument, **kwargs: Argument) -> Output:
         if args:
             x, args = args[0], args[1:]
         else:

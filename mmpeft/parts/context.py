@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmpeft.functional.pointwise import insert_tokens, strip_tokens
 from mmpeft.parts.base import Part, cast, trainable_dtype
+from mmpeft.types import Kwargs
 
 
 class Context(Part):
@@ -25,7 +24,7 @@ class Context(Part):
     def __init__(self, count: int, width: int, position: int, bound: float, like: Tensor, dropout: float = 0.0) -> None:
         super().__init__()
         self.position, self.dropout = position, dropout
-        options: dict[str, Any] = {"device": like.device, "dtype": trainable_dtype(like.dtype)}
+        options: Kwargs = {"device": like.device, "dtype": trainable_dtype(like.dtype)}
         self.tokens = nn.Parameter(torch.empty(count, width, **options).uniform_(-bound, bound))
 
     def enter(self, host: nn.Module, x: Tensor) -> Tensor:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +20,7 @@ from mmpeft.parts.factors import Factor, Hadamard, LowRank
 from mmpeft.parts.linear import call_of
 from mmpeft.parts.product import Inner, WeightProduct, host_weight
 from mmpeft.sites import Kind
+from mmpeft.types import AnyModule
 
 KEPT_TO = 2**20
 """Entries up to which a gained weight is kept formed between calls without gradients: 4 MiB."""
@@ -207,7 +207,7 @@ class Delta(Part):
         """The product that a host's own forward makes."""
         base = host_weight(host)
         weight = turned(base) if self.transposed else base
-        layer: Any = host
+        layer: AnyModule = host
         bias: Tensor | None = None if self.lookup else layer.bias
         groups = int(getattr(host, "groups", 1))
 
@@ -246,7 +246,7 @@ def stored_in(weight: Tensor) -> tuple[Tensor, ...]:
 
 def _lookup(host: nn.Module, x: Tensor, table: Tensor) -> Tensor:
     """What an embedding makes of another table [words, r], its own scaling (Gemma) included."""
-    cls: Any = original_class(host)
+    cls: AnyModule = original_class(host)
     stored = host._parameters["weight"]
     assert stored is not None
     if len(table) != len(stored):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,9 +14,10 @@ from mmpeft.functional.kron import kron_apply, kron_sum
 from mmpeft.functional.low_rank import low_rank_delta
 from mmpeft.hosting.offload import Hooked
 from mmpeft.parts.base import cast, trainable_dtype
+from mmpeft.types import Kwargs
 
 
-def like_options(like: Tensor) -> dict[str, Any]:
+def like_options(like: Tensor) -> Kwargs:
     """Device and type of tensors that train beside `like`."""
     return {"device": like.device, "dtype": trainable_dtype(like.dtype)}
 

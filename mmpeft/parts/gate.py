@@ -5,8 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +18,7 @@ from mmpeft.parts.passing import Passed
 from mmpeft.parts.prefix import Prefix
 from mmpeft.parts.product import Inner, WeightProduct
 from mmpeft.parts.shared import View
+from mmpeft.types import Argument, Attribute, Forward, Output
 
 GateKind = Literal["constant", "scalar", "token", "pooled"]
 GATES = get_args(GateKind)
@@ -94,13 +94,13 @@ class Padding(Part):
         self.position = position
         self.seen: Passed[Tensor] = Passed()
 
-    def around(self, host: nn.Module, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    def around(self, host: nn.Module, run: Forward, *args: Argument, **kwargs: Argument) -> Output:
         given = args[self.position] if len(args) > self.position else kwargs.get("attention_mask")
         self.seen.set(visible(given))
         return run(*args, **kwargs)
 
 
-def visible(mask: Any) -> Tensor | None:
+def visible(mask: object) -> Tensor | None:
     """[B, m], true where some query sees a key, of a mask [B, m] or [B, h, n, m]; None where no such mask is given."""
     if not isinstance(mask, Tensor) or mask.dim() not in (2, 4):
         return None
@@ -168,14 +168,14 @@ class GatedOutput(GatedPart):
         return bool(getattr(self.inner, "transposed", False))
 
     @property
-    def rows(self) -> Any:
+    def rows(self) -> Attribute:
         return getattr(self.inner, "rows", None)
 
     def through(self, reading: WeightProduct, inner: Inner, x: Tensor) -> Tensor:
         y = inner(x)
         return self._mixed(x, y, self.inner.through(reading, lambda _: y, x))
 
-    def read(self, host: nn.Module, name: str, base: Any) -> Any:
+    def read(self, host: nn.Module, name: str, base: Attribute) -> Attribute:
         raise Refused(
             f"{type(host).__name__} uses {name} for more than products by it; a gate on its update sees what it is "
             "multiplied by, so the tuned weight has no values of its own: choose other sites, or no gate there"
@@ -204,7 +204,7 @@ class GatedKeys(GatedPart):
         self._seen.set(x)
         return x
 
-    def read(self, host: nn.Module, name: str, base: Any) -> Any:
+    def read(self, host: nn.Module, name: str, base: Attribute) -> Attribute:
         return self.inner.view(host, base, self)
 
     def extend(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
@@ -217,7 +217,7 @@ class GatedKeys(GatedPart):
         g = self.level(x)
         return mixed(plain, full, g.unsqueeze(-1) if g.dim() > 1 else g)
 
-    def around(self, host: nn.Module, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    def around(self, host: nn.Module, run: Forward, *args: Argument, **kwargs: Argument) -> Output:
         """Where the whole module is run: what follows the attention is linear, so its outputs are interpolated."""
         x: Tensor = args[0] if args else next(iter(kwargs.values()))
         plain = run(*args, **kwargs)

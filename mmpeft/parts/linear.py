@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import partial
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +16,7 @@ from mmpeft.hosting.few_bits import FewBits, dense
 from mmpeft.parts.base import Call, cast
 from mmpeft.parts.factors import LowRank
 from mmpeft.parts.product import FUSED_FROM, WeightProduct, fusible, host_weight, like
+from mmpeft.types import AnyModule
 
 if TYPE_CHECKING:
     from mmpeft.parts.delta import Delta
@@ -27,7 +28,7 @@ def call_of(parts: Sequence[Delta], host: nn.Module, read: Sequence[str]) -> Cal
         return _FormedCall(tuple(parts))
     only = parts[0]
     plain = only.rows is None and not (only.dropout or only.transposed) and type(only.factor) is LowRank
-    tuned: Any = type(host)
+    tuned: AnyModule = type(host)
     if len(parts) == 1 and plain and not read and not tuned.mmpeft_packed:
         return _WholeCall(only) if only.magnitude is None else _GainedCall(only)
     return _RowsCall(tuple(parts))
@@ -109,7 +110,7 @@ class _FormedCall:
 
     def __call__(self, host: nn.Module, x: Tensor) -> Tensor:
         weight = host_weight(host)
-        layer: Any = host
+        layer: AnyModule = host
         bias: Tensor | None = layer.bias
         if type(weight) not in (Tensor, nn.Parameter) or any(delta.dropping for delta in self.deltas):
             packed = isinstance(weight, FewBits)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from typing import Any, Generic, TypeVar
+from typing import Generic, TypeVar
 
 import torch
 
@@ -35,8 +35,8 @@ class Passed(Generic[T]):
         self._own.value = value
         return before
 
-    def __deepcopy__(self, memo: Any) -> Passed[T]:
+    def __deepcopy__(self, memo: object) -> Passed[T]:
         return type(self)()
 
-    def __reduce__(self) -> Any:
+    def __reduce__(self) -> tuple[object, ...]:
         return type(self), ()

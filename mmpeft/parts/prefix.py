@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -12,8 +11,9 @@ from torch import Tensor, nn
 from mmpeft.errors import ConfigError
 from mmpeft.hosting.forward import plan_of
 from mmpeft.parts.base import Part, cast, trainable_dtype
+from mmpeft.types import Argument, Attribute, Forward, Kwargs, Output
 
-View = Callable[..., Any]
+View = Forward
 
 
 class KeyValues(Part):
@@ -25,10 +25,10 @@ class KeyValues(Part):
 
     view: View
 
-    def read(self, host: nn.Module, name: str, base: Any) -> Any:
+    def read(self, host: nn.Module, name: str, base: Attribute) -> Attribute:
         return self.view(host, base, self)
 
-    def around(self, host: nn.Module, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    def around(self, host: nn.Module, run: Forward, *args: Argument, **kwargs: Argument) -> Output:
         parts = [part for part in plan_of(host).wraps if isinstance(part, KeyValues)]
         return self.view(host, run, parts, args, kwargs) if parts[0] is self else run(*args, **kwargs)
 
@@ -38,7 +38,7 @@ class PrefixMLP(nn.Module):
 
     def __init__(self, count: int, width: int, hidden: int, sizes: list[int], like: Tensor) -> None:
         super().__init__()
-        options: dict[str, Any] = {"device": like.device, "dtype": trainable_dtype(like.dtype)}
+        options: Kwargs = {"device": like.device, "dtype": trainable_dtype(like.dtype)}
         self.sizes = sizes
         self.embedding = nn.Parameter(torch.randn(count, width, **options))
         self.inner = nn.Linear(width, hidden, **options)
@@ -69,7 +69,7 @@ class Prefix(KeyValues):
         self.tokens: nn.Parameter | None = None
         self._source = mlp  # a tuple: registered below the first layer's part only
         if mlp is None:
-            options: dict[str, Any] = {"device": like.device, "dtype": trainable_dtype(like.dtype)}
+            options: Kwargs = {"device": like.device, "dtype": trainable_dtype(like.dtype)}
             self.tokens = nn.Parameter(torch.randn(2, count, heads, width, **options))
         elif mlp[1] == 0:
             self.mlp = mlp[0]
@@ -149,7 +149,7 @@ class GatedPrefix(KeyValues):
         view: View,
     ) -> None:
         super().__init__()
-        options: dict[str, Any] = {"device": like.device, "dtype": trainable_dtype(like.dtype)}
+        options: Kwargs = {"device": like.device, "dtype": trainable_dtype(like.dtype)}
         self.count, self.head, self.view, self.project = count, head, view, project
         self.tokens = nn.Parameter(torch.randn(count, width, **options))
         self.gate = nn.Parameter(torch.zeros(1, **options))

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from mmpeft.hosting.few_bits import viewed
+
+if TYPE_CHECKING:
+    from mmpeft.parts.base import Part
 
 Apply = Callable[[Tensor, Tensor], Tensor]
 Inner = Callable[[Tensor], Tensor]
@@ -51,7 +54,7 @@ class StackReading(NamedTuple):
     channel: int
 
 
-def through(parts: Sequence[nn.Module], reading: WeightProduct, inner: Inner, x: Tensor) -> Tensor:
+def through(parts: Sequence[Part], reading: WeightProduct, inner: Inner, x: Tensor) -> Tensor:
     """`x` through a product and the parts around it, the innermost part first."""
     for part in parts:
         inner = _Through(part, reading, inner)
@@ -59,12 +62,11 @@ def through(parts: Sequence[nn.Module], reading: WeightProduct, inner: Inner, x:
 
 
 class _Through:
-    def __init__(self, part: nn.Module, reading: WeightProduct, inner: Inner) -> None:
+    def __init__(self, part: Part, reading: WeightProduct, inner: Inner) -> None:
         self.part, self.reading, self.inner = part, reading, inner
 
     def __call__(self, x: Tensor) -> Tensor:
-        y: Tensor = self.part.through(self.reading, self.inner, x)  # type: ignore[operator]  # of products
-        return y
+        return self.part.through(self.reading, self.inner, x)
 
 
 def fusible(x: Tensor, weight: Tensor) -> bool:

@@ -16,9 +16,10 @@ from mmpeft.hosting.recompute import recomputing
 from mmpeft.hosting.unchanged import Watched
 from mmpeft.parts.base import Part
 from mmpeft.parts.passing import Passed
+from mmpeft.types import AnyModule, Args, Argument, Attribute, Forward, Kwargs, Output, StateDict
 
-Around = Callable[[nn.Module, Callable[..., Any], Any, tuple[Any, ...], dict[str, Any]], Any]
-View = Callable[[nn.Module, Any, Any], Any]
+Around = Callable[[nn.Module, Forward, "Prompt", Args, Kwargs], Output]
+View = Callable[[nn.Module, Attribute, Any], Attribute]
 UNMERGEABLE = "learned tokens lengthen the sequence; no base weight can stand for them"
 
 
@@ -65,7 +66,7 @@ class Pass:
     kept: Keys = field(default_factory=dict)
     recording: bool = False
     silent: bool = False
-    past: Any = 0
+    past: int | Tensor = 0
 
 
 class Prompt(Part):
@@ -91,10 +92,10 @@ class Prompt(Part):
 
     def _reset(self) -> None:
         self._pass: Passed[Pass] = Passed()
-        self._kept: tuple[Any, Watched, Keys] | None = None  # replaced as a whole: threads may share it
+        self._kept: tuple[tuple[object, ...], Watched, Keys] | None = None  # replaced as a whole: threads may share it
         self._graph: Pass | None = None
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> StateDict:
         return {**self.__dict__, "_kept": None, "_graph": None}
 
     def embeddings(self) -> Tensor:
@@ -109,10 +110,10 @@ class Prompt(Part):
         if self.tokens is not None:
             return len(self.tokens)
         assert self.encoder is not None
-        embedding: Any = self.encoder.embedding
+        embedding: AnyModule = self.encoder.embedding
         return len(embedding)
 
-    def keys(self, host: nn.Module, run: Callable[[], Any]) -> Keys:
+    def keys(self, host: nn.Module, run: Callable[[], Output]) -> Keys:
         """Keys and values of the prompt in every layer, which `run` computes unless they are kept and still right."""
         if torch.is_grad_enabled() or torch.compiler.is_compiling():
             return self._record(host, run)
@@ -132,7 +133,7 @@ class Prompt(Part):
             self._kept = (state, watched, made)
         return made
 
-    def _record(self, host: nn.Module, run: Callable[[], Any]) -> Keys:
+    def _record(self, host: nn.Module, run: Callable[[], Output]) -> Keys:
         recording = Pass(recording=True)
         before = [(prompt, prompt._pass.set(Pass(silent=True))) for prompt in self.behind(host)]
         before.append((self, self._pass.set(recording)))
@@ -155,7 +156,7 @@ class Prompt(Part):
                     found.append(part)
         return found
 
-    def served(self, host: nn.Module, kept: Keys, past: Any, run: Callable[[], Any]) -> Any:
+    def served(self, host: nn.Module, kept: Keys, past: int | Tensor, run: Callable[[], Output]) -> Output:
         """`run` with these keys and values in front of every layer's own."""
         own = Pass(kept, past=past + sum(len(prompt) for prompt in self.behind(host)))
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
@@ -175,7 +176,7 @@ class Prompt(Part):
             )
         return own
 
-    def around(self, host: nn.Module, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    def around(self, host: nn.Module, run: Forward, *args: Argument, **kwargs: Argument) -> Output:
         return self.run(host, run, self, args, kwargs)
 
 
@@ -191,7 +192,7 @@ class PromptBeside(Part):
         self._prompt = (prompt,)  # a tuple: the prompt stays registered under the model itself
         self.run = run
 
-    def around(self, host: nn.Module, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    def around(self, host: nn.Module, run: Forward, *args: Argument, **kwargs: Argument) -> Output:
         return self.run(host, run, self._prompt[0], args, kwargs)
 
 
@@ -230,5 +231,5 @@ class PromptLayer(Part):
         seen: Tensor = place[:, None] - torch.arange(len(prompt), device=device) < window
         return seen
 
-    def read(self, host: nn.Module, name: str, base: Any) -> Any:
+    def read(self, host: nn.Module, name: str, base: Attribute) -> Attribute:
         return self.view(host, base, self)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,7 @@ from mmpeft.functional.pointwise import along
 from mmpeft.functional.rows import Rows, count_rows, cut_rows, put_rows, take_rows, turned
 from mmpeft.parts.base import Hook, Part, cast, trainable_dtype
 from mmpeft.parts.product import Inner, WeightProduct
+from mmpeft.types import Kwargs
 
 
 class Rescale(Part):
@@ -40,7 +41,7 @@ class Rescale(Part):
         self.rows, self.transposed = rows, transposed
         self.side, self.channel_dim, self.bias_name = side, channel_dim, bias_owner
         size = count_rows(rows, width)
-        options: dict[str, Any] = {"device": like.device, "dtype": trainable_dtype(like.dtype)}
+        options: Kwargs = {"device": like.device, "dtype": trainable_dtype(like.dtype)}
         self.gamma = nn.Parameter(torch.ones(size, **options))
         self.beta = nn.Parameter(torch.zeros(size, **options)) if shift else None
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 from mmpeft.errors import Refused
 from mmpeft.parts.base import Hook, Part
 from mmpeft.parts.product import Inner, StackReading, WeightProduct
+from mmpeft.types import Attribute
 
 
 class Scaled(Part):
@@ -52,7 +52,7 @@ class Scaled(Part):
         return bool(getattr(self._of[0], "transposed", False))
 
     @property
-    def rows(self) -> Any:
+    def rows(self) -> Attribute:
         return getattr(self._of[0], "rows", None)
 
     def tensors(self) -> Iterable[Tensor]:
@@ -67,7 +67,7 @@ class Scaled(Part):
     def exit(self, host: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         return self._between(y, self._of[0].exit(host, x, y))
 
-    def read(self, host: nn.Module, name: str, base: Any) -> Any:
+    def read(self, host: nn.Module, name: str, base: Attribute) -> Attribute:
         tuned = self._of[0].read(host, name, base)
         return tuned * self.strength if base is None else self._between(base, tuned)
 

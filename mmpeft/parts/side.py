@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -13,6 +10,7 @@ from mmpeft.errors import Refused
 from mmpeft.hosting.output import first_of, with_first
 from mmpeft.parts.base import Part, cast
 from mmpeft.parts.factors import like_options
+from mmpeft.types import Argument, Forward, Kwargs, Output, StateDict
 
 EXPANSION = 4
 
@@ -20,7 +18,7 @@ EXPANSION = 4
 class SideBlock(nn.Module):
     """`u ← u + attention(norm(u))`, `u ← u + W_2 gelu(W_1 norm(u))`; without attention each token by itself."""
 
-    def __init__(self, width: int, attention: bool, options: dict[str, Any]) -> None:
+    def __init__(self, width: int, attention: bool, options: Kwargs) -> None:
         super().__init__()
         self.heads = next(h for h in range(max(1, width // 32), 0, -1) if width % h == 0)
         self.qkv: nn.Linear | None = None
@@ -52,7 +50,7 @@ class Ladder:
         self.u: Tensor | None = None
         self.place = 0
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> StateDict:
         return {"u": None, "place": 0}
 
 
@@ -97,7 +95,7 @@ class SideLayer(Part):
         if add:
             nn.init.zeros_(self.up.weight)
 
-    def around(self, host: nn.Module, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    def around(self, host: nn.Module, run: Forward, *args: Argument, **kwargs: Argument) -> Output:
         (ladder,) = self._ladder
         x = args[0] if args else next(iter(kwargs.values()))
         if self.start is not None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +17,7 @@ from mmpeft.parts.base import Part, cast
 from mmpeft.parts.delta import Delta
 from mmpeft.parts.factors import LowRank
 from mmpeft.parts.product import WeightProduct
+from mmpeft.types import Attribute
 
 Span = tuple[int, int]
 Factors = tuple[Span, Tensor, Tensor, Tensor | float, Tensor | None]
@@ -114,7 +114,7 @@ class Slots:
             planned = planned_of(host)
             assert planned.slots is not None
             return self._stacked(host, list(planned.state.placements), planned.slots, dtype)
-        tensors: list[Any] = [table[key] for name in present for table, key in self._places[name]]
+        tensors: list[Attribute] = [table[key] for name in present for table, key in self._places[name]]
         if any(name in self._gained for name in present):
             stored = self.deltas[present[0]][0].reading(host).stored
             tensors += [plain for tensor in stored for plain in made_of(tensor)]

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from mmpeft.hosting.weights import ANSWERS, Seen, Weight, Wrapper
+from mmpeft.hosting.weights import ANSWERS, Answer, Operand, Seen, Weight, Wrapper
 from mmpeft.parts.base import Part, cast
 from mmpeft.parts.product import Apply, Inner, StackReading
 from mmpeft.parts.tuned import Tuned, in_graph
+from mmpeft.types import AnyFunc, Args, Argument, Kwargs
 
 
 class Stack(Wrapper):
@@ -36,7 +37,7 @@ class Stack(Wrapper):
         facts = {"host": host, "attribute": attribute, "base": base, "parts": parts, "picked": None, "swapped": False}
         return in_graph(_Made(facts, base.dtype))
 
-    def other(self, dtype: torch.dtype | None = None, **changes: Any) -> Tensor:
+    def other(self, dtype: torch.dtype | None = None, **changes: Argument) -> Tensor:
         """The same stack seen otherwise."""
         names = ("host", "attribute", "base", "parts", "picked", "swapped")
         facts = {name: self.__dict__[name] for name in names} | changes
@@ -63,7 +64,7 @@ class Stack(Wrapper):
         found = cast(Tuned.read(self.host, self.attribute, self.base[expert], parts), self.seen.dtype)
         return found.t() if self.swapped else found
 
-    def times_all(self, x: Any, run: Apply, left: bool, experts: Tensor | None = None) -> Any:
+    def times_all(self, x: Operand, run: Apply, left: bool, experts: Tensor | None = None) -> Answer:
         """`run(x, matrices)`, multiplied from the `left` or not; `experts` are those of the rows of x, if in groups."""
         turned = self.transposed != self.swapped
         if not isinstance(x, Tensor) or isinstance(x, Weight) or x.dim() < 2 or left == turned:
@@ -92,7 +93,7 @@ class Stack(Wrapper):
         return inner(x)
 
     @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(cls, func: AnyFunc, types: object, args: Args = (), kwargs: Kwargs | None = None) -> object:
         kwargs = kwargs or {}
         grouped = "grouped_mm" in getattr(func, "__name__", "")
         answer = _grouped if grouped else STACK_ANSWERS.get(func)
@@ -107,7 +108,7 @@ class Stack(Wrapper):
 class _Made(NamedTuple):
     """A stack to be made, and to be made again for its values."""
 
-    facts: dict[str, Any]
+    facts: Kwargs
     dtype: torch.dtype
 
     def __call__(self) -> Stack:
@@ -121,14 +122,14 @@ class _Made(NamedTuple):
         return found
 
 
-def _formed(value: Any) -> Any:
+def _formed(value: Operand) -> Operand:
     return value.formed() if isinstance(value, Weight) else value
 
 
 # -- looks ------------------------------------------------------------------------------------------------------
 
 
-def _item(_: Any, stack: Any, index: Any) -> Any:
+def _item(_: object, stack: Stack, index: Operand) -> Answer:
     if isinstance(index, tuple):
         if not index or not all(part is Ellipsis or part == slice(None) for part in index[1:]):
             return NotImplemented
@@ -144,51 +145,51 @@ def _item(_: Any, stack: Any, index: Any) -> Any:
     return stack.one(index % len(stack.base))
 
 
-def _select(_: Any, stack: Any, dim: int, index: Any) -> Any:
+def _select(_: object, stack: Stack, dim: int, index: Operand) -> Answer:
     return _item(_, stack, index) if dim in (0, -3) else NotImplemented
 
 
-def _unbind(_: Any, stack: Any, dim: int = 0) -> Any:
+def _unbind(_: object, stack: Stack, dim: int = 0) -> Answer:
     if stack.picked is not None or dim not in (0, -3):
         return NotImplemented
     return tuple(stack.one(expert) for expert in range(len(stack.base)))
 
 
-def _iterate(_: Any, stack: Any) -> Any:
+def _iterate(_: object, stack: Stack) -> Answer:
     found = _unbind(_, stack)
     return found if found is NotImplemented else iter(found)
 
 
-def _swap(_: Any, stack: Any, *dims: Any, **named: Any) -> Any:
+def _swap(_: object, stack: Stack, *dims: Argument, **named: Argument) -> Answer:
     dims = tuple(d % 3 for d in (*dims, *named.values()))
     return stack.other(swapped=not stack.swapped) if not dims or sorted(dims) == [1, 2] else NotImplemented
 
 
-def _permute(_: Any, stack: Any, *dims: Any) -> Any:
+def _permute(_: object, stack: Stack, *dims: Argument) -> Answer:
     dims = tuple(dims[0]) if len(dims) == 1 and not isinstance(dims[0], int) else dims
     return _swap(_, stack) if [d % 3 for d in dims] == [0, 2, 1] else NotImplemented
 
 
-def _to(_: Any, stack: Any, dtype: Any = None, **named: Any) -> Any:
+def _to(_: object, stack: Operand, dtype: Operand = None, **named: Argument) -> Answer:
     dtype = named.pop("dtype", dtype)
     if named or not isinstance(stack, Stack) or not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         return NotImplemented
     return stack if dtype == stack.seen.dtype else stack.other(dtype)
 
 
-def _cast(dtype: torch.dtype) -> Callable[..., Any]:
+def _cast(dtype: torch.dtype) -> AnyFunc:
     return lambda _, stack: _to(_, stack, dtype)
 
 
-def _itself(_: Any, stack: Any) -> Any:
+def _itself(_: object, stack: Stack) -> Answer:
     return stack
 
 
 # -- products ---------------------------------------------------------------------------------------------------
 
 
-def _bmm(run: Callable[..., Tensor]) -> Callable[..., Any]:
-    def answer(_: Any, one: Any, other: Any = None, **named: Any) -> Any:
+def _bmm(run: Callable[..., Tensor]) -> AnyFunc:
+    def answer(_: object, one: Operand, other: Operand = None, **named: Argument) -> Answer:
         other = next(iter(named.values()), other)
         if isinstance(other, Stack):
             return other.times_all(one, run, left=False)
@@ -197,18 +198,20 @@ def _bmm(run: Callable[..., Tensor]) -> Callable[..., Any]:
     return answer
 
 
-def _reflected(_: Any, stack: Any, x: Any) -> Any:
+def _reflected(_: object, stack: Stack, x: Operand) -> Answer:
     return stack.times_all(x, torch.matmul, left=False)
 
 
-def _baddbmm(_: Any, bias: Any, one: Any, other: Any, *, beta: float = 1, alpha: float = 1) -> Any:
+def _baddbmm(_: object, bias: Operand, one: Operand, other: Operand, *, beta: float = 1, alpha: float = 1) -> Answer:
     if isinstance(bias, Weight):
         return NotImplemented
     y = _bmm(torch.bmm)(_, one, other)
     return y if y is NotImplemented else y * alpha + bias * beta
 
 
-def _grouped(func: Any, x: Any, stack: Any = None, offs: Any = None, *rest: Any, **named: Any) -> Any:
+def _grouped(
+    func: AnyFunc, x: Operand, stack: Operand = None, offs: Operand = None, *rest: object, **named: Argument
+) -> Answer:
     """Rows up to each of `offs` by one matrix after the other."""
     if not isinstance(stack, Stack) or stack.picked is not None or offs is None or any(v is not None for v in rest):
         return NotImplemented
@@ -231,11 +234,11 @@ def _grouped(func: Any, x: Any, stack: Any = None, offs: Any = None, *rest: Any,
     return stack.times_all(x, run, left=False, experts=experts)
 
 
-def _both(name: str) -> list[Any]:
+def _both(name: str) -> list[AnyFunc]:
     return [getattr(owner, name) for owner in (torch, Tensor) if hasattr(owner, name)]
 
 
-STACK_ANSWERS: dict[Any, Callable[..., Any]] = {
+STACK_ANSWERS: dict[object, AnyFunc] = {
     Tensor.__getitem__: _item,
     Tensor.__iter__: _iterate,
     Tensor.__rmatmul__: _reflected,

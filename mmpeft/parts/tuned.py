@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -11,12 +11,13 @@ from torch import Tensor, nn
 from torch.autograd import Function
 
 from mmpeft.hosting.few_bits import FewBits
-from mmpeft.hosting.weights import Seen, Weight, Wrapper
+from mmpeft.hosting.weights import Answer, Seen, Weight, Wrapper
 from mmpeft.parts.base import Part, cast
 from mmpeft.parts.delta import Delta, stored_in
 from mmpeft.parts.factors import LowRank
 from mmpeft.parts.linear import multiply
 from mmpeft.parts.product import WeightProduct, like, through
+from mmpeft.types import AnyFunc, Args, Argument, Ctx, Kwargs
 
 
 class TunedWeight(Weight):
@@ -34,7 +35,7 @@ class TunedWeight(Weight):
             found = part.read(self.host, self.attribute, found)
         return found.t() if self.turned else found
 
-    def product(self, x: Tensor, bias: Tensor | None, start: int, stop: int) -> Any:
+    def product(self, x: Tensor, bias: Tensor | None, start: int, stop: int) -> Answer:
         reading = self._reading(bias, start, stop)
         low_rank = [part for part in self.parts if isinstance(part, Delta) and isinstance(part.factor, LowRank)]
         if len(low_rank) == len(self.parts) and not (reading.partial and self._interleaved()):
@@ -45,7 +46,7 @@ class TunedWeight(Weight):
         y = through(self.parts, reading._replace(bias=None), lambda x: F.linear(x, like(weight, x)), x)
         return y if bias is None else y + cast(bias, y.dtype)
 
-    def convolution(self, run: Callable[..., Tensor], x: Tensor, bias: Tensor | None, options: tuple[Any, ...]) -> Any:
+    def convolution(self, run: Callable[..., Tensor], x: Tensor, bias: Tensor | None, options: Args) -> Answer:
         if not self._composes() or (options[3] > 1 and not any(part.needs_input for part in self.parts)):
             return NotImplemented  # the kernels of a grouped convolution are small beside what they are applied to
         kernel = like(self.base, x)
@@ -54,7 +55,7 @@ class TunedWeight(Weight):
         y = through(self.parts, reading, lambda x: run(x, kernel, None, *options), x)
         return y if bias is None else y + cast(bias, y.dtype).view(-1, *[1] * (len(self.full) - 2))
 
-    def look_up(self, words: Tensor, padding_idx: int | None) -> Any:
+    def look_up(self, words: Tensor, padding_idx: int | None) -> Answer:
         if not all(isinstance(part, Delta) and part.lookup for part in self.parts):
             return NotImplemented
 
@@ -87,7 +88,7 @@ class Tuned(TunedWeight, Wrapper):
         facts = {"host": host, "attribute": attribute, "base": base, "parts": parts, "turned": turned}
         return in_graph(_Made(cls, full, Seen(0, full[0], dtype, turned), base.device, facts))
 
-    def again(self, seen: Seen) -> Any:
+    def again(self, seen: Seen) -> Weight:
         facts = {name: self.__dict__[name] for name in ("host", "attribute", "base", "parts", "turned")}
         return in_graph(_Made(type(self), self.full, seen, self.place, facts))
 
@@ -104,7 +105,7 @@ class Traced(TunedWeight):
         found.full, found.seen = full, Seen(0, full[0], base.dtype, turned)
         return found
 
-    def fact(self, func: Any, *args: Any, **kwargs: Any) -> Any:
+    def fact(self, func: AnyFunc, *args: Argument, **kwargs: Argument) -> object:
         return func(self.seen.of(self.base.t() if self.turned else self.base), *args, **kwargs)
 
     def again(self, seen: Seen) -> Weight:
@@ -121,30 +122,29 @@ class _Made(NamedTuple):
     full: torch.Size
     seen: Seen
     place: torch.device
-    facts: dict[str, Any]
+    facts: Kwargs
 
     def __call__(self) -> Tuned:
-        found: Tuned = self.cls.of(self.full, self.seen, self.place, **self.facts)
-        return found
+        return self.cls.of(self.full, self.seen, self.place, **self.facts)
 
 
 class Maker(Protocol):
     """Makes a weight that answers, again and again; `facts` has its `parts` and its `base`."""
 
     @property
-    def facts(self) -> dict[str, Any]: ...
+    def facts(self) -> Kwargs: ...
 
     def __call__(self) -> Weight: ...
 
 
-def in_graph(made: Maker) -> Tensor:
+def in_graph(made: Maker) -> Weight:
     """A weight with a place in the graph, if gradients may reach anything that it depends on."""
     if torch.is_grad_enabled() and not (torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()):
         inputs = [t for part in made.facts["parts"] for t in part.tensors() if t.requires_grad]
         if made.facts["base"].requires_grad:
             inputs.append(made.facts["base"])
         if inputs:
-            found: Tensor = _Differentiable.apply(made, *inputs)
+            found: Weight = _Differentiable.apply(made, *inputs)
             return found
     return made()
 
@@ -156,13 +156,13 @@ class _Differentiable(Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, made: Maker, *inputs: Tensor) -> Tensor:
+    def forward(ctx: Ctx, made: Maker, *inputs: Tensor) -> Tensor:
         ctx.made = made
         ctx.save_for_backward(*inputs)
         return made()
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Any:
+    def backward(ctx: Ctx, *grads: Tensor) -> tuple[Tensor | None, ...]:
         twice = torch.is_grad_enabled()
         inputs = ctx.saved_tensors
         with torch.enable_grad():

@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import yaml
 
 from mmpeft.errors import ConfigError
 from mmpeft.methods import METHODS
 from mmpeft.run.written import as_class, is_call, read_method
+from mmpeft.types import Leaf
 
 CONFIG = ("-c", "--config")
 SECTIONS = ("model", "data", "methods", "learner")
@@ -30,7 +30,7 @@ def class_names(arguments: Sequence[str]) -> set[str]:
     return found
 
 
-def named_in(content: Any, inside: bool = False) -> set[str]:
+def named_in(content: object, inside: bool = False) -> set[str]:
     """The names of classes in a configuration: each `class_path`, and values in the sections that hold classes."""
     if isinstance(content, str):
         return {content.rpartition(".")[2]} if inside else set()
@@ -52,7 +52,7 @@ def options_of(arguments: Sequence[str]) -> Iterator[tuple[str, str]]:
         yield (flag, value) if flag.startswith("-") else (before, argument)
 
 
-def configuration(name: str) -> Any:
+def configuration(name: str) -> Leaf:
     """Content of a configuration file; None for what is no file.
 
     Raises:
@@ -76,7 +76,7 @@ def reset_changed_methods(arguments: Sequence[str]) -> list[str]:
     kept: list[str] = []
     known = None
     for argument, (flag, value) in zip(arguments, options_of(arguments)):
-        named: Any = None
+        named: Leaf = None
         call = False
         if flag in CONFIG:
             content = configuration(value)

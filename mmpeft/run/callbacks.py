@@ -8,7 +8,6 @@ import sys
 import time
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 import torch
 from lightning import LightningModule, Trainer
@@ -22,6 +21,7 @@ from mmpeft.methods.compose import Union
 from mmpeft.methods.selective.plan import Plan
 from mmpeft.tasks.module import TuningModule
 from mmpeft.tasks.publish import folder_of
+from mmpeft.types import StateDict
 
 
 class LearningCurves(Callback):
@@ -104,10 +104,10 @@ class Outcome(Callback):
         self._start, self._before = 0.0, 0.0
         self._adapter: Path | None = None
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> StateDict:
         return {"seconds": self.seconds}
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+    def load_state_dict(self, state_dict: StateDict) -> None:
         self._before = float(state_dict["seconds"])
 
     @property

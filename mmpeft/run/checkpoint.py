@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import torch
 from lightning import LightningModule, Trainer
 from lightning.fabric.utilities.seed import _collect_rng_states, _set_rng_states
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from torch import distributed
+
+from mmpeft.types import Batch, Output, StateDict
 
 LAST = "last.ckpt"
 
@@ -70,7 +71,7 @@ class RandomState(Callback):
 
     def __init__(self) -> None:
         super().__init__()
-        self._state: dict[str, Any] | None = None
+        self._state: StateDict | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage == "fit":
@@ -80,37 +81,37 @@ class RandomState(Callback):
         if self._state is None:
             self._state = collect()
 
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Batch, batch_idx: int) -> None:
         if self._state is not None:
             restore(self._state)
 
     def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Output, batch: Batch, batch_idx: int
     ) -> None:
         self._state = collect()
 
-    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: StateDict) -> None:
         own = self._state or collect()
-        ranks: list[Any] = [own]
+        ranks: list[StateDict | None] = [own]
         if distributed.is_available() and distributed.is_initialized():
             ranks = [None] * distributed.get_world_size()
             distributed.all_gather_object(ranks, own)
         checkpoint["random_state"] = ranks
 
-    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: StateDict) -> None:
         ranks = checkpoint.get("random_state") or []
         self._state = ranks[trainer.global_rank] if trainer.global_rank < len(ranks) else None
 
 
-def collect() -> dict[str, Any]:
+def collect() -> StateDict:
     """The state of torch's, CUDA's, Python's and NumPy's generators, in types that load without unpickling code."""
-    states: dict[str, Any] = _collect_rng_states()
+    states: StateDict = _collect_rng_states()
     name, keys, *rest = states["numpy"]
     states["numpy"] = [name, torch.from_numpy(keys.astype("int64")), *rest]
     return states
 
 
-def restore(states: dict[str, Any]) -> None:
+def restore(states: StateDict) -> None:
     """Set what `collect` returned; states of GPUs that are not here are left out."""
     name, keys, *rest = states["numpy"]
     cuda = states["torch.cuda"][: torch.cuda.device_count()] if torch.cuda.is_available() else []

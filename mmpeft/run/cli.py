@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import lightning
 import yaml
@@ -27,6 +27,7 @@ from mmpeft.run.experiment import reporting_callbacks, run_callbacks
 from mmpeft.run.written import spelled_out
 from mmpeft.tasks.checkpoint import AtomicCheckpointIO
 from mmpeft.tasks.module import TuningModule
+from mmpeft.types import Argument, Config, Kwargs, Leaf, Untyped
 
 ROOT = "runs"
 UNWANTED = ("Total length of .* across ranks is zero", ".*isinstance\\(treespec, LeafSpec\\)")
@@ -65,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 class Parser(LightningArgumentParser):
     """Short errors with the nearest known name, and no abbreviated options."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, *args: Argument, **kwargs: Argument) -> None:
         super().__init__(*args, **{"allow_abbrev": False, **kwargs})
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
@@ -134,7 +135,7 @@ class TuningCLI(LightningCLI):
                 cause = cause.__cause__
             raise cause or error from None
 
-    def instantiate_trainer(self, **kwargs: Any) -> lightning.Trainer:
+    def instantiate_trainer(self, **kwargs: Argument) -> lightning.Trainer:
         config = self._get(self.config_init, "trainer")
         if config.get("logger") in (None, True):
             kwargs["logger"] = logger(self.folder, self.version)
@@ -143,20 +144,20 @@ class TuningCLI(LightningCLI):
         return super().instantiate_trainer(**kwargs)
 
 
-def as_list(value: Any) -> list[Any]:
+def as_list(value: Leaf) -> list[Leaf]:
     """A list of what was given: nothing, one, or several."""
     return [] if value is None else list(value) if isinstance(value, list | tuple) else [value]
 
 
 def logger(folder: Path, version: int | str) -> Logger:
     """TensorBoard where it is installed, CSV elsewhere."""
-    place: dict[str, Any] = {"save_dir": folder.parent, "name": folder.name, "version": version}
+    place: Kwargs = {"save_dir": folder.parent, "name": folder.name, "version": version}
     if find_spec("tensorboard"):
         return TensorBoardLogger(**place, default_hp_metric=False)
     return CSVLogger(**place)
 
 
-def default_name(config: Any) -> str:
+def default_name(config: Config) -> str:
     """`<data>-<method>`, or the model's name where the method has none."""
     parts = (config.get("data"), config.get("method") or config.get("model"))
     names = [str(part.class_path).rsplit(".", 1)[-1] for part in parts if part]
@@ -177,7 +178,7 @@ def last_checkpoint(folder: Path) -> Path | None:
 # -- errors -------------------------------------------------------------------------------------------------
 
 
-def options(parser: Any) -> Iterator[str]:
+def options(parser: Untyped) -> Iterator[str]:
     """Names of all options of a parser and of its sub-commands."""
     for action in parser._actions:
         yield action.dest

@@ -9,12 +9,13 @@ A domain is a package with an entry point in the group `mmpeft.domains`. Its `__
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from importlib import import_module
 from importlib.metadata import entry_points
 from typing import Any, NamedTuple
 
 from mmpeft.errors import ConfigError
+from mmpeft.types import Facts
 
 DOMAINS = "mmpeft.domains"
 
@@ -34,7 +35,7 @@ def table(name: str) -> dict[str, tuple[str, Any]]:
     """
     found: dict[str, tuple[str, Any]] = {}
     for entry in entry_points(group=DOMAINS):
-        own: Mapping[str, Any] = getattr(entry.load(), name, {})
+        own: Facts = getattr(entry.load(), name, {})
         for key, value in own.items():
             if key in found and found[key][1] != value:
                 raise ConfigError(f"{key!r} is in {name} of {found[key][0]} and of {entry.name}: one must be renamed")

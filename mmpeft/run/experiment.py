@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
-from typing import Any, ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple
 
 import lightning
 from jsonargparse import ArgumentParser, Namespace
@@ -18,6 +17,7 @@ from mmpeft.run.domains import import_named
 from mmpeft.run.written import spelled_out
 from mmpeft.tasks.checkpoint import AtomicCheckpointIO
 from mmpeft.tasks.module import TuningModule
+from mmpeft.types import Facts
 
 
 def run_callbacks() -> list[Callback]:
@@ -30,7 +30,7 @@ def reporting_callbacks() -> list[Callback]:
     return [LearningCurves(), Outcome()]
 
 
-def parsed(parser: ArgumentParser, run: Mapping[str, Any], where: str = "the configuration of a run") -> Namespace:
+def parsed(parser: ArgumentParser, run: Facts, where: str = "the configuration of a run") -> Namespace:
     """A configuration by a parser that knows what the classes in it must be; nothing is built.
 
     Raises:
@@ -59,7 +59,7 @@ class Experiment:
     with its arguments. Reading finds every error of the configuration; nothing is built before `build`.
     """
 
-    quiet: ClassVar[Mapping[str, Any]] = {
+    quiet: ClassVar[Facts] = {
         "logger": False,
         "enable_progress_bar": False,
         "enable_model_summary": False,
@@ -72,7 +72,7 @@ class Experiment:
         self.parser, self.config, self.seed = parser, config, seed
 
     @classmethod
-    def read(cls, facts: Mapping[str, Any], where: str = "the configuration of a run") -> Experiment:
+    def read(cls, facts: Facts, where: str = "the configuration of a run") -> Experiment:
         """Parse a configuration; keys of other commands are passed over.
 
         Raises:

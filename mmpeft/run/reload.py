@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import Any
 
 import yaml
 from lightning.pytorch.utilities.seed import isolate_rng
@@ -14,9 +13,10 @@ from mmpeft.run.cli import last_checkpoint
 from mmpeft.run.experiment import Experiment
 from mmpeft.tasks.checkpoint import AtomicCheckpointIO
 from mmpeft.tasks.module import TuningModule
+from mmpeft.types import Untyped
 
 
-def load_run(path: str | Path) -> tuple[TuningModule, Any]:
+def load_run(path: str | Path) -> tuple[TuningModule, Untyped]:
     """The trained task in evaluation mode, and its data module with all sets filled.
 
     Args:

@@ -10,15 +10,15 @@ import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import yaml
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from mmpeft.errors import ConfigError, nearest
+from mmpeft.types import Argument, Facts, Json
 
-Mappings = dict[str, Any]
+Mappings = Json
 
 
 def read_file(path: Path, keys: Collection[str], needed: Sequence[str]) -> Mappings:
@@ -53,7 +53,7 @@ def read_text(text: str, keys: Collection[str], needed: Sequence[str]) -> Mappin
     return config
 
 
-def choose_entries(entries: Mapping[str, Any], wanted: str | None) -> Mappings:
+def choose_entries(entries: Facts, wanted: str | None) -> Mappings:
     """The entries named, with commas between, in that order; all of them for None.
 
     Raises:
@@ -66,7 +66,7 @@ def choose_entries(entries: Mapping[str, Any], wanted: str | None) -> Mappings:
     return {name: entries[name] for name in names}
 
 
-def override(common: Mapping[str, Any], own: Mapping[str, Any]) -> Mappings:
+def override(common: Facts, own: Facts) -> Mappings:
     """A configuration with another laid over it, mapping by mapping."""
     merged = copy.deepcopy(dict(common))
     for key, value in own.items():
@@ -78,7 +78,7 @@ def override(common: Mapping[str, Any], own: Mapping[str, Any]) -> Mappings:
     return merged
 
 
-def key_of(run: Mapping[str, Any]) -> str:
+def key_of(run: Facts) -> str:
     """A name for all that a run depends on: the same run has the same key, and is not made twice."""
     return hashlib.sha256(json.dumps(run, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -98,7 +98,7 @@ def quiet_progress(console: Console, title: str, total: int) -> Iterator[tuple[C
             logger.setLevel(logging.ERROR)
         bar = progress.add_task(title, total=total)
 
-        def move(**how: Any) -> None:
+        def move(**how: Argument) -> None:
             progress.update(bar, **how)
 
         try:

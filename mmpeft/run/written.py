@@ -6,13 +6,13 @@ import ast
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
 
 import yaml
 
 from mmpeft.errors import ConfigError, nearest
 from mmpeft.methods import METHODS, Method
 from mmpeft.methods.spec import from_spec
+from mmpeft.types import Json, Leaf
 
 KEYS = ("method", "text_method")
 """Keys of a configuration that hold a method."""
@@ -44,13 +44,13 @@ def read_method(text: str) -> Method:
     return found
 
 
-def as_class(method: Method) -> dict[str, Any]:
+def as_class(method: Method) -> Json:
     """A method as a parser of classes takes it: `{"class_path": "LoRA", "init_args": {"rank": 8}}`."""
     own = {field.name: _class_form(getattr(method, field.name)) for field in fields(method) if field.init}
     return {"class_path": f"{type(method).__module__}.{type(method).__qualname__}", "init_args": own}
 
 
-def _class_form(value: Any) -> Any:
+def _class_form(value: object) -> object:
     if isinstance(value, Method):
         return as_class(value)
     if isinstance(value, list | tuple):
@@ -58,7 +58,7 @@ def _class_form(value: Any) -> Any:
     return dict(value) if isinstance(value, Mapping) else value
 
 
-def spelled_out(content: Any) -> Any:
+def spelled_out(content: Leaf) -> Leaf:
     """A configuration in which each `method` that is written as a call is a class with its arguments."""
     if isinstance(content, list):
         return [spelled_out(item) for item in content]
@@ -70,12 +70,12 @@ def spelled_out(content: Any) -> Any:
     }
 
 
-def is_call(value: Any) -> bool:
+def is_call(value: object) -> bool:
     """Whether a value is a method written as in Python, such as `LoRA(rank=8) + BitFit()`, and not just a name."""
     return isinstance(value, str) and ("(" in value or "+" in value)
 
 
-def _spec(content: Any, text: str) -> dict[str, Any]:
+def _spec(content: object, text: str) -> Json:
     """Data as `to_spec` writes them, of those or of a configuration with `class_path` and `init_args`."""
     if isinstance(content, Mapping) and isinstance(content.get("method"), str | Mapping):
         content = content["method"]
@@ -89,13 +89,13 @@ def _spec(content: Any, text: str) -> dict[str, Any]:
     raise ConfigError(f"{text} names no method; {FORM}")
 
 
-def _inner(value: Any, text: str) -> Any:
+def _inner(value: object, text: str) -> object:
     if isinstance(value, list):
         return [_inner(item, text) for item in value]
     return _spec(value, text) if isinstance(value, Mapping) and "class_path" in value else value
 
 
-def _value(node: ast.expr, text: str) -> Any:
+def _value(node: ast.expr, text: str) -> Leaf:
     """A method, or the value of one of its fields."""
     if isinstance(node, ast.Name):
         return from_spec({"name": node.id})

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import nn
@@ -13,6 +12,7 @@ from mmpeft.functional.rows import Rows
 from mmpeft.hosting.host import base_value
 from mmpeft.hosting.modules import module_at, own_modules
 from mmpeft.sites.site import ROLES, Kind, Site
+from mmpeft.types import AnyModule, Kwargs
 
 
 @dataclass
@@ -33,7 +33,7 @@ class Builder:
         return module_at(self.model, path)
 
     def add(self, path: str, role: str, depth: int = -1, **known: object) -> None:
-        fields: dict[str, Any] = {"tower": self.tower, **known}
+        fields: Kwargs = {"tower": self.tower, **known}
         self.sites.append(Site(path, role, depth, **fields))
 
     def linear(self, path: str, role: str, depth: int = -1, **known: object) -> None:
@@ -109,7 +109,7 @@ class Builder:
             elif path in embed and isinstance(module, nn.Embedding):
                 self.add(path, "embed", depth, kind="embedding", transposed=True, width=module.embedding_dim)
             elif path not in covered and is_norm(module):
-                width = len(module.weight)  # type: ignore[arg-type]  # norms have one
+                width = weight_shape(module)[0]
                 self.add(path, "norm", depth, kind="norm", width=width, channel_dim=norm_channel(module))
         rank = {role: i for i, role in enumerate(ROLES)}
         once = {(site.path, site.role, site.tensor, site.rows): site for site in self.sites[::-1]}
@@ -124,7 +124,7 @@ class Builder:
         yield from own_modules(self.model)
 
 
-def weight_shape(module: Any) -> torch.Size:
+def weight_shape(module: AnyModule) -> torch.Size:
     """The true shape of a module's weight, whatever parts read it and however few bits hold it."""
     shape: torch.Size = base_value(module, "weight").shape
     return shape

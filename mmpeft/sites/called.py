@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Callable
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 from torch import nn
 
 from mmpeft.errors import ConfigError
+from mmpeft.types import AnyFunc, Batch
 
 FORM = "module:function, a call without arguments that returns a model, or a model and an example of its inputs"
 
@@ -34,20 +33,20 @@ def names() -> list[str]:
     return []
 
 
-def build(name: str) -> nn.Module | tuple[nn.Module, Any]:
+def build(name: str) -> nn.Module | tuple[nn.Module, Batch]:
     """What the call returns."""
     _look_here()
     module, _, function = name.partition(":")
     try:
-        call: Callable[[], Any] = getattr(import_module(module), function)
+        call: AnyFunc = getattr(import_module(module), function)
         inspect.signature(call).bind()
     except (ImportError, AttributeError, TypeError, ValueError) as error:
         raise ConfigError(f"{name!r}: {error}; expected {FORM}") from error
-    built = call()
+    built: nn.Module | tuple[nn.Module, Batch] = call()
     model = built[0] if isinstance(built, tuple) and len(built) == 2 else built
     if not isinstance(model, nn.Module):
         raise ConfigError(f"{name} returned a {type(model).__name__}; expected {FORM}")
-    return built  # type: ignore[no-any-return]  # as just checked
+    return built
 
 
 def _look_here() -> None:

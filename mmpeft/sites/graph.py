@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from functools import cached_property, reduce
 from operator import or_
-from typing import Any
 
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
@@ -26,9 +25,9 @@ class Graph:
         """Paths of dropout layers."""
         self.ops: list[Op] = record.ops
         self.calls: list[Call] = record.calls
-        self.replayed: dict[Any, list[int]] = {}
+        self.replayed: dict[Hashable, list[int]] = {}
         """Channels that were found by replay, by what lies between."""
-        self.spreads: dict[Any, Tensor | None] = {}
+        self.spreads: dict[Hashable, Tensor | None] = {}
         """The same of where some entries arrive."""
         self.inputs = [op for op in self.ops if op.name == "input"]
         self._above: list[int] = []
@@ -103,7 +102,7 @@ class Graph:
     @cached_property
     def _slices(self) -> dict[int, int]:
         """Of each slice, the first one of the same result."""
-        first: dict[Any, int] = {}
+        first: dict[Hashable, int] = {}
         found: dict[int, int] = {}
         for op in self.ops:
             if op.name in ("slice", "select"):

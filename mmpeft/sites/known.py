@@ -19,6 +19,7 @@ from mmpeft.sites.notes import Inputs, inputs_of, note_of, noted
 from mmpeft.sites.reading import read
 from mmpeft.sites.site import Site, find_anatomy, param_sites, qualified_name
 from mmpeft.sites.watch import watch
+from mmpeft.types import Batch
 
 _FOUND: OrderedDict[int, list[Site]] = OrderedDict()
 """Structural sites by the signature of a model: its copies are not watched again."""
@@ -28,7 +29,7 @@ _LAST: WeakKeyDictionary[nn.Module, tuple[int, list[Site]]] = WeakKeyDictionary(
 _LOCK = Lock()
 
 
-def sites(model: nn.Module, example: Any = None) -> list[Site]:
+def sites(model: nn.Module, example: Batch = None) -> list[Site]:
     """Every site of a model, named tensors (role `param`) included.
 
     They are found by watching one pass on fake tensors: of `example` (a tensor, a tuple of arguments or a mapping of
@@ -41,7 +42,7 @@ def sites(model: nn.Module, example: Any = None) -> list[Site]:
     return structural + param_sites(model, structural)
 
 
-def structure(model: nn.Module, example: Any = None) -> list[Site]:
+def structure(model: nn.Module, example: Batch = None) -> list[Site]:
     """As `sites`, named tensors left out."""
     written = find_anatomy(model)
     if written is not None:
@@ -86,7 +87,7 @@ def _keep(model: nn.Module, key: int, form: int, found: list[Site]) -> None:
             _FOUND.popitem(last=False)
 
 
-def _watched(model: nn.Module, example: Any) -> list[Site]:
+def _watched(model: nn.Module, example: Batch) -> list[Site]:
     with torch.inference_mode(False), torch.device("cpu"):  # whatever the caller is in
         given = inputs_of(model) if example is None else as_inputs(example)
     if given is None:
@@ -99,7 +100,7 @@ def _watched(model: nn.Module, example: Any) -> list[Site]:
         return noted(model, read(model, watch(model, *given)))
 
 
-def as_inputs(example: Any) -> Inputs:
+def as_inputs(example: Batch) -> Inputs:
     """`(args, kwargs)` of a tensor, a tuple of arguments or a mapping of keyword arguments."""
     if isinstance(example, Mapping):
         return (), dict(example)
@@ -112,7 +113,7 @@ def signature(model: nn.Module, numbers: bool = True) -> int:
     Without `numbers`, attributes that are numbers or tensors are left out, and buffers.
     """
     known: dict[int, Any] = {}
-    parts: list[Any] = []
+    parts: list[object] = []
     for path, module in own_modules(model):
         held = {**module._parameters, **(module._buffers if numbers else {})}
         shapes = tuple((name, None if t is None else (tuple(t.shape), id_of(known, t))) for name, t in held.items())
@@ -133,7 +134,7 @@ def id_of(known: dict[int, Any], tensor: Tensor) -> int:
     return int(known.setdefault(id(tensor), len(known)))
 
 
-def _plain(value: Any, known: dict[int, Any], depth: int = 0) -> Any:
+def _plain(value: object, known: dict[int, Any], depth: int = 0) -> object:
     """What can be compared of an attribute: numbers, texts, and what is made of them; of others the class."""
     if value is None or isinstance(value, bool | int | float | str | bytes | type):
         return value
@@ -147,7 +148,7 @@ def _plain(value: Any, known: dict[int, Any], depth: int = 0) -> Any:
         return known[id(value)]
     known[id(value)] = type(value).__qualname__  # what holds itself
     if isinstance(value, Mapping):
-        found: Any = tuple((str(k), _plain(v, known, depth + 1)) for k, v in value.items())
+        found: tuple[object, ...] | str = tuple((str(k), _plain(v, known, depth + 1)) for k, v in value.items())
     elif isinstance(value, list | tuple | set | frozenset):
         found = (type(value).__name__, *(_plain(v, known, depth + 1) for v in value))
     elif hasattr(value, "__dict__"):

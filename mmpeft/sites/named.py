@@ -6,17 +6,16 @@ on them.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
-from typing import Any
 
 import torch
 from torch import nn
 
 from mmpeft.errors import ConfigError, nearest
 from mmpeft.sites.site import load_domains
+from mmpeft.types import AnyFunc, Batch
 
 
 @dataclass(frozen=True)
@@ -38,19 +37,19 @@ class Library:
         """Every name of its registry."""
         return list(self._call("names")()) if self.is_installed else []
 
-    def build(self, name: str) -> nn.Module | tuple[nn.Module, Any]:
+    def build(self, name: str) -> nn.Module | tuple[nn.Module, Batch]:
         """The model on random weights, alone or with an example; a ConfigError where there is none of that name."""
         if not self.is_installed:
             raise ConfigError(f"{self.name}:{name} needs {self.name}: pip install 'mmpeft[{self.domain}]'")
-        built: nn.Module | tuple[nn.Module, Any] = self._call("build")(name)
+        built: nn.Module | tuple[nn.Module, Batch] = self._call("build")(name)
         return built
 
     @property
     def is_installed(self) -> bool:
         return find_spec(self.package or self.name) is not None
 
-    def _call(self, function: str) -> Callable[..., Any]:
-        found: Callable[..., Any] = getattr(import_module(self.home), function)
+    def _call(self, function: str) -> AnyFunc:
+        found: AnyFunc = getattr(import_module(self.home), function)
         return found
 
 
@@ -69,7 +68,7 @@ class Named:
     library: Library
     name: str
 
-    def build(self, *, empty: bool = True) -> tuple[nn.Module, Any]:
+    def build(self, *, empty: bool = True) -> tuple[nn.Module, Batch]:
         """The model in evaluation mode: `empty`, without memory for its weights, or on random ones.
 
         With it comes an example of its inputs, where whoever builds it gives one, or None.

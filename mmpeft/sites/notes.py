@@ -6,14 +6,14 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
-from typing import Any
 
 from torch import nn
 
 from mmpeft.hosting.modules import own_modules
 from mmpeft.sites.site import Connect, Site, load_domains, qualified_name
+from mmpeft.types import Args, Kwargs
 
-Inputs = tuple[tuple[Any, ...], dict[str, Any]]
+Inputs = tuple[Args, Kwargs]
 Note = Callable[[nn.Module, list[Site]], list[Site]]
 Examples = Callable[[nn.Module], Inputs | None]
 
@@ -114,8 +114,8 @@ def _above(around: str, path: str) -> str:
 
 def _moved(site: Site, move: Callable[[str], str]) -> Site:
     """A site with other paths; those it does not have stay empty, `path` may be the model itself."""
-    paths = {name: move(value) for name in _PATHS if (value := getattr(site, name)) or name == "path"}
-    return replace(site, **paths, connect=_moved_connect(site, move))  # type: ignore[arg-type]  # fields by name
+    paths: Kwargs = {name: move(value) for name in _PATHS if (value := getattr(site, name)) or name == "path"}
+    return replace(site, **paths, connect=_moved_connect(site, move))
 
 
 def _moved_connect(site: Site, move: Callable[[str], str]) -> Connect | None:

@@ -16,6 +16,7 @@ from mmpeft.sites.mlp import width
 from mmpeft.sites.record import SLICES, VIEWS, Op
 from mmpeft.sites.replay import as_rows
 from mmpeft.sites.roles import UNREAD, Reading
+from mmpeft.types import Kwargs
 
 DERIVED = "the pass multiplies by entries that it looks up or computes from this table: it is no matrix of a product"
 STACKED = "it holds several matrices, of which each position or head takes its own"
@@ -34,7 +35,7 @@ def _site(reading: Reading, builder: Builder, name: str, role: str, op: Op, used
     module = reading.modules[path]
     block = around(path, reading.blocks) or reading.block_of(op)
     depth, builder.tower = (block.depth, block.tower) if block else (-1, reading.tower_of(path))
-    known: dict[str, Any] = {}
+    known: Kwargs = {}
     if role == "table":
         return
     if role == "dead":

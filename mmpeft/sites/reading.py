@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 from torch import nn
 
@@ -23,6 +22,7 @@ from mmpeft.sites.site import Site
 from mmpeft.sites.streams import sublayers
 from mmpeft.sites.sublayers import apart, sublayer
 from mmpeft.sites.towers import name_towers
+from mmpeft.types import Kwargs
 
 PAIR = "the block takes and returns two streams; a single tensor does not hold its tokens"
 NO_TOKENS = "no anatomy says that a prompt has a place among what its blocks see"
@@ -78,7 +78,7 @@ def _block(reading: Reading, builder: Builder, block: Block) -> None:
     alike = next((b for b in reading.blocks.values() if b.first >= 0 and _alike(reading, b, block)), block)
     call = reading.graph.calls[block.first if block.first >= 0 else alike.first]
     inside = [p for p in reading.graph.products if call.first <= p.index < call.last]
-    known: dict[str, Any] = {"below": True} if block.below else {}
+    known: Kwargs = {"below": True} if block.below else {}
     size = 0
     if inside and call.shapes:
         shape = call.shapes[0]

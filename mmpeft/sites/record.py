@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
 
 from torch import Tensor
+
+from mmpeft.types import Args, Kwargs, TorchOp
 
 PRODUCTS = frozenset(
     {"mm", "addmm", "bmm", "baddbmm", "linear", "convolution", "_grouped_mm", "embedding", "addmv", "mv"}
@@ -50,9 +51,10 @@ class Op:
 
     index: int
     name: str
-    func: Any
-    args: Any
-    kwargs: dict[str, Any]
+    func: TorchOp | None
+    """None of what is given: inputs, and tensors that the model holds."""
+    args: Args
+    kwargs: Kwargs
     inputs: list[int]
     call: int
     """The innermost module call that was running."""
@@ -114,13 +116,13 @@ class Record:
     functions: list[Function]
     outputs: list[int]
     """Operations whose results the model returned."""
-    alive: list[Any]
+    alive: list[object]
     """Tensors are known by identity, which is unique while they live."""
     real: bool = False
     """Whether it ran on a real batch, of which some parts of the model may rest."""
 
 
-def looks(name: str, args: Any) -> bool:
+def looks(name: str, args: Args) -> bool:
     """Whether an operation on a stack gives its matrices: views, or entries along the first dimension."""
     if name == "index":
         return args[1][0] is not None and not any(isinstance(index, Tensor) for index in args[1][1:])
@@ -131,7 +133,7 @@ RESHAPES = frozenset({"view", "_unsafe_view", "reshape"})
 """Views that may join the matrices of a stack."""
 
 
-def swaps(name: str, shape: tuple[int, ...], args: Any, stacked: bool) -> bool:
+def swaps(name: str, shape: tuple[int, ...], args: Args, stacked: bool) -> bool:
     """Whether a change of the order of dimensions swaps those of a matrix: the last two of a stack, else the long ones.
 
     What has other than two long dimensions is taken to be swapped by any.

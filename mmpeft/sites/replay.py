@@ -6,9 +6,8 @@ result is no number where the channel is none. What another product makes of it 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from random import Random
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,6 +16,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from mmpeft.functional.rows import Rows
 from mmpeft.sites.graph import Graph
 from mmpeft.sites.record import PRODUCTS, SOFTMAX, Op
+from mmpeft.types import Args, Leaf
 
 _PLACE = ("device", "dtype", "layout", "pin_memory")
 STATISTICS = frozenset({"mean", "linalg_vector_norm", "norm", "var", "var_mean", "std", "std_mean", "max", "amax"})
@@ -39,10 +39,10 @@ def channels(graph: Graph, source: Op, target: tuple[int, int], without: frozens
     return graph.replayed[key]
 
 
-def _form(graph: Graph, source: Op, between: list[Op]) -> list[Any]:
+def _form(graph: Graph, source: Op, between: list[Op]) -> list[Hashable]:
     """What lies between without its numbers: the blocks of a model have it in common."""
     place = {op.index: i for i, op in enumerate([source, *between])}
-    found: list[Any] = []
+    found: list[Hashable] = []
     for op in between:
         inputs = [(place.get(i, graph.ops[i].shape), graph.which(pair)) for pair in graph.read(op) for i in pair[:1]]
         plain = tree_map(lambda v: v.__class__ if isinstance(v, Tensor) else v, (op.args, op.kwargs))
@@ -65,7 +65,7 @@ def _replay(graph: Graph, source: Op, target: tuple[int, int], between: list[Op]
         """Whether any of the channels `first <= c < last` goes into the result: no number becomes none there."""
         return bool(_again(graph, source, target, own, source.channel, slice(first, last), held=held).any())
 
-    held: dict[int, Tensor] | None = None if any(op.func._schema.is_mutable for op in own) else {}
+    held: dict[int, Tensor] | None = None if any(op.func and op.func._schema.is_mutable for op in own) else {}
     try:
         return _used(total, reach)
     except FAILED:
@@ -114,7 +114,7 @@ def share(mask: Tensor, dim: int) -> float:
     return float(mask.movedim(dim, 0).flatten(1).any(1).float().mean())
 
 
-def _only_weighs(op: Op, arguments: Any) -> bool:
+def _only_weighs(op: Op, arguments: Args) -> bool:
     """Whether an operation mixes positions and leaves each its own: a softmax, a norm, a convolution of channels."""
     if op.name == "convolution":
         return is_grouped(op) and arguments[0].shape == op.shape
@@ -142,7 +142,7 @@ def _again(
     start.movedim(dim, 0)[lost] = float("nan")
     values = {**(held or {}), source.outs[0]: start}
 
-    def real(value: Any) -> Any:
+    def real(value: Leaf) -> Leaf:
         if not isinstance(value, Tensor):
             return value
         if id(value) not in values:
@@ -158,6 +158,7 @@ def _again(
         return values[id(value)]
 
     for op in between:
+        assert op.func is not None
         kwargs = {key: value for key, value in op.kwargs.items() if key not in _PLACE}
         arguments, kwargs = tree_map(real, (op.args, kwargs))
         made = [o for o in tree_leaves(op.func(*arguments, **kwargs)) if isinstance(o, Tensor)]

@@ -6,7 +6,6 @@ import copy
 import sys
 from contextlib import nullcontext
 from types import CellType, FunctionType
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from mmpeft.hosting.few_bits import FewBits, packs
 from mmpeft.hosting.host import base_value, is_host, original_class, unmake_host
 from mmpeft.hosting.modules import own_modules
+from mmpeft.types import Untyped
 
 
 def shadow_of(model: nn.Module, fake: FakeTensorMode | None) -> nn.Module:
@@ -22,7 +22,7 @@ def shadow_of(model: nn.Module, fake: FakeTensorMode | None) -> nn.Module:
 
     The pass may leave anything behind in them: masks, caches, buffers that grow.
     """
-    memo: dict[int, Any] = {}
+    memo: dict[int, object] = {}
     for module in model.modules():
         if packs(type(module)) or _holds_few_bits(module):
             memo[id(module)] = _unpacked(module, fake)
@@ -53,7 +53,7 @@ def shadow_of(model: nn.Module, fake: FakeTensorMode | None) -> nn.Module:
     return shadow
 
 
-def _is_own(hook: Any, cls: type) -> bool:
+def _is_own(hook: object, cls: type) -> bool:
     """Whether a hook is a part of the module: it computes a weight, or its library gathers results by it."""
     home = getattr(hook, "__module__", type(hook).__module__)
     library = cls.__module__.partition(".")[0]
@@ -79,10 +79,10 @@ def _unpacked(module: nn.Module, fake: FakeTensorMode | None) -> nn.Module:
         return nn.Linear(columns, rows, bias is not None, dtype=torch.float32 if bias is None else bias.dtype)
 
 
-def cached_by(model: nn.Module) -> dict[Any, int]:
+def cached_by(model: nn.Module) -> dict[Untyped, int]:
     """Functions of the model's own code that keep what they gave, and how often they had to make it."""
     homes = {cls.__module__ for _, module in own_modules(model) for cls in type(module).__mro__}
-    found: dict[Any, int] = {}
+    found: dict[Untyped, int] = {}
     for home in homes - {"torch.nn.modules.module", "builtins"}:
         values = list(vars(sys.modules[home]).values()) if home in sys.modules else []
         inner = [v for cls in values if isinstance(cls, type) and cls.__module__ == home for v in vars(cls).values()]
@@ -92,7 +92,7 @@ def cached_by(model: nn.Module) -> dict[Any, int]:
     return found
 
 
-def _cached(value: Any) -> Any:
+def _cached(value: object) -> Untyped:
     """The function that keeps what it gave: the value itself, or what a plain function around it calls."""
     function = getattr(value, "__func__", value)
     cells = (function.__closure__ or ()) if isinstance(function, FunctionType) else ()

@@ -11,12 +11,13 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
-from typing import Any, Literal
+from typing import Literal
 
 from torch import nn
 
 from mmpeft.functional.rows import Rows
 from mmpeft.hosting.modules import own_parameters
+from mmpeft.types import AnyFunc
 
 Kind = Literal["linear", "conv", "embedding", "experts", "norm", "module", "param"]
 Via = Literal["call", "weight"]
@@ -74,10 +75,10 @@ class Connect:
     """
 
     attribute: str
-    view: Callable[..., Any]
-    beside: tuple[tuple[str, Callable[..., Any]], ...] = ()
+    view: AnyFunc
+    beside: tuple[tuple[str, AnyFunc], ...] = ()
     layers: bool = False
-    shift: Callable[..., Any] | None = None
+    shift: AnyFunc | None = None
 
 
 @dataclass(frozen=True)

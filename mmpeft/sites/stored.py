@@ -7,12 +7,13 @@ from dataclasses import MISSING, Field, fields
 from typing import Any
 
 from mmpeft.sites.site import ROLES, Site
+from mmpeft.types import Json, Leaf
 
 LEFT_OUT = ("connect",)
 """How learned keys enter is noted anew by the domain."""
 
 
-def to_json(site: Site) -> dict[str, Any]:
+def to_json(site: Site) -> Json:
     """What of a site differs from its defaults."""
     found = {}
     for field in fields(Site):
@@ -22,7 +23,7 @@ def to_json(site: Site) -> dict[str, Any]:
     return found
 
 
-def from_json(given: Any) -> Site:
+def from_json(given: object) -> Site:
     """A site from what `to_json` made of it.
 
     Raises:
@@ -41,7 +42,7 @@ def from_json(given: Any) -> Site:
     return site
 
 
-def _checked(field: Field[Any], value: Any) -> Any:
+def _checked(field: Field[Any], value: Leaf) -> Leaf:
     if field.name == "rows":
         if isinstance(value, list) and len(value) in (2, 3) and all(type(v) is int and v >= 0 for v in value):
             return tuple(value)

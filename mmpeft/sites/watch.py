@@ -12,7 +12,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from functools import partial, wraps
-from typing import Any
+from typing import TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -44,6 +44,7 @@ from mmpeft.sites.record import (
     swaps,
 )
 from mmpeft.sites.shadow import cached_by, faked, shadow_of
+from mmpeft.types import AnyFunc, Args, Argument, Kwargs, Output, TorchOp
 
 ATTENTION_FUNCTIONS = {
     F.scaled_dot_product_attention: "scaled_dot_product_attention",
@@ -73,6 +74,9 @@ KEPT = re.compile(r"\.parametrizations\.\w+\.original\d*$")
 """What torch calls the tensors that it makes a parametrised one of."""
 
 
+AnyOp: TypeAlias = "TorchOp | HigherOrderOperator"
+
+
 class _Functions(TorchFunctionMode):
     """Notes which of torch's functions made the operations."""
 
@@ -81,7 +85,7 @@ class _Functions(TorchFunctionMode):
         self.seen = seen
         self.found: list[Function] = []
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(self, func: AnyFunc, types: object, args: Args = (), kwargs: Kwargs | None = None) -> object:
         first = len(self.seen.ops)
         if func is F.scaled_dot_product_attention:  # written out, whichever kernel would run
             out = _attention(*args, **(kwargs or {}))
@@ -110,7 +114,7 @@ class _Watching(TorchDispatchMode):
         self.running: list[int] = []
         self.made: dict[int, int] = {}
         self.uses: dict[int, Use] = {}
-        self.alive: list[Any] = []
+        self.alive: list[object] = []
         self.names: dict[int, list[str]] = {}
         """Every name of every parameter: one that two modules share has two."""
         for name, tensor in [*own_parameters(model), *model.named_buffers()]:
@@ -139,7 +143,7 @@ class _Watching(TorchDispatchMode):
             found = self.add("held", [tensor], True, use.name if use else "").index
         return found
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(self, func: AnyOp, types: object, args: Args = (), kwargs: Kwargs | None = None) -> object:
         kwargs = kwargs or {}
         if isinstance(func, HigherOrderOperator):
             return self.higher(func, args)
@@ -177,7 +181,7 @@ class _Watching(TorchDispatchMode):
         self.alive += read
         return out
 
-    def higher(self, func: HigherOrderOperator, args: Any) -> Any:
+    def higher(self, func: HigherOrderOperator, args: Args) -> Output:
         """What takes other functions and has no rule for fake tensors: flex_attention, written out as any attention."""
         if func.name() != "flex_attention":
             raise NotImplementedError(f"{func.name()} under the watch")
@@ -192,7 +196,7 @@ class _Watching(TorchDispatchMode):
         alone = all(use or tensor.numel() == 1 for use, tensor in zip(uses, read))
         return known[0] if known and alone else None
 
-    def derive(self, name: str, use: Use, made: list[Tensor], read: list[Tensor], args: Any) -> None:
+    def derive(self, name: str, use: Use, made: list[Tensor], read: list[Tensor], args: Args) -> None:
         """Tensors made of a parameter are uses of it too."""
         swapped = use.transposed ^ (name in SWAPS and swaps(name, tuple(read[0].shape), args, use.stacked))
         derived = use.derived or name not in VIEWS | SLICES | PICKS
@@ -201,7 +205,7 @@ class _Watching(TorchDispatchMode):
             stacked = use.stacked and (name not in RESHAPES or o.shape[-2:] == read[0].shape[-2:])
             self.uses[id(o)] = Use(use.name, swapped, derived, offset, stacked=stacked)
 
-    def product(self, name: str, args: Any, read: list[Tensor], uses: list[Use | None]) -> tuple[Use | None, int]:
+    def product(self, name: str, args: Args, read: list[Tensor], uses: list[Use | None]) -> tuple[Use | None, int]:
         """The parameter that a product multiplies by, and which of what it reads that is: of several the last."""
         held = [i for i, (a, u) in enumerate(zip(read, uses)) if u and a.dim() > 1]
         if name == "embedding":
@@ -223,7 +227,7 @@ class _Watching(TorchDispatchMode):
         return Use(own, stored, use.derived, use.offset, shape, use.stacked, left), which
 
 
-def watch(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Record:
+def watch(model: nn.Module, args: Args, kwargs: Kwargs) -> Record:
     """The operations of one pass of a model on an example.
 
     Raises:
@@ -255,13 +259,13 @@ class _WithoutData(FakeTensorMode):
     avoid_device_init = False
 
 
-def _watch(model: nn.Module, args: Any, kwargs: Any, fake: FakeTensorMode | None) -> Record:
+def _watch(model: nn.Module, args: Args, kwargs: Kwargs, fake: FakeTensorMode | None) -> Record:
     shadow = shadow_of(model, fake)
     prepare(shadow)
     seen = _Watching(shadow)
     device = next((p.device for p in shadow.parameters()), torch.device("cpu"))
 
-    def given(value: Any) -> Any:
+    def given(value: object) -> object:
         if not isinstance(value, Tensor):
             return value
         return faked(value, fake) if fake else value.detach().to(device)
@@ -280,7 +284,7 @@ def _watch(model: nn.Module, args: Any, kwargs: Any, fake: FakeTensorMode | None
 @contextmanager
 def _flex_uncompiled() -> Iterator[None]:
     """flex_attention compiles itself, which no mode sees through, unless it is told that somebody debugs it."""
-    module: Any = sys.modules.get("torch.nn.attention.flex_attention")
+    module: object = sys.modules.get("torch.nn.attention.flex_attention")
     name = "_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG"
     before = getattr(module, name, False)
     if module is not None:
@@ -292,7 +296,7 @@ def _flex_uncompiled() -> Iterator[None]:
             setattr(module, name, before)
 
 
-def _pass(model: nn.Module, seen: _Watching, args: Any, kwargs: Any, real: bool) -> Record:
+def _pass(model: nn.Module, seen: _Watching, args: Args, kwargs: Kwargs, real: bool) -> Record:
     for label, value in {**dict(zip(_arguments(model), args)), **kwargs}.items():
         for tensor in tree_leaves(value):
             if isinstance(tensor, Tensor):
@@ -304,7 +308,7 @@ def _pass(model: nn.Module, seen: _Watching, args: Any, kwargs: Any, real: bool)
     return Record(seen.ops, seen.calls, functions.found, outputs, [seen.alive, args, kwargs, output], real)
 
 
-def _opened(output: Any) -> Any:
+def _opened(output: Output) -> object:
     """What a library's own kind of output holds."""
     if isinstance(output, Mapping):
         return dict(output)
@@ -320,7 +324,7 @@ def _calls(model: nn.Module, seen: _Watching) -> Iterator[None]:
     """Every module says when it begins and when it ends, also one of which only the `forward` is called."""
     hooks = []
 
-    def begin(path: str, args: Any, kwargs: Any) -> None:
+    def begin(path: str, args: Args, kwargs: Kwargs) -> None:
         parent = seen.running[-1] if seen.running else -1
         call = Call(len(seen.calls), path, parent, len(seen.ops))
         tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
@@ -330,16 +334,16 @@ def _calls(model: nn.Module, seen: _Watching) -> Iterator[None]:
         seen.calls.append(call)
         seen.running.append(call.index)
 
-    def end(output: Any) -> None:
+    def end(output: Output) -> None:
         call = seen.calls[seen.running.pop()]
         call.last = len(seen.ops)
         tensors = [t for t in tree_leaves(_opened(output)) if isinstance(t, Tensor)]
         call.gives = [seen.source(t) for t in tensors]
         call.shapes = [tuple(t.shape) for t in tensors]
 
-    def direct(path: str, forward: Any) -> Any:
+    def direct(path: str, forward: AnyFunc) -> AnyFunc:
         @wraps(forward)
-        def run(*args: Any, **kwargs: Any) -> Any:
+        def run(*args: Argument, **kwargs: Argument) -> Output:
             if seen.running and seen.calls[seen.running[-1]].path == path:
                 return forward(*args, **kwargs)
             begin(path, args, kwargs)

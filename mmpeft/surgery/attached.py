@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,8 +22,7 @@ from mmpeft.surgery.liveness import Liveness, liveness
 from mmpeft.surgery.merging import merge, unmerge
 from mmpeft.surgery.report import Report, report
 from mmpeft.surgery.state import State, state_with
-
-BatchLike = Any
+from mmpeft.types import Batch
 
 
 class Attached:
@@ -179,7 +177,7 @@ class Attached:
         """Remove the tuning; with the last one the model is what it was before, class and bits."""
         detach(self.model, self.name)
 
-    def liveness(self, batch: BatchLike) -> Liveness:
+    def liveness(self, batch: Batch) -> Liveness:
         """Prove on one batch that every trainable tensor learns and no frozen one moves; changes nothing."""
         return liveness(self, batch)
 

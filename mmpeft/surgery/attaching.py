@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable
-from typing import Any
 
 from torch import Tensor, nn
 
@@ -41,6 +40,7 @@ from mmpeft.surgery.state import STATE, State, state_of, state_with
 from mmpeft.surgery.together import names_of
 from mmpeft.surgery.transaction import unchanged_on_error
 from mmpeft.surgery.wrappers import check_order, watch_replacements
+from mmpeft.types import Batch
 
 
 def attach(
@@ -48,10 +48,10 @@ def attach(
     method: Method,
     name: str = "default",
     *,
-    data: Iterable[Any] | None = None,
+    data: Iterable[Batch] | None = None,
     loss: Loss = default_loss,
     run: bool = True,
-    example: Any = None,
+    example: Batch = None,
     fresh: bool = False,
 ) -> None:
     """Freeze a model's base and hang a method's parts under it; nothing else changes, and nothing after an exception.
@@ -92,7 +92,7 @@ def attach(
             _check_reached(model, name, placements, example)
 
 
-def _check_reached(model: nn.Module, name: str, placements: list[Placement], example: Any) -> None:
+def _check_reached(model: nn.Module, name: str, placements: list[Placement], example: Batch) -> None:
     """Raise SiteError where a pass goes past learned keys and values, or past all parts of one role.
 
     Of other parts some may rest for want of data: experts that no word is routed to.
@@ -120,7 +120,7 @@ def _check_name(state: State, name: str) -> None:
         raise StateError(f"tuning {next(iter(state.merged))!r} is merged into the base; unmerge it before attaching")
 
 
-def _resolved(model: nn.Module, state: State, method: Method, data: Iterable[Any] | None, loss: Loss) -> Method:
+def _resolved(model: nn.Module, state: State, method: Method, data: Iterable[Batch] | None, loss: Loss) -> Method:
     """The method with all decided that data decide, by scores of the plain backbone."""
     if method.decided:
         return method

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from rich.console import Console
@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_leaves
 from mmpeft.errors import SiteError
 from mmpeft.hosting.few_bits import dense
 from mmpeft.hosting.modules import own_modules
+from mmpeft.types import Batch, Output
 
 if TYPE_CHECKING:
     from mmpeft.surgery.attached import Attached
@@ -80,7 +81,7 @@ class Liveness:
         return captured.get()
 
 
-def liveness(tuning: Attached, batch: Any) -> Liveness:
+def liveness(tuning: Attached, batch: Batch) -> Liveness:
     """Two AdamW steps (with weight decay) on one batch; the model is left as it was.
 
     The loss is a fixed random projection of every floating output, in evaluation mode: stochastic depth may drop a
@@ -123,14 +124,14 @@ def _checked(tuning: Attached) -> Iterator[nn.Parameter]:
                 yield parameter
 
 
-def call(model: nn.Module, batch: Any) -> Any:
+def call(model: nn.Module, batch: Batch) -> Output:
     """The model on a tensor, a tuple of arguments or a mapping of keyword arguments."""
     if isinstance(batch, Mapping):
         return model(**batch)
     return model(*batch) if isinstance(batch, tuple) else model(batch)
 
 
-def _loss(output: Any, seed: int) -> Tensor:
+def _loss(output: Output, seed: int) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     total = torch.zeros(())
     values = output.values() if isinstance(output, Mapping) else output

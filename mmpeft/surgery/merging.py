@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -14,8 +14,10 @@ from mmpeft.hosting.host import base_value, is_sharded
 from mmpeft.hosting.modules import own_modules
 from mmpeft.hosting.offload import check_writable
 from mmpeft.surgery.transaction import unchanged_on_error
+from mmpeft.types import Leaf
 
 if TYPE_CHECKING:
+    from mmpeft.parts.base import Hook, Part
     from mmpeft.surgery.attached import Attached
 
 
@@ -82,9 +84,9 @@ def unmerge(tuning: Attached) -> None:
             exchange(state.hosts[path], name, original)
 
 
-def _hooks_by_host(tuning: Attached) -> dict[str, list[tuple[Any, Any]]]:
+def _hooks_by_host(tuning: Attached) -> dict[str, list[tuple[Hook, Part]]]:
     """Hooks of each host, innermost part first, as the forward pass applies them."""
-    found: dict[str, list[tuple[Any, Any]]] = {}
+    found: dict[str, list[tuple[Hook, Part]]] = {}
     for placement in tuning.placements:
         for hook in placement.hooks if not placement.part.resting else ():
             if placement.part.unmergeable:
@@ -111,7 +113,7 @@ def check_whole(tuning: Attached) -> None:
         )
 
 
-def _wide(tensor: Any) -> Any:
+def _wide(tensor: Leaf) -> Leaf:
     """In at least 32 bits, as sums are made; what is held in few bits as it is."""
     plain = isinstance(tensor, Tensor) and not isinstance(tensor, FewBits)
     return tensor.float() if plain and tensor.element_size() < 4 else tensor

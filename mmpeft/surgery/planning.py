@@ -60,9 +60,10 @@ def plan_route(state: State, route: Route) -> Planned:
 
 
 def _recompute(state: State, plans: dict[str, HostPlan]) -> None:
-    for path in state.blocks if state.recompute else ():
-        around = recompute_around(state.recompute)  # type: ignore[arg-type]  # set, where there is a block
-        plans.setdefault(path, HostPlan()).around = around
+    if state.recompute is None:
+        return
+    for path in state.blocks:
+        plans.setdefault(path, HostPlan()).around = recompute_around(state.recompute)
 
 
 def _plan_rows(state: State, route: tuple[Entry, ...]) -> Planned:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,12 +11,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from mmpeft.parts.base import Part, Placement
 from mmpeft.surgery.liveness import call
+from mmpeft.types import AnyFunc, Args, Argument, Attribute, Batch, Kwargs, Output, TorchOp
 
 ENTRIES = ("enter", "exit", "read", "around", "extend")
 """Methods by which a forward pass enters a part that owns no tensor."""
 
 
-def reached(model: nn.Module, placements: Sequence[Placement], batch: Any) -> list[Placement]:
+def reached(model: nn.Module, placements: Sequence[Placement], batch: Batch) -> list[Placement]:
     """Those of `placements` that no forward pass entered: one pass on an example, without gradients, in eval mode.
 
     A part with tensors is entered when an operation reads one of them: a module may ask for a part and compute
@@ -40,7 +40,7 @@ class _Reading(TorchDispatchMode):
         super().__init__()  # type: ignore[no-untyped-call]  # untyped in torch
         self.owned, self.seen = owned, seen
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(self, func: TorchOp, types: object, args: Args = (), kwargs: Kwargs | None = None) -> object:
         for value in torch.utils._pytree.tree_leaves((args, kwargs)):
             if isinstance(value, Tensor) and id(value) in self.owned:
                 self.seen.add(id(self.owned[id(value)]))
@@ -51,10 +51,10 @@ class _Reading(TorchDispatchMode):
 def _called(parts: Sequence[Part], seen: set[int]) -> Iterator[None]:
     """Notes which of the parts have a hook run."""
 
-    def noted(part: Part, name: str) -> Any:
+    def noted(part: Part, name: str) -> AnyFunc:
         own = getattr(part, name)
 
-        def run(*args: Any, **kwargs: Any) -> Any:
+        def run(*args: Argument, **kwargs: Argument) -> Output:
             seen.add(id(part))
             return own(*args, **kwargs)
 
@@ -75,7 +75,7 @@ def _as_it_was(model: nn.Module) -> Iterator[None]:
     """Evaluation mode inside; modes, attributes, buffers and random state come back on exit."""
     modules = list(model.modules())
     attributes = [dict(module.__dict__) for module in modules]
-    held: list[dict[str, Any]] = [table for m in modules for table in (m._buffers, m._modules)]
+    held: list[dict[str, Attribute]] = [table for m in modules for table in (m._buffers, m._modules)]
     tables = [(table, dict(table)) for table in held]
     values = [(b, b.detach().clone()) for b in model.buffers()]
     devices = sorted({t.device.index or 0 for t in model.parameters() if t.is_cuda})

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from mmpeft.hosting.running import Planned
 from mmpeft.parts.base import Part
 from mmpeft.surgery.row_proof import Proof, Run, check_apart, proof_key, prove
 from mmpeft.surgery.together import Entry
+from mmpeft.types import Args, Kwargs, Leaf, Output
 
 if TYPE_CHECKING:
     from mmpeft.surgery.state import State
@@ -62,7 +63,7 @@ class Rows:
     def __init__(self, state: State, route: Sequence[Entry], tuned: Sequence[int], in_place: bool) -> None:
         self.state, self.route, self.tuned, self.in_place = state, tuple(route), tuned, in_place
 
-    def __call__(self, planned: Planned, run: Run, args: Any, kwargs: Any) -> Any:
+    def __call__(self, planned: Planned, run: Run, args: Args, kwargs: Kwargs) -> Output:
         proof = self.proof(run, args, kwargs)
         if self.in_place and proof.in_place:
             return run(planned, args, kwargs)
@@ -74,20 +75,20 @@ class Rows:
             )
         return self.grouped(proof, run, args, kwargs)
 
-    def proof(self, run: Run, args: Any, kwargs: Any) -> Proof:
+    def proof(self, run: Run, args: Args, kwargs: Kwargs) -> Proof:
         """What is known of batches of this kind; found once, by a few passes without gradients."""
         key = (self.tuned, *proof_key(len(self.route), args, kwargs))
         if key not in self.state.proofs:
             self.state.proofs[key] = prove(self.state, len(self.route), self.tuned, run, args, kwargs)
         return self.state.proofs[key]
 
-    def grouped(self, proof: Proof, run: Run, args: Any, kwargs: Any) -> Any:
+    def grouped(self, proof: Proof, run: Run, args: Args, kwargs: Kwargs) -> Output:
         """The passes of all groups, as one output."""
         batch, groups = len(self.route), row_groups(self.route)
         outputs = []
         for name, rows in groups.items():
 
-            def take(value: Any, rows: list[int] = rows) -> Any:
+            def take(value: Leaf, rows: list[int] = rows) -> Leaf:
                 own = isinstance(value, Tensor) and value.dim() and value.shape[0] == batch
                 return value[rows] if own else value
 
@@ -95,7 +96,7 @@ class Rows:
         order = torch.tensor([row for rows in groups.values() for row in rows]).argsort()
         sizes = [len(rows) for rows in groups.values()]
         leaves = [tree_flatten(output) for output in outputs]
-        joined: list[Any] = []
+        joined: list[object] = []
         number = 0
         for values in zip(*(own for own, _ in leaves)):
             if not isinstance(values[0], Tensor):

@@ -7,15 +7,15 @@ read off shapes, which may agree by chance: one row of an input is changed, and 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_unflatten
 
 from mmpeft.errors import Refused
 from mmpeft.hosting.batch_rows import row_count_error
@@ -23,11 +23,12 @@ from mmpeft.hosting.forward import HostPlan
 from mmpeft.hosting.recompute import is_cache
 from mmpeft.hosting.running import RUNNING, Planned
 from mmpeft.parts.base import Part
+from mmpeft.types import Args, Kwargs, Leaf, Output, TorchOp
 
 if TYPE_CHECKING:
     from mmpeft.surgery.state import State
 
-Run = Callable[[Planned, Any, Any], Any]
+Run = Callable[[Planned, Args, Kwargs], Output]
 MOVING = {"masked_scatter", "index_put", "nonzero", "masked_select"}
 """Operations that put values where other values say."""
 
@@ -43,7 +44,7 @@ class Proof:
     reason: str = ""
 
 
-def proof_key(batch: int, args: Any, kwargs: Any) -> tuple[Any, ...]:
+def proof_key(batch: int, args: Args, kwargs: Kwargs) -> tuple[Hashable, ...]:
     """What batches must have in common for one proof to hold for them: names, dimensions and rows, not lengths."""
     named = [*((str(i), a) for i, a in enumerate(args)), *kwargs.items()]
     facts = [
@@ -55,7 +56,7 @@ def proof_key(batch: int, args: Any, kwargs: Any) -> tuple[Any, ...]:
     return (batch, *facts, *(name for name, value in named if is_cache(value)))
 
 
-def prove(state: State, batch: int, tuned: Sequence[int], run: Run, args: Any, kwargs: Any) -> Proof:
+def prove(state: State, batch: int, tuned: Sequence[int], run: Run, args: Args, kwargs: Kwargs) -> Proof:
     """Change the last row of each input in turn, and see which rows of the tuned hosts' inputs and of outputs change.
 
     Nothing is left behind: no gradient, no random number, no buffer, no entry of a key-value cache.
@@ -132,7 +133,7 @@ class _Watch(Part):
         super().__init__()
         self.seat, self.seen, self.calls = seat, seen, 0
 
-    def enter(self, host: nn.Module, x: Any) -> Any:
+    def enter(self, host: nn.Module, x: Leaf) -> Leaf:
         if isinstance(x, Tensor) and x.dim():
             flat = x.detach().reshape(len(x), -1).double()
             weights = torch.arange(1, flat.shape[1] + 1, device=flat.device, dtype=flat.dtype).sin()
@@ -146,13 +147,13 @@ class _Moving(TorchDispatchMode):
         super().__init__()  # type: ignore[no-untyped-call]  # untyped in torch
         self.seen = seen
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(self, func: TorchOp, types: object, args: Args = (), kwargs: Kwargs | None = None) -> object:
         if func.overloadpacket.__name__.rstrip("_") in MOVING:
             self.seen.moved = True
         return func(*args, **(kwargs or {}))
 
 
-def _watched(state: State, tuned: Sequence[int], run: Run, leaves: list[Any], spec: Any) -> _Seen:
+def _watched(state: State, tuned: Sequence[int], run: Run, leaves: list[object], spec: TreeSpec) -> _Seen:
     """One pass of the plain model."""
     seen = _Seen()
     plans = {seat: HostPlan(enter=(_Watch(seat, seen),)) for seat in tuned}

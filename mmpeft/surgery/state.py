@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 from weakref import WeakSet, WeakValueDictionary
 
 from torch import Tensor, nn
@@ -22,6 +22,7 @@ from mmpeft.methods.placed import Bake
 from mmpeft.parts.base import Placement
 from mmpeft.surgery.liveness import Prints
 from mmpeft.surgery.together import Route
+from mmpeft.types import StateDict
 
 if TYPE_CHECKING:
     from mmpeft.hosting.forward import HostPlan
@@ -75,7 +76,7 @@ class State:
         self.numbers: dict[Route, int] = {}
         self.slots: dict[str, HostPlan] | None = None
         """Plans that serve every route of names for each row; None until one asks for them."""
-        self.proofs: dict[Any, Proof] = {}
+        self.proofs: dict[Hashable, Proof] = {}
         """Whether rows stay apart, by kind of batch."""
         self.default = ChosenRoute(self, route)
         self.hooks = -1
@@ -83,11 +84,11 @@ class State:
         self.made: WeakValueDictionary[tuple[int, str], nn.Parameter] = WeakValueDictionary()
         """The tensors that parts were made with, by module and name."""
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> StateDict:
         """A copy runs what this context has chosen."""
         return {f.name: getattr(self, f.name) for f in fields(self)} | {"route": self.route}
 
-    def __setstate__(self, values: dict[str, Any]) -> None:
+    def __setstate__(self, values: StateDict) -> None:
         values = dict(values)
         route = values.pop("route")
         self.__dict__.update(values)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -44,7 +43,7 @@ class Together:
         if set(self.unit) - set(self.names):
             raise ConfigError(f"unit={self.unit} names tunings that are not among {self.names}")
 
-    def _key(self) -> tuple[Any, ...]:
+    def _key(self) -> tuple[object, ...]:
         weights = self.weights or (1.0,) * len(self.names)
         return self.names, tuple(id(w) if isinstance(w, Tensor) else float(w) for w in weights), self.unit
 

@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from copy import copy
 from dataclasses import fields
-from typing import Any
 
 from torch import nn
 
@@ -85,5 +84,5 @@ class _Kept:
         self.module.__class__ = self.cls  # last: what the class reads is there by now
 
 
-def _shallow(value: Any) -> Any:
+def _shallow(value: object) -> object:
     return copy(value) if isinstance(value, dict | list) else value

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from functools import cache
-from typing import Any
 
 from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
@@ -45,7 +44,7 @@ def watch_replacements() -> None:
     register_module_module_registration_hook(_check_replacement)
 
 
-def _check_replacement(parent: nn.Module, name: str, new: Any) -> None:
+def _check_replacement(parent: nn.Module, name: str, new: object) -> None:
     old = parent._modules.get(name)
     if old is None or old is new or not any(SEAT in m.__dict__ for m in old.modules()):
         return

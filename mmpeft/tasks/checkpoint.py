@@ -9,15 +9,17 @@ from typing import Any
 
 import torch
 from lightning.fabric.plugins.io import TorchCheckpointIO
+from lightning.fabric.utilities.types import _PATH
 
 from mmpeft.errors import CheckpointError
 from mmpeft.files import write_atomic
+from mmpeft.types import StateDict
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
     """Writes through a temporary file and a rename; reads tensors and plain data only, never code."""
 
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
+    def save_checkpoint(self, checkpoint: StateDict, path: _PATH, storage_options: object = None) -> None:
         """Write a checkpoint; the former file at `path` is whole until the new one is.
 
         Raises:
@@ -30,7 +32,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         torch.save(checkpoint, buffer)
         write_atomic(Path(path), buffer.getvalue())
 
-    def load_checkpoint(self, path: Any, map_location: Any = "cpu", weights_only: bool | None = None) -> dict[str, Any]:
+    def load_checkpoint(self, path: _PATH, map_location: Any = "cpu", weights_only: bool | None = None) -> StateDict:
         """Read a checkpoint.
 
         Raises:
@@ -40,7 +42,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             raise CheckpointError(f"no checkpoint at {path}; give the path of a .ckpt file, or `last`")
         safe = True if weights_only is None else weights_only
         try:
-            found: dict[str, Any] = super().load_checkpoint(path, map_location, weights_only=safe)
+            found: StateDict = super().load_checkpoint(path, map_location, weights_only=safe)
         except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
             raise CheckpointError(
                 f"{path} is no whole checkpoint of plain tensors and data: {str(error).splitlines()[0]}"

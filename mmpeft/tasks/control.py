@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 
 from mmpeft.controllers import Controllers
 from mmpeft.methods.spec import to_spec
+from mmpeft.types import Batch, Output, StateDict
 
 if TYPE_CHECKING:
     from mmpeft.tasks.module import TuningModule
@@ -24,7 +25,7 @@ class Control(Callback):
     def __init__(self) -> None:
         super().__init__()
         self._controllers: Controllers | None = None
-        self._waiting: dict[str, Any] | None = None
+        self._waiting: StateDict | None = None
         self._steps = 0
 
     def of(self, pl_module: LightningModule) -> Controllers:
@@ -39,7 +40,7 @@ class Control(Callback):
         if self._controllers:
             self._controllers.fit_start(int(trainer.estimated_stepping_batches))
 
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Batch, batch_idx: int) -> None:
         self.of(pl_module).before_forward()
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -49,7 +50,7 @@ class Control(Callback):
         self.of(pl_module).before_step()
 
     def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Output, batch: Batch, batch_idx: int
     ) -> None:
         if trainer.global_step == self._steps:  # gradients are still being accumulated
             return
@@ -62,13 +63,13 @@ class Control(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.of(pl_module).fit_end()
 
-    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: StateDict) -> None:
         task = cast("TuningModule", pl_module)
         if not task.method.decided:
             checkpoint[METHOD] = to_spec(task.prepare().method)
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> StateDict:
         return self._controllers.state_dict() if self._controllers else {}
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+    def load_state_dict(self, state_dict: StateDict) -> None:
         self._waiting = state_dict or None

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from torch import nn
 
 from mmpeft.sites import Site
+from mmpeft.types import StateDict
 
 
 def frozen_towers(model: nn.Module, blocks: Sequence[Site]) -> list[nn.Module]:
@@ -33,13 +33,13 @@ def _frozen(module: nn.Module) -> dict[str, nn.Parameter]:
     return {name: p for name, p in module.named_parameters(remove_duplicate=False) if not p.requires_grad}
 
 
-def drop_frozen(module: nn.Module, state_dict: dict[str, Any], prefix: str, local_metadata: Any) -> None:
+def drop_frozen(module: nn.Module, state_dict: StateDict, prefix: str, local_metadata: object) -> None:
     """Leave the frozen base out of every state dict, also of one gathered through a parent such as AveragedModel."""
     for name in _frozen(module):
         state_dict.pop(prefix + name, None)
 
 
-def lend_frozen(module: nn.Module, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+def lend_frozen(module: nn.Module, state_dict: StateDict, prefix: str, *rest: object) -> None:
     """Hand PyTorch's strict loading the frozen tensors that no checkpoint holds: each is copied onto itself."""
     for name, parameter in _frozen(module).items():
         state_dict.setdefault(prefix + name, parameter)

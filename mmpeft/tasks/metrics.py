@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Generic, TypeVar
+from typing import Generic, TypeVar
 
 import torch
 from lightning import LightningModule, Trainer
@@ -27,12 +27,12 @@ class FreshMetrics(Callback):
     cannot be added to in the latter.
     """
 
-    def _begin(self, trainer: Trainer, module: LightningModule) -> None:
+    def _begin(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not torch.is_inference_mode_enabled():
-            renew(module)
+            renew(pl_module)
 
-    on_train_start = on_validation_start = _begin  # type: ignore[assignment]  # hooks with a name less
-    on_test_start = on_predict_start = _begin  # type: ignore[assignment]  # hooks with a name less
+    on_train_start = on_validation_start = _begin
+    on_test_start = on_predict_start = _begin
 
 
 def renew(module: nn.Module) -> None:
@@ -46,5 +46,5 @@ def renew(module: nn.Module) -> None:
 
 
 def _inferred(metric: Metric) -> bool:
-    states: list[Any] = [getattr(metric, name) for name in metric._defaults]
+    states = [getattr(metric, name) for name in metric._defaults]
     return any(isinstance(state, Tensor) and state.is_inference() for state in states)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any, Self, TypeVar
 
 import lightning
@@ -11,6 +11,7 @@ import torch
 from lightning.fabric.utilities.apply_func import move_data_to_device
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.utilities.types import LRSchedulerConfigType, OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.nn.modules.module import _IncompatibleKeys
 
@@ -29,6 +30,7 @@ from mmpeft.tasks.frozen import drop_frozen, frozen_towers, lend_frozen
 from mmpeft.tasks.metrics import FreshMetrics
 from mmpeft.tasks.schedule import warmup_cosine
 from mmpeft.tuning import Tuning, attach
+from mmpeft.types import Argument, Batch, Facts, Kwargs, Untyped
 
 D = TypeVar("D")
 
@@ -45,7 +47,7 @@ class TuningModule(lightning.LightningModule):
     resave_after_fit = False
     """Whether the task has chosen something after the last step, so that checkpoints are to be written again."""
 
-    def __init_subclass__(cls, **options: Any) -> None:
+    def __init_subclass__(cls, **options: Argument) -> None:
         super().__init_subclass__(**options)
         inherit_options(cls)
 
@@ -81,10 +83,10 @@ class TuningModule(lightning.LightningModule):
         self.recompute, self.compile_blocks, self.train_head = recompute, compile, train_head
         self.model: nn.Module | None = None
         self.tuning: Tuning | None = None
-        self._waiting: Mapping[str, Any] | None = None
+        self._waiting: Facts | None = None
         self._frozen_towers: list[nn.Module] = []
-        self.register_state_dict_post_hook(drop_frozen)  # type: ignore[no-untyped-call]  # untyped in torch
-        self.register_load_state_dict_pre_hook(lend_frozen)  # type: ignore[no-untyped-call]  # untyped in torch
+        self.register_state_dict_post_hook(drop_frozen)
+        self.register_load_state_dict_pre_hook(lend_frozen)
 
     @abstractmethod
     def build(self) -> nn.Module:
@@ -94,7 +96,7 @@ class TuningModule(lightning.LightningModule):
         """Make what the task has beside `model` and `tuning`, which are there; a checkpoint is restored after it."""
 
     @abstractmethod
-    def loss(self, batch: Any, index: int) -> Tensor:
+    def loss(self, batch: Batch, index: int) -> Tensor:
         """The task's loss on a training batch, a scalar."""
 
     @property
@@ -108,12 +110,12 @@ class TuningModule(lightning.LightningModule):
         Raises:
             ConfigError: the data module lacks what the contract names.
         """
-        found = self.datamodule
+        found: D | None = self.datamodule
         if found is not None:
             expected(found, contract, type(self).__name__)
-        return found  # type: ignore[no-any-return]  # a protocol's attributes were just looked for
+        return found
 
-    def training_step(self, batch: Any, index: int) -> Tensor | None:
+    def training_step(self, batch: Batch, index: int) -> Tensor | None:
         """The task's loss and the terms that the method's controllers add; None where nothing trains."""
         loss = self.loss(batch, index)
         if not loss.requires_grad and not any(p.requires_grad for p in self.parameters()):
@@ -124,7 +126,7 @@ class TuningModule(lightning.LightningModule):
         self.log("train/penalty", penalty.detach())
         return loss + penalty
 
-    def scoring_loss(self, model: nn.Module, batch: Any) -> Tensor:
+    def scoring_loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """The loss by whose gradients a method chooses what trains; by default that of `(inputs, labels)`."""
         return default_loss(model, batch)
 
@@ -161,7 +163,7 @@ class TuningModule(lightning.LightningModule):
             tower.eval()
         return self
 
-    def example(self) -> Any:
+    def example(self) -> Batch:
         """A batch that the backbone takes, asked for where its library is not known; None for none.
 
         By default what a training batch of the data module begins with.
@@ -207,11 +209,11 @@ class TuningModule(lightning.LightningModule):
         self.prepare()
         return ((name, p) for name, p in self.named_parameters() if p.requires_grad)
 
-    def configure_optimizers(self) -> Any:
+    def configure_optimizers(self) -> OptimizerLRScheduler:
         tensors = [p for _, p in self.trainable()]
         if not tensors:  # zero-shot, or what is solved without gradients
             return None
-        groups: list[dict[str, Any]] = [
+        groups: list[Kwargs] = [
             {"params": [p for p in tensors if p.dim() > 1]},
             {"params": [p for p in tensors if p.dim() <= 1], "weight_decay": 0.0},
         ]
@@ -220,7 +222,7 @@ class TuningModule(lightning.LightningModule):
             scheduler: Any = warmup_cosine(optimizer, self._steps(), self.warmup)
             return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
         scheduler = self.lr_scheduler(optimizer)
-        plan: dict[str, Any] = {"scheduler": scheduler, "interval": "step"}
+        plan: LRSchedulerConfigType = {"scheduler": scheduler, "interval": "step"}
         if hasattr(scheduler, "monitor"):  # reduce on plateau: looks at a metric once an epoch
             plan |= {"interval": "epoch", "monitor": scheduler.monitor}
         return {"optimizer": optimizer, "lr_scheduler": plan}
@@ -240,7 +242,7 @@ class TuningModule(lightning.LightningModule):
 
     # -- checkpoints hold only what trains ------------------------------------------------------------------
 
-    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+    def load_state_dict(self, state_dict: Facts, strict: bool = True, assign: bool = False) -> _IncompatibleKeys:
         """Set every trainable tensor; nothing is changed unless all names and shapes agree.
 
         Before the backbone exists (a main process whose forked workers have trained), the tensors wait for it.
@@ -272,10 +274,10 @@ class TuningModule(lightning.LightningModule):
 class OnDevice:
     """Batches on another device."""
 
-    def __init__(self, loader: Any, device: torch.device) -> None:
+    def __init__(self, loader: Untyped, device: torch.device) -> None:
         self.loader, self.device = loader, device
 
-    def __iter__(self) -> Iterator[Any]:
+    def __iter__(self) -> Iterator[Batch]:
         return (move_data_to_device(batch, self.device) for batch in self.loader)
 
     def __len__(self) -> int:

@@ -6,10 +6,10 @@ import csv
 import io
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TextIO
 
 import torch
 from lightning import LightningModule, Trainer
@@ -18,9 +18,10 @@ from rich.console import Console
 
 from mmpeft.errors import ConfigError, MMPEFTError
 from mmpeft.files import write_atomic
+from mmpeft.types import Batch, Facts, Json, Output
 
 SUFFIXES = (".csv", ".jsonl")
-Line = Mapping[str, Any]
+Line = Facts
 
 
 def run_folder(trainer: Trainer) -> Path:
@@ -35,7 +36,7 @@ class PredictionFile(Callback):
     those of rank 0 come first. A CSV's columns are the keys of its first line.
     """
 
-    def __init__(self, path: str, lines: Callable[[Any, str], Iterable[Line]]) -> None:
+    def __init__(self, path: str, lines: Callable[[Output, str], Iterable[Line]]) -> None:
         """
         Args:
             path: of the file, in the run's folder unless absolute.
@@ -62,7 +63,13 @@ class PredictionFile(Callback):
         self._begun = not trainer.is_global_zero  # the head of the table is rank 0's
 
     def on_predict_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, loader: int = 0
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Output,
+        batch: Batch,
+        batch_idx: int,
+        loader: int = 0,
     ) -> None:
         suffix = self._target.suffix
         try:
@@ -115,7 +122,9 @@ class PredictionFile(Callback):
 class PredictionFolder(Callback):
     """Writes what `predict_step` returns as files, by what the task says they hold."""
 
-    def __init__(self, name: str, files: Callable[[Any], Iterable[tuple[str, bytes]]], note: Callable[[], str]) -> None:
+    def __init__(
+        self, name: str, files: Callable[[Output], Iterable[tuple[str, bytes]]], note: Callable[[], str]
+    ) -> None:
         """
         Args:
             name: of the folder, in the run's folder.
@@ -130,7 +139,13 @@ class PredictionFolder(Callback):
         self._folder = run_folder(trainer) / self.name
 
     def on_predict_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, loader: int = 0
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Output,
+        batch: Batch,
+        batch_idx: int,
+        loader: int = 0,
     ) -> None:
         for name, content in self.files(outputs):
             write_atomic(self._folder / name, content)
@@ -140,7 +155,7 @@ class PredictionFolder(Callback):
             Console().print(f"{self.name}: {self._folder} {self.note()}".rstrip(), soft_wrap=True)
 
 
-def class_lines(outputs: Mapping[str, Any], classes: Sequence[str], suffix: str, top: int = 5) -> Iterable[Line]:
+def class_lines(outputs: Facts, classes: Sequence[str], suffix: str, top: int = 5) -> Iterable[Line]:
     """Lines of class probabilities: the class, its probability, the runners-up, and the probabilities of all.
 
     Args:
@@ -162,7 +177,7 @@ def _columns(name: str, probabilities: torch.Tensor, classes: Sequence[str], top
     return line | {f"p({label})": f"{p:.6f}" for label, p in zip(classes, probabilities.tolist())}
 
 
-def _record(name: str, probabilities: torch.Tensor, classes: Sequence[str], top: int) -> dict[str, Any]:
+def _record(name: str, probabilities: torch.Tensor, classes: Sequence[str], top: int) -> Json:
     values, indices = probabilities.topk(min(top, len(classes)))
     best = [{"class": classes[i], "probability": round(v, 6)} for v, i in zip(values.tolist(), indices.tolist())]
     every = {c: round(p, 6) for c, p in zip(classes, probabilities.tolist())}

@@ -6,11 +6,12 @@ from abc import abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from torch import nn
 
 from mmpeft.tasks.module import TuningModule
+from mmpeft.types import Json
 
 
 class WritesWeights(TuningModule):
@@ -29,7 +30,7 @@ class WritesWeights(TuningModule):
             return Path(self.folder)
         return Path(self.trainer.log_dir or self.trainer.default_root_dir) / "weights"
 
-    def card(self) -> dict[str, Any]:
+    def card(self) -> Json:
         """What is known of the weights: name, data, how long they were trained, and the last metrics."""
         return {
             "name": self.name,
@@ -40,7 +41,7 @@ class WritesWeights(TuningModule):
         }
 
     @abstractmethod
-    def write(self, folder: Path, card: dict[str, Any]) -> None:
+    def write(self, folder: Path, card: Json) -> None:
         """Write the model, what was tuned merged into it (see `merged`)."""
 
     @contextmanager

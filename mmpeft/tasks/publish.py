@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from lightning import Trainer
@@ -12,6 +11,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from PIL import Image
 
 from mmpeft.files import write_atomic
+from mmpeft.types import Untyped
 
 
 def folder_of(trainer: Trainer) -> Path | None:
@@ -25,7 +25,7 @@ def folder_of(trainer: Trainer) -> Path | None:
     return folder if trainer.is_global_zero and not (dry or nowhere) else None
 
 
-def tensorboard(trainer: Trainer) -> Any:
+def tensorboard(trainer: Trainer) -> Untyped:
     """TensorBoard's writer, if the run has one and this process writes; None else."""
     if not trainer.is_global_zero:
         return None

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
 
 from torch import Tensor, nn
 
 from mmpeft.errors import ConfigError, Refused
 from mmpeft.sites import sites
+from mmpeft.types import Forward, Output
 
 
 class Taps:
@@ -19,7 +19,7 @@ class Taps:
         self,
         model: nn.Module,
         tower: str | None = None,
-        run: Callable[[Tensor], Any] | None = None,
+        run: Callable[[Tensor], Output] | None = None,
         patches: bool = True,
     ) -> None:
         """
@@ -43,7 +43,7 @@ class Taps:
         self.prefix, self.width = (tokens[0].prefix, tokens[0].width) if patches else (0, blocks[0].width)
 
     @property
-    def blocks(self) -> list[Any]:
+    def blocks(self) -> list[nn.Module]:
         """The block modules."""
         return [self.model.get_submodule(path) for path in self.paths]
 
@@ -63,11 +63,11 @@ class Taps:
         """Outputs [B, prefix + n, d] of blocks at `depths` for images or token numbers; the tower runs once."""
         return self.embedded(inputs, depths)[0]
 
-    def embedded(self, inputs: Tensor, depths: Sequence[int]) -> tuple[dict[int, Tensor], Any]:
+    def embedded(self, inputs: Tensor, depths: Sequence[int]) -> tuple[dict[int, Tensor], Output]:
         """Outputs of blocks at `depths`, and what the tower makes of the whole."""
         kept: dict[int, Tensor] = {}
 
-        def keep(depth: int) -> Any:
+        def keep(depth: int) -> Forward:
             return lambda module, inputs, output: kept.__setitem__(depth, output)
 
         handles = [self.blocks[depth].register_forward_hook(keep(depth)) for depth in set(depths)]

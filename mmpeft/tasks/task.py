@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from torch import Tensor
 
 from mmpeft.errors import DataError
 from mmpeft.tasks.module import TuningModule
 from mmpeft.tasks.publish import Board
+from mmpeft.types import Batch, Facts, Output, StateDict
 
 
 class Task(TuningModule):
@@ -29,50 +30,50 @@ class Task(TuningModule):
     headline: ClassVar[Sequence[str] | None] = None
     """Names of results that the progress bar shows; None for all."""
 
-    def check(self, batch: Any) -> None:
+    def check(self, batch: Batch) -> None:
         """Raise DataError for a batch that would be misread: labels out of range. Called before each is used."""
 
     @abstractmethod
-    def evaluate(self, batch: Any, stage: str) -> Any:
+    def evaluate(self, batch: Batch, stage: str) -> Output:
         """Update the metrics of `stage` ("val" or "test") by a batch; what is returned is handed to `draw`."""
 
     @abstractmethod
     def results(self, stage: str) -> Mapping[str, Tensor]:
         """Values by name since the last call, from metrics that begin anew."""
 
-    def draw(self, batch: Any, found: Any, stage: str) -> Mapping[str, bytes]:
+    def draw(self, batch: Batch, found: Output, stage: str) -> Mapping[str, bytes]:
         """Pictures of an evaluation's first batch: PNG files by name."""
         return {}
 
-    def draw_inputs(self, batch: Any) -> Mapping[str, bytes]:
+    def draw_inputs(self, batch: Batch) -> Mapping[str, bytes]:
         """Pictures of the first training batch, as the model gets it: PNG files by name."""
         return {}
 
-    def meaning(self) -> Mapping[str, Any]:
+    def meaning(self) -> Facts:
         """What outputs stand for, by name, as plain data: `{"classes": ["cat", "dog"]}`."""
         return {}
 
     # -- Lightning's hooks -----------------------------------------------------------------------------------
 
-    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         if self.current_epoch == 0:  # every sample comes by once; later epochs need no check
             self.check(batch)
             if batch_idx == 0:
                 self.publish("train", lambda: self.draw_inputs(batch))
 
-    def on_validation_batch_start(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+    def on_validation_batch_start(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
         self.check(batch)
 
-    def on_test_batch_start(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+    def on_test_batch_start(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
         self.check(batch)
 
-    def validation_step(self, batch: Any, index: int) -> Any:
+    def validation_step(self, batch: Batch, index: int) -> Output:
         return self._measured(batch, index, "val")
 
-    def test_step(self, batch: Any, index: int) -> Any:
+    def test_step(self, batch: Batch, index: int) -> Output:
         return self._measured(batch, index, "test")
 
-    def _measured(self, batch: Any, index: int, stage: str) -> None:
+    def _measured(self, batch: Batch, index: int, stage: str) -> None:
         found = self.evaluate(batch, stage)
         if index == 0:
             self.publish(stage, lambda: self.draw(batch, found, stage))
@@ -98,10 +99,10 @@ class Task(TuningModule):
         for name, value in self.results(stage).items():
             self.log(f"{stage}/{name}", value, prog_bar=self.headline is None or name in self.headline, sync_dist=True)
 
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+    def on_save_checkpoint(self, checkpoint: StateDict) -> None:
         checkpoint.update(self.meaning())
 
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+    def on_load_checkpoint(self, checkpoint: StateDict) -> None:
         """Lightning's hook.
 
         Raises:
@@ -116,7 +117,7 @@ class Task(TuningModule):
                 )
 
 
-def _listed(name: str, values: Any) -> str:
+def _listed(name: str, values: object) -> str:
     if not isinstance(values, list):
         return f"{name} {values!r}"
     return f"{len(values)} {name} ({', '.join(map(str, values[:5]))}{' …' if len(values) > 5 else ''})"

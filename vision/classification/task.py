@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Unpack
+from typing import Unpack
 
 import torch.nn.functional as F
 from lightning.pytorch.callbacks import Callback
@@ -26,6 +26,7 @@ from mmpeft.tasks.options import TrainingOptions
 from mmpeft.tasks.predictions import Line, PredictionFile, class_lines
 from mmpeft.tasks.publish import folder_of
 from mmpeft.tasks.task import Task
+from mmpeft.types import Facts, Fields, Kwargs
 from mmpeft.vision.backbone import create, normalisation
 from mmpeft.vision.classification.draw import class_table, confusion_png, images_png
 
@@ -49,7 +50,7 @@ class ImageClassifier(Task):
         mixup: float = 0.0,
         cutmix: float = 0.0,
         num_classes: int | None = None,
-        model_args: dict[str, Any] | None = None,
+        model_args: Kwargs | None = None,
         predictions: str = "predictions.csv",
         **options: Unpack[TrainingOptions],
     ) -> None:
@@ -152,22 +153,22 @@ class ImageClassifier(Task):
         names = [self.classes[int(label)] for label in labels]
         return {"images": images_png(self.preprocessing.restore(images), names)}
 
-    def predict_step(self, batch: tuple[Tensor, Sequence[str]], index: int) -> dict[str, Any]:
+    def predict_step(self, batch: tuple[Tensor, Sequence[str]], index: int) -> Fields:
         """Identifiers and class probabilities of one batch; `PredictionFile` puts them into a file."""
         images, identifiers = batch
         return {"id": list(identifiers), "probabilities": self(images).float().softmax(-1).cpu()}
 
-    def lines(self, outputs: Mapping[str, Any], suffix: str) -> Sequence[Line]:
+    def lines(self, outputs: Facts, suffix: str) -> Sequence[Line]:
         """Lines of the predictions' file."""
         return list(class_lines(outputs, self.classes, suffix))
 
-    def meaning(self) -> Mapping[str, Any]:
+    def meaning(self) -> Facts:
         return {"classes": self.classes}
 
 
 def metrics(classes: int) -> MetricCollection:
     """Accuracy over samples and over classes, top 5 where there are more, calibration error, confusion matrix."""
-    found: dict[str, Any] = {
+    found: Fields = {
         "accuracy": MulticlassAccuracy(classes, average="micro", validate_args=False),
         "class_accuracy": MulticlassAccuracy(classes, average="macro", validate_args=False),
         "calibration_error": MulticlassCalibrationError(classes, validate_args=False),

@@ -11,9 +11,8 @@ import argparse
 import copy
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from jsonargparse import ArgumentParser
 from rich.console import Console
@@ -23,6 +22,7 @@ from mmpeft.errors import ConfigError, nearest
 from mmpeft.files import write_atomic
 from mmpeft.run.experiment import parsed
 from mmpeft.run.study import choose_entries, key_of, quiet_progress, read_file
+from mmpeft.types import Facts, Json, Untyped
 from mmpeft.vision.continual import report
 from mmpeft.vision.continual.learner import Learner
 from mmpeft.vision.continual.runner import ContinualClassifier, SequenceRecord
@@ -46,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def merged(config: Mapping[str, Any], entry: Mapping[str, Any], seed: int) -> dict[str, Any]:
+def merged(config: Facts, entry: Facts, seed: int) -> Json:
     """The configuration of one run: the common part under an entry's own."""
     run = {"run": copy.deepcopy(config["run"]), "data": copy.deepcopy(config["data"])}
     for key in entry:
@@ -63,7 +63,7 @@ def merged(config: Mapping[str, Any], entry: Mapping[str, Any], seed: int) -> di
     return {"learner": copy.deepcopy(entry["learner"]), **run}
 
 
-def parse(run: Mapping[str, Any]) -> tuple[ArgumentParser, Any]:
+def parse(run: Facts) -> tuple[ArgumentParser, Untyped]:
     """Parse one run; raises ConfigError with jsonargparse's account of what is wrong."""
     parser = ArgumentParser(exit_on_error=False)
     parser.add_subclass_arguments(Learner, "learner")
@@ -72,7 +72,7 @@ def parse(run: Mapping[str, Any]) -> tuple[ArgumentParser, Any]:
     return parser, parsed(parser, run)
 
 
-def build(run: Mapping[str, Any]) -> ContinualClassifier:
+def build(run: Facts) -> ContinualClassifier:
     """The classifier that a run's configuration describes."""
     parser, config = parse(run)
     options = config.run.as_dict()
@@ -80,9 +80,7 @@ def build(run: Mapping[str, Any]) -> ContinualClassifier:
     return ContinualClassifier(learner=built.learner, data=built.data, **options)
 
 
-def sequence(
-    config: Mapping[str, Any], methods: Mapping[str, Any], seeds: Sequence[int], out: Path
-) -> list[SequenceRecord]:
+def sequence(config: Facts, methods: Facts, seeds: Sequence[int], out: Path) -> list[SequenceRecord]:
     """Run every method with every seed; write `results.json`, `table.md`, `matrices.png` and `curves.png`."""
     runs = {(name, seed): merged(config, entry, seed) for name, entry in methods.items() for seed in seeds}
     for run in runs.values():

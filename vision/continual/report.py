@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from statistics import mean, stdev
-from typing import Any
 
 import numpy as np
 from rich.table import Table
 
 from mmpeft.files import png_of
+from mmpeft.types import Untyped
 from mmpeft.vision.continual.metrics import Summary, summary
 from mmpeft.vision.continual.runner import SequenceRecord
 
@@ -106,7 +106,7 @@ def curves(records: Sequence[SequenceRecord], title: str) -> bytes:
     for n, (name, own) in enumerate(by_method(records).items()):
         points = np.mean([run.curve for run in summaries(own)], axis=0)
         axes.plot(range(1, len(points) + 1), points, marker=marks[n % len(marks)], label=name)
-    locator: Any = axes.xaxis.get_major_locator()  # matplotlib's default one, which has more to set than its base
+    locator: Untyped = axes.xaxis.get_major_locator()  # matplotlib's default one, which has more to set than its base
     locator.set_params(integer=True)
     axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
     return png_of(figure)

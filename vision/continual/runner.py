@@ -5,13 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 import lightning
 import torch
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 
 from mmpeft.bank import Bank
@@ -20,6 +20,7 @@ from mmpeft.data.sampling import hash_seed
 from mmpeft.errors import AdapterFileError, ConfigError, DataError
 from mmpeft.files import write_atomic
 from mmpeft.tasks.schedule import warmup_cosine
+from mmpeft.types import Argument, Batch, Kwargs, Untyped
 from mmpeft.vision.backbone import create, normalisation
 from mmpeft.vision.continual.data import SequenceTask, TaskSequence
 from mmpeft.vision.continual.learner import Learner
@@ -67,8 +68,8 @@ class ContinualClassifier:
         weight_decay: float = 0.01,
         warmup: float = 0.1,
         pretrained: bool = True,
-        model_args: dict[str, Any] | None = None,
-        trainer: dict[str, Any] | None = None,
+        model_args: Kwargs | None = None,
+        trainer: Kwargs | None = None,
     ) -> None:
         """
         Args:
@@ -102,7 +103,7 @@ class ContinualClassifier:
         """Train and test task by task; with a folder, go on after the last finished task of the same `key`."""
         bank, record = self._resumed(folder, key) if folder else (Bank(self.model), SequenceRecord())
         record.key, record.name, record.seed, record.classes = key, name, self.seed, self.sequence.classes
-        width: Any = self.model.num_features
+        width: Untyped = self.model.num_features
         self.learner.bind(bank, int(width))
         for task in self.sequence.tasks[len(record.matrix) :]:
             start = time.monotonic()
@@ -177,10 +178,10 @@ class ContinualClassifier:
 class _Moved:
     """Batches on the model's device, as often as asked."""
 
-    def __init__(self, loader: Any, device: torch.device) -> None:
+    def __init__(self, loader: Iterable[Batch], device: torch.device) -> None:
         self.loader, self.device = loader, device
 
-    def __iter__(self) -> Any:
+    def __iter__(self) -> Iterator[Batch]:
         return ((images.to(self.device), labels.to(self.device)) for images, labels in self.loader)
 
 
@@ -201,10 +202,10 @@ class _Fit(lightning.LightningModule):
     def on_train_epoch_start(self) -> None:
         self.learner.epoch(self.current_epoch / self.owner.epochs)
 
-    def on_train_batch_end(self, *args: Any) -> None:
+    def on_train_batch_end(self, *args: Argument) -> None:
         self.learner.after_step()
 
-    def configure_optimizers(self) -> Any:
+    def configure_optimizers(self) -> OptimizerLRScheduler:
         tensors = self.bank.trainable_parameters()
         groups = [
             {"params": [p for p in tensors if p.dim() > 1], "weight_decay": self.owner.weight_decay},

@@ -13,6 +13,7 @@ from mmpeft.data.images import ImageData, Renamed, check_label_column
 from mmpeft.data.options import ImageOptions
 from mmpeft.data.sampling import hash_seed
 from mmpeft.errors import ConfigError, DataError, nearest
+from mmpeft.types import Leaf, Untyped
 from mmpeft.vision.data.files import to_rgb
 
 VAL = ("validation", "val", "valid", "dev")
@@ -57,7 +58,7 @@ class HubData(ImageData):
         self.path, self.name, self.val_fraction = path, name, val_fraction
         self.image_column, self.label_column = image_column, label_column
         self.splits = {"train": train_split, "val": val_split, "test": test_split}
-        self._tables: dict[str, Any] = {}
+        self._tables: dict[str, Untyped] = {}
 
     def datasets(self, stage: str | None = None) -> None:
         """Load the data set once; check columns, and the labels of the splits that the stage needs.
@@ -101,7 +102,7 @@ class HubData(ImageData):
                 )
             self.predict_set = Renamed(plain, plain.name) if isinstance(plain, HubRows) else None
 
-    def _open(self) -> dict[str, Any]:
+    def _open(self) -> dict[str, Untyped]:
         """The splits in use as `datasets.Dataset`, and their names in `self.splits`."""
         try:
             found = _load(self.path, self.name)
@@ -113,7 +114,7 @@ class HubData(ImageData):
             ) from error
         splits: dict[Any, Any] = {self.splits["train"]: found} if isinstance(found, hf.Dataset) else dict(found)
         usual = {"train": (), "val": VAL, "test": ("test",)}
-        tables: dict[str, Any] = {}
+        tables: dict[str, Untyped] = {}
         for role, wanted in self.splits.items():
             name = wanted or next((name for name in usual[role] if name in splits), None)
             if name is None:
@@ -142,7 +143,7 @@ class HubData(ImageData):
 class HubRows:
     """Samples `(RGB image, label)` of a table, decoded when asked for."""
 
-    def __init__(self, table: Any, image: str, labels: Sequence[int], where: str) -> None:
+    def __init__(self, table: Untyped, image: str, labels: Sequence[int], where: str) -> None:
         feature = table.features[image]
         if not isinstance(feature, hf.Image):
             table = table.cast_column(image, hf.Image())
@@ -175,7 +176,7 @@ class HubRows:
         return other
 
 
-def _load(path: str, name: str | None) -> Any:
+def _load(path: str, name: str | None) -> Untyped:
     """A `Dataset` or `DatasetDict` from wherever `path` points."""
     local = Path(path)
     if local.is_dir() and ((local / "dataset_dict.json").is_file() or (local / "state.json").is_file()):
@@ -191,7 +192,7 @@ def _load(path: str, name: str | None) -> Any:
     return hf.load_dataset("imagefolder", name, data_dir=path) if local.is_dir() else hf.load_dataset(path, name)
 
 
-def _image_columns(table: Any) -> list[str]:
+def _image_columns(table: Untyped) -> list[str]:
     features = table.features
     typed = [name for name, feature in features.items() if isinstance(feature, hf.Image)]
     encoded = [name for name, f in features.items() if isinstance(f, dict) and {"bytes", "path"} <= f.keys()]
@@ -199,7 +200,7 @@ def _image_columns(table: Any) -> list[str]:
     return typed or encoded or usual[:1]
 
 
-def _label_columns(table: Any) -> list[str]:
+def _label_columns(table: Untyped) -> list[str]:
     features = table.features
     typed = [name for name, feature in features.items() if isinstance(feature, hf.ClassLabel)]
     return (
@@ -207,11 +208,11 @@ def _label_columns(table: Any) -> list[str]:
     )
 
 
-def _values(table: Any, column: str) -> list[Any]:
+def _values(table: Untyped, column: str) -> list[object]:
     return list(table.select_columns([column]).with_format(None)[column][:])
 
 
-def _classes(feature: Any, values: Sequence[Any], where: str) -> tuple[list[str], dict[str, int] | None]:
+def _classes(feature: Untyped, values: Sequence[object], where: str) -> tuple[list[str], dict[str, int] | None]:
     """Class names, and the number of each for labels that are text."""
     if isinstance(feature, hf.ClassLabel):
         return list(feature.names), None
@@ -228,7 +229,7 @@ def _classes(feature: Any, values: Sequence[Any], where: str) -> tuple[list[str]
     return [str(number) for number in range(max(whole) + 1)], None
 
 
-def _numbered(values: Sequence[Any], known: dict[str, int] | None, classes: int, where: str) -> list[int]:
+def _numbered(values: Sequence[Leaf], known: dict[str, int] | None, classes: int, where: str) -> list[int]:
     """Labels as integers in [0, classes), checked."""
     if known is not None:
         lost = next((row for row, value in enumerate(values) if value not in known), None)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Literal, Unpack
+from typing import ClassVar, Literal, Unpack
 
 import torch
 from open_clip.loss import ClipLoss, SigLipLoss
@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from mmpeft.errors import ConfigError
 from mmpeft.methods.base import Method
+from mmpeft.types import Batch
 from mmpeft.vla.backbone import towers_of
 from mmpeft.vla.pair import PairOptions, PairTask
 
@@ -108,7 +109,7 @@ class ContrastiveTuner(PairTask):
         self.log("train/loss", loss, prog_bar=True, on_step=True, on_epoch=True, batch_size=len(images))
         return loss
 
-    def evaluate(self, batch: Any, stage: str) -> None:
+    def evaluate(self, batch: Batch, stage: str) -> None:
         images, texts, rows = batch
         image, text = (side.float().cpu() for side in self.encode(images, self.tokens(texts)))
         self._kept.append((image, text, rows.cpu()))

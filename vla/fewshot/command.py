@@ -6,7 +6,6 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from PIL import Image
@@ -19,6 +18,7 @@ from mmpeft.data.transforms import evaluation
 from mmpeft.errors import ConfigError
 from mmpeft.files import write_atomic
 from mmpeft.run.reload import load_run
+from mmpeft.types import AnyFunc
 from mmpeft.vla.backbone import preprocessing
 from mmpeft.vla.fewshot.draw import labelled
 from mmpeft.vla.fewshot.task import FewShot
@@ -78,6 +78,6 @@ def zero_shot(backbone: str, classes: str, template: str) -> FewShot:
 def classify(task: FewShot, pictures: Sequence[Image.Image]) -> Tensor:
     """Class probabilities of pictures, [B, C]."""
     (size, _), mean, std = preprocessing(task.model)
-    transform: Any = evaluation(size, mean, std)
+    transform: AnyFunc = evaluation(size, mean, std)
     scores: Tensor = task(torch.stack([transform(picture) for picture in pictures]).to(task.device))
     return scores.softmax(-1).cpu()

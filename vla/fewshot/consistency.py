@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +12,7 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
 from mmpeft.surgery.choice import use
+from mmpeft.types import StateDict
 
 if TYPE_CHECKING:
     from mmpeft.vla.fewshot.task import FewShot
@@ -84,8 +85,8 @@ class GaussianAverage(Callback):
             for parameter, total in zip([p for p in module.parameters() if p.requires_grad], self.sum):
                 parameter.copy_(total / self.total)
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> StateDict:
         return {"total": self.total, "sum": self.sum}
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+    def load_state_dict(self, state_dict: StateDict) -> None:
         self.total, self.sum = state_dict["total"], state_dict["sum"]

@@ -6,16 +6,18 @@ import hashlib
 import json
 from collections import Counter
 from pathlib import Path
-from typing import Any, Unpack
+from typing import Unpack
 
 import torch
 from torch.utils.data import Subset
 
 from mmpeft.data.images import ImageData, Renamed
 from mmpeft.data.options import UnbatchedImageOptions
+from mmpeft.data.sampling import SizedDataset
 from mmpeft.embedded import spoken
 from mmpeft.errors import ConfigError, DataError
 from mmpeft.files import write_atomic
+from mmpeft.types import Json
 
 VAL_SHOTS = 4
 FORMAT = 1
@@ -83,7 +85,7 @@ class FewShotData(ImageData):
         self.test_set = test
         self.predict_set = Renamed(test, str)
 
-    def _rows(self, pool: Any, test: Any) -> dict[str, list[int]]:
+    def _rows(self, pool: SizedDataset, test: SizedDataset) -> dict[str, list[int]]:
         if self._chosen is None:
             facts = {"format": FORMAT, "source": type(self.source).__name__, "classes": self.classes, "base": self.base}
             labels = labels_of(pool)
@@ -116,7 +118,7 @@ class FewShotData(ImageData):
             val += own[::-1][: min(VAL_SHOTS, self.shots, len(own) - shots)]
         return {"train": train, "val": val}
 
-    def _read(self, path: Path, facts: dict[str, Any], labels: list[int]) -> dict[str, list[int]]:
+    def _read(self, path: Path, facts: Json, labels: list[int]) -> dict[str, list[int]]:
         try:
             kept = json.loads(path.read_text("utf-8"))
         except ValueError as error:
@@ -126,7 +128,7 @@ class FewShotData(ImageData):
         for key, value in facts.items():
             if kept.get(key) != value:
                 raise DataError(f"the split in {path} has {key}={kept.get(key)!r}, this run {value!r}")
-        rows: dict[str, Any] = {key: kept.get(key) for key in ("train", "val")}
+        rows: Json = {key: kept.get(key) for key in ("train", "val")}
         for key, own in rows.items():
             if not isinstance(own, list) or not all(type(r) is int and 0 <= r < facts["pool"] for r in own):
                 raise DataError(f"the split in {path} has no {key!r}, or rows outside the {facts['pool']} images there")
@@ -142,7 +144,7 @@ class FewShotData(ImageData):
         return rows
 
 
-def labels_of(dataset: Any) -> list[int]:
+def labels_of(dataset: SizedDataset) -> list[int]:
     """Labels of a set of samples `(image, label)`, without decoding images where the set keeps them apart."""
     for name in ("labels", "second", "targets"):
         found = getattr(dataset, name, None)

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from mmpeft.files import png_of
 
 
-def labelled(pictures: Sequence[Any], rows: Sequence[Sequence[tuple[str, float]]]) -> bytes:
+def labelled(pictures: Sequence[object], rows: Sequence[Sequence[tuple[str, float]]]) -> bytes:
     """A PNG of pictures in a grid, each over bars of its best classes.
 
     Args:

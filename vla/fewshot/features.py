@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
+from lightning import LightningDataModule
 from rich.progress import track
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -22,7 +22,7 @@ class CachedViews(Dataset[tuple[Tensor, int]]):
     `images` are the samples that they are the features of.
     """
 
-    def __init__(self, views: Tensor, labels: Tensor, images: Any) -> None:
+    def __init__(self, views: Tensor, labels: Tensor, images: object) -> None:
         self.views, self.labels, self.images = views, labels, images
 
     def __len__(self) -> int:
@@ -37,7 +37,7 @@ class CachedViews(Dataset[tuple[Tensor, int]]):
     @staticmethod
     @torch.no_grad()
     def compute(
-        encode: Callable[[Tensor], Tensor], data: Any, views: int, device: torch.device
+        encode: Callable[[Tensor], Tensor], data: LightningDataModule, views: int, device: torch.device
     ) -> tuple[Tensor, Tensor]:
         """Features [views, n, d] and labels [n] of a data module's training images, augmented as for training."""
         samples = data.train_dataloader().dataset  # seeded by (epoch, row)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Unpack
+from typing import Unpack
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +19,7 @@ from mmpeft.surgery.choice import use
 from mmpeft.tasks.labels import check_labels
 from mmpeft.tasks.metrics import Metrics
 from mmpeft.tasks.predictions import Line, PredictionFile, class_lines
+from mmpeft.types import AnyModule, Facts, Fields
 from mmpeft.vla.fewshot.consistency import Consistency
 from mmpeft.vla.fewshot.features import CachedViews, tuned_towers
 from mmpeft.vla.fewshot.heads import Head
@@ -85,7 +86,7 @@ class FewShot(PairTask):
 
     def start(self) -> None:
         assert self.tuning is not None
-        pair: Any = self.model
+        pair: AnyModule = self.model
         self.tuned = tuned_towers(self.tuning)
         contexts = [p.part for p in self.tuning.placements if isinstance(p.part, InPlace)]
         if self.head.by_image and not contexts:
@@ -219,14 +220,14 @@ class FewShot(PairTask):
         new.reset()
         return found
 
-    def predict_step(self, batch: tuple[Tensor, Sequence[str]], index: int) -> dict[str, Any]:
+    def predict_step(self, batch: tuple[Tensor, Sequence[str]], index: int) -> Fields:
         """Identifiers and class probabilities of one batch; `PredictionFile` puts them into a file."""
         images, identifiers = batch
         return {"id": list(identifiers), "probabilities": self(images).softmax(-1).cpu()}
 
-    def lines(self, outputs: Mapping[str, Any], suffix: str) -> Sequence[Line]:
+    def lines(self, outputs: Facts, suffix: str) -> Sequence[Line]:
         """Lines of the predictions' file."""
         return list(class_lines(outputs, self.classes, suffix))
 
-    def meaning(self) -> Mapping[str, Any]:
+    def meaning(self) -> Facts:
         return {"classes": self.classes}

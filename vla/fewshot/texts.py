@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +12,7 @@ from mmpeft.errors import ConfigError, DataError
 from mmpeft.parts.in_place import InPlace
 from mmpeft.surgery.choice import use
 from mmpeft.tuning import Tuning
+from mmpeft.types import Output
 from mmpeft.vla.backbone import Tokenizer, check_length, towers_of
 
 
@@ -60,7 +60,7 @@ class ClassTexts:
     def encode(self, model: nn.Module, classes: slice = slice(None)) -> Tensor:
         """Unit text features [C, d]: the mean over templates of unit features."""
         tokens = self.tokens[:, classes].to(next(model.parameters()).device)
-        found: Any = towers_of(model).encode_text(tokens.flatten(0, 1), normalize=True)
+        found: Output = towers_of(model).encode_text(tokens.flatten(0, 1), normalize=True)
         return F.normalize(found.unflatten(0, tokens.shape[:2]).mean(0), dim=-1)
 
 

@@ -6,7 +6,6 @@ import csv
 import io
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from lightning import LightningModule, Trainer
@@ -18,6 +17,7 @@ from rich.progress import track
 from mmpeft.combine.interpolate import interpolate
 from mmpeft.errors import ConfigError, Refused
 from mmpeft.files import png_of, write_atomic
+from mmpeft.types import AnyModule
 from mmpeft.vla.fewshot.heads import Head
 from mmpeft.vla.fewshot.task import FewShot
 
@@ -37,20 +37,19 @@ class WiseCurve(Callback):
         self.shares = list(shares)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        task: Any = pl_module
-        if not isinstance(task, FewShot) or type(task.head) is not Head:
-            what = type(getattr(task, "head", task)).__name__
+        if not isinstance(pl_module, FewShot) or type(pl_module.head) is not Head:
+            what = type(getattr(pl_module, "head", pl_module)).__name__
             raise Refused(
                 f"a WiSE-FT curve goes from the frozen pair to the tuned one; with {what} there is more between them. "
                 "It is for FewShot with the head Head; in Python mmpeft.interpolate scales any mergeable tuning"
             )
-        method: Any = pl_module.method
+        method = pl_module.method
         if not method.mergeable:
             raise Refused(f"{method} adds no change of weights that could be scaled; WiSE-FT wants a mergeable method")
 
     @torch.no_grad()
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        task: Any = pl_module
+        task: AnyModule = pl_module
         rows = []
         for share in track(self.shares, "WiSE-FT", transient=True):
             with interpolate(task.tuning, share):

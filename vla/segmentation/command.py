@@ -6,7 +6,6 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -19,6 +18,7 @@ from mmpeft.data.transforms import evaluation
 from mmpeft.errors import ConfigError
 from mmpeft.files import write_atomic
 from mmpeft.run.reload import load_run
+from mmpeft.types import AnyFunc
 from mmpeft.vla.backbone import preprocessing
 from mmpeft.vla.segmentation.draw import index_png, overlays
 from mmpeft.vla.segmentation.task import Segmenter
@@ -58,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def segments(task: Segmenter, picture: Image.Image, names: list[str]) -> torch.Tensor:
     """Class numbers [height, width] of a picture; len(names) for none."""
     (size, _), mean, std = preprocessing(task.model)
-    transform: Any = evaluation(size, mean, std)
+    transform: AnyFunc = evaluation(size, mean, std)
     scores = task(transform(picture)[None].to(task.device), task.encode(names)).cpu()
     whole = torch.nn.functional.interpolate(scores, (picture.height, picture.width), mode="bilinear")
     return task.segment(whole)[0]

@@ -54,7 +54,7 @@ def assign(classes: Tensor, masks: Tensor, truth: Tensor, numbers: list[int]) ->
         truth: segments [S, n] of zeros and ones.
         numbers: their classes.
     """
-    from scipy.optimize import linear_sum_assignment  # type: ignore[import-untyped]  # scipy has no types
+    from scipy.optimize import linear_sum_assignment
 
     probability = classes.float().softmax(-1)[:, numbers]
     positive, negative = F.softplus(-masks), F.softplus(masks)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Unpack
+from typing import Unpack
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +17,7 @@ from mmpeft.methods.base import Method
 from mmpeft.tasks.metrics import Metrics
 from mmpeft.tasks.predictions import PredictionFolder
 from mmpeft.tasks.taps import grid_of
+from mmpeft.types import AnyModule, Facts, Fields
 from mmpeft.vla.fewshot.texts import ClassTexts
 from mmpeft.vla.pair import PairOptions, PairTask
 from mmpeft.vla.segmentation.data import BACKGROUND, IGNORED, HasUnseenClasses
@@ -78,7 +79,7 @@ class Segmenter(PairTask):
         return super().build()
 
     def start(self) -> None:
-        pair: Any = self.model
+        pair: AnyModule = self.model
         self.taps = image_taps(pair)
         size = self.preprocessing.size
         with torch.no_grad():
@@ -148,10 +149,10 @@ class Segmenter(PairTask):
         pictures = self.preprocessing.restore(batch[0][:SHOWN])
         return {"masks": overlays(pictures, [masks[:SHOWN] for masks in found], names)}
 
-    def meaning(self) -> Mapping[str, Any]:
+    def meaning(self) -> Facts:
         return {"classes": self.classes}
 
-    def predict_step(self, batch: tuple[Tensor, Sequence[str], Tensor], index: int) -> dict[str, Any]:
+    def predict_step(self, batch: tuple[Tensor, Sequence[str], Tensor], index: int) -> Fields:
         """Identifiers, pictures in [0, 1] and class numbers at each picture's own size, which become files."""
         images, names, sizes = batch
         whole = [tuple(size) for size in sizes.tolist()]
@@ -162,7 +163,7 @@ class Segmenter(PairTask):
             "masks": [self.segment(F.interpolate(f[None], s, mode="bilinear")).cpu() for f, s in zip(found, whole)],
         }
 
-    def files(self, outputs: Mapping[str, Any]) -> Iterator[tuple[str, bytes]]:
+    def files(self, outputs: Facts) -> Iterator[tuple[str, bytes]]:
         """The picture with its segments, and the class numbers, for each prediction."""
         for name, picture, mask in zip(outputs["id"], outputs["pictures"], outputs["masks"]):
             yield f"{name}.png", overlays(picture, [mask], self.classes)

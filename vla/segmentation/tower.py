@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from torch import Tensor, nn
 
@@ -23,7 +22,7 @@ def heads(model: nn.Module) -> int:
     return found[-1]
 
 
-def through(blocks: Sequence[Any], x: Tensor, mask: Tensor) -> Tensor:
+def through(blocks: Sequence[nn.Module], x: Tensor, mask: Tensor) -> Tensor:
     """Tokens [B, N, d] through blocks under an additive mask [B, heads, N, N].
 
     timm takes the mask as it is; `nn.MultiheadAttention` in open_clip's blocks has batch and heads in one dimension.

@@ -6,7 +6,6 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -19,6 +18,7 @@ from mmpeft.data.transforms import evaluation
 from mmpeft.errors import ConfigError
 from mmpeft.files import write_atomic
 from mmpeft.run.reload import load_run
+from mmpeft.types import AnyFunc
 from mmpeft.vla.backbone import check_length, preprocessing
 from mmpeft.vla.vqa.draw import answered
 from mmpeft.vla.vqa.task import VisualQuestions
@@ -68,7 +68,7 @@ def ask(task: VisualQuestions, picture: Image.Image, questions: Sequence[str]) -
     """
     check_length(questions, task.tokenizer)
     (size, _), mean, std = preprocessing(task.model)
-    transform: Any = evaluation(size, mean, std)
+    transform: AnyFunc = evaluation(size, mean, std)
     image = transform(picture)[None].to(task.device)
     scores: torch.Tensor = task(image, questions, torch.zeros(len(questions), dtype=torch.long, device=task.device))
     return (scores.sigmoid() if task.soft else scores.softmax(1)).cpu()

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol, Unpack, runtime_checkable
 
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -20,6 +21,7 @@ from mmpeft.data.sampling import hash_seed
 from mmpeft.data.transforms import evaluation
 from mmpeft.embedded import emoji
 from mmpeft.errors import ConfigError, DataError
+from mmpeft.types import Json
 from mmpeft.vla.backbone import check_length
 from mmpeft.vla.vqa.questions import ANSWERS, TYPES, Grammar
 
@@ -71,7 +73,7 @@ class QuestionData(Preprocessed, DataModule):
 class OfQuestions:
     """Apply a transform to the image of a sample."""
 
-    def __init__(self, transform: Callable[[Any], Tensor]) -> None:
+    def __init__(self, transform: Callable[[Image.Image], Tensor]) -> None:
         self.transform = transform
 
     def __call__(self, sample: Asked) -> Asked:
@@ -161,7 +163,7 @@ class SceneQuestionData(QuestionData):
 class Annotated(Dataset[Asked]):
     """Questions of VQAv2 files, with the annotators' answers where there are any."""
 
-    def __init__(self, items: Sequence[dict[str, Any]], answers: Sequence[str], types: Sequence[str]) -> None:
+    def __init__(self, items: Sequence[Json], answers: Sequence[str], types: Sequence[str]) -> None:
         self.items = list(items)
         self.numbers = {answer: i for i, answer in enumerate(answers)}
         self.types = {name: i for i, name in enumerate(types)}
@@ -174,7 +176,8 @@ class Annotated(Dataset[Asked]):
         """Return one picture with one question; scores are `min(n / 3, 1)` for n annotators."""
         item = self.items[index]
         scores = torch.zeros(1, len(self.numbers))
-        for answer, count in Counter(item["answers"]).items():
+        given: Counter[str] = Counter(item["answers"])
+        for answer, count in given.items():
             if answer in self.numbers:
                 scores[0, self.numbers[answer]] = min(count / AGREED, 1.0)
         kind = torch.tensor([self.types.get(item["type"], 0)])
@@ -250,13 +253,13 @@ class VQAData(QuestionData):
         check_length([item["question"] for items in self.items.values() for item in items], tokens)
 
 
-def items_of(root: Path, split: str, image_name: str) -> list[dict[str, Any]]:
+def items_of(root: Path, split: str, image_name: str) -> list[Json]:
     """Questions of a split with their answers, types and image files.
 
     Raises:
         DataError: as `VQAData` says.
     """
-    answers: dict[Any, tuple[list[str], str]] = {}
+    answers: dict[object, tuple[list[str], str]] = {}
     for entry in _entries(root / split, "annotations") if split != "predict" else []:
         try:
             given = [str(a["answer"]).lower().strip() for a in entry["answers"]]
@@ -282,7 +285,7 @@ def items_of(root: Path, split: str, image_name: str) -> list[dict[str, Any]]:
     return found
 
 
-def _entries(folder: Path, name: str) -> list[dict[str, Any]]:
+def _entries(folder: Path, name: str) -> list[Json]:
     path = folder / f"{name}.json"
     try:
         entries = json.loads(path.read_text("utf-8"))[name]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from mmpeft.errors import ConfigError
 from mmpeft.tasks.taps import Taps, grid_of
+from mmpeft.types import Kwargs
 
 
 class SharedSpace(NamedTuple):
@@ -101,7 +102,7 @@ class Fusion(nn.Module):
         self.answer = nn.Parameter(torch.randn(w) * 0.02)
         self.of_text = nn.Sequential(nn.LayerNorm(text.width), nn.Linear(text.width, w))
         if self.blind:
-            options: dict[str, Any] = {"activation": "gelu", "batch_first": True, "norm_first": True}
+            options: Kwargs = {"activation": "gelu", "batch_first": True, "norm_first": True}
             alone = nn.TransformerEncoderLayer(w, self.heads, 4 * w, self.dropout, **options)
             self.reading = nn.TransformerEncoder(alone, self.depth, enable_nested_tensor=False)
         else:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from typing import Any, Unpack
+from typing import Unpack
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +19,7 @@ from mmpeft.tasks.metrics import Metrics
 from mmpeft.tasks.options import TrainingOptions
 from mmpeft.tasks.predictions import PredictionFile
 from mmpeft.tasks.taps import Taps
+from mmpeft.types import AnyModule, Facts, Fields
 from mmpeft.vla.pair import PairTask
 from mmpeft.vla.taps import image_taps, projection, text_taps
 from mmpeft.vla.vqa.data import Asked, HasAnswers
@@ -78,7 +79,7 @@ class VisualQuestions(PairTask):
         assert self.tuning is not None
         if any(isinstance(p.part, InPlace) for p in self.tuning.placements):
             raise Refused(f"{self.method} puts learned tokens in the place of the question's words; take others")
-        pair: Any = self.model
+        pair: AnyModule = self.model
         self.image, self.text = image_taps(pair), text_taps(pair)
         grid, joint = patch_grid(self.image, self.preprocessing.size), None
         with suppress(Refused):  # of a tower that pools by attention, single patches are not in the joint space
@@ -164,7 +165,7 @@ class VisualQuestions(PairTask):
                 found["accuracy" if name == "all" else name] = value
         return found
 
-    def predict_step(self, batch: Asked, index: int) -> list[dict[str, Any]]:
+    def predict_step(self, batch: Asked, index: int) -> list[Fields]:
         """For each question: its identifier, its text, and the likeliest answers with their probabilities."""
         scores = self(batch.images, batch.questions, batch.owner).float()
         best = (scores.sigmoid() if self.soft else scores.softmax(1)).topk(min(TOP, len(self.answers)))
@@ -174,5 +175,5 @@ class VisualQuestions(PairTask):
             for i, q, values, numbers in rows
         ]
 
-    def meaning(self) -> Mapping[str, Any]:
+    def meaning(self) -> Facts:
         return {"answers": self.answers}

@@ -8,7 +8,6 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from torch import nn
@@ -24,6 +23,7 @@ from mmpeft.run.written import read_method
 from mmpeft.sites import Site, sites
 from mmpeft.sites.named import Named, find_named
 from mmpeft.sites.selector import select
+from mmpeft.types import Json
 
 EPILOG = """models:
   vit_base_patch16_224, timm:convnext_base, torchvision:resnet50    a name of timm or torchvision
@@ -97,13 +97,13 @@ def _looked_at(
     return model, found, seconds, fit(model, method, found, at, text) if method is not None else None
 
 
-def _data(name: str, model: nn.Module, shown: Sequence[Site], seconds: float, fitted: Fit | None) -> dict[str, Any]:
+def _data(name: str, model: nn.Module, shown: Sequence[Site], seconds: float, fitted: Fit | None) -> Json:
     """Everything as plain data."""
     keys = ("path", "role", "tower", "depth", "kind", "rows", "via", "tensor", "refuse", "dead")
     listed = [
         {**{key: getattr(s, key) for key in keys}, "shape": shape_of(model, s)} for s in shown if s.role != "param"
     ]
-    data: dict[str, Any] = {"model": name, "class": type(model).__name__, "seconds": round(seconds, 3), "sites": listed}
+    data: Json = {"model": name, "class": type(model).__name__, "seconds": round(seconds, 3), "sites": listed}
     data["parameters"] = sum(p.numel() for p in model.parameters())
     data["tensors"] = [site.path for site in shown if site.role == "param"]
     if fitted is not None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import Any
 
 from torch import nn
 
@@ -17,6 +16,7 @@ from mmpeft.methods.former import place
 from mmpeft.parts.base import Placement
 from mmpeft.sites import Site
 from mmpeft.surgery.attaching import base_tensors
+from mmpeft.types import Kwargs
 
 BY_DATA = "{} chooses by data what it trains: see mmpeft.allocate, or attach(model, method, data=loader)"
 
@@ -84,7 +84,7 @@ def fit(model: nn.Module, method: Method, found: Sequence[Site], at: str = "", n
         if at:
             name = f"{name} at {at}"
             sited = any(own.name == "at" for own in fields(method))
-            field: dict[str, Any] = {"at": at}
+            field: Kwargs = {"at": at}
             method = replace(method, **field) if sited else method.where(at)
         method.check(model, list(found))
         if method.needs_data:
@@ -106,7 +106,7 @@ def _text(method: Method) -> str:
         return " + ".join(_text(part) for part in parts)
     given: list[str] = []
     for own in fields(method):
-        value: Any = getattr(method, own.name)
+        value: object = getattr(method, own.name)
         if value != own.default and value != {} and value != ():
             given.append(f"{own.name}={_text(value) if isinstance(value, Method) else repr(value)}")
     return f"{type(method).__name__}({', '.join(given)})"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from mmpeft.bench.anatomy.fit import Fit
 from mmpeft.bench.anatomy.layout import (
@@ -26,6 +26,7 @@ from mmpeft.bench.anatomy.overview import Line, Overview
 from mmpeft.bench.anatomy.table import shape_text
 from mmpeft.errors import ConfigError
 from mmpeft.files import png_of
+from mmpeft.types import Untyped
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -58,7 +59,7 @@ def figure_of(found: Overview, fitted: Fit | None = None) -> Figure:
 
 
 class _Drawing:
-    def __init__(self, axes: Any, found: Overview, fitted: Fit | None, layout: Layout) -> None:
+    def __init__(self, axes: Untyped, found: Overview, fitted: Fit | None, layout: Layout) -> None:
         self.axes, self.found, self.fitted, self.layout = axes, found, fitted, layout
         self.places: dict[str, tuple[float, float, float, float]] = {}
         """Left, right, top and bottom of each tower's blocks."""
@@ -211,7 +212,7 @@ class _Drawing:
         from matplotlib.patches import Patch
 
         kinds = [kind for kind in COLORS if kind in self.layout.kinds]
-        handles: list[Any] = [Patch(facecolor=COLORS[kind], label=NAMES[kind]) for kind in kinds]
+        handles: list[Untyped] = [Patch(facecolor=COLORS[kind], label=NAMES[kind]) for kind in kinds]
         if self.layout.is_marked:
             label = "trained, +parameters in all"
             handles.append(Patch(facecolor="white", edgecolor="black", linewidth=2, label=label))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import nn
@@ -21,6 +20,7 @@ from mmpeft.methods.saved import read_adapter
 from mmpeft.parts import Branch
 from mmpeft.parts.fusion import FusedAdapters
 from mmpeft.sites import Site
+from mmpeft.types import Batch
 
 
 @register("https://arxiv.org/abs/2005.00247", "additive", mergeable=False, identity=False)
@@ -46,7 +46,7 @@ class AdapterFusion(Method):
     def traits(self) -> Traits:
         return replace(super().traits, sitewise=True, decided=bool(self.members))
 
-    def resolve(self, model: nn.Module, data: Iterable[Any] = (), loss: Loss = default_loss) -> Method:
+    def resolve(self, model: nn.Module, data: Iterable[Batch] = (), loss: Loss = default_loss) -> Method:
         """With the adapters read.
 
         Raises:

@@ -80,8 +80,9 @@ class LLaMAAdapter(Sited):
                     raise Refused(f"LLaMAAdapter at {site}: the anatomy names no projections of its keys and values")
                 if own[0].refuse:
                     raise Refused(f"LLaMAAdapter at {site}: of its keys, {own[0].refuse}")
-                found.append((site, *sorted(own, key=lambda s: s.role)))
-        return found  # type: ignore[return-value]  # two are there, as just checked
+                keys, values = sorted(own, key=lambda s: s.role)
+                found.append((site, keys, values))
+        return found
 
     def place(self, model: nn.Module, available: list[Site]) -> Placed:
         placements = []

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from torch import nn
 
@@ -16,6 +16,7 @@ from mmpeft.methods.placed import Placed
 from mmpeft.methods.shared.selection import EntryMask
 from mmpeft.methods.shared.tensors import TensorMethod
 from mmpeft.sites import Site
+from mmpeft.types import Batch
 
 
 @register("https://arxiv.org/abs/2109.05687", "selective", mergeable=True)
@@ -28,7 +29,7 @@ class ChildTuningD(EntryMask):
 
     score: ClassVar[Score] = "gradient2"
 
-    def scores(self, model: nn.Module, tensors: Tensors, data: Iterable[Any], loss: Loss) -> Tensors:
+    def scores(self, model: nn.Module, tensors: Tensors, data: Iterable[Batch], loss: Loss) -> Tensors:
         return score(model, tensors, self.score, data, loss, self.batches)
 
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from torch import nn
 
 from mmpeft.controllers.scores import Loss, Score, Tensors, samples, score
 from mmpeft.methods.base import positive, register
 from mmpeft.methods.shared.selection import EntryMask
+from mmpeft.types import Batch
 
 
 @register("https://arxiv.org/abs/2111.09839", "selective", mergeable=True)
@@ -31,6 +32,6 @@ class FishMask(EntryMask):
         super().__post_init__()
         positive(self, samples=self.samples)
 
-    def scores(self, model: nn.Module, tensors: Tensors, data: Iterable[Any], loss: Loss) -> Tensors:
+    def scores(self, model: nn.Module, tensors: Tensors, data: Iterable[Batch], loss: Loss) -> Tensors:
         single = islice((sample for batch in data for sample in samples(batch)), self.samples)
         return score(model, tensors, "expected_fisher" if self.expected else "fisher", single, loss)

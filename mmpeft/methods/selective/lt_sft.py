@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from torch import nn
 
 from mmpeft.controllers.scores import Loss, Score, Tensors, dense_change
 from mmpeft.methods.base import positive, register
 from mmpeft.methods.shared.selection import EntryMask
+from mmpeft.types import Batch
 
 
 @register("https://arxiv.org/abs/2110.07560", "selective", mergeable=True)
@@ -34,5 +35,5 @@ class LTSFT(EntryMask):
         super().__post_init__()
         positive(self, steps=self.steps, lr=self.lr)
 
-    def scores(self, model: nn.Module, tensors: Tensors, data: Iterable[Any], loss: Loss) -> Tensors:
+    def scores(self, model: nn.Module, tensors: Tensors, data: Iterable[Batch], loss: Loss) -> Tensors:
         return dense_change(model, tensors, data, loss, steps=self.steps, lr=self.lr, l1=self.l1)

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor, nn
 
@@ -20,6 +18,7 @@ from mmpeft.methods.shared.plan_picture import draw_plan
 from mmpeft.methods.shared.tensors import elements, place_entries, tied, train_tensors
 from mmpeft.methods.spec import from_spec
 from mmpeft.sites import Site
+from mmpeft.types import Facts, Json
 
 
 @register("https://arxiv.org/abs/2303.08566", "selective", mergeable=True)
@@ -31,7 +30,7 @@ class Plan(Method):
     Parameters: those of the modules, plus the elements of the whole tensors, plus the chosen entries.
     """
 
-    plan: str | Mapping[str, Any]
+    plan: str | Facts
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "plan", read_plan(self.plan))
@@ -45,7 +44,7 @@ class Plan(Method):
         return f"Plan({kinds}, {entries:,} entries)"
 
     @property
-    def content(self) -> dict[str, Any]:
+    def content(self) -> Json:
         assert isinstance(self.plan, dict)
         return self.plan
 

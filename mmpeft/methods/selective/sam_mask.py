@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from torch import nn
 
 from mmpeft.controllers.scores import Loss, Score, Tensors, score
 from mmpeft.methods.base import positive, register
 from mmpeft.methods.shared.selection import EntryMask
+from mmpeft.types import Batch
 
 
 @register("https://arxiv.org/abs/2211.15583", "selective", mergeable=True)
@@ -30,5 +31,5 @@ class SAMMask(EntryMask):
         super().__post_init__()
         positive(self, batches=self.batches)
 
-    def scores(self, model: nn.Module, tensors: Tensors, data: Iterable[Any], loss: Loss) -> Tensors:
+    def scores(self, model: nn.Module, tensors: Tensors, data: Iterable[Batch], loss: Loss) -> Tensors:
         return score(model, tensors, self.score, data, loss, self.batches)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +23,7 @@ from mmpeft.methods.shared.plan_picture import label_of
 from mmpeft.methods.spec import to_spec
 from mmpeft.sites import Site, sites
 from mmpeft.sites.selector import select
+from mmpeft.types import Argument, Batch, Json, Kwargs
 
 
 @register("https://arxiv.org/abs/2303.08566", "selective", mergeable=True)
@@ -86,7 +86,7 @@ class SPT(Method):
     def count(self, model: nn.Module, available: list[Site]) -> int:
         raise DataError("SPT: how much is spent is known after mmpeft.allocate(...)")
 
-    def resolve(self, model: nn.Module, data: Iterable[Any] = (), loss: Loss = default_loss) -> Plan:
+    def resolve(self, model: nn.Module, data: Iterable[Batch] = (), loss: Loss = default_loss) -> Plan:
         """Score, allocate, and write down what was allocated.
 
         Raises:
@@ -136,8 +136,8 @@ class SPT(Method):
                 found |= 1 << bit
         return found
 
-    def _content(self, model: nn.Module, units: list[_Unit], threshold: int, scores: Tensors) -> dict[str, Any]:
-        groups: list[dict[str, Any]] = [{"method": to_spec(method), "sites": []} for method in self.modules]
+    def _content(self, model: nn.Module, units: list[_Unit], threshold: int, scores: Tensors) -> Json:
+        groups: list[Json] = [{"method": to_spec(method), "sites": []} for method in self.modules]
         whole: list[str] = []
         single: Tensors = {}
         for unit in units:
@@ -165,19 +165,19 @@ class SPT(Method):
 
 def allocate(
     model: nn.Module,
-    data: Iterable[Any],
+    data: Iterable[Batch],
     budget: float | str = "0.2M",
     structured: Sequence[Method] | Method | None = None,
     loss: Loss = default_loss,
-    **options: Any,
+    **options: Argument,
 ) -> Plan:
     """Spend a budget of trainable parameters where the loss is most sensitive; the plan is a method and a JSON file.
 
     `plan = allocate(model, loader, budget="0.2M", structured=LoRA(rank=8, at="attn.*"))`, then `plan.save("plan.json")`
     and `attach(model, plan)`. `options` are those of `SPT`. The model is left as it was.
     """
-    chosen = {} if structured is None else {"structured": structured}
-    method = SPT(budget=budget, **chosen, **options)  # type: ignore[arg-type]  # fields by name
+    chosen: Kwargs = {} if structured is None else {"structured": structured}
+    method = SPT(budget=budget, **chosen, **options)
     return method.resolve(model, data, loss)
 
 
@@ -258,7 +258,7 @@ class _Unit:
     def masks(self, threshold: int) -> list[Tensor]:
         return [word > threshold for word in self.words]
 
-    def accounts(self, threshold: int, entries: bool) -> list[dict[str, Any]]:
+    def accounts(self, threshold: int, entries: bool) -> list[Json]:
         """What became of each piece, for people."""
         fate = "module" if self.module else "whole"
         fate = fate if self.whole(threshold) else "entries" if entries else ""

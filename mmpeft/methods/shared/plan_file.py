@@ -7,12 +7,12 @@ import json
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from mmpeft.errors import AdapterFileError
+from mmpeft.types import Argument, Facts, Json, Leaf
 
 FORMAT, VERSION = "mmpeft-plan", 1
 ENCODING = "base64(zlib(little-endian uint32 gaps of ascending flat indices))"
@@ -31,14 +31,14 @@ def unpack(text: str) -> Tensor:
     return torch.frombuffer(data, dtype=torch.uint32).long().cumsum(0)
 
 
-def read_plan(source: str | Path | Mapping[str, Any]) -> dict[str, Any]:
+def read_plan(source: str | Path | Facts) -> Json:
     """A plan's content, from a file or as it is, checked for what this version can read.
 
     Raises:
         AdapterFileError: missing, not JSON, foreign, newer, or only a part of a plan.
     """
     where = "the plan"
-    content: Any = source
+    content: Leaf = source
     if isinstance(source, str | Path):
         where = str(source)
         if not Path(source).is_file():
@@ -62,13 +62,13 @@ def read_plan(source: str | Path | Mapping[str, Any]) -> dict[str, Any]:
 def plan_content(
     model: str,
     *,
-    structured: list[dict[str, Any]] | None = None,
+    structured: list[Json] | None = None,
     whole: list[str] | None = None,
     sparse: Mapping[str, Tensor] | None = None,
     shapes: Mapping[str, tuple[int, ...]] | None = None,
-    units: list[dict[str, Any]] | None = None,
-    **known: Any,
-) -> dict[str, Any]:
+    units: list[Json] | None = None,
+    **known: Argument,
+) -> Json:
     """JSON-ready content; `sparse` maps tensor names to ascending flat indices, `units` is an account for people."""
     entries = {
         name: {"shape": list((shapes or {})[name]), "count": len(indices), "indices": pack(indices)}

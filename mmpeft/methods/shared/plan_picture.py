@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from mmpeft.errors import ConfigError
 from mmpeft.files import png_of
+from mmpeft.types import Facts
 
 MARKS = {"module": "M", "whole": "W", "entries": ""}
 
@@ -16,7 +16,7 @@ def label_of(name: str) -> str:
     return ".".join(part for part in name.split(".") if not part.isdigit())
 
 
-def draw_plan(units: Sequence[Mapping[str, Any]], title: str) -> bytes:
+def draw_plan(units: Sequence[Facts], title: str) -> bytes:
     """A PNG: a row for each role or tensor, a column for each layer, the colour its share of selected entries.
 
     `M` marks a module in place of entries, `W` a vector trained whole.
@@ -56,11 +56,11 @@ def draw_plan(units: Sequence[Mapping[str, Any]], title: str) -> bytes:
     return png_of(figure, dpi=130)
 
 
-def _row(unit: Mapping[str, Any]) -> str:
+def _row(unit: Facts) -> str:
     return f"{unit['tower']}: {unit['label']}" if unit["tower"] else str(unit["label"])
 
 
-def _rows(units: Sequence[Mapping[str, Any]]) -> list[str]:
+def _rows(units: Sequence[Facts]) -> list[str]:
     """Matrices first, as they come in a layer, then vectors."""
     matrices = dict.fromkeys(_row(unit) for unit in units if not unit["vector"])
     return list(matrices | dict.fromkeys(_row(unit) for unit in units if unit["vector"]))

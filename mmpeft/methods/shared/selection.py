@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import nn
@@ -21,6 +21,7 @@ from mmpeft.methods.shared.plan_file import plan_content
 from mmpeft.methods.shared.plan_picture import label_of
 from mmpeft.methods.shared.tensors import TensorMethod, elements, tied
 from mmpeft.sites import Site, sites
+from mmpeft.types import Batch
 
 
 @dataclass(frozen=True)
@@ -63,11 +64,11 @@ class EntryMask(TensorMethod):
         """One site for every tensor or row slice; a tied tensor counts once."""
         return [group[0] for group in tied(model, self.chosen(model, available))]
 
-    def scores(self, model: nn.Module, tensors: Tensors, data: Iterable[Any], loss: Loss) -> Tensors:
+    def scores(self, model: nn.Module, tensors: Tensors, data: Iterable[Batch], loss: Loss) -> Tensors:
         """Scores of every entry of whole tensors."""
         return score(model, tensors, self.score, data, loss)
 
-    def resolve(self, model: nn.Module, data: Iterable[Any] = (), loss: Loss = default_loss) -> Plan:
+    def resolve(self, model: nn.Module, data: Iterable[Batch] = (), loss: Loss = default_loss) -> Plan:
         """Score, select, and write down what was selected; the model is left as it was.
 
         Raises:

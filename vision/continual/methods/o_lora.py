@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -58,7 +56,7 @@ class OLoRA(SummedLoRA):
         own = self.deltas(new)
         for name in old:
             past = self.deltas(name)
-            terms: list[Any] = [(past[s].pair()[0] @ own[s].pair()[0].T).abs().sum() for s in own]
+            terms: list[Tensor] = [(past[s].pair()[0] @ own[s].pair()[0].T).abs().sum() for s in own]
             loss = loss + self.orthogonal * torch.stack(terms).sum()
         if self.decay:
             loss = loss + self.decay * sum(p.norm() for p in self.bank.tuning(new).parameters())
