@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -19,13 +19,14 @@ from mmpeft.data.images import ImageData
 from mmpeft.data.sampling import hash_seed
 from mmpeft.errors import AdapterFileError, ConfigError, DataError
 from mmpeft.files import write_atomic
+from mmpeft.run.experiment import Experiment
+from mmpeft.tasks.module import OnDevice
 from mmpeft.tasks.schedule import warmup_cosine
-from mmpeft.types import Argument, Batch, Kwargs, Untyped
+from mmpeft.types import Argument, Kwargs, Untyped
 from mmpeft.vision.backbone import create, normalisation
 from mmpeft.vision.continual.data import SequenceTask, TaskSequence
 from mmpeft.vision.continual.learner import Learner
 
-QUIET = {"logger": False, "enable_checkpointing": False, "enable_model_summary": False, "enable_progress_bar": False}
 Tell = Callable[[str], None]
 
 
@@ -139,7 +140,7 @@ class ContinualClassifier:
         learner, bank = self.learner, self.learner.bank
         classes = range(task.stop) if learner.revisits else task.classes
         device = next(self.model.parameters()).device
-        plain = _Moved(self.sequence.plain(task.classes), device)
+        plain = OnDevice(self.sequence.plain(task.classes), device)
         bank.eval()
         learner.begin(task, plain)
         for name in bank.ids:
@@ -148,7 +149,7 @@ class ContinualClassifier:
         if learner.trains(task):
             record.trained = max(record.trained, sum(p.numel() for p in bank.trainable_parameters()))
             fit = _Fit(self, task)
-            trainer = lightning.Trainer(max_epochs=self.epochs, num_sanity_val_steps=0, **{**QUIET, **self.trainer})
+            trainer = lightning.Trainer(max_epochs=self.epochs, **{**Experiment.quiet, **self.trainer})
             bank.train()
             trainer.fit(fit, self.sequence.training(classes))
             bank.to(device)
@@ -162,7 +163,7 @@ class ContinualClassifier:
         row = []
         for past in self.sequence.tasks[: task.number + 1]:
             right, count = 0, 0
-            for images, labels in _Moved(self.sequence.testing(past.classes), device):
+            for images, labels in OnDevice(self.sequence.testing(past.classes), device):
                 scores = self.learner.scores(images)
                 if scores.shape != (len(images), task.stop) or not torch.isfinite(scores).all():
                     raise DataError(
@@ -173,16 +174,6 @@ class ContinualClassifier:
                 count += len(labels)
             row.append(right / count)
         return row
-
-
-class _Moved:
-    """Batches on the model's device, as often as asked."""
-
-    def __init__(self, loader: Iterable[Batch], device: torch.device) -> None:
-        self.loader, self.device = loader, device
-
-    def __iter__(self) -> Iterator[Batch]:
-        return ((images.to(self.device), labels.to(self.device)) for images, labels in self.loader)
 
 
 class _Fit(lightning.LightningModule):
