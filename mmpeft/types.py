@@ -1,7 +1,8 @@
 """Names for what may be anything, each with its reason: where a signature needs `Any`, they say what is meant.
 
 What is only passed on or printed is `object`; these are for values that are called, indexed or asked for attributes
-that no type of ours can promise.
+that no type of ours can promise. Given one of them, mypy takes the first variant of an overloaded function (`get`,
+`getattr`, `Counter`), as it would not for a plain `Any`: the type of the result is written down there.
 """
 
 from __future__ import annotations
