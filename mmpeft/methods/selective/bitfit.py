@@ -11,7 +11,7 @@ from torch import nn
 from mmpeft.hosting.modules import module_at
 from mmpeft.methods.base import identity, register, tensor_of
 from mmpeft.methods.placed import Placed
-from mmpeft.methods.shared.tensors import TensorMethod, check_bits, elements, tied, train_tensors
+from mmpeft.methods.shared.tensors import TensorMethod, check_bits, elements, group_tied, train_tensors
 from mmpeft.parts import Mask
 from mmpeft.parts.base import Hook, Placement
 from mmpeft.sites import Site
@@ -70,7 +70,7 @@ class BitFit(TensorMethod):
         return Placed(placements)
 
     def count(self, model: nn.Module, available: list[Site]) -> int:
-        held = sum(elements(model, group[0]) for group in tied(model, self.found(model, available)))
+        held = sum(elements(model, group[0]) for group in group_tied(model, self.found(model, available)))
         return held + sum(len(tensor_of(model, f"{path}.weight")) for path in self._created(model, available))
 
     def _created(self, model: nn.Module, available: list[Site]) -> list[str]:

@@ -15,7 +15,7 @@ from mmpeft.methods.former import place
 from mmpeft.methods.placed import Placed, Traits
 from mmpeft.methods.shared.plan_file import read_plan, unpack
 from mmpeft.methods.shared.plan_picture import draw_plan
-from mmpeft.methods.shared.tensors import elements, place_entries, tied, train_tensors
+from mmpeft.methods.shared.tensors import elements, group_tied, place_entries, train_tensors
 from mmpeft.methods.spec import from_spec
 from mmpeft.sites import Site
 from mmpeft.types import Facts, Json
@@ -80,7 +80,7 @@ class Plan(Method):
 
     def count(self, model: nn.Module, available: list[Site]) -> int:
         structured = sum(method.count(model, available) for method in self._methods(available))
-        whole = sum(elements(model, group[0]) for group in tied(model, self._whole(available)))
+        whole = sum(elements(model, group[0]) for group in group_tied(model, self._whole(available)))
         return structured + whole + sum(int(entry["count"]) for entry in self.content["sparse"].values())
 
     def _modules(self) -> list[tuple[str, str]]:

@@ -19,7 +19,7 @@ from mmpeft.methods.placed import Placed, Traits
 from mmpeft.methods.selective.plan import Plan
 from mmpeft.methods.shared.plan_file import plan_content
 from mmpeft.methods.shared.plan_picture import label_of
-from mmpeft.methods.shared.tensors import TensorMethod, elements, tied
+from mmpeft.methods.shared.tensors import TensorMethod, elements, group_tied
 from mmpeft.sites import Site, sites
 from mmpeft.types import Batch
 
@@ -62,7 +62,7 @@ class EntryMask(TensorMethod):
 
     def candidates(self, model: nn.Module, available: list[Site]) -> list[Site]:
         """One site for every tensor or row slice; a tied tensor counts once."""
-        return [group[0] for group in tied(model, self.chosen(model, available))]
+        return [group[0] for group in group_tied(model, self.chosen(model, available))]
 
     def scores(self, model: nn.Module, tensors: Tensors, data: Iterable[Batch], loss: Loss) -> Tensors:
         """Scores of every entry of whole tensors."""

@@ -72,10 +72,10 @@ class TensorMethod(Method):
 
     def groups(self, model: nn.Module, available: list[Site]) -> list[list[Site]]:
         """The chosen names, those of one tensor together."""
-        return tied(model, self.chosen(model, available))
+        return group_tied(model, self.chosen(model, available))
 
 
-def tied(model: nn.Module, chosen: Iterable[Site]) -> list[list[Site]]:
+def group_tied(model: nn.Module, chosen: Iterable[Site]) -> list[list[Site]]:
     """The chosen names by tensor: names of one tensor that are chosen together stay tied."""
     groups: dict[tuple[Hashable, Rows | None], list[Site]] = {}
     for site in chosen:
@@ -87,7 +87,7 @@ def train_tensors(
     method: str, model: nn.Module, chosen: Iterable[Site], make: Callable[..., Part] = Mask
 ) -> list[Placement]:
     """A `Mask`, or what `make` makes, on each tensor or the rows that a site owns of it, wherever it is read."""
-    return [_train(method, model, group, make) for group in tied(model, chosen)]
+    return [_train(method, model, group, make) for group in group_tied(model, chosen)]
 
 
 def _train(method: str, model: nn.Module, group: list[Site], make: Callable[..., Part]) -> Placement:
