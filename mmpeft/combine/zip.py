@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from mmpeft.errors import ConfigError, Refused
 from mmpeft.functional.rows import Rows
-from mmpeft.methods.base import Method, MethodInfo, own_weight
+from mmpeft.methods.base import Method, MethodInfo
 from mmpeft.methods.placed import Placed
+from mmpeft.methods.recipe import own_weight
 from mmpeft.parts import Delta, Hadamard, LowRank
 from mmpeft.parts.base import Hook, Placement
 from mmpeft.parts.factors import like_options

@@ -25,8 +25,9 @@ from mmpeft.functional.rows import put_rows, take_rows
 from mmpeft.hosting.host import base_value
 from mmpeft.hosting.modules import CHILD, module_at
 from mmpeft.methods.additive.ia3 import IA3
-from mmpeft.methods.base import Method, own_weight
+from mmpeft.methods.base import Method
 from mmpeft.methods.compose import Union
+from mmpeft.methods.recipe import own_weight
 from mmpeft.methods.selective.full import Full
 from mmpeft.parts import Delta, ExpertsDelta, Mask, Rescale
 from mmpeft.parts.base import Placement

@@ -16,8 +16,9 @@ from mmpeft.formats.lycoris_out import layer_from
 from mmpeft.functional.rows import put_rows, take_rows
 from mmpeft.hosting.host import base_value
 from mmpeft.hosting.modules import CHILD, module_at
-from mmpeft.methods.base import Method, own_weight
+from mmpeft.methods.base import Method
 from mmpeft.methods.compose import Union
+from mmpeft.methods.recipe import own_weight
 from mmpeft.methods.reparameterized.dora import DoRA
 from mmpeft.methods.reparameterized.lora import LoRA
 from mmpeft.parts import Delta, ExpertsDelta, LowRank

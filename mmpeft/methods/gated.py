@@ -14,10 +14,11 @@ from mmpeft.controllers.gate import GateLevels
 from mmpeft.errors import ConfigError, Refused, nearest
 from mmpeft.hosting.host import original_class
 from mmpeft.hosting.modules import module_at
-from mmpeft.methods.base import Method, MethodInfo, Sited, any_tensor, fan, own_weight
+from mmpeft.methods.base import Method, MethodInfo, Sited
 from mmpeft.methods.compose import Union
 from mmpeft.methods.former import place
 from mmpeft.methods.placed import Placed, Tensors, Traits
+from mmpeft.methods.recipe import any_tensor, fan, own_weight
 from mmpeft.parts import Delta
 from mmpeft.parts.base import Hook, Placement
 from mmpeft.parts.branch import Branch

@@ -26,8 +26,22 @@ def class_names(arguments: Sequence[str]) -> set[str]:
     """
     found = set()
     for flag, value in options_of(arguments):
-        found |= named_in(configuration(value)) if flag in CONFIG else {value.rpartition(".")[2]}
+        if flag in CONFIG:
+            found |= named_in(configuration(value))
+        elif value.startswith(("{", "[")):
+            found |= named_in(_flow(value), inside=True)
+        else:
+            found.add(value.rpartition(".")[2])
     return found
+
+
+def _flow(text: str) -> object:
+    """A value that is written as a mapping or a list; nothing where it is neither, which the parser says."""
+    try:
+        content: object = yaml.safe_load(text)
+    except yaml.YAMLError:
+        return None
+    return content
 
 
 def named_in(content: object, inside: bool = False) -> set[str]:

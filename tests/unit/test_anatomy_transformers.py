@@ -13,7 +13,7 @@ from torch import nn
 
 import mmpeft
 from mmpeft.functional.rows import put_rows, take_rows
-from mmpeft.methods.base import own_weight
+from mmpeft.methods.recipe import own_weight
 from mmpeft.sites import ROLES, Site, sites
 from tests.matrix.example import Example
 from tests.matrix.families.transformers import FAMILIES, GQA, LM, T5, _build, _text

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mmpeft.functional.rows import put_rows, take_rows
-from mmpeft.methods.base import own_weight
+from mmpeft.methods.recipe import own_weight
 from mmpeft.sites import Site, structure
 from tests.support.small import batch_of, small
 

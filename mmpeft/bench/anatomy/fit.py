@@ -11,8 +11,8 @@ from mmpeft.bench.anatomy.overview import TENSORS, common, pattern, towers_of_te
 from mmpeft.errors import MMPEFTError
 from mmpeft.functional.rows import count_rows
 from mmpeft.methods import Method
-from mmpeft.methods.base import own_weight
 from mmpeft.methods.former import place
+from mmpeft.methods.recipe import own_weight
 from mmpeft.parts.base import Placement
 from mmpeft.sites import Site
 from mmpeft.surgery.attaching import base_tensors

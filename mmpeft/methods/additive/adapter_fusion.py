@@ -13,9 +13,10 @@ from mmpeft.controllers.objective import NearIdentity
 from mmpeft.controllers.scores import Loss, default_loss
 from mmpeft.errors import ConfigError, Refused
 from mmpeft.hosting.modules import module_at
-from mmpeft.methods.base import Method, first_tensor, positive, register
+from mmpeft.methods.base import Method, register
 from mmpeft.methods.former import place
 from mmpeft.methods.placed import Placed, Traits
+from mmpeft.methods.recipe import first_tensor, positive
 from mmpeft.methods.saved import read_adapter
 from mmpeft.parts import Branch
 from mmpeft.parts.fusion import FusedAdapters

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from mmpeft.methods.base import rate, register
+from mmpeft.methods.base import register
+from mmpeft.methods.recipe import rate
 from mmpeft.methods.shared.bottleneck import Bottleneck
 from mmpeft.parts.branch import Init, Scale
 from mmpeft.sites import Selector

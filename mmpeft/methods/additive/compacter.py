@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from mmpeft.errors import ConfigError, Refused
-from mmpeft.methods.base import any_tensor, positive, register
+from mmpeft.methods.base import register
 from mmpeft.methods.placed import Placed
+from mmpeft.methods.recipe import any_tensor, positive
 from mmpeft.methods.shared.bottleneck import Bottleneck
 from mmpeft.parts.factors import PHMBank, PHMLinear
 from mmpeft.parts.shared import Shared

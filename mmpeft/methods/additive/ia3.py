@@ -7,7 +7,8 @@ from typing import ClassVar, Literal
 
 from torch import nn
 
-from mmpeft.methods.base import PRODUCTS, SiteMethod, fan, own_weight, register
+from mmpeft.methods.base import PRODUCTS, SiteMethod, register
+from mmpeft.methods.recipe import fan, own_weight
 from mmpeft.methods.shared.rescaling import place_rescale
 from mmpeft.parts.base import Placement
 from mmpeft.sites import Kind, Selector, Site

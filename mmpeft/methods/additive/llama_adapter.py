@@ -12,8 +12,9 @@ from mmpeft.functional.rows import take_rows
 from mmpeft.hosting.host import base_value
 from mmpeft.hosting.modules import module_at
 from mmpeft.methods.additive.prefix_tuning import entry
-from mmpeft.methods.base import Sited, any_tensor, fan, positive, register
+from mmpeft.methods.base import Sited, register
 from mmpeft.methods.placed import Placed
+from mmpeft.methods.recipe import any_tensor, fan, positive
 from mmpeft.parts import GatedPrefix
 from mmpeft.parts.attention import connection
 from mmpeft.parts.base import Placement, cast

@@ -8,8 +8,9 @@ from functools import partial
 
 from torch import nn
 
-from mmpeft.methods.base import Method, Sited, any_tensor, positive, register
+from mmpeft.methods.base import Method, Sited, register
 from mmpeft.methods.placed import Placed, Tensors
+from mmpeft.methods.recipe import any_tensor, positive
 from mmpeft.parts.attention import connection
 from mmpeft.parts.base import Hook, Placement
 from mmpeft.parts.prefix import Prefix, PrefixMLP

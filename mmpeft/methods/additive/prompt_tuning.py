@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 from mmpeft.errors import ConfigError
 from mmpeft.hosting.modules import module_at
-from mmpeft.methods.base import Method, Sited, any_tensor, own_weight, positive, register
+from mmpeft.methods.base import Method, Sited, register
 from mmpeft.methods.needs import Need, Refusal
 from mmpeft.methods.placed import Placed, Tensors
+from mmpeft.methods.recipe import any_tensor, own_weight, positive
 from mmpeft.parts.attention import connection
 from mmpeft.parts.base import Hook, Placement, trainable_dtype
 from mmpeft.parts.prompt import Prompt, PromptBeside, PromptLayer, PromptLSTM, PromptMLP

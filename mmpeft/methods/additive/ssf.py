@@ -7,7 +7,8 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
-from mmpeft.methods.base import SiteMethod, any_tensor, fan, own_weight, positive, register
+from mmpeft.methods.base import SiteMethod, register
+from mmpeft.methods.recipe import any_tensor, fan, own_weight, positive
 from mmpeft.methods.shared.rescaling import place_rescale
 from mmpeft.parts import Rescale
 from mmpeft.parts.base import Placement

@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mmpeft.methods.base import any_tensor, register
+from mmpeft.methods.base import register
+from mmpeft.methods.recipe import any_tensor
 from mmpeft.methods.shared.bottleneck import Bottleneck, Linears
 from mmpeft.parts.base import Placement, cast
 from mmpeft.parts.branch import Branch

@@ -9,9 +9,10 @@ from typing import ClassVar
 
 from torch import nn
 
-from mmpeft.methods.base import Sited, any_tensor, own_weight, positive, rate, register
+from mmpeft.methods.base import Sited, register
 from mmpeft.methods.needs import Refusal
 from mmpeft.methods.placed import Placed
+from mmpeft.methods.recipe import any_tensor, own_weight, positive, rate
 from mmpeft.parts import Context
 from mmpeft.parts.base import Hook, Placement
 from mmpeft.sites import Selector, Site

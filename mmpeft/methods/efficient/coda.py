@@ -8,9 +8,10 @@ from typing import ClassVar
 from torch import nn
 
 from mmpeft.errors import ConfigError
-from mmpeft.methods.base import Sited, any_tensor, positive, register
+from mmpeft.methods.base import Sited, register
 from mmpeft.methods.needs import Refusal, at_site
 from mmpeft.methods.placed import Placed, Traits
+from mmpeft.methods.recipe import any_tensor, positive
 from mmpeft.parts import Branch
 from mmpeft.parts.base import Hook, Placement
 from mmpeft.parts.conditional import Conditional

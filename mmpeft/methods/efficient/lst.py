@@ -9,9 +9,10 @@ from typing import ClassVar, Literal
 from torch import nn
 
 from mmpeft.errors import Refused
-from mmpeft.methods.base import Sited, any_tensor, positive, register
+from mmpeft.methods.base import Sited, register
 from mmpeft.methods.needs import Refusal, at_site
 from mmpeft.methods.placed import Placed, Traits
+from mmpeft.methods.recipe import any_tensor, positive
 from mmpeft.parts.base import Hook, Placement
 from mmpeft.parts.side import Ladder, SideBlock, SideLayer
 from mmpeft.sites import Selector, Site

@@ -9,7 +9,8 @@ from torch import Tensor
 from mmpeft.controllers import Controller
 from mmpeft.controllers.rank import RankAllocation
 from mmpeft.errors import ConfigError
-from mmpeft.methods.base import positive, rate, register
+from mmpeft.methods.base import register
+from mmpeft.methods.recipe import positive, rate
 from mmpeft.methods.shared.low_rank import PrunedLoRA
 from mmpeft.parts import DiagonalLowRank, Factor
 

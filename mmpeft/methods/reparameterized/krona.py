@@ -8,7 +8,8 @@ from typing import ClassVar, Literal
 from torch import nn
 
 from mmpeft.errors import Refused
-from mmpeft.methods.base import any_tensor, home_of, own_weight, positive, rate, register
+from mmpeft.methods.base import register
+from mmpeft.methods.recipe import any_tensor, home_of, own_weight, positive, rate
 from mmpeft.methods.shared.bottleneck import parallel_hooks
 from mmpeft.methods.shared.kronecker import Kronecker, place_kron
 from mmpeft.parts import Kron

@@ -8,7 +8,8 @@ from typing import ClassVar
 from torch import nn
 
 from mmpeft.functional.kron import balanced_factor
-from mmpeft.methods.base import own_weight, positive, rate, register
+from mmpeft.methods.base import register
+from mmpeft.methods.recipe import own_weight, positive, rate
 from mmpeft.methods.shared.kronecker import Kronecker, place_kron
 from mmpeft.parts import Factor, Kron, LowRankKron
 from mmpeft.parts.base import Placement

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from mmpeft.errors import ConfigError
 from mmpeft.hosting.modules import module_at
-from mmpeft.methods.base import PRODUCTS, Sited, fan, own_weight, positive, rate, register
+from mmpeft.methods.base import PRODUCTS, Sited, register
 from mmpeft.methods.placed import Placed, Traits
+from mmpeft.methods.recipe import fan, own_weight, positive, rate
 from mmpeft.parts import Delta, ExpertsDelta, Factor, LowRank
 from mmpeft.parts.base import Hook, Placement
 from mmpeft.parts.delta import hook_kind

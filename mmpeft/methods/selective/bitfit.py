@@ -9,8 +9,9 @@ from typing import ClassVar
 from torch import nn
 
 from mmpeft.hosting.modules import module_at
-from mmpeft.methods.base import identity, register, tensor_of
+from mmpeft.methods.base import register
 from mmpeft.methods.placed import Placed
+from mmpeft.methods.recipe import identity, tensor_of
 from mmpeft.methods.shared.tensors import TensorMethod, check_bits, elements, group_tied, train_tensors
 from mmpeft.parts import Mask
 from mmpeft.parts.base import Hook, Placement

@@ -12,8 +12,9 @@ from mmpeft.controllers.diff import DiffSelection
 from mmpeft.errors import ConfigError
 from mmpeft.functional.rows import put_rows
 from mmpeft.hosting.host import original_class
-from mmpeft.methods.base import Method, positive, rate, register
+from mmpeft.methods.base import Method, register
 from mmpeft.methods.placed import Placed, Tensors
+from mmpeft.methods.recipe import positive, rate
 from mmpeft.methods.selective.plan import Plan
 from mmpeft.methods.shared.plan_file import plan_content
 from mmpeft.methods.shared.tensors import TensorMethod, train_tensors

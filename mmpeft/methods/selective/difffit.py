@@ -7,8 +7,9 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from mmpeft.methods.base import fan, own_weight, register
+from mmpeft.methods.base import register
 from mmpeft.methods.placed import Placed
+from mmpeft.methods.recipe import fan, own_weight
 from mmpeft.methods.selective.bitfit import BitFit
 from mmpeft.methods.selective.norm_tuning import NormTuning
 from mmpeft.methods.shared.rescaling import place_rescale

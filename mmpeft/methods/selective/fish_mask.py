@@ -10,7 +10,8 @@ from typing import ClassVar
 from torch import nn
 
 from mmpeft.controllers.scores import Loss, Score, Tensors, samples, score
-from mmpeft.methods.base import positive, register
+from mmpeft.methods.base import register
+from mmpeft.methods.recipe import positive
 from mmpeft.methods.shared.selection import EntryMask
 from mmpeft.types import Batch
 

@@ -9,8 +9,9 @@ from typing import ClassVar
 from torch import nn
 
 from mmpeft.errors import ConfigError
-from mmpeft.methods.base import positive, register
+from mmpeft.methods.base import register
 from mmpeft.methods.needs import Need
+from mmpeft.methods.recipe import positive
 from mmpeft.methods.shared.statistics import WholeModules
 from mmpeft.sites import Site
 from mmpeft.sites.selector import select

@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 from mmpeft.errors import AdapterFileError, ConfigError
 from mmpeft.files import write_atomic
-from mmpeft.methods.base import Method, Sited, register, tensor_of
+from mmpeft.methods.base import Method, Sited, register
 from mmpeft.methods.former import place
 from mmpeft.methods.placed import Placed, Traits
+from mmpeft.methods.recipe import tensor_of
 from mmpeft.methods.shared.plan_file import read_plan, unpack
 from mmpeft.methods.shared.plan_picture import draw_plan
 from mmpeft.methods.shared.tensors import elements, group_tied, place_entries, train_tensors

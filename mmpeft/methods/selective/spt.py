@@ -14,8 +14,9 @@ from mmpeft.errors import ConfigError, DataError, nearest
 from mmpeft.functional.rows import Rows, put_rows, take_rows
 from mmpeft.functional.top_k import BITS
 from mmpeft.hosting.host import original_class
-from mmpeft.methods.base import Method, Sited, identity, positive, register, tensor_of
+from mmpeft.methods.base import Method, Sited, register
 from mmpeft.methods.placed import Placed, Traits
+from mmpeft.methods.recipe import identity, positive, tensor_of
 from mmpeft.methods.reparameterized.lora import LoRA
 from mmpeft.methods.selective.plan import Plan
 from mmpeft.methods.shared.plan_file import plan_content

@@ -9,8 +9,9 @@ from typing import ClassVar
 from torch import nn
 
 from mmpeft.errors import ConfigError
-from mmpeft.methods.base import identity, positive, register, tensor_of
+from mmpeft.methods.base import register
 from mmpeft.methods.needs import Need
+from mmpeft.methods.recipe import identity, positive, tensor_of
 from mmpeft.methods.shared.tensors import TensorMethod
 from mmpeft.sites import Site
 

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from mmpeft.errors import ConfigError, Refused, nearest
 from mmpeft.functional.pointwise import ACTIVATIONS
-from mmpeft.methods.base import SiteMethod, any_tensor, home_of, positive, rate
+from mmpeft.methods.base import SiteMethod
+from mmpeft.methods.recipe import any_tensor, home_of, positive, rate
 from mmpeft.parts import Branch
 from mmpeft.parts.base import Hook, Placement
 from mmpeft.parts.branch import Init, Scale, Source

@@ -8,9 +8,10 @@ from typing import ClassVar
 
 from torch import nn
 
-from mmpeft.methods.base import Sited, any_tensor, positive
+from mmpeft.methods.base import Sited
 from mmpeft.methods.needs import Need, Refusal
 from mmpeft.methods.placed import Placed
+from mmpeft.methods.recipe import any_tensor, positive
 from mmpeft.parts.base import Hook, Placement
 from mmpeft.parts.in_place import InPlace
 from mmpeft.sites import Selector, Site

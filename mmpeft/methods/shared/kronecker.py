@@ -11,7 +11,8 @@ from torch import nn
 from mmpeft.errors import ConfigError, Refused
 from mmpeft.functional.kron import balanced_factor
 from mmpeft.hosting.modules import module_at
-from mmpeft.methods.base import PRODUCTS, Method, SiteMethod, fan, own_weight
+from mmpeft.methods.base import PRODUCTS, Method, SiteMethod
+from mmpeft.methods.recipe import fan, own_weight
 from mmpeft.parts import Delta, Factor
 from mmpeft.parts.base import Hook, Placement
 from mmpeft.parts.delta import hook_kind

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from mmpeft.controllers import Controller
 from mmpeft.errors import ConfigError
-from mmpeft.methods.base import Method, fan
+from mmpeft.methods.base import Method
 from mmpeft.methods.placed import Placed, Tensors
+from mmpeft.methods.recipe import fan
 from mmpeft.methods.reparameterized.lora import LoRA
 from mmpeft.parts import Delta, DiagonalLowRank
 from mmpeft.parts.base import Placement

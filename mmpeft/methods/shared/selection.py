@@ -14,8 +14,8 @@ from mmpeft.errors import ConfigError, DataError
 from mmpeft.functional.rows import put_rows, take_rows
 from mmpeft.functional.top_k import top_k_masks
 from mmpeft.hosting.host import original_class
-from mmpeft.methods.base import tensor_of
 from mmpeft.methods.placed import Placed, Traits
+from mmpeft.methods.recipe import tensor_of
 from mmpeft.methods.selective.plan import Plan
 from mmpeft.methods.shared.plan_file import plan_content
 from mmpeft.methods.shared.plan_picture import label_of

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from mmpeft.errors import ConfigError, Refused, SiteError
 from mmpeft.functional.rows import Rows, take_rows
 from mmpeft.hosting.few_bits import FewBits
-from mmpeft.methods.base import Method, identity, tensor_of
+from mmpeft.methods.base import Method
 from mmpeft.methods.needs import lacking
 from mmpeft.methods.placed import Placed
+from mmpeft.methods.recipe import identity, tensor_of
 from mmpeft.parts import Mask, Sparse
 from mmpeft.parts.base import Hook, Part, Placement
 from mmpeft.sites import Selector, Site
