@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from torch import nn
 
@@ -10,9 +10,18 @@ from mmpeft.sites import Site
 from mmpeft.types import StateDict
 
 
-def frozen_towers(model: nn.Module, blocks: Sequence[Site]) -> list[nn.Module]:
-    """The modules that hold towers of which nothing trains, each with all that belongs to that tower alone."""
-    if not any(p.requires_grad for p in model.parameters()):
+def frozen_towers(model: nn.Module, blocks: Sequence[Site], homes: Collection[str]) -> list[nn.Module]:
+    """The modules that hold towers of which nothing trains, each with all that belongs to that tower alone.
+
+    A tower that has parts is not one of them: statistics (`BatchStatistics`) move without a gradient. `homes` are the
+    modules that parts stand in.
+    """
+
+    def is_frozen(path: str) -> bool:
+        inside = any(not path or home == path or home.startswith(f"{path}.") for home in homes)
+        return not inside and not any(p.requires_grad for p in model.get_submodule(path).parameters())
+
+    if is_frozen(""):
         return [model]
     found = []
     for tower in {block.tower: None for block in blocks}:
@@ -23,9 +32,8 @@ def frozen_towers(model: nn.Module, blocks: Sequence[Site]) -> list[nn.Module]:
             if others and (not above or any(other.startswith(f"{above}.") for other in others)):
                 break
             path = above
-        module = model.get_submodule(path)
-        if not any(p.requires_grad for p in module.parameters()):
-            found.append(module)
+        if is_frozen(path):
+            found.append(model.get_submodule(path))
     return found
 
 

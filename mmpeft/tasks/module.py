@@ -149,7 +149,7 @@ class TuningModule(lightning.LightningModule):
                     model.get_submodule(block.path).compile()
             self.model, self.tuning = model, tuning
             self.start()
-            self._frozen_towers = frozen_towers(model, blocks)
+            self._frozen_towers = frozen_towers(model, blocks, {placed.home for placed in tuning.placements})
             self.train(self.training)
             if self._waiting is not None:
                 waiting, self._waiting = self._waiting, None
