@@ -30,6 +30,7 @@ from mmpeft.formats.merged import merged_copy
 from mmpeft.methods import Full
 from mmpeft.methods.base import Method
 from mmpeft.tasks.pretraining import WritesWeights
+from mmpeft.tasks.publish import run_folder
 from mmpeft.types import Json
 
 STYLES = ("noto", "twemoji")
@@ -154,7 +155,7 @@ class PipelinePretraining(WritesWeights):
         if self.trainer.sanity_checking or getattr(self.trainer, "fast_dev_run", False):
             return
         grid = self.sample(PROMPTS, 4)
-        folder = Path(self.trainer.log_dir or self.trainer.default_root_dir)
+        folder = run_folder(self.trainer)
         picture = io.BytesIO()
         tf.to_pil_image(grid).resize((grid.shape[2] * 3, grid.shape[1] * 3), 0).save(picture, "PNG")
         write_atomic(folder / "samples" / f"{self.global_step:06d}.png", picture.getvalue())

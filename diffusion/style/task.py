@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Literal, TypedDict, Unpack
+from typing import Literal, Unpack
 
 import torch
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from rich.progress import track
 from torch import Generator, Tensor, nn
 
@@ -24,22 +23,13 @@ from mmpeft.diffusion.style.cache import Cache
 from mmpeft.diffusion.style.evaluation import StyleScores, StyleTest
 from mmpeft.diffusion.style.grid import Show, StrengthGrid
 from mmpeft.errors import ConfigError
-from mmpeft.hosting.recompute import Recompute
 from mmpeft.methods.base import Method
 from mmpeft.surgery.choice import use
 from mmpeft.tasks.module import TuningModule
+from mmpeft.tasks.options import SteppingOptions
 from mmpeft.tasks.publish import folder_of
 from mmpeft.tuning import Tuning, attach
 from mmpeft.types import Fields, Json
-
-
-class StyleOptions(TypedDict, total=False):
-    """Options of `TuningModule`, which explains them, but for `warmup`."""
-
-    optimizer: OptimizerCallable
-    lr_scheduler: LRSchedulerCallable | None
-    recompute: Recompute
-    compile: bool
 
 
 class StyleTuner(TuningModule):
@@ -67,7 +57,7 @@ class StyleTuner(TuningModule):
         cache_dir: str | None = None,
         show: Show | None = None,
         seed: int = 0,
-        **options: Unpack[StyleOptions],
+        **options: Unpack[SteppingOptions],
     ) -> None:
         """
         Args:

@@ -97,18 +97,18 @@ def compare(
         for setting in every
         for seed in seeds
     ]
-    for name, *_, run in runs:  # every configuration error comes out before the first training step
-        Experiment.read(run, f"the configuration of {name}")
+    # every configuration error comes out before the first training step
+    experiments = [Experiment.read(run, f"the configuration of {name}") for name, *_, run in runs]
     log = out / "results.jsonl"
     known = {r.key: r for r in _past(log)}
     results = []
     with quiet_progress(Console(), "compare", len(runs)) as (console, move):
-        for name, seed, setting, run in runs:
+        for (name, seed, setting, run), experiment in zip(runs, experiments):
             label = ", ".join([name, *(f"{axis} {value}" for axis, value in setting.items()), f"seed {seed}"])
             key = key_of(run)
             move(description=label)
             if key not in known:
-                known[key] = one(run, name, seed, key, str(config["metric"]), setting)
+                known[key] = one(experiment, name, seed, key, str(config["metric"]), setting)
                 lines = "".join(json.dumps(r.__dict__) + "\n" for r in known.values())
                 write_atomic(log, lines.encode())
                 console.print(f"{label}: {known[key].score:.3f} in {known[key].seconds:.0f} s")
@@ -149,9 +149,11 @@ def merged(config: Facts, entry: Facts, seed: int, setting: Mapping[str, object]
     return run | {"seed": seed}
 
 
-def one(run: Facts, name: str, seed: int, key: str, metric: str, setting: Mapping[str, object] = {}) -> Result:
+def one(
+    experiment: Experiment, name: str, seed: int, key: str, metric: str, setting: Mapping[str, object] = {}
+) -> Result:
     """Train and test one method with one seed."""
-    task, data, trainer = Experiment.read(run).build()
+    task, data, trainer = experiment.build()
     meter = MemoryMeter()
     trainer.callbacks.append(meter)  # type: ignore[attr-defined]  # Lightning's Trainer has it, undeclared
     start = time.monotonic()

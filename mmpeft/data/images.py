@@ -16,7 +16,7 @@ from mmpeft.data.transforms import AUGMENTS, OfImage, evaluation, training
 from mmpeft.errors import ConfigError, DataError, nearest
 from mmpeft.types import Argument, Leaf
 
-FALLBACK_SIZE, FALLBACK_MEAN, FALLBACK_STD = 224, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
+FALLBACK = Preprocessing((224, 224))
 
 
 class AugmentedImages(Preprocessed, DataModule):
@@ -82,8 +82,8 @@ class AugmentedImages(Preprocessed, DataModule):
         self._set_transforms()
 
     def _set_transforms(self) -> None:
-        size = self.image_size or FALLBACK_SIZE
-        mean, std = self.mean or FALLBACK_MEAN, self.std or FALLBACK_STD
+        size = self.image_size or FALLBACK.size[0]
+        mean, std = self.mean or FALLBACK.mean, self.std or FALLBACK.std
         self.train_transform = OfImage(training(self.augment, size, mean, std, self.paper))
         self.eval_transform = OfImage(evaluation(size, mean, std))
 

@@ -11,13 +11,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from importlib import import_module
-from importlib.metadata import entry_points
 from typing import Any, NamedTuple
 
+from mmpeft._domains import domain_entries
 from mmpeft.errors import ConfigError
 from mmpeft.types import Facts
-
-DOMAINS = "mmpeft.domains"
 
 
 class Command(NamedTuple):
@@ -34,7 +32,7 @@ def table(name: str) -> dict[str, tuple[str, Any]]:
         ConfigError: two domains have an entry of one name.
     """
     found: dict[str, tuple[str, Any]] = {}
-    for entry in entry_points(group=DOMAINS):
+    for entry in domain_entries():
         own: Facts = getattr(entry.load(), name, {})
         for key, value in own.items():
             if key in found and found[key][1] != value:

@@ -78,10 +78,10 @@ class Experiment:
         Raises:
             ConfigError: a class or an argument is unknown or of the wrong type; `where` says which configuration.
         """
-        run = spelled_out({key: copy.deepcopy(facts.get(key) or {}) for key in ("model", "data", "trainer")})
-        if facts.get("method"):
-            named = spelled_out({"method": facts["method"]})["method"]
-            run["model"].setdefault("init_args", {})["method"] = named
+        run = spelled_out({key: facts.get(key) or {} for key in ("model", "data", "trainer", "method")})
+        method = run.pop("method")
+        if method:
+            run["model"].setdefault("init_args", {})["method"] = method
         parser = ArgumentParser(exit_on_error=False)
         parser.add_subclass_arguments(TuningModule, "model")
         parser.add_subclass_arguments(lightning.LightningDataModule, "data")

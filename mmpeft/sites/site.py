@@ -6,15 +6,13 @@ place of that, registered for model classes by qualified name.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from functools import cache
-from importlib.metadata import EntryPoint, entry_points
 from typing import Literal
 
 from torch import nn
 
+from mmpeft._domains import domain_entries
 from mmpeft.functional.rows import Rows
 from mmpeft.hosting.modules import own_parameters
 from mmpeft.types import AnyFunc
@@ -158,19 +156,13 @@ def anatomy(*class_names: str) -> Callable[[Anatomy], Anatomy]:
     return register
 
 
-@cache
-def _domains(search: tuple[str, ...]) -> tuple[EntryPoint, ...]:
-    """Entry points of domains, looked for once for each search path: a look reads what is said of every package."""
-    return tuple(entry_points(group="mmpeft.domains"))
-
-
 def load_domains() -> list[str]:
     """Register every installed domain (entry-point group `mmpeft.domains`); return their names.
 
     A domain registers when it is imported, or in a function `register` of its own, where importing it is to load
     nothing. A domain whose own library is not installed is skipped: its backbones cannot exist in this process.
     """
-    for entry in _domains(tuple(sys.path)):
+    for entry in domain_entries():
         if entry.name not in _LOADED_DOMAINS:
             try:
                 getattr(entry.load(), "register", _nothing)()

@@ -31,12 +31,12 @@ class DenseDecoder(nn.Module):
         check_heads(width, heads)
         self.wanted, self.width, self.heads = layers, width, heads
 
-    def start(self, taps: Taps, out: int, image: Sequence[int], patches: int) -> None:
-        """Build what trains, for a tower that sees n patches of an image (height, width), with `out` values a pixel."""
+    def start(self, taps: Taps, out: int, image: tuple[int, int]) -> None:
+        """Build what trains for a tower that sees images of a size (height, width), with `out` values a pixel."""
         self.depths = taps.layers(self.wanted)[::-1]
         self.reduce = nn.ModuleList(nn.Linear(taps.width, self.width) for _ in self.depths)
         self.blocks = token_blocks(self.width, self.heads, len(self.depths))
-        self.up = upsampler(self.width, out, image[0] // grid_of(patches, image)[0])
+        self.up = upsampler(self.width, out, image[0] // taps.grid(image)[0])
 
     def forward(self, taps: Taps, images: Tensor) -> Tensor:
         """Maps [B, out, H, W] of images [B, 3, H, W]."""

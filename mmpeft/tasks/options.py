@@ -9,11 +9,16 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from mmpeft.hosting.recompute import Recompute
 
 
-class TrainingOptions(TypedDict, total=False):
-    """Options of `TuningModule`, which explains them."""
+class SteppingOptions(TypedDict, total=False):
+    """Options of `TuningModule`, which explains them, but for `warmup`."""
 
     optimizer: OptimizerCallable
-    warmup: float
     lr_scheduler: LRSchedulerCallable | None
     recompute: Recompute
     compile: bool
+
+
+class TrainingOptions(SteppingOptions, total=False):
+    """Options of `TuningModule`."""
+
+    warmup: float

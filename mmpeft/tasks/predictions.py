@@ -18,15 +18,11 @@ from rich.console import Console
 
 from mmpeft.errors import ConfigError, MMPEFTError
 from mmpeft.files import write_atomic
+from mmpeft.tasks.publish import run_folder
 from mmpeft.types import Batch, Facts, Json, Output
 
 SUFFIXES = (".csv", ".jsonl")
 Line = Facts
-
-
-def run_folder(trainer: Trainer) -> Path:
-    """Where a run writes. All processes must ask: `log_dir` is broadcast."""
-    return Path(trainer.log_dir or trainer.default_root_dir)
 
 
 class PredictionFile(Callback):
@@ -153,6 +149,11 @@ class PredictionFolder(Callback):
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.is_global_zero:
             Console().print(f"{self.name}: {self._folder} {self.note()}".rstrip(), soft_wrap=True)
+
+
+def class_file(path: str, classes: Callable[[], Sequence[str]]) -> PredictionFile:
+    """The file of a task whose `predict_step` gives class probabilities; its classes are asked for as it is written."""
+    return PredictionFile(path, lambda outputs, suffix: class_lines(outputs, classes(), suffix))
 
 
 def class_lines(outputs: Facts, classes: Sequence[str], suffix: str, top: int = 5) -> Iterable[Line]:

@@ -11,6 +11,7 @@ from typing import ClassVar
 from torch import nn
 
 from mmpeft.tasks.module import TuningModule
+from mmpeft.tasks.publish import run_folder
 from mmpeft.types import Json
 
 
@@ -28,7 +29,7 @@ class WritesWeights(TuningModule):
         """The folder to write into. All processes must ask: the run's folder is broadcast."""
         if self.folder is not None:
             return Path(self.folder)
-        return Path(self.trainer.log_dir or self.trainer.default_root_dir) / "weights"
+        return run_folder(self.trainer) / "weights"
 
     def card(self) -> Json:
         """What is known of the weights: name, data, how long they were trained, and the last metrics."""

@@ -14,12 +14,17 @@ from mmpeft.files import write_atomic
 from mmpeft.types import Untyped
 
 
+def run_folder(trainer: Trainer) -> Path:
+    """Where a run writes. All processes must ask: `log_dir` is broadcast."""
+    return Path(trainer.log_dir or trainer.default_root_dir)
+
+
 def folder_of(trainer: Trainer) -> Path | None:
     """The run's folder, or None where nothing is to be written: on other processes, in a dry run, without a folder.
 
     All processes must call it: `log_dir` is broadcast.
     """
-    folder = Path(trainer.log_dir or trainer.default_root_dir)
+    folder = run_folder(trainer)
     nowhere = not trainer.loggers and folder.resolve() == Path.cwd()  # Lightning's stand-in for no folder at all
     dry = getattr(trainer, "fast_dev_run", False)
     return folder if trainer.is_global_zero and not (dry or nowhere) else None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 
+import torch
 from torch import Tensor, nn
 
 from mmpeft.errors import ConfigError, Refused
@@ -77,6 +78,12 @@ class Taps:
             for handle in handles:
                 handle.remove()
         return kept, whole
+
+    @torch.no_grad()
+    def grid(self, size: tuple[int, int]) -> tuple[int, int]:
+        """Rows and columns of the patches that the tower makes of images of a size."""
+        last = len(self.paths) - 1
+        return grid_of(self.patches(self(torch.zeros(1, 3, *size), [last])[last]).shape[1], size)
 
     def patches(self, features: Tensor) -> Tensor:
         """Features without the tokens before the patches, [B, n, d]."""

@@ -17,7 +17,7 @@ def of(class_path: str, **arguments: Any) -> dict[str, Any]:
 
 
 def _run(task: str, data: dict[str, Any], method: str, **options: Any) -> dict[str, Any]:
-    return {"model": of(task, optimizer=SGD, **options), "data": data, "method": method, "seed": 3}
+    return {"model": of(task, **{"optimizer": SGD, **options}), "data": data, "method": method, "seed": 3}
 
 
 SCENES: dict[str, Any] = {"scenes": 4, "eval_scenes": 2, "image_size": 64, "batch_size": 2, "eval_batch_size": 2}

@@ -23,7 +23,7 @@ from mmpeft.methods.base import Method
 from mmpeft.tasks.labels import check_labels
 from mmpeft.tasks.metrics import Metrics
 from mmpeft.tasks.options import TrainingOptions
-from mmpeft.tasks.predictions import Line, PredictionFile, class_lines
+from mmpeft.tasks.predictions import class_file
 from mmpeft.tasks.publish import folder_of
 from mmpeft.tasks.task import Task
 from mmpeft.types import Facts, Fields, Kwargs
@@ -105,7 +105,7 @@ class ImageClassifier(Task):
         )
 
     def configure_callbacks(self) -> list[Callback]:
-        return [*super().configure_callbacks(), PredictionFile(self.predictions, self.lines)]
+        return [*super().configure_callbacks(), class_file(self.predictions, lambda: self.classes)]
 
     def forward(self, images: Tensor) -> Tensor:
         """Class scores, [B, classes]."""
@@ -157,10 +157,6 @@ class ImageClassifier(Task):
         """Identifiers and class probabilities of one batch; `PredictionFile` puts them into a file."""
         images, identifiers = batch
         return {"id": list(identifiers), "probabilities": self(images).float().softmax(-1).cpu()}
-
-    def lines(self, outputs: Facts, suffix: str) -> Sequence[Line]:
-        """Lines of the predictions' file."""
-        return list(class_lines(outputs, self.classes, suffix))
 
     def meaning(self) -> Facts:
         return {"classes": self.classes}

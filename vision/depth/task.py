@@ -72,10 +72,7 @@ class DepthEstimator(Task):
     def start(self) -> None:
         assert self.model is not None
         self.taps = Taps(self.model)
-        size, last = self.preprocessing.size, len(self.taps.paths) - 1
-        with torch.no_grad():
-            probe = self.taps(torch.zeros(1, 3, *size), [last])[last]
-        self.decoder.start(self.taps, 1, size, self.taps.patches(probe).shape[1])
+        self.decoder.start(self.taps, 1, self.preprocessing.size)
         names = [f"{stage}_{name}" for stage in ("val", "test") for name in ("rel", "square", "delta1")]
         self.metrics: Metrics[MeanMetric] = Metrics({name: MeanMetric() for name in names})
 

@@ -18,7 +18,7 @@ from mmpeft.parts.in_place import InPlace
 from mmpeft.surgery.choice import use
 from mmpeft.tasks.labels import check_labels
 from mmpeft.tasks.metrics import Metrics
-from mmpeft.tasks.predictions import Line, PredictionFile, class_lines
+from mmpeft.tasks.predictions import class_file
 from mmpeft.types import AnyModule, Facts, Fields
 from mmpeft.vla.fewshot.consistency import Consistency
 from mmpeft.vla.fewshot.features import CachedViews, tuned_towers
@@ -167,7 +167,7 @@ class FewShot(PairTask):
 
     def configure_callbacks(self) -> list[Callback]:
         own = self.consistency.callbacks() if self.consistency else ()
-        return [*super().configure_callbacks(), PredictionFile(self.predictions, self.lines), *own]
+        return [*super().configure_callbacks(), class_file(self.predictions, lambda: self.classes), *own]
 
     def check(self, batch: tuple[Tensor, Tensor]) -> None:
         check_labels(batch[1], len(self.classes))
@@ -224,10 +224,6 @@ class FewShot(PairTask):
         """Identifiers and class probabilities of one batch; `PredictionFile` puts them into a file."""
         images, identifiers = batch
         return {"id": list(identifiers), "probabilities": self(images).softmax(-1).cpu()}
-
-    def lines(self, outputs: Facts, suffix: str) -> Sequence[Line]:
-        """Lines of the predictions' file."""
-        return list(class_lines(outputs, self.classes, suffix))
 
     def meaning(self) -> Facts:
         return {"classes": self.classes}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 from lightning import LightningModule, Trainer
@@ -17,6 +16,7 @@ from rich.progress import track
 from mmpeft.combine.interpolate import interpolate
 from mmpeft.errors import ConfigError, Refused
 from mmpeft.files import png_of, write_atomic
+from mmpeft.tasks.publish import run_folder
 from mmpeft.types import AnyModule
 from mmpeft.vla.fewshot.heads import Head
 from mmpeft.vla.fewshot.task import FewShot
@@ -56,7 +56,7 @@ class WiseCurve(Callback):
                 rows.append({"alpha": share, **{k: v for s in STAGES for k, v in self._scores(task, s).items()}})
         if not trainer.is_global_zero:
             return
-        folder = Path(trainer.log_dir or trainer.default_root_dir)
+        folder = run_folder(trainer)
         text = io.StringIO()
         table = csv.DictWriter(text, list(rows[0]))
         table.writeheader()

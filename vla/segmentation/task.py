@@ -16,7 +16,6 @@ from mmpeft.errors import ConfigError
 from mmpeft.methods.base import Method
 from mmpeft.tasks.metrics import Metrics
 from mmpeft.tasks.predictions import PredictionFolder
-from mmpeft.tasks.taps import grid_of
 from mmpeft.types import AnyModule, Facts, Fields
 from mmpeft.vla.fewshot.texts import ClassTexts
 from mmpeft.vla.pair import PairOptions, PairTask
@@ -82,11 +81,8 @@ class Segmenter(PairTask):
         pair: AnyModule = self.model
         self.taps = image_taps(pair)
         size = self.preprocessing.size
-        with torch.no_grad():
-            probe = self.taps(torch.zeros(1, 3, *size), [len(self.taps.paths) - 1])
-        patches = next(iter(probe.values())).shape[1] - self.taps.prefix
         text = self.encode(self.classes or ["thing"])
-        self.decoder.start(self.taps, text.shape[1], size[0] // grid_of(patches, size)[0])
+        self.decoder.start(self.taps, text.shape[1], size[0] // self.taps.grid(size)[0])
         visual = {id(p) for p in pair.visual.parameters()}
         self.live = any(p.requires_grad and id(p) not in visual for p in pair.parameters())
         if not self.live:  # the text tower says the same in every step

@@ -10,7 +10,7 @@ from timm.layers import build_sincos2d_pos_embed
 from torch import Tensor, nn
 
 from mmpeft.errors import ConfigError
-from mmpeft.tasks.taps import Taps, grid_of
+from mmpeft.tasks.taps import Taps
 from mmpeft.types import Kwargs
 
 
@@ -150,11 +150,3 @@ class Fusion(nn.Module):
         questions = joint.questions.float()
         s = torch.einsum("qne,qe->qn", joint.patches.float()[owner], questions + self.turn(questions))
         return F.layer_norm(s, s.shape[1:], eps=1e-8)
-
-
-def patch_grid(taps: Taps, size: tuple[int, int]) -> tuple[int, int]:
-    """Rows and columns of patches an image tower makes of images of a size."""
-    last = len(taps.paths) - 1
-    with torch.no_grad():
-        found = taps(torch.zeros(1, 3, *size), [last])[last]
-    return grid_of(found.shape[1] - taps.prefix, size)

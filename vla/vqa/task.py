@@ -24,7 +24,7 @@ from mmpeft.vla.pair import PairTask
 from mmpeft.vla.taps import image_taps, projection, text_taps
 from mmpeft.vla.vqa.data import Asked, HasAnswers
 from mmpeft.vla.vqa.draw import answered
-from mmpeft.vla.vqa.model import Fusion, SharedSpace, patch_grid
+from mmpeft.vla.vqa.model import Fusion, SharedSpace
 
 SHOWN = 8
 TOP = 3
@@ -81,7 +81,7 @@ class VisualQuestions(PairTask):
             raise Refused(f"{self.method} puts learned tokens in the place of the question's words; take others")
         pair: AnyModule = self.model
         self.image, self.text = image_taps(pair), text_taps(pair)
-        grid, joint = patch_grid(self.image, self.preprocessing.size), None
+        grid, joint = self.image.grid(self.preprocessing.size), None
         with suppress(Refused):  # of a tower that pools by attention, single patches are not in the joint space
             joint = projection(pair)(torch.zeros(1, 1, self.image.width)).shape[-1]
         self.joint = joint is not None

@@ -12,7 +12,7 @@ from mmpeft.data.contract import HasClasses
 from mmpeft.methods.base import Method
 from mmpeft.tasks.labels import check_labels
 from mmpeft.tasks.options import TrainingOptions
-from mmpeft.tasks.predictions import Line, PredictionFile, class_lines
+from mmpeft.tasks.predictions import class_file
 from mmpeft.tasks.task import Task
 from tones.network import ToneNet
 
@@ -64,8 +64,5 @@ class ToneClassifier(Task):
     def predict_step(self, batch: tuple[Tensor, Sequence[str]], index: int) -> dict[str, Any]:
         return {"id": list(batch[1]), "probabilities": self(batch[0]).softmax(1)}
 
-    def lines(self, outputs: Mapping[str, Any], suffix: str) -> Sequence[Line]:
-        return list(class_lines(outputs, self.classes, suffix))
-
     def configure_callbacks(self) -> list[Callback]:
-        return [*super().configure_callbacks(), PredictionFile("tones.csv", self.lines)]
+        return [*super().configure_callbacks(), class_file("tones.csv", lambda: self.classes)]
