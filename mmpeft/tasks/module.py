@@ -148,9 +148,9 @@ class TuningModule(lightning.LightningModule):
                 for block in blocks:
                     model.get_submodule(block.path).compile()
             self.model, self.tuning = model, tuning
-            self.start()
             self._frozen_towers = frozen_towers(model, blocks, {placed.home for placed in tuning.placements})
-            self.train(self.training)
+            self.train(self.training)  # before start, which may keep features of a frozen tower
+            self.start()
             if self._waiting is not None:
                 waiting, self._waiting = self._waiting, None
                 self.load_state_dict(waiting)

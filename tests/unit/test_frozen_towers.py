@@ -9,7 +9,8 @@ from torch import nn
 import mmpeft
 from mmpeft.sites import Site
 from mmpeft.tasks.frozen import frozen_towers
-from tests.tasks.tiny import TinyData, classifier, trainer
+from mmpeft.vision.classification.task import ImageClassifier
+from tests.tasks.tiny import BACKBONE, SMALL, TinyData, classifier, trainer
 
 
 class Pair(nn.Module):
@@ -40,6 +41,23 @@ def test_what_stays_in_evaluation_mode(trained: list[str], homes: list[str], exp
         pair.get_parameter(name).requires_grad_(True)
     found = frozen_towers(pair, BLOCKS, homes)
     assert found == [pair.get_submodule(path) for path in expected]
+
+
+class Recording(ImageClassifier):
+    """A task that asks in `start` in which mode the backbone is."""
+
+    def start(self) -> None:
+        assert self.model is not None
+        self.mode_at_start = self.model.training
+        super().start()
+
+
+@pytest.mark.parametrize(("method", "moves"), [(mmpeft.LoRA(rank=2), True), (mmpeft.methods.Frozen(), False)])
+def test_what_start_keeps_of_a_frozen_tower_is_without_dropout(method: mmpeft.methods.Method, moves: bool) -> None:
+    small = {"pretrained": False, "model_args": SMALL, "num_classes": 4}
+    task = Recording(BACKBONE, method, train_head=False, **small)
+    task.prepare()
+    assert task.mode_at_start is moves
 
 
 @pytest.mark.parametrize(("method", "moves"), [(mmpeft.LoRA(rank=2), True), (mmpeft.methods.Frozen(), False)])
