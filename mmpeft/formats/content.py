@@ -15,10 +15,13 @@ from safetensors.torch import save
 from torch import Tensor
 
 from mmpeft.errors import AdapterFileError
+from mmpeft.files import check_file, read_file
 from mmpeft.formats.peft_experts import StackTensors
 from mmpeft.hosting.values import finite, unfit
 from mmpeft.types import Facts, Json
 
+MOST_JSON, MOST_TENSORS = 2**26, 2**46
+"""Bytes of a manifest or config, and of a file of tensors, whose content is mapped and not read at once."""
 PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 
 
@@ -150,8 +153,7 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         )
     if path.suffix != ".safetensors":
         raise AdapterFileError(f"expected a .safetensors file, got {path}")
-    if not path.is_file():
-        raise AdapterFileError(f"{path} does not exist")
+    check_file(path, MOST_TENSORS, AdapterFileError)
     try:
         with safe_open(path, "pt") as file:
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
@@ -196,7 +198,9 @@ def read_json(path: Path) -> Json:
         AdapterFileError: not JSON, or no object.
     """
     try:
-        return parse_object(path.read_text("utf-8"))
+        return parse_object(read_file(path, MOST_JSON, AdapterFileError).decode("utf-8"))
+    except AdapterFileError:
+        raise
     except (ValueError, OSError, RecursionError) as error:
         raise AdapterFileError(f"{path} is no JSON object, or only a part of one: {error}") from error
 

@@ -131,8 +131,7 @@ def refusal(content: Content) -> str:
 
 def _inspect_native(folder: Path) -> FileInfo:
     manifest = native.read_manifest(folder)
-    file = folder / str(manifest["tensors"]["file"])
-    tensors, _ = read_tensors(file)
+    tensors, _ = read_tensors(native.tensors_path(folder, manifest["tensors"], native.MANIFEST))
     return FileInfo(
         folder,
         "mmpeft",

@@ -13,7 +13,6 @@ Yeh et al. 2023, https://arxiv.org/abs/2309.14859; conventions of github.com/Koh
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -24,6 +23,7 @@ from torch import Tensor, nn
 
 from mmpeft.errors import AdapterFileError
 from mmpeft.formats.content import Content, Layer, read_json, read_tensors
+from mmpeft.formats.patterns import first_for
 from mmpeft.formats.peft import CONFIG, PREFIX, WEIGHTS
 from mmpeft.functional.hadamard import khatri_rao
 from mmpeft.hosting.host import base_value
@@ -216,8 +216,7 @@ def _configured(path: str, own: Mapping[str, Tensor], config: Facts, where: Path
         if not isinstance(config.get(name), int | float):
             raise AdapterFileError(f"{where / CONFIG}: no {name}, so the scale is not known")
         patterns = config.get({"r": "rank_pattern"}.get(name, "alpha_pattern")) or {}
-        matching = (value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", path))
-        numbers.append(next(matching, config[name]))
+        numbers.append(patterns.get(first_for(patterns, path), config[name]))
     rank, alpha = numbers
     halves = {len(own[name]) for name in ("hada_w1_b", "hada_w2_b", "lokr_w1_b", "lokr_w2_b") if name in own}
     if halves - {rank}:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -20,15 +20,16 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as dump_tensors
 from torch import Tensor, nn
 
-from mmpeft.errors import AdapterFileError, ConfigError
-from mmpeft.files import write_atomic
-from mmpeft.formats.content import parse_object
+from mmpeft.errors import AdapterFileError, ConfigError, StateError
+from mmpeft.files import only_writer, read_file, read_steadily, write_atomic
+from mmpeft.formats.bounded import bounded, most_bytes
+from mmpeft.formats.content import MOST_JSON, parse_object
 from mmpeft.formats.fingerprint import Fingerprint
 from mmpeft.hosting.host import original_class
 from mmpeft.methods.base import Method
 from mmpeft.methods.saved import READERS, Adapter
 from mmpeft.methods.spec import from_spec, to_spec
-from mmpeft.sites import Site, remember, watched_sites
+from mmpeft.sites import Site, remembered, watched_sites
 from mmpeft.sites.stored import from_json, to_json
 from mmpeft.surgery.attached import Attached
 from mmpeft.surgery.attaching import attach
@@ -48,14 +49,15 @@ def save(tuning: Attached, folder: str | Path, *, bake: bool = False) -> Path:
     With `bake` only what the forward pass needs is written: of AdaLoRA the components that are left.
 
     Raises:
-        ConfigError: the tuning is merged, so the base is not itself.
-        MMPEFTError: the disk is full; a former adapter in the folder stays whole.
+        ConfigError: the tuning is merged, so the base is not itself; or it holds NaN or infinity.
+        FileError: the disk is full, or the folder not writable; a former adapter in it stays whole.
     """
     folder = Path(folder)
     if tuning._state.merged:
         raise ConfigError(f"unmerge() {list(tuning._state.merged)} before saving: the base holds merged weights")
     method, found, placements = tuning.compact() if bake else (tuning.method, tuning.state_dict(), tuning.placements)
     tensors = {name: tensor.cpu().contiguous() for name, tensor in found.items()}
+    check_saved(tensors, folder)
     data = dump_tensors(tensors, metadata={"format": "pt"})
     digest = hashlib.sha256(data).hexdigest()
     file = folder / f"adapter-{digest[:12]}.safetensors"
@@ -68,11 +70,13 @@ def save(tuning: Attached, folder: str | Path, *, bake: bool = False) -> Path:
         "sites": [{"path": p.home, "part": p.key, "role": p.role} for p in placements],
         "libraries": library_versions(),
     }
-    write_atomic(file, data)
-    write_atomic(folder / MANIFEST, _text(manifest, watched_sites(tuning.model)).encode())
-    for stale in folder.glob("adapter-*.safetensors"):
-        if stale != file:
-            stale.unlink(missing_ok=True)
+    text = _text(manifest, watched_sites(tuning.model)).encode()
+    with only_writer(folder):
+        write_atomic(file, data)
+        write_atomic(folder / MANIFEST, text)
+        for stale in folder.glob("adapter-*.safetensors"):
+            if stale != file:
+                stale.unlink(missing_ok=True)
     return folder
 
 
@@ -89,8 +93,8 @@ def load(
 ) -> Attached:
     """Attach what an adapter folder holds; `mmpeft.load` says more, and gives the whole handle."""
     folder = Path(folder)
-    manifest = read_manifest(folder)
-    tensors = read_tensors(folder, manifest["tensors"], MANIFEST)
+    limit = most_bytes(model)
+    manifest, tensors = read_steadily(lambda: _read(folder, limit), folder / MANIFEST)
     try:
         method = from_spec(manifest["method"])
         expected = Fingerprint.read(manifest["base"])
@@ -98,9 +102,9 @@ def load(
     except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError) as error:
         made = manifest["libraries"].get("mmpeft", "?")
         raise AdapterFileError(f"{folder / MANIFEST} (written by mmpeft {made}): {error}") from error
-    remember(model, anatomy)
-    with unchanged_on_error(model):
-        tuning = _attach(model, method, name, f"the adapter in {folder}", manifest["base"]["class"], run)
+    with remembered(model, anatomy), unchanged_on_error(model):
+        with bounded(model, tensors, f"the adapter in {folder}"):
+            tuning = _attach(model, method, name, f"the adapter in {folder}", manifest["base"]["class"], run)
         own = Fingerprint.of(model, tuning.placements) if check_base else None
         if own and not own.fits(expected):
             raise AdapterFileError(
@@ -110,6 +114,11 @@ def load(
             )
         tuning.load_state_dict(tensors)
     return tuning
+
+
+def _read(folder: Path, limit: int) -> tuple[Json, dict[str, Tensor]]:
+    manifest = read_manifest(folder)
+    return manifest, read_tensors(folder, manifest["tensors"], MANIFEST, limit)
 
 
 def borrow(model: nn.Module, source: str | Path | Attached) -> Adapter:
@@ -167,7 +176,7 @@ def read_manifest(folder: Path) -> Json:
                 what += "; pickled files are never read, because unpickling runs code"
         raise AdapterFileError(f"no {MANIFEST} in {folder}: {what}")
     try:
-        manifest = parse_object(path.read_text("utf-8"))
+        manifest = parse_object(read_file(path, MOST_JSON, AdapterFileError).decode("utf-8"))
         if manifest["format"] != FORMAT:
             raise AdapterFileError(f"{path}: expected format {FORMAT!r}, got {manifest['format']!r}")
         if manifest["version"] > VERSION:
@@ -185,11 +194,11 @@ def read_manifest(folder: Path) -> Json:
     return manifest
 
 
-def read_tensors(folder: Path, entry: Facts, manifest: str) -> dict[str, Tensor]:
-    """The tensors of the `file` that a manifest's entry names, checked against its `sha256`.
+def tensors_path(folder: Path, entry: Facts, manifest: str) -> Path:
+    """The file that a manifest's entry names, which lies beside the manifest and nowhere else.
 
     Raises:
-        AdapterFileError: missing, partial, changed after saving, or no safetensors.
+        AdapterFileError: another place, another kind of file, or it is missing.
     """
     path = folder / str(entry["file"])
     if path.parent != folder or path.suffix != ".safetensors":
@@ -198,7 +207,17 @@ def read_tensors(folder: Path, entry: Facts, manifest: str) -> dict[str, Tensor]
         )
     if not path.exists():
         raise AdapterFileError(f"{path} is missing; the folder was copied in part")
-    data = path.read_bytes()
+    return path
+
+
+def read_tensors(folder: Path, entry: Facts, manifest: str, limit: int) -> dict[str, Tensor]:
+    """The tensors of the `file` that a manifest's entry names, of at most `limit` bytes, checked against its `sha256`.
+
+    Raises:
+        AdapterFileError: missing, partial, changed after saving, too large for its model, or no safetensors.
+    """
+    path = tensors_path(folder, entry, manifest)
+    data = read_file(path, limit, AdapterFileError)
     digest = hashlib.sha256(data).hexdigest()
     if digest != entry["sha256"]:
         raise AdapterFileError(
@@ -209,6 +228,16 @@ def read_tensors(folder: Path, entry: Facts, manifest: str) -> dict[str, Tensor]
         return load_tensors(data)
     except (SafetensorError, ValueError, KeyError, TypeError) as error:
         raise AdapterFileError(f"{path} is no safetensors file: {error}") from error
+
+
+def check_saved(tensors: Mapping[str, Tensor], folder: Path) -> None:
+    """Raise StateError for values that nothing could load again: the file that is there is better than they are."""
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor.float()).all():
+            raise StateError(
+                f"{name} holds NaN or infinity: training has diverged, and such an adapter cannot be loaded. Nothing "
+                f"is written; what is in {folder} stays. Go on from an earlier state, with a smaller learning rate"
+            )
 
 
 def base_class(model: nn.Module) -> str:

@@ -19,6 +19,7 @@ from torch import Tensor
 from mmpeft.errors import AdapterFileError, Refused, nearest
 from mmpeft.formats import peft_experts, peft_prompts
 from mmpeft.formats.content import PICKLED, Content, Layer, Scaling, assemble, dump_tensors, read_json, read_tensors
+from mmpeft.formats.patterns import first_for, matches
 from mmpeft.types import Facts, Json, Kwargs
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -176,7 +177,7 @@ def scaled(layer: Layer, config: Facts, where: Path) -> Layer:
 
 def _pattern_key(patterns: Facts, path: str) -> str:
     """PEFT's own rule: the first pattern that matches the path or a suffix of it after a dot."""
-    return next((key for key in patterns if re.match(rf"(.*\.)?({key})$", path)), path)
+    return first_for(patterns, path) or path
 
 
 def _check_options(config: Facts, where: Path) -> None:
@@ -220,7 +221,7 @@ def _whole(rest: Mapping[str, Tensor], modules: Collection[str], where: Path) ->
 def targeted(targets: str | Collection[str], path: str) -> bool:
     """PEFT's own rule: a pattern for the whole path, or names that the path is or ends with."""
     if isinstance(targets, str):
-        return re.fullmatch(targets, path) is not None
+        return matches(targets, path)
     return any(path == name or path.endswith(f".{name}") for name in targets)
 
 

@@ -6,7 +6,6 @@ such parameters is wrapped once for each: the first of them lies deepest, under 
 
 from __future__ import annotations
 
-import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -127,7 +126,7 @@ def _layer(module: nn.Module, path: str, name: str, a: Tensor, b: Tensor, config
 
 
 def _pattern(patterns: Facts, name: str, default: Leaf) -> Leaf:
-    key = next((key for key in patterns if re.match(rf"(.*\.)?({key})$", name)), None)
+    key = first_for(patterns, name)
     return default if key is None else patterns[key]
 
 

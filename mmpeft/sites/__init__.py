@@ -1,6 +1,6 @@
 """Where a backbone can be tuned: found by watching the model run."""
 
-from mmpeft.sites.known import remember, sites, structure, watched_sites
+from mmpeft.sites.known import remember, remembered, sites, structure, watched_sites
 from mmpeft.sites.notes import example_inputs, inputs_of, note, prepares, while_watching
 from mmpeft.sites.site import (
     ROLES,
@@ -37,6 +37,7 @@ __all__ = [
     "prepares",
     "qualified_name",
     "remember",
+    "remembered",
     "sites",
     "structure",
     "watched_sites",

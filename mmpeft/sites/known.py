@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from threading import Lock
 from types import FunctionType, MethodType
 from typing import Any
@@ -69,13 +70,33 @@ def watched_sites(model: nn.Module) -> list[Site]:
     return list(last[1]) if last is not None else list(_FOUND.get(signature(model), ()))
 
 
-def remember(model: nn.Module, found: Iterable[Site]) -> None:
-    """Take sites that were found before, in another process, for those of a model that nobody has watched here."""
+def remember(model: nn.Module, found: Iterable[Site]) -> bool:
+    """Take sites that were found before, in another process, for those of a model that nobody has watched here.
+
+    False where there is nothing to take them for: they are known, or not of this model.
+    """
     found = list(found)
     key = signature(model)
     paths = {path for path, _ in own_modules(model)}
-    if found and find_anatomy(model) is None and key not in _FOUND and all(site.path in paths for site in found):
-        _keep(model, key, signature(model, numbers=False), noted(model, found))
+    if not found or find_anatomy(model) or key in _FOUND or any(site.path not in paths for site in found):
+        return False
+    _keep(model, key, signature(model, numbers=False), noted(model, found))
+    return True
+
+
+@contextmanager
+def remembered(model: nn.Module, found: Iterable[Site]) -> Iterator[None]:
+    """`remember`, unless something fails inside: what comes from a damaged file is forgotten then."""
+    key = signature(model)
+    new = remember(model, found)
+    try:
+        yield
+    except BaseException:
+        if new:
+            with _LOCK:
+                _LAST.pop(model, None)
+                _FOUND.pop(key, None)
+        raise
 
 
 def _keep(model: nn.Module, key: int, form: int, found: list[Site]) -> None:

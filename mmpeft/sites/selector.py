@@ -11,8 +11,11 @@ from mmpeft.errors import ConfigError, SiteError, nearest
 from mmpeft.sites.site import Predicate, Selector, Site
 
 _OPERATORS = {">=": ge, "<=": le, "==": eq, "!=": ne, ">": gt, "<": lt, "=": eq}
+_BRACES = re.compile(r"\{([^{}]*)\}")
 _CONDITION = re.compile(r"^(\w+)\s*(>=|<=|==|!=|=|>|<)\s*(.+)$")
 _FIELDS = ("depth", "tower", "path", "kind", "role")
+_MOST, _DEEPEST = 10_000, 20
+"""Alternatives of a selector, and braces inside braces: they multiply, and a selector may come from a file."""
 
 
 def _split(text: str, separators: str) -> list[str]:
@@ -20,6 +23,8 @@ def _split(text: str, separators: str) -> list[str]:
     parts, level, start = [], 0, 0
     for i, char in enumerate(text):
         level += (char == "{") - (char == "}")
+        if level > _DEEPEST:
+            raise ConfigError(f"selector {text!r} has braces {level} deep; expected at most {_DEEPEST}")
         if char in separators and level == 0:
             parts.append(text[start:i])
             start = i + 1
@@ -28,13 +33,20 @@ def _split(text: str, separators: str) -> list[str]:
     return [part.strip() for part in (*parts, text[start:])]
 
 
-def _expand(pattern: str) -> list[str]:
-    """Expand braces: `attn.{q,v}` gives `attn.q` and `attn.v`."""
-    match = re.search(r"\{([^{}]*)\}", pattern)
-    if not match:
-        return [pattern]
-    head, tail = pattern[: match.start()], pattern[match.end() :]
-    return [full for option in match[1].split(",") for full in _expand(head + option.strip() + tail)]
+def _expand(pattern: str, selector: str) -> list[str]:
+    """Expand braces, one inside another too: `attn.{q,v}` gives `attn.q` and `attn.v`."""
+    waiting, whole = [pattern], list[str]()
+    while waiting:
+        one = waiting.pop()
+        match = _BRACES.search(one)
+        if match is None:
+            whole.append(one)
+        else:
+            head, tail = one[: match.start()], one[match.end() :]
+            waiting += [head + option.strip() + tail for option in reversed(match[1].split(","))]
+        if len(waiting) + len(whole) > _MOST:
+            raise ConfigError(f"selector {selector!r} has more than {_MOST:,} alternatives; name roles or a pattern")
+    return whole
 
 
 def _condition(text: str, selector: str, depths: int) -> Predicate:
@@ -57,10 +69,13 @@ def _condition(text: str, selector: str, depths: int) -> Predicate:
     return lambda site: fnmatchcase(getattr(site, field), value) == (operator != "!=")
 
 
-def _alternatives(selector: str, depths: int) -> list[tuple[str, Predicate]]:
+def _alternatives(selector: str, depths: int, most: int) -> list[tuple[str, Predicate]]:
     """Parse a selector into `(text, predicate)` pairs, one for each alternative after brace expansion."""
     alternatives: list[tuple[str, Predicate]] = []
-    for alternative in _split(selector, "|,"):
+    written = dict.fromkeys(_split(selector, "|,"))
+    if len(written) > most:
+        raise ConfigError(f"selector {selector!r} has {len(written):,} alternatives; expected at most {most:,}")
+    for alternative in written:
         terms = [term for term in _split(alternative, "&") if term]
         if not terms:
             raise ConfigError(f"selector {selector!r} has an empty alternative")
@@ -70,7 +85,7 @@ def _alternatives(selector: str, depths: int) -> list[tuple[str, Predicate]]:
             raise ConfigError(
                 f"selector {selector!r}: {roles[0]!r} & {roles[1]!r} never both hold; unite roles with '|'"
             )
-        for role in _expand(roles[0]) if roles else ["*"]:
+        for role in _expand(roles[0], selector) if roles else ["*"]:
             tower, _, pattern = role.rpartition(":")
             text = " & ".join([role, *[t for t in terms if t not in roles]])
 
@@ -109,7 +124,7 @@ def select(available: list[Site], at: Selector, *, every: bool = True) -> list[S
             raise SiteError(f"the predicate {at!r} selects no site; roles here: {roles_of(available)}")
         return chosen
     depths = 1 + max((site.depth for site in available), default=-1)
-    alternatives = _alternatives(at, depths)
+    alternatives = _alternatives(at, depths, max(_MOST, 2 * len(available)))
     hits = [[site for site in available if predicate(site)] for _, predicate in alternatives]
     for (text, _), matched in zip(alternatives, hits):
         if not matched and (every or not any(hits)):
