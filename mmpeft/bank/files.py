@@ -18,10 +18,11 @@ from torch import Tensor, nn
 from mmpeft.bank.entry import Entry
 from mmpeft.bank.heads import head_from
 from mmpeft.errors import AdapterFileError, MMPEFTError, StateError
-from mmpeft.files import write_atomic
-from mmpeft.formats.content import parse_object
+from mmpeft.files import only_writer, read_file, read_steadily, write_atomic
+from mmpeft.formats.bounded import bounded, most_bytes
+from mmpeft.formats.content import MOST_JSON, parse_object
 from mmpeft.formats.fingerprint import Fingerprint
-from mmpeft.formats.native import base_class, library_versions, read_tensors
+from mmpeft.formats.native import base_class, check_saved, library_versions, read_tensors
 from mmpeft.hosting.values import unfit
 from mmpeft.methods.spec import from_spec, to_spec
 from mmpeft.surgery.state import state_of
@@ -33,33 +34,66 @@ if TYPE_CHECKING:
 
 FORMAT, VERSION = "mmpeft-bank", 1
 MANIFEST = "bank.json"
+PREFIX = "entry-"
+"""Of files of entries: what else lies in the folder is never removed."""
+UNREADABLE = (KeyError, TypeError, ValueError, AttributeError, ArithmeticError, IndexError, RecursionError)
+"""What fields of other types lead to."""
 
 
 def save(bank: Bank, folder: Path) -> Path:
-    """Write every entry; files whose content is unchanged are left as they are."""
+    """Write every entry; files whose content is unchanged are left as they are.
+
+    Raises:
+        StateError: a tuning is merged, or an entry holds NaN or infinity. FileError: the folder is not writable.
+    """
     state = state_of(bank.model)
     if state is not None and state.merged:
         raise StateError(f"unmerge() {list(state.merged)} before saving: the base holds merged weights")
-    entries, files = [], []
     for name in bank.ids:
-        data = dump_tensors(_tensors(bank, name), metadata={"format": "pt"})
-        digest = hashlib.sha256(data).hexdigest()
-        file = folder / f"{name}-{digest[:12]}.safetensors"
-        if not file.exists() or hashlib.sha256(file.read_bytes()).hexdigest() != digest:
-            write_atomic(file, data)
-        files.append(file)
-        entries.append(_facts(bank, name) | {"file": file.name, "sha256": digest})
-    manifest = {
-        "format": FORMAT,
-        "version": VERSION,
-        "base": {"class": base_class(bank.model)},
-        "entries": entries,
-        "libraries": library_versions(),
-    }
-    write_atomic(folder / MANIFEST, (json.dumps(manifest, indent=1, ensure_ascii=False) + "\n").encode())
-    for stale in set(folder.glob("*.safetensors")) - set(files):
-        stale.unlink(missing_ok=True)
+        found = _tensors(bank, name)
+        check_saved({key: tensor for key, tensor in found.items() if not key.startswith("state.")}, folder)
+    with only_writer(folder):
+        stale = _named_before(folder)
+        entries = [_saved(bank, name, folder) for name in bank.ids]
+        manifest = {
+            "format": FORMAT,
+            "version": VERSION,
+            "base": {"class": base_class(bank.model)},
+            "entries": entries,
+            "libraries": library_versions(),
+        }
+        write_atomic(folder / MANIFEST, (json.dumps(manifest, indent=1, ensure_ascii=False) + "\n").encode())
+        stale |= {path.name for path in folder.glob(f"{PREFIX}*.safetensors")}
+        for file in stale - {entry["file"] for entry in entries}:
+            (folder / file).unlink(missing_ok=True)
     return folder
+
+
+def _saved(bank: Bank, name: str, folder: Path) -> Json:
+    """Write an entry's tensors; what the manifest says of it."""
+    tensors = {key: tensor.cpu().clone().contiguous() for key, tensor in _tensors(bank, name).items()}
+    data = dump_tensors(tensors, metadata={"format": "pt"})
+    digest = hashlib.sha256(data).hexdigest()
+    file = f"{PREFIX}{name[:60]}-{digest[:12]}.safetensors"  # the digest tells them apart, so a long name may be cut
+    if not _holds(folder / file, data):
+        write_atomic(folder / file, data)
+    return _facts(bank, name) | {"file": file, "sha256": digest}
+
+
+def _named_before(folder: Path) -> set[str]:
+    """The files of the bank that is there; others in the folder are somebody else's."""
+    try:
+        entries = _manifest(folder)["entries"]
+        return {entry["file"] for entry in entries if Path(entry["file"]).parent == Path() and entry["file"]}
+    except (AdapterFileError, KeyError, TypeError):
+        return set()
+
+
+def _holds(file: Path, data: bytes) -> bool:
+    try:
+        return file.stat().st_size == len(data) and file.read_bytes() == data
+    except OSError:
+        return False
 
 
 def _tensors(bank: Bank, name: str) -> dict[str, Tensor]:
@@ -68,7 +102,7 @@ def _tensors(bank: Bank, name: str) -> dict[str, Tensor]:
     found |= {f"state.{key}": tensor for key, tensor in entry.state.items()}
     if entry.method is not None:
         found |= {f"tuning.{key}": tensor for key, tensor in bank.tuning(name).state_dict().items()}
-    return {key: tensor.detach().cpu().clone().contiguous() for key, tensor in found.items()}
+    return {key: tensor.detach() for key, tensor in found.items()}
 
 
 def _facts(bank: Bank, name: str) -> Json:
@@ -87,25 +121,37 @@ def _facts(bank: Bank, name: str) -> Json:
 
 def load(bank: Bank, folder: Path) -> Bank:
     """Fill an empty bank; the model is left as it was if anything is wrong."""
-    manifest = _manifest(folder)
+    limit = most_bytes(bank.model)
+    manifest, tensors = read_steadily(lambda: _read(folder, limit), folder / MANIFEST)
     with unchanged_on_error(bank):
         try:
-            for facts in manifest["entries"]:
-                _add(bank, folder, facts, manifest["base"]["class"])
+            for facts, own in zip(manifest["entries"], tensors, strict=True):
+                _add(bank, folder, facts, own, manifest["base"]["class"])
         except MMPEFTError:
             raise
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except UNREADABLE as error:
             raise AdapterFileError(f"{folder / MANIFEST} is only a part of a manifest: {error!r}") from error
     return bank
 
 
-def _add(bank: Bank, folder: Path, facts: Json, made_for: str) -> None:
+def _read(folder: Path, limit: int) -> tuple[Json, list[dict[str, Tensor]]]:
+    """Manifest and tensors of every entry: all is read before anything is built."""
+    manifest = _manifest(folder)
+    try:
+        return manifest, [read_tensors(folder, facts, MANIFEST, limit) for facts in manifest["entries"]]
+    except MMPEFTError:
+        raise
+    except UNREADABLE as error:
+        raise AdapterFileError(f"{folder / MANIFEST} is only a part of a manifest: {error!r}") from error
+
+
+def _add(bank: Bank, folder: Path, facts: Json, tensors: dict[str, Tensor], made_for: str) -> None:
     name = facts["id"]
-    tensors = read_tensors(folder, facts, MANIFEST)
-    head = None if facts["head"] is None else head_from(facts["head"], _below(tensors, "entry.head."))
     try:
         method = None if facts["method"] is None else from_spec(facts["method"])
-        entry = bank.add_task(name, method, head)
+        with bounded(bank.model, tensors.values(), f"entry {name!r} in {folder}"):
+            head = None if facts["head"] is None else head_from(facts["head"], _below(tensors, "entry.head."))
+            entry = bank.add_task(name, method, head)
     except AdapterFileError:
         raise
     except MMPEFTError as error:
@@ -144,10 +190,10 @@ def _below(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 def _manifest(folder: Path) -> Json:
     path = folder / MANIFEST
-    if not path.is_file():
+    if not path.exists():
         raise AdapterFileError(f"no {MANIFEST} in {folder}: not the folder of a bank")
     try:
-        manifest = parse_object(path.read_text("utf-8"))
+        manifest = parse_object(read_file(path, MOST_JSON, AdapterFileError).decode("utf-8"))
         if manifest["format"] != FORMAT:
             raise AdapterFileError(f"{path}: expected format {FORMAT!r}, got {manifest['format']!r}")
         if manifest["version"] > VERSION:

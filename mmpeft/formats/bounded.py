@@ -49,11 +49,11 @@ class Bounded(TorchDispatchMode):
 
 
 @contextmanager
-def bounded(model: nn.Module, tensors: Mapping[str, Tensor], where: object) -> Iterator[None]:
+def bounded(model: nn.Module, tensors: Iterable[Tensor], where: object) -> Iterator[None]:
     """`Bounded`, once the sites of the model are known: watching it would be counted too."""
     with suppress(SiteError):
         sites(model)
-    with Bounded(model, tensors.values(), where):
+    with Bounded(model, tensors, where):
         yield
 
 

@@ -103,7 +103,7 @@ def load(
         made = manifest["libraries"].get("mmpeft", "?")
         raise AdapterFileError(f"{folder / MANIFEST} (written by mmpeft {made}): {error}") from error
     with remembered(model, anatomy), unchanged_on_error(model):
-        with bounded(model, tensors, f"the adapter in {folder}"):
+        with bounded(model, tensors.values(), f"the adapter in {folder}"):
             tuning = _attach(model, method, name, f"the adapter in {folder}", manifest["base"]["class"], run)
         own = Fingerprint.of(model, tuning.placements) if check_base else None
         if own and not own.fits(expected):

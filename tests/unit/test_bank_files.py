@@ -67,7 +67,7 @@ def test_another_base_is_refused_with_both_fingerprints(tmp_path: Path) -> None:
         Bank.load(other, folder)
     assert type(other) is Toy
     assert all(torch.equal(v, state[k]) for k, v in other.state_dict().items())
-    file = next(folder.glob("wide-*.safetensors"))
+    file = next(folder.glob("entry-wide-*.safetensors"))
     file.write_bytes(file.read_bytes()[:-3])
     with pytest.raises(AdapterFileError, match="truncated"):
         Bank.load(Toy(), folder)

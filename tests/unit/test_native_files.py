@@ -14,7 +14,7 @@ from torch import nn
 
 import mmpeft
 from mmpeft import files
-from mmpeft.errors import AdapterFileError, ConfigError, MMPEFTError
+from mmpeft.errors import AdapterFileError, ConfigError, MMPEFTError, StateError
 from mmpeft.methods.spec import from_spec, to_spec
 from tests.unit.toy import Toy
 
@@ -147,13 +147,16 @@ def test_missing_tensors_file_and_missing_folder(tmp_path: Path) -> None:
         mmpeft.load(Toy(), tmp_path / "hf")
 
 
-def test_nan_is_refused(tmp_path: Path) -> None:
+def test_a_diverged_tuning_is_not_saved_over_a_good_one(tmp_path: Path) -> None:
     _, tuning = _saved(tmp_path)
+    good = tuning.state_dict()
     with torch.no_grad():
         next(tuning.parameters())[0, 0] = float("nan")
-    tuning.save(tmp_path)
-    with pytest.raises(AdapterFileError, match="NaN or infinity"):
-        mmpeft.load(Toy(), tmp_path)
+    with pytest.raises(StateError, match=r"A holds NaN or infinity: training has diverged.*stays"):
+        tuning.save(tmp_path)
+    found = mmpeft.load(Toy(), tmp_path).state_dict()
+    assert not any(torch.isnan(tensor).any() for tensor in found.values())
+    assert found.keys() == good.keys()
 
 
 def test_unknown_method_or_field(tmp_path: Path) -> None:
