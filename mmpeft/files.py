@@ -239,6 +239,8 @@ def _explained(path: Path, what: str = "") -> Iterator[None]:
     reason = _reading.get()
     if reason:
         raise FileError(f"{reason} may not write {path}")
+    if "\0" in str(path):
+        raise FileError(f"cannot write {str(path)!r}: no name of a file has a NUL")
     try:
         yield
     except FileError:

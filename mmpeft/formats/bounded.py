@@ -34,15 +34,19 @@ class Bounded(TorchDispatchMode):
         self.left, self.where = TIMES * held + SPARE, where
 
     def __torch_dispatch__(
-        self, func: Untyped, types: object, args: tuple[Argument, ...] = (), kwargs: Mapping[str, Argument] | None = None
+        self,
+        func: Untyped,
+        types: object,
+        args: tuple[Argument, ...] = (),
+        kwargs: Mapping[str, Argument] | None = None,
     ) -> Untyped:
         name = func.name().removeprefix("aten::").partition(".")[0].removeprefix("new_").removesuffix("_strided")
         if name in SIZED:
             wanted = _elements(name, args)
             if wanted > self.left:
                 raise AdapterFileError(
-                    f"{self.where} asks for a tensor of {wanted:,} elements, far more than it and the model hold; it is "
-                    "damaged, or made to exhaust memory"
+                    f"{self.where} asks for a tensor of {wanted:,} elements, far more than it and the model hold; it "
+                    "is damaged, or made to exhaust memory"
                 )
             self.left -= wanted
         return func(*args, **(kwargs or {}))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -96,7 +97,8 @@ class Plan(Method):
             if wanted - known:
                 raise self._foreign(f"{len(wanted - known)} sites, such as {min(wanted - known)}")
             method = from_spec(group["method"])
-            assert isinstance(method, Sited)
+            if not isinstance(method, Sited):
+                raise AdapterFileError(f"the plan puts {method} at sites, which is no method of sites")
             methods.append(replace(method, at=_Among(frozenset(wanted))))
         return methods
 
@@ -115,7 +117,10 @@ class Plan(Method):
             shape = list(tensor_of(model, name).shape)
             if shape != entry["shape"]:
                 raise self._foreign(f"{name} of shape {entry['shape']}, here it is {shape},")
-        return {name: unpack(entry["indices"]) for name, entry in self.content["sparse"].items()}
+        return {
+            name: unpack(entry["indices"], entry["count"], math.prod(entry["shape"]))
+            for name, entry in self.content["sparse"].items()
+        }
 
     def _foreign(self, what: str) -> AdapterFileError:
         return AdapterFileError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import math
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,8 +13,10 @@ import torch
 from torch import Tensor
 
 from mmpeft.errors import AdapterFileError
+from mmpeft.files import read_file
 from mmpeft.types import Argument, Facts, Json, Leaf
 
+MOST_BYTES = 2**31
 FORMAT, VERSION = "mmpeft-plan", 1
 ENCODING = "base64(zlib(little-endian uint32 gaps of ascending flat indices))"
 
@@ -25,10 +28,23 @@ def pack(indices: Tensor) -> str:
     return base64.b64encode(zlib.compress(gaps.to(torch.uint32).numpy().astype("<u4").tobytes(), 9)).decode()
 
 
-def unpack(text: str) -> Tensor:
-    """The ascending flat indices that `pack` wrote, int64."""
-    data = bytearray(zlib.decompress(base64.b64decode(text)))
-    return torch.frombuffer(data, dtype=torch.uint32).long().cumsum(0)
+def unpack(text: str, count: int, elements: int) -> Tensor:
+    """The `count` ascending flat indices below `elements` that `pack` wrote, int64.
+
+    Raises:
+        AdapterFileError: other text, more or fewer indices, or some that are not ascending or too large.
+    """
+    try:
+        packed = zlib.decompressobj()
+        data = bytearray(packed.decompress(base64.b64decode(text, validate=True), 4 * min(count, elements) + 1))
+        if len(data) != 4 * count or packed.unconsumed_tail or not packed.eof:
+            raise ValueError(f"expected {count:,} indices, got others")
+        found = torch.frombuffer(data, dtype=torch.uint32).long().cumsum(0) if data else torch.empty(0).long()
+    except (ValueError, TypeError, zlib.error) as error:
+        raise AdapterFileError(f"the plan's indices are damaged: {error}") from error
+    if (torch.diff(found) <= 0).any() or (len(found) and int(found[-1]) >= elements):
+        raise AdapterFileError(f"the plan's indices are not ascending numbers below {elements:,}")
+    return found
 
 
 def read_plan(source: str | Path | Facts) -> Json:
@@ -41,14 +57,16 @@ def read_plan(source: str | Path | Facts) -> Json:
     content: Leaf = source
     if isinstance(source, str | Path):
         where = str(source)
-        if not Path(source).is_file():
+        if not Path(source).exists():
             raise AdapterFileError(f"no plan at {source}; mmpeft.allocate(...).save({str(source)!r}) writes one")
+        text = read_file(Path(source), MOST_BYTES, AdapterFileError)
         try:
-            content = json.loads(Path(source).read_text("utf-8"))
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            content = json.loads(text.decode("utf-8"))
+        except (ValueError, RecursionError) as error:
             raise AdapterFileError(f"{where} is no JSON file, or only a part of one: {error}") from error
     if not isinstance(content, Mapping) or content.get("format") != FORMAT:
         raise AdapterFileError(f"{where}: expected a plan (format {FORMAT!r}), got {str(content)[:60]!r}")
+    _check_types(content, where)
     if content["version"] > VERSION:
         raise AdapterFileError(
             f"{where} has version {content['version']}, this mmpeft reads up to {VERSION}; update mmpeft"
@@ -57,6 +75,38 @@ def read_plan(source: str | Path | Facts) -> Json:
     if missing:
         raise AdapterFileError(f"{where} lacks {missing}; it was written in part or edited")
     return dict(content)
+
+
+def _check_types(content: Facts, where: str) -> None:
+    """Raise AdapterFileError where a field is of another type than plans have there."""
+    kinds: Mapping[str, type] = {"version": int, "structured": list, "whole": list, "sparse": dict, "units": list}
+    for key, kind in kinds.items():
+        if not isinstance(content.get(key, kind()), kind):
+            raise AdapterFileError(f"{where}: {key} is a {type(content[key]).__name__}, expected a {kind.__name__}")
+    if "version" not in content:
+        raise AdapterFileError(f"{where} lacks ['version']; it was written in part or edited")
+    whole, structured, sparse = (content.get(key, ()) for key in ("whole", "structured", "sparse"))
+    fits = all(isinstance(name, str) for name in whole)
+    fits &= all(
+        isinstance(group, Mapping)
+        and isinstance(group.get("method"), Mapping)
+        and isinstance(group.get("sites"), list)
+        and all(
+            isinstance(s, list | tuple) and len(s) == 2 and all(isinstance(n, str) for n in s) for s in group["sites"]
+        )
+        for group in structured
+    )
+    fits &= all(
+        isinstance(entry, Mapping)
+        and isinstance(entry.get("indices"), str)
+        and type(entry.get("count")) is int
+        and isinstance(entry.get("shape"), list)
+        and all(type(size) is int and size >= 0 for size in entry["shape"])
+        and 0 <= entry["count"] <= math.prod(entry["shape"])
+        for entry in dict(sparse).values()
+    )
+    if not fits:
+        raise AdapterFileError(f"{where}: its modules, tensors or entries are not written as a plan has them")
 
 
 def plan_content(
