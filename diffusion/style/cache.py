@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
-from mmpeft.files import write_atomic
+from mmpeft.files import may_write, write_atomic
 from mmpeft.formats.fingerprint import Fingerprint
 
 Entry = dict[str, Tensor]
@@ -70,5 +70,5 @@ class Cache:
 
     def _write(self, key: str) -> None:
         path = self._path(key)
-        if path is not None:
+        if path is not None and may_write():
             write_atomic(path, save(self.known[key]))

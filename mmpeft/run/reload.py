@@ -5,12 +5,12 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
-import yaml
 from lightning.pytorch.utilities.seed import isolate_rng
 
 from mmpeft.errors import ConfigError
 from mmpeft.run.cli import last_checkpoint
 from mmpeft.run.experiment import Experiment
+from mmpeft.run.stranger import guarded, read_config
 from mmpeft.tasks.checkpoint import AtomicCheckpointIO
 from mmpeft.tasks.module import TuningModule
 from mmpeft.types import Untyped
@@ -23,7 +23,8 @@ def load_run(path: str | Path) -> tuple[TuningModule, Untyped]:
         path: a `.ckpt` file in a run's folder, that folder, or the folder above it (the newest run is taken).
 
     Raises:
-        ConfigError: there is no checkpoint, or no `config.yaml` beside it.
+        ConfigError: there is no checkpoint, or no `config.yaml` beside it, or that names classes that nobody registers:
+            a run may come from somebody else, and is data.
     """
     path = Path(path)
     runs = [path / "checkpoints" / "last.ckpt", last_checkpoint(path)] if path.is_dir() else [path]
@@ -35,10 +36,11 @@ def load_run(path: str | Path) -> tuple[TuningModule, Untyped]:
     config = checkpoint.parent.parent / "config.yaml"
     if not config.is_file():
         raise ConfigError(f"{checkpoint} has no {config}; `mmpeft fit` writes both")
-    facts = yaml.safe_load(config.read_text("utf-8"))
+    facts = read_config(config)
     quiet = {**Experiment.quiet, "accelerator": "cpu"}
-    with isolate_rng():
+    with isolate_rng(), guarded(config) as check:
         experiment = Experiment.read({**facts, "trainer": quiet}, where=str(config))
+        check(experiment.config)
         for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.rank_zero"):
             logging.getLogger(name).setLevel(logging.WARNING)
         task, data, trainer = experiment.build()

@@ -16,7 +16,7 @@ from mmpeft.data.options import UnbatchedImageOptions
 from mmpeft.data.sampling import SizedDataset
 from mmpeft.embedded import spoken
 from mmpeft.errors import ConfigError, DataError
-from mmpeft.files import write_atomic
+from mmpeft.files import may_write, write_atomic
 from mmpeft.types import Json
 
 VAL_SHOTS = 4
@@ -95,7 +95,7 @@ class FewShotData(ImageData):
                 self._chosen = self._read(self.split_file, facts, labels)
             else:
                 self._chosen = self._draw(labels, labels_of(test))
-                if self.split_file is not None:
+                if self.split_file is not None and may_write():
                     text = json.dumps({**facts, "seed": self.seed, **self._chosen}, indent=1)
                     write_atomic(self.split_file, text.encode())
         return self._chosen

@@ -1,0 +1,164 @@
+"""A configuration that somebody else may have written: data, from which registered classes alone are built.
+
+Parsers of configurations import what these name. Here nothing is imported but installed packages, and no class is
+built but tasks, data modules and parts that a domain registers, methods, torch's optimisers and schedulers, and what
+the program has imported itself.
+"""
+
+from __future__ import annotations
+
+import importlib.machinery
+import site
+import sys
+import sysconfig
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from importlib.abc import MetaPathFinder
+from pathlib import Path
+from types import ModuleType
+from typing import Any, NoReturn
+
+import lightning
+import yaml
+from torch import nn
+
+from mmpeft.errors import ConfigError
+from mmpeft.files import read_file, reading_only
+from mmpeft.methods import METHODS
+from mmpeft.methods.base import Method
+from mmpeft.run.domains import classes
+from mmpeft.types import Config, Json
+
+MOST_BYTES, MOST_VALUES = 2**22, 100_000
+"""Of a configuration; aliases make a few lines of YAML a million values."""
+PLAIN = ("torch.optim.", "lightning.pytorch.cli.")
+"""Where optimisers and schedulers come from."""
+CLASS = "class_path"
+KINDS = (nn.Module, lightning.LightningDataModule, Method)
+"""What a program may have imported of its own."""
+REMEDY = "register it in an installed domain (docs/extend.md), or import its module before the run is read"
+
+
+def read_config(path: Path) -> Json:
+    """The configuration of a run, every class in it one that may be built.
+
+    Raises:
+        ConfigError: no YAML, no mapping, more than any run has, or a class that nobody registers.
+    """
+    try:
+        found: object = yaml.safe_load(read_file(path, MOST_BYTES).decode("utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError, ValueError) as error:
+        raise ConfigError(f"{path} is no configuration of a run: {' '.join(str(error).split())}") from error
+    if not isinstance(found, dict):
+        raise ConfigError(f"{path} is no configuration of a run: it holds a {type(found).__name__}")
+    run = {key: found.get(key) for key in ("model", "data", "method", "seed_everything", "seed")}
+    known = {name: target.partition(":")[0].partition(".")[0] for name, (_, target) in classes().items()}
+    for key, value in _values(run, path):
+        if key == CLASS and not _may_be_named(str(value), known):
+            _refuse(path, str(value))
+    return run
+
+
+def _values(content: object, path: Path) -> Iterator[tuple[object, object]]:
+    """Every key and value of a mapping, those inside others too."""
+    waiting, seen = [content], 0
+    while waiting:
+        one = waiting.pop()
+        pairs = one.items() if isinstance(one, dict) else enumerate(one) if isinstance(one, list) else ()
+        for key, value in pairs:
+            yield key, value
+            waiting.append(value)
+            seen += 1
+            if seen > MOST_VALUES:
+                raise ConfigError(f"{path} has more than {MOST_VALUES:,} values; no run has so many")
+
+
+def _may_be_named(name: str, known: dict[str, str]) -> bool:
+    module, _, last = name.rpartition(".")
+    if module in sys.modules or name.startswith(PLAIN):
+        return True
+    if last in METHODS or last in ("Union", "Restricted", "Gated", "Frozen", "BatchStatistics"):
+        return module == "" or module.split(".")[0] == "mmpeft"
+    return last in known and (module == "" or module.split(".")[0] in ("mmpeft", known[last]))
+
+
+def _refuse(where: Path, name: str) -> NoReturn:
+    raise ConfigError(
+        f"{where} names the class {name!r}, which is neither registered nor imported: a run that was found somewhere "
+        f"may run no code of its own. If it is yours, {REMEDY}"
+    )
+
+
+@contextmanager
+def guarded(where: Path) -> Iterator[Callable[[Config], None]]:
+    """Nothing but installed packages is imported inside, and nothing written; gives what checks a parsed run.
+
+    The check raises ConfigError for a class or function in it that may not be built.
+    """
+    before = set(sys.modules)
+    guard = _OnlyInstalled(where)
+    sys.meta_path.insert(0, guard)
+    try:
+        with reading_only(f"what {where} describes"):
+            yield lambda run: _check(run, where, before)
+    finally:
+        sys.meta_path.remove(guard)
+
+
+def _check(run: Config, where: Path, before: set[str]) -> None:
+    registered = {target.replace(":", ".") for _, target in classes().values()}
+    own = {f"{cls.__module__}.{cls.__qualname__}" for cls in METHODS.values()}
+    for key, value in vars_of(run):
+        named = value
+        if key == CLASS:
+            module, _, last = str(value).rpartition(".")
+            named = getattr(sys.modules.get(module), last, None)  # the parser has imported it
+            if named is None:
+                _refuse(where, str(value))
+        if not callable(named):
+            continue
+        name = f"{getattr(named, '__module__', '')}.{getattr(named, '__qualname__', '')}"
+        fits = name in registered | own or name.startswith((*PLAIN, "torch.optim", "mmpeft.methods."))
+        own_kind = isinstance(named, type) and issubclass(named, KINDS) and named.__module__ in before
+        if not fits and not own_kind:
+            _refuse(where, name)
+
+
+def vars_of(run: object) -> Iterator[tuple[str, Any]]:
+    """Every name and value of a parsed configuration, those inside others too."""
+    waiting: list[tuple[str, Any]] = [("", run)]
+    while waiting:
+        key, value = waiting.pop()
+        if isinstance(value, dict):
+            waiting += [(str(name), inner) for name, inner in value.items()]
+        elif isinstance(value, list | tuple):
+            waiting += [(key, inner) for inner in value]
+        elif hasattr(value, "__dict__") and not isinstance(value, type) and type(value).__name__ == "Namespace":
+            waiting += list(vars(value).items())
+        else:
+            yield key, value
+
+
+class _OnlyInstalled(MetaPathFinder):
+    """Refuses modules that lie in no place of installed packages, before they run."""
+
+    def __init__(self, where: Path) -> None:
+        self.where = where
+        places = {sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")}
+        places |= {*site.getsitepackages(), site.getusersitepackages()}
+        self.places = tuple(str(Path(place).resolve()) for place in places if place)
+        self.registered = {target.partition(":")[0].partition(".")[0] for _, target in classes().values()} | {"mmpeft"}
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        if path is not None or fullname in self.registered:  # the package above it was looked at
+            return None
+        spec = importlib.machinery.PathFinder.find_spec(fullname)
+        places = [spec.origin] if spec and spec.origin else list(spec.submodule_search_locations or ()) if spec else []
+        if any(not str(Path(place).resolve()).startswith(self.places) for place in places):
+            raise ConfigError(
+                f"{self.where} would import {fullname} from {places[0]}, which is no installed package: a run that was "
+                f"found somewhere may run no code of its own. If it is yours, {REMEDY}"
+            )
+        return None
