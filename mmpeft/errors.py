@@ -58,6 +58,10 @@ class CheckpointError(AdapterFileError):
     """
 
 
+class DivergedError(MMPEFTError):
+    """A loss, or something that trains, is NaN or infinite."""
+
+
 class MMPEFTWarning(UserWarning):
     """Base of every warning this suite gives on purpose: nothing is wrong yet, and something soon may be."""
 

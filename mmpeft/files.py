@@ -176,6 +176,23 @@ def _kind(mode: int) -> str:
     return next((name for is_one, name in kinds if is_one(mode)), "a device")
 
 
+def make_folder(path: Path) -> bool:
+    """Make a folder that is not there yet; False where it is, or somebody else was first.
+
+    Raises:
+        FileError: the place is not writable.
+    """
+    with _explained(path):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.mkdir()
+        except FileExistsError:
+            if path.is_dir():
+                return False
+            raise
+    return True
+
+
 # -- what dead writers leave --------------------------------------------------------------------------------
 
 

@@ -25,8 +25,8 @@ from rich.console import Console
 
 from mmpeft.bench.memory import MemoryMeter
 from mmpeft.bench.report import Result, plot, table, to_markdown
-from mmpeft.errors import ConfigError, nearest
-from mmpeft.files import write_atomic
+from mmpeft.errors import ConfigError, DivergedError, nearest
+from mmpeft.files import only_writer, write_atomic
 from mmpeft.run.experiment import Experiment
 from mmpeft.run.study import choose_entries, key_of, override, quiet_progress, read_file
 from mmpeft.sites import sites
@@ -101,19 +101,32 @@ def compare(
     experiments = [Experiment.read(run, f"the configuration of {name}") for name, *_, run in runs]
     log = out / "results.jsonl"
     known = {r.key: r for r in _past(log)}
-    results = []
+    results: list[Result] = []
+    diverged: dict[str, str] = {}
     with quiet_progress(Console(), "compare", len(runs)) as (console, move):
         for (name, seed, setting, run), experiment in zip(runs, experiments):
             label = ", ".join([name, *(f"{axis} {value}" for axis, value in setting.items()), f"seed {seed}"])
             key = key_of(run)
             move(description=label)
             if key not in known:
-                known[key] = one(experiment, name, seed, key, str(config["metric"]), setting)
-                lines = "".join(json.dumps(r.__dict__) + "\n" for r in known.values())
-                write_atomic(log, lines.encode())
+                try:
+                    known[key] = one(experiment, name, seed, key, str(config["metric"]), setting)
+                except DivergedError as error:  # the others are still worth comparing
+                    diverged[label] = str(error).partition(". ")[0]
+                    console.print(f"{label}: {diverged[label]}", markup=False)
+                    move(advance=1)
+                    continue
+                with only_writer(out):  # another comparison may write there
+                    known = {r.key: r for r in _past(log)} | {key: known[key]} | known
+                    lines = "".join(json.dumps(r.__dict__) + "\n" for r in known.values())
+                    write_atomic(log, lines.encode())
                 console.print(f"{label}: {known[key].score:.3f} in {known[key].seconds:.0f} s")
             results.append(known[key])
             move(advance=1)
+    if not results:
+        raise DivergedError(f"every run diverged; the first: {next(iter(diverged.items()))}")
+    for label, why in diverged.items():
+        console.print(f"not in the table: {label}, {why}", markup=False)
     title, columns = str(config.get("title", "comparison")), list(config.get("columns") or [config["metric"]])
     console.print(table(results, title, columns))
     write_atomic(out / "table.md", to_markdown(results, columns).encode())

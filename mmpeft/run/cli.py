@@ -15,9 +15,10 @@ import yaml
 from jsonargparse import get_loader, set_loader, set_parsing_settings
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 
 from mmpeft.errors import ConfigError, MMPEFTError, nearest
+from mmpeft.files import make_folder
 from mmpeft.methods import METHODS
 from mmpeft.methods.base import Method
 from mmpeft.run.arguments import class_names, reset_changed_methods
@@ -99,7 +100,7 @@ class TuningCLI(LightningCLI):
         config = self.config[self.config["subcommand"]]
         root = Path(config.trainer.default_root_dir or ROOT)
         self.folder = root / (config.name or default_name(config))
-        self.version: int | str = next_version(self.folder)
+        self.version: int | str | None = None
         wanted = config.get("ckpt_path")
         fitting = self.config["subcommand"] == "fit"
         if wanted == "last":
@@ -138,6 +139,8 @@ class TuningCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Argument) -> lightning.Trainer:
         config = self._get(self.config_init, "trainer")
         if config.get("logger") in (None, True):
+            if self.version is None:
+                self.version = new_version(self.folder, reserve=not config.get("fast_dev_run"))
             kwargs["logger"] = logger(self.folder, self.version)
         kwargs["plugins"] = [*as_list(config.get("plugins")), AtomicCheckpointIO()]
         kwargs["default_root_dir"] = config.get("default_root_dir") or ROOT
@@ -164,10 +167,17 @@ def default_name(config: Config) -> str:
     return "-".join(names) or "default"
 
 
-def next_version(folder: Path) -> int:
-    """One more than the newest `version_<n>` of a folder."""
+def new_version(folder: Path, reserve: bool = True) -> int:
+    """One more than the newest `version_<n>` of a folder, which is made at once: two runs may start together.
+
+    Raises:
+        FileError: the folder cannot be made.
+    """
     found = [re.fullmatch(r"version_(\d+)", path.name) for path in folder.glob("version_*")]
-    return 1 + max((int(match[1]) for match in found if match), default=-1)
+    version = 1 + max((int(match[1]) for match in found if match), default=-1)
+    while reserve and rank_zero_only.rank == 0 and not make_folder(folder / f"version_{version}"):
+        version += 1
+    return version
 
 
 def last_checkpoint(folder: Path) -> Path | None:

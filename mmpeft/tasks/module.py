@@ -26,6 +26,7 @@ from mmpeft.methods.spec import from_spec
 from mmpeft.sites import Site, sites
 from mmpeft.tasks.checkpoint import AtomicCheckpointIO
 from mmpeft.tasks.control import METHOD, Control
+from mmpeft.tasks.diverged import StopsDiverged
 from mmpeft.tasks.frozen import drop_frozen, frozen_towers, lend_frozen
 from mmpeft.tasks.metrics import FreshMetrics
 from mmpeft.tasks.schedule import warmup_cosine
@@ -132,7 +133,7 @@ class TuningModule(lightning.LightningModule):
 
     def configure_callbacks(self) -> list[Callback]:
         """Lightning's hook: what a task brings along; a task that brings more adds to it."""
-        return [Control(), FreshMetrics()]
+        return [Control(), FreshMetrics(), StopsDiverged()]
 
     def prepare(self) -> Tuning:
         """Create the backbone and attach the method once; configuration errors come out here, before any compute."""
