@@ -25,7 +25,7 @@ from mmpeft.errors import ConfigError, DataError
 from mmpeft.types import Fields
 
 LOG = logging.getLogger(__name__)
-VERSION = 1  # of the way from a file to pixels: another one is another key
+VERSION = 2  # of the way from a file to pixels: another one is another key
 
 
 class CaptionedImages(TextToImageData):

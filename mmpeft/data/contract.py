@@ -5,12 +5,27 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import Literal, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from mmpeft.errors import ConfigError
+
+
+Resize = Literal["squash", "shortest", "longest"]
+
+
+class Resizing(NamedTuple):
+    """How a picture of any shape is brought to a backbone's size when it is evaluated."""
+
+    mode: Resize = "squash"
+    """`squash` distorts; `shortest` fills the size and crops the middle; `longest` shows all, with borders."""
+    interpolation: str = "bicubic"
+    share: float = 1.0
+    """Of the resized picture's side, what is left by the crop: timm's `crop_pct`."""
+    fill: int | tuple[int, ...] = 0
+    """Grey or colour of the borders, 0 … 255."""
 
 
 class Preprocessing(NamedTuple):
@@ -19,6 +34,8 @@ class Preprocessing(NamedTuple):
     size: tuple[int, int]
     mean: tuple[float, ...] = (0.5, 0.5, 0.5)
     std: tuple[float, ...] = (0.5, 0.5, 0.5)
+    resizing: Resizing = Resizing()
+    channels: int = 3
 
     def restore(self, images: Tensor) -> Tensor:
         """Images [..., C, H, W] as they were before normalisation, in [0, 1]."""
@@ -37,8 +54,13 @@ class Preprocessed:
         if not isinstance(preprocessing, Preprocessing):
             warnings.warn("configure is given one Preprocessing now", DeprecationWarning, stacklevel=2)
             side = preprocessing if isinstance(preprocessing, int) else preprocessing[-1]
-            mean, std = former
+            mean, std = former[:2]  # more is what `Preprocessing` has come to hold
             preprocessing = Preprocessing((side, side), tuple(mean), tuple(std))
+        if preprocessing.channels != 3:
+            raise ConfigError(
+                f"the backbone takes {preprocessing.channels} channels; {type(self).__name__} gives RGB, 3 of them: grey "
+                "pictures as well, with three equal ones. Leave in_chans out, or bring your own data module"
+            )
         self.preprocess(preprocessing)
 
     def preprocess(self, wanted: Preprocessing) -> None:
@@ -64,7 +86,7 @@ def configure(data: object, preprocessing: Preprocessing) -> None:
     if len(needed) == 3:
         former = f"{type(data).__name__}.configure(image_size, mean, std) is given one Preprocessing now"
         warnings.warn(former, DeprecationWarning, stacklevel=2)
-        own(*preprocessing)
+        own(*preprocessing[:3])
     else:
         own(preprocessing)
 
