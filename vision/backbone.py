@@ -78,7 +78,7 @@ def normalisation(model: nn.Module) -> Preprocessing:
     height, width = fixed or tuple(config.get("input_size") or (3, 224, 224))[-2:]
     mean = tuple(map(float, config.get("mean") or IMAGENET_DEFAULT_MEAN))
     std = tuple(map(float, config.get("std") or IMAGENET_DEFAULT_STD))
-    channels = int(tuple(config.get("input_size") or (3,))[0])
+    channels = int((config.get("input_size") or (3,))[0])
     return Preprocessing((int(height), int(width)), mean, std, _resizing(config, mean), channels)
 
 

@@ -146,7 +146,8 @@ def folder_captions(folder: Path, text: str, prompt: str | None = None) -> FileC
     images = search.below(folder)
     search.tell(folder)
     if not images:
-        raise DataError(f"{folder} holds no images; expected files such as .jpg, .png or .webp")
+        left = f" (left out: {search.listed()})" if search.left else ""
+        raise DataError(f"{folder} holds no images; expected files .jpg, .png, .webp or others that Pillow reads{left}")
     if prompt is not None:
         return FileCaptions(images, [prompt] * len(images))
     beside = {path.with_suffix(""): path for path in sorted(search.companions) if path.suffix.lower() == ".txt"}

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from mmpeft.errors import ConfigError
 
-
 Resize = Literal["squash", "shortest", "longest"]
 
 
@@ -58,8 +57,8 @@ class Preprocessed:
             preprocessing = Preprocessing((side, side), tuple(mean), tuple(std))
         if preprocessing.channels != 3:
             raise ConfigError(
-                f"the backbone takes {preprocessing.channels} channels; {type(self).__name__} gives RGB, 3 of them: grey "
-                "pictures as well, with three equal ones. Leave in_chans out, or bring your own data module"
+                f"the backbone takes {preprocessing.channels} channels; {type(self).__name__} gives RGB, 3 of them, "
+                "equal ones for grey pictures. Leave in_chans out, or bring your own data module"
             )
         self.preprocess(preprocessing)
 

@@ -15,6 +15,7 @@ from mmpeft.data.contract import Resizing
 from mmpeft.types import Leaf, Transform
 
 AUGMENTS = ("none", "light", "strong")
+SQUASH = Resizing()
 Picture = Any  # a PIL image or a tensor [C, H, W]
 _BILINEAR, _BICUBIC = InterpolationMode.BILINEAR, InterpolationMode.BICUBIC
 OF_TENSORS = (_BILINEAR, _BICUBIC, InterpolationMode.NEAREST)
@@ -77,7 +78,7 @@ class Resized:
 
 
 def evaluation(
-    size: int | Sequence[int], mean: Sequence[float], std: Sequence[float], resizing: Resizing = Resizing()
+    size: int | Sequence[int], mean: Sequence[float], std: Sequence[float], resizing: Resizing = SQUASH
 ) -> v2.Compose:
     """Bring to `size` (height and width, or the side of a square), scale to [0, 1], normalise: float `[3, H, W]`."""
     return v2.Compose([Resized(size, resizing), v2.ToImage(), *_finish(mean, std)])
@@ -89,7 +90,7 @@ def training(
     mean: Sequence[float],
     std: Sequence[float],
     paper: int | None,
-    resizing: Resizing = Resizing(),
+    resizing: Resizing = SQUASH,
 ) -> v2.Compose:
     """Augment, then do what `evaluation` does.
 

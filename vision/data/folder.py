@@ -10,11 +10,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Unpack
 
+from mmpeft.data.captioned import listed
 from mmpeft.data.folders import Search, split_folders, subfolders
 from mmpeft.data.images import ImageData, Renamed
 from mmpeft.data.options import ImageOptions
 from mmpeft.errors import ConfigError, DataError
-from mmpeft.data.captioned import listed
 from mmpeft.vision.data.files import ImageFiles, readable
 
 LOG = logging.getLogger(__name__)
@@ -183,7 +183,7 @@ def layout(root: Path, given: Mapping[str, str] | None) -> dict[str, Path]:
         DataError: both may be meant.
     """
     splits = split_folders(root, given)
-    inside = [child for child in subfolders(root)]
+    inside = subfolders(root)
     if given is None and splits:
         others = [child.name for child in inside if child not in _roots(splits, root)]
         direct = {role: _direct(folder) for role, folder in splits.items()}

@@ -13,8 +13,8 @@ from typing import Literal, Unpack
 
 from rich.progress import track
 
-from mmpeft.data.images import ImageData, Renamed, check_label_column
 from mmpeft.data.contract import Resize
+from mmpeft.data.images import ImageData, Renamed, check_label_column
 from mmpeft.data.options import Augment, LoadingOptions, SizeOptions
 from mmpeft.data.texts import cleaned, read_text
 from mmpeft.errors import ConfigError, DataError, nearest

@@ -101,8 +101,8 @@ class Masked(Dataset[tuple[Tensor, Tensor]]):
         if mask.tag == 1 and tag > 1 and found.shape == raw:
             if raw == shown:
                 raise DataError(
-                    f"{path} is to be turned (EXIF orientation {tag}), and {file} of the same size does not say whether "
-                    "it already is; write the picture and its mask upright, without the tag"
+                    f"{path} is to be turned (EXIF orientation {tag}), and {file} of the same size does not say "
+                    "whether it already is; write the picture and its mask upright, without the tag"
                 )
             turn = tag
         whole = np.asarray(turned(Image.fromarray(found.astype(np.int32)), turn)).astype(np.int64)
