@@ -74,12 +74,14 @@ def normalisation(model: nn.Module) -> Preprocessing:
     The size is the one the model was built for; where it takes any size, the one it was pretrained with.
     """
     config: Facts = getattr(model, "pretrained_cfg", None) or {}
-    fixed = getattr(getattr(model, "patch_embed", None), "img_size", None)
-    height, width = fixed or tuple(config.get("input_size") or (3, 224, 224))[-2:]
+    patches = getattr(model, "patch_embed", None)
+    own = getattr(patches, "img_size", None)
+    height, width = own or tuple(config.get("input_size") or (3, 224, 224))[-2:]
     mean = tuple(map(float, config.get("mean") or IMAGENET_DEFAULT_MEAN))
     std = tuple(map(float, config.get("std") or IMAGENET_DEFAULT_STD))
     channels = int((config.get("input_size") or (3,))[0])
-    return Preprocessing((int(height), int(width)), mean, std, _resizing(config, mean), channels)
+    fixed = own is not None and bool(getattr(patches, "strict_img_size", False))
+    return Preprocessing((int(height), int(width)), mean, std, _resizing(config, mean), channels, fixed)
 
 
 def _resizing(config: Facts, mean: Sequence[float]) -> Resizing:

@@ -119,7 +119,9 @@ def preprocessing(model: AnyModule) -> Preprocessing:
     if mode == "shortest" and height != width:
         how = "bicubic"  # whatever is configured: so does open_clip
     resizing = Resizing(mode, "bicubic" if how == "random" else how, fill=known.get("fill_color") or 0)
-    return Preprocessing((int(height), int(width)), tuple(map(float, mean)), tuple(map(float, std)), resizing)
+    place, mean, std = (int(height), int(width)), tuple(map(float, mean)), tuple(map(float, std))
+    fixed = hasattr(model.visual, "positional_embedding") or hasattr(model.visual, "attnpool")
+    return Preprocessing(place, mean, std, resizing, fixed=fixed)
 
 
 def check_length(texts: Sequence[str], tokens: Tokenizer) -> None:

@@ -42,7 +42,8 @@ def save_pair(tuning: Tuning, backbone: str, folder: str | Path) -> float:
     """
     folder, source = Path(folder), folder_of(backbone)
     plain: AnyModule = merged_copy(tuning)
-    size, mean, std, resizing, _ = preprocessing(plain)
+    wanted = preprocessing(plain)
+    (size, mean, std), resizing = wanted, wanted.resizing
     config = json.loads((source / CONFIG).read_text("utf-8")) if source else {"model_cfg": described(backbone)}
     vision = config["model_cfg"]["vision_cfg"]
     own = to_2tuple(vision.get("image_size", 224))

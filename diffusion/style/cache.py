@@ -122,9 +122,8 @@ def tokenized(tokenizer: Untyped) -> str:
     else:
         made = tokenizer.get_vocab()
     sides = (tokenizer.model_max_length, tokenizer.padding_side, tokenizer.truncation_side)
-    return repr(
-        (type(tokenizer).__name__, sorted(made.items(), key=str), sorted(tokenizer.special_tokens_map.items()), sides)
-    )
+    special = sorted(tokenizer.special_tokens_map.items())
+    return repr((type(tokenizer).__name__, sorted(made.items(), key=str), special, sides))
 
 
 def text_facts(family: Family) -> tuple[object, ...]:

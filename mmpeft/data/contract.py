@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections.abc import Sequence
-from typing import Literal, NamedTuple, Protocol, runtime_checkable
+from typing import Literal, NamedTuple, Protocol, Self, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -27,14 +27,35 @@ class Resizing(NamedTuple):
     """Grey or colour of the borders, 0 … 255."""
 
 
-class Preprocessing(NamedTuple):
-    """What a backbone wants of its images: height and width in pixels, and mean and deviation of channels in [0, 1]."""
-
+class _Normalised(NamedTuple):
     size: tuple[int, int]
-    mean: tuple[float, ...] = (0.5, 0.5, 0.5)
-    std: tuple[float, ...] = (0.5, 0.5, 0.5)
-    resizing: Resizing = Resizing()
-    channels: int = 3
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
+class Preprocessing(_Normalised):
+    """What a backbone wants of its images: height and width in pixels, and mean and deviation of channels in [0, 1].
+
+    These three are what it unpacks to. Beside them it says how pictures of another shape are evaluated, how many
+    channels there are, and whether the backbone takes no other size.
+    """
+
+    resizing: Resizing
+    channels: int
+    fixed: bool
+
+    def __new__(
+        cls,
+        size: tuple[int, int],
+        mean: tuple[float, ...] = (0.5, 0.5, 0.5),
+        std: tuple[float, ...] = (0.5, 0.5, 0.5),
+        resizing: Resizing = Resizing(),  # noqa: B008 - it is immutable
+        channels: int = 3,
+        fixed: bool = False,
+    ) -> Self:
+        made = super().__new__(cls, size, mean, std)
+        made.resizing, made.channels, made.fixed = resizing, channels, fixed
+        return made
 
     def restore(self, images: Tensor) -> Tensor:
         """Images [..., C, H, W] as they were before normalisation, in [0, 1]."""
@@ -53,7 +74,7 @@ class Preprocessed:
         if not isinstance(preprocessing, Preprocessing):
             warnings.warn("configure is given one Preprocessing now", DeprecationWarning, stacklevel=2)
             side = preprocessing if isinstance(preprocessing, int) else preprocessing[-1]
-            mean, std = former[:2]  # more is what `Preprocessing` has come to hold
+            mean, std = former
             preprocessing = Preprocessing((side, side), tuple(mean), tuple(std))
         if preprocessing.channels != 3:
             raise ConfigError(
@@ -85,7 +106,7 @@ def configure(data: object, preprocessing: Preprocessing) -> None:
     if len(needed) == 3:
         former = f"{type(data).__name__}.configure(image_size, mean, std) is given one Preprocessing now"
         warnings.warn(former, DeprecationWarning, stacklevel=2)
-        own(*preprocessing[:3])
+        own(*preprocessing)
     else:
         own(preprocessing)
 

@@ -76,15 +76,21 @@ class AugmentedImages(Preprocessed, DataModule):
         self.mean = None if mean is None else tuple(mean)
         self.std = None if std is None else tuple(std)
         self.given = (image_size, self.mean, self.std)
-        self.wanted: Preprocessing | None = None
+        self.size = (image_size, image_size) if image_size else FALLBACK.size
+        self.resizing = FALLBACK.resizing
 
     def preprocess(self, wanted: Preprocessing) -> None:
         """Take size, normalisation and resizing from the backbone where the user has given none."""
         side, mean, std = self.given
         size = wanted.size if side is None else (side, side)
+        if wanted.fixed and size != wanted.size:
+            raise ConfigError(
+                f"the backbone takes images of {wanted.size[0]}×{wanted.size[1]} pixels alone, image_size is {side}; "
+                "leave it out, or build the backbone for that size (model_args: {img_size: …}, of a pair image_size)"
+            )
         self.image_size = size[0] if size[0] == size[1] else None
         self.mean, self.std = mean or wanted.mean, std or wanted.std
-        self.wanted = wanted._replace(size=size)
+        self.size, self.resizing = size, wanted.resizing
         self._set_transforms()
 
     def setup(self, stage: str | None = None) -> None:
@@ -93,14 +99,12 @@ class AugmentedImages(Preprocessed, DataModule):
         self._set_transforms()
 
     def _set_transforms(self) -> None:
-        wanted = self.wanted or FALLBACK
-        size = wanted.size if self.wanted or not self.image_size else (self.image_size, self.image_size)
-        mean, std = self.mean or wanted.mean, self.std or wanted.std
-        resizing = Resizing() if self.paper is not None else wanted.resizing  # drawings are never cropped
+        mean, std = self.mean or FALLBACK.mean, self.std or FALLBACK.std
+        resizing = Resizing() if self.paper is not None else self.resizing  # drawings are never cropped
         if self.resize is not None:
             resizing = Resizing(self.resize, resizing.interpolation)
-        self.train_transform = OfImage(training(self.augment, size, mean, std, self.paper, resizing))
-        self.eval_transform = OfImage(evaluation(size, mean, std, resizing))
+        self.train_transform = OfImage(training(self.augment, self.size, mean, std, self.paper, resizing))
+        self.eval_transform = OfImage(evaluation(self.size, mean, std, resizing))
 
 
 class ImageData(AugmentedImages):

@@ -78,7 +78,8 @@ def zero_shot(backbone: str, classes: str, template: str) -> FewShot:
 @torch.no_grad()
 def classify(task: FewShot, pictures: Sequence[Image.Image], data: object = None) -> Tensor:
     """Class probabilities of pictures, [B, C]; prepared as the run's data prepare theirs, or as the pair wants them."""
-    prepare: AnyFunc = OfImage(evaluation(*preprocessing(task.model)[:4]))
+    wanted = preprocessing(task.model)
+    prepare: AnyFunc = OfImage(evaluation(*wanted, wanted.resizing))
     if isinstance(data, AugmentedImages) and data.eval_transform is not None:
         prepare = data.eval_transform
     scores: Tensor = task(torch.stack([prepare((picture, 0))[0] for picture in pictures]).to(task.device))

@@ -68,7 +68,8 @@ def ask(task: VisualQuestions, picture: Image.Image, questions: Sequence[str], d
         DataError: a question is longer than the text tower's context.
     """
     check_length(questions, task.tokenizer)
-    prepare: AnyFunc = evaluation(*preprocessing(task.model)[:4])
+    wanted = preprocessing(task.model)
+    prepare: AnyFunc = evaluation(*wanted, wanted.resizing)
     if isinstance(data, QuestionData) and isinstance(data.eval_transform, OfQuestions):
         prepare = data.eval_transform.transform
     image = prepare(picture)[None].to(task.device)
