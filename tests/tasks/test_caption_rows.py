@@ -196,21 +196,13 @@ def test_names_and_lists_are_cleaned(tmp_path: Path) -> None:
 def test_the_cleaner() -> None:
     assert cleaned("a\rb\r\nc\n") == "a\nb\nc"
     assert cleaned("\ufeff \ufeffx") == "x"
-    with pytest.raises(DataError, match="here cannot be read.*save it as UTF-8"):
+    with pytest.raises(DataError, match=r"here cannot be read.*save it as UTF-8"):
         unicode(b"caf\xe9", "here")
 
 
 def test_what_a_shard_has_beside_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    members = {
-        "0.png": png(0),
-        "0.txt": b"a",
-        "0.cls": b"1",
-        "1.avif": b"",
-        "0.seg.png": png(1),
-        "__MACOSX/0.png": b"x",
-    }
-    members |= {"._0.png": b"x", "0.json": b'{"other": 1}'}
-    del members["1.avif"]
+    members = {"0.png": png(0), "0.txt": b"a", "0.cls": b"1", "0.seg.png": png(1), "0.json": b'{"other": 1}'}
+    members |= {"._0.png": b"x", "__MACOSX/0.png": b"x"}
     data = CaptionData(shard(tmp_path, members))
     data.setup("fit")
     assert len(data.train_set) == 1
