@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import timm
@@ -18,7 +18,7 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from mmpeft.data.contract import Preprocessing
+from mmpeft.data.contract import Preprocessing, Resize, Resizing
 from mmpeft.embedded.store import (
     REMEDY,
     WEIGHTS,
@@ -32,7 +32,7 @@ from mmpeft.errors import ConfigError, nearest
 from mmpeft.types import AnyModule, Argument, Facts, Json, Kwargs
 
 log = logging.getLogger(__name__)
-
+CROPS: dict[str, Resize] = {"center": "shortest", "squash": "squash", "border": "longest"}
 
 Build = Callable[..., nn.Module]
 
@@ -53,25 +53,45 @@ def create(name: str, num_classes: int = 0, pretrained: bool = True, **kwargs: A
     """
     if not isinstance(num_classes, int) or isinstance(num_classes, bool) or num_classes < 0:
         raise ConfigError(f"num_classes must be an integer >= 0 (0: no head), got {num_classes!r}")
-    if name.startswith("embedded:"):
-        return _embedded(name.removeprefix("embedded:"), num_classes, pretrained, kwargs)
+    channels = kwargs.get("in_chans")
     local = Path(name.removeprefix("local-dir:")).expanduser()
-    if name.startswith("local-dir:") or local.suffix == ".safetensors" or local.is_dir():
-        return _local(local, num_classes, pretrained, kwargs)
-    return _registered(name, num_classes, pretrained, kwargs)
+    if name.startswith("embedded:"):
+        model = _embedded(name.removeprefix("embedded:"), num_classes, pretrained, kwargs)
+    elif name.startswith("local-dir:") or local.suffix == ".safetensors" or local.is_dir():
+        model = _local(local, num_classes, pretrained, kwargs)
+    else:
+        model = _registered(name, num_classes, pretrained, kwargs)
+    if channels is not None:  # of which timm's configuration says nothing
+        known: AnyModule = model
+        size = tuple(known.pretrained_cfg.get("input_size") or (3, 224, 224))[-2:]
+        known.pretrained_cfg = {**known.pretrained_cfg, "input_size": (channels, *size)}
+    return model
 
 
 def normalisation(model: nn.Module) -> Preprocessing:
-    """Size, mean and std of the images a backbone wants.
+    """Size, mean, std and channels of the images a backbone wants, and how timm resizes them when it evaluates.
 
     The size is the one the model was built for; where it takes any size, the one it was pretrained with.
     """
     config: Facts = getattr(model, "pretrained_cfg", None) or {}
-    fixed = getattr(getattr(model, "patch_embed", None), "img_size", None)
-    height, width = fixed or tuple(config.get("input_size") or (3, 224, 224))[-2:]
-    mean = config.get("mean") or IMAGENET_DEFAULT_MEAN
-    std = config.get("std") or IMAGENET_DEFAULT_STD
-    return Preprocessing((int(height), int(width)), tuple(map(float, mean)), tuple(map(float, std)))
+    patches = getattr(model, "patch_embed", None)
+    own = getattr(patches, "img_size", None)
+    height, width = own or tuple(config.get("input_size") or (3, 224, 224))[-2:]
+    mean = tuple(map(float, config.get("mean") or IMAGENET_DEFAULT_MEAN))
+    std = tuple(map(float, config.get("std") or IMAGENET_DEFAULT_STD))
+    channels = int((config.get("input_size") or (3,))[0])
+    fixed = own is not None and bool(getattr(patches, "strict_img_size", False))
+    return Preprocessing((int(height), int(width)), mean, std, _resizing(config, mean), channels, fixed)
+
+
+def _resizing(config: Facts, mean: Sequence[float]) -> Resizing:
+    """What `timm.data.create_transform` does with a configuration; ours without `crop_pct` were trained on squares."""
+    if not config.get("crop_pct"):
+        return Resizing()
+    mode = CROPS.get(config.get("crop_mode") or "center", "shortest")
+    how = config.get("interpolation") or "bicubic"
+    fill = tuple(round(255 * value) for value in mean)
+    return Resizing(mode, "bilinear" if how == "random" else how, float(config["crop_pct"]), fill)
 
 
 def embedded_names() -> list[str]:
@@ -141,7 +161,10 @@ def _local(path: Path, num_classes: int, pretrained: bool, kwargs: Kwargs) -> nn
         )
     if isinstance(read_card(card).get("architecture"), str):
         source = f"local-dir:{weights.parent}" if card.name == "config.json" else read_card(card)["architecture"]
-        return _timm_file(source, weights, num_classes, pretrained, kwargs)
+        model: AnyModule = _timm_file(source, weights, num_classes, pretrained, kwargs)
+        if card.name != "config.json":
+            model.pretrained_cfg = {**model.pretrained_cfg, **read_card(card).get("pretrained_cfg", {})}
+        return model
     return _carded(card, weights, num_classes, pretrained, kwargs)
 
 
@@ -206,7 +229,8 @@ def _carded(card: Path, weights: Path, num_classes: int, pretrained: bool, kwarg
     if size is not None:
         model.set_input_size(img_size=size)  # resamples the position embedding
     config: Json = {"architecture": weights.stem, "first_conv": "patch_embed.proj", "classifier": "head"}
-    config |= {"num_classes": model.num_classes, "input_size": (3, *model.patch_embed.img_size)}
+    channels = int(facts["architecture"].get("in_chans", 3))
+    config |= {"num_classes": model.num_classes, "input_size": (channels, *model.patch_embed.img_size)}
     model.pretrained_cfg = model.default_cfg = {**config, **facts.get("pretrained_cfg", {})}
     return _with_head(model, num_classes)
 

@@ -15,10 +15,12 @@ from typing import Protocol, cast
 import open_clip
 import torch
 from huggingface_hub import hf_hub_download
+from open_clip.model import set_model_preprocess_cfg
+from open_clip.transform import PreprocessCfg, merge_preprocess_dict
 from timm.models import VisionTransformer, is_model, register_model
 from torch import Tensor, nn
 
-from mmpeft.data.contract import Preprocessing
+from mmpeft.data.contract import Preprocessing, Resizing
 from mmpeft.embedded.store import REMEDY, WEIGHTS, differences, read_card, read_weights, write_weights
 from mmpeft.errors import ConfigError, DataError, nearest
 from mmpeft.files import write_atomic
@@ -107,12 +109,19 @@ def tokenizer(name: str) -> Tokenizer:
 
 
 def preprocessing(model: AnyModule) -> Preprocessing:
-    """Size, mean and std of the images a pair wants."""
+    """Size, mean and std of the images a pair wants, and how open_clip resizes them when it evaluates."""
     size = model.visual.image_size
     height, width = (size, size) if isinstance(size, int) else size
-    mean = getattr(model.visual, "image_mean", None) or open_clip.OPENAI_DATASET_MEAN
-    std = getattr(model.visual, "image_std", None) or open_clip.OPENAI_DATASET_STD
-    return Preprocessing((int(height), int(width)), tuple(map(float, mean)), tuple(map(float, std)))
+    known: Json = getattr(model.visual, "preprocess_cfg", None) or {}
+    mean = known.get("mean") or getattr(model.visual, "image_mean", None) or open_clip.OPENAI_DATASET_MEAN
+    std = known.get("std") or getattr(model.visual, "image_std", None) or open_clip.OPENAI_DATASET_STD
+    mode, how = known.get("resize_mode") or "shortest", known.get("interpolation") or "bicubic"
+    if mode == "shortest" and height != width:
+        how = "bicubic"  # whatever is configured: so does open_clip
+    resizing = Resizing(mode, "bicubic" if how == "random" else how, fill=known.get("fill_color") or 0)
+    place, mean, std = (int(height), int(width)), tuple(map(float, mean)), tuple(map(float, std))
+    fixed = hasattr(model.visual, "positional_embedding") or hasattr(model.visual, "attnpool")
+    return Preprocessing(place, mean, std, resizing, fixed=fixed)
 
 
 def check_length(texts: Sequence[str], tokens: Tokenizer) -> None:
@@ -198,10 +207,8 @@ def _local(folder: Path, pretrained: bool, image_size: int | None) -> nn.Module:
         if problem:
             raise ConfigError(f"{folder / MODEL} does not fit {folder / CONFIG}: {problem}")
         model.load_state_dict(tensors)
-    facts = config.get("preprocess_cfg", {})
-    for name in ("mean", "std"):
-        if name in facts:
-            setattr(tower, f"image_{name}", tuple(facts[name]))
+    facts = {"size": tower.image_size, **config.get("preprocess_cfg", {})}
+    set_model_preprocess_cfg(model, merge_preprocess_dict(PreprocessCfg(), facts))
     if image_size is not None:
         if not hasattr(tower, "set_input_size"):
             raise ConfigError(f"the image tower of {folder} takes no other size than {tower.image_size}")

@@ -42,7 +42,8 @@ def save_pair(tuning: Tuning, backbone: str, folder: str | Path) -> float:
     """
     folder, source = Path(folder), folder_of(backbone)
     plain: AnyModule = merged_copy(tuning)
-    size, mean, std = preprocessing(plain)
+    wanted = preprocessing(plain)
+    (size, mean, std), resizing = wanted, wanted.resizing
     config = json.loads((source / CONFIG).read_text("utf-8")) if source else {"model_cfg": described(backbone)}
     vision = config["model_cfg"]["vision_cfg"]
     own = to_2tuple(vision.get("image_size", 224))
@@ -52,7 +53,11 @@ def save_pair(tuning: Tuning, backbone: str, folder: str | Path) -> float:
             "whose position embeddings are others. Export a run that leaves image_size out"
         )
     config["model_cfg"]["vision_cfg"] = {**vision, "image_size": size[0] if size[0] == size[1] else list(size)}
-    config["preprocess_cfg"] = {**config.get("preprocess_cfg", {}), "mean": list(mean), "std": list(std)}
+    config["preprocess_cfg"] = {
+        **config.get("preprocess_cfg", {}),
+        **{"mean": list(mean), "std": list(std)},
+        **{"resize_mode": resizing.mode, "interpolation": resizing.interpolation, "fill_color": resizing.fill},
+    }
     tensors = {key: tensor.detach().cpu().clone().contiguous() for key, tensor in plain.state_dict().items()}
     with TemporaryDirectory() as trial:
         new = Path(trial)

@@ -7,18 +7,16 @@ import logging
 from collections import defaultdict
 from dataclasses import dataclass
 
-from PIL import Image, ImageOps
+from PIL import Image
 from rich.progress import track
 
 from mmpeft.data.captioned import Captioned, listed
-from mmpeft.data.pictures import flat, has_alpha, opened
+from mmpeft.data.pictures import decoded
 from mmpeft.diffusion.data.buckets import Size
 from mmpeft.errors import DataError
 
 LOG = logging.getLogger(__name__)
 WORTH_A_BAR = 200
-MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA")  # eight bits a channel, and RGB means the same in all of them
-STILL = "MPO"  # a JPEG whose further frames are previews or depth, as phones write it
 
 
 @dataclass(frozen=True)
@@ -59,7 +57,7 @@ class Album:
 
     def image(self, index: int) -> Image.Image:
         """An image in RGB, upright."""
-        return usable(self.found.data(index), self.found.where(index), self.background)
+        return decoded(self.found.data(index), self.found.where(index), self.background, exact=True)
 
     def _distinct(self) -> None:
         seen: set[tuple[int, str]] = set()
@@ -78,7 +76,7 @@ class Album:
             where = self.found.where(index)
             try:
                 data = self.found.data(index)
-                width, height = usable(data, where, self.background).size
+                width, height = decoded(data, where, self.background, exact=True).size
                 known[row] = Facts(hashlib.sha256(data).hexdigest(), (height, width))
             except DataError as error:
                 wrong.append(error)
@@ -93,24 +91,3 @@ class Album:
         for index, (row, facts) in enumerate(zip(self.found.rows, self.facts)):
             rows[facts.digest].setdefault(row, index)
         return [index for same in rows.values() for index in list(same.values())[1:]]
-
-
-def usable(data: bytes, where: str, background: str | None = None) -> Image.Image:
-    """An image file's content in RGB, upright.
-
-    Raises:
-        DataError: it is damaged or animated, its colours would change on the way to RGB with eight bits, or it is
-            transparent and there is no background.
-    """
-    image = opened(data, where)
-    frames = getattr(image, "n_frames", 1)
-    if frames > 1 and image.format != STILL:
-        raise DataError(f"{where} is animated: expected one frame, got {frames}; save the frame you mean")
-    if image.mode not in MODES:
-        raise DataError(
-            f"{where} has colours of mode {image.mode}, expected RGB or grey with 8 bits a channel; convert it where "
-            "you see the result, CMYK with its colour profile, such as `magick in.jpg -profile sRGB.icc out.png`"
-        )
-    if background is None and has_alpha(image) and image.convert("RGBA").getchannel("A").getextrema() != (255, 255):
-        raise DataError(f"{where} has transparent pixels; set background: white to lay such images on white")
-    return flat(ImageOps.exif_transpose(image), background or "white")

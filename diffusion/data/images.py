@@ -7,6 +7,7 @@ import logging
 from collections.abc import Sequence
 from typing import Literal, Unpack
 
+import PIL
 import torch
 from PIL import Image, ImageColor
 from torch.utils.data import Dataset
@@ -25,7 +26,7 @@ from mmpeft.errors import ConfigError, DataError
 from mmpeft.types import Fields
 
 LOG = logging.getLogger(__name__)
-VERSION = 1  # of the way from a file to pixels: another one is another key
+VERSION = 2  # of the way from a file to pixels: another one is another key
 
 
 class CaptionedImages(TextToImageData):
@@ -215,7 +216,7 @@ class Crops(Dataset[Sample]):
             left = round(facts.size[1] * found.scale) - bucket[1] - left
         key = None
         if not self.random:
-            known = (VERSION, facts.digest, bucket, found.box, mirrored, self.album.background)
+            known = (VERSION, PIL.__version__, facts.digest, bucket, found.box, mirrored, self.album.background)
             key = hashlib.sha256(repr(known).encode()).hexdigest()[:32]
         return as_sample(pixels, self.album.prompts[index], facts.size, (top, left), key)
 

@@ -19,7 +19,7 @@ from mmpeft.diffusion.data.base import HasPrompts
 from mmpeft.diffusion.families import family_of
 from mmpeft.diffusion.family import FACTS, Condition, Family
 from mmpeft.diffusion.objective import Levels, Objective, objective_of
-from mmpeft.diffusion.style.cache import Cache
+from mmpeft.diffusion.style.cache import Cache, latent_facts, text_facts
 from mmpeft.diffusion.style.evaluation import StyleScores, StyleTest
 from mmpeft.diffusion.style.grid import Show, StrengthGrid
 from mmpeft.errors import ConfigError
@@ -132,8 +132,10 @@ class StyleTuner(TuningModule):
             for name, encoder in self.family.encoders.items():
                 self.text_tunings[name] = attach(encoder, self.text_method)
                 self.texts[name] = encoder
-        self.text_cache = Cache(list(self.family.encoders.values()), self.cache_dir)
-        self.latent_cache = Cache([self.family.vae] if self.family.vae is not None else [], self.cache_dir)
+        family = self.family
+        self.text_cache = Cache(list(family.encoders.values()), self.cache_dir, *text_facts(family))
+        vae = [family.vae] if family.vae is not None else []
+        self.latent_cache = Cache(vae, self.cache_dir, *latent_facts(family))
 
     @property
     def family(self) -> Family:

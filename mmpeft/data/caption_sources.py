@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 import tarfile
+from collections import Counter
 from collections.abc import Sequence
 from glob import glob
 from pathlib import Path
 
-from mmpeft.data.captioned import TABLES, Captioned, folder_captions, listed, table_captions
-from mmpeft.data.pictures import PICTURES, contents
+from mmpeft.data.captioned import TABLES, Captioned, folder_captions, listed, table_captions, texts_of
+from mmpeft.data.folders import hidden
+from mmpeft.data.pictures import MOST_BYTES, contents, suffixes
+from mmpeft.data.texts import unicode
 from mmpeft.errors import ConfigError, DataError, nearest
-from mmpeft.types import Untyped
+from mmpeft.types import Json, Untyped
 
 SAVED = ("dataset_dict.json", "state.json")  # what `save_to_disk` leaves in its folder
 MEMBER = re.compile(r"((?:.*/)?[^./]+)\.(.+)")  # a shard's <key>.<kind>; dots may stand in the folders before it
+MOST_TEXT = 2**20
+LOG = logging.getLogger(__name__)
 
 
 class ShardCaptions(Captioned):
@@ -27,28 +33,35 @@ class ShardCaptions(Captioned):
 
     def __init__(self, shards: Sequence[Path], text: str) -> None:
         self.texts, self.rows, self.places = [], [], list[tuple[Path, int, int]]()
+        kinds, left = suffixes(), Counter[str]()
         for shard in shards:
             pictures: dict[str, tuple[int, int]] = {}
-            found: dict[str, str] = {}
-            described: dict[str, str] = {}
+            found: dict[str, list[str]] = {}
+            described: dict[str, list[str]] = {}
             try:
                 with tarfile.open(shard, "r:") as tar:
                     for member in tar:
-                        name = MEMBER.fullmatch(member.name)
-                        if name is None or not member.isfile():
+                        if member.isdir() or any(hidden(part) for part in member.name.split("/") if part != "."):
                             continue
-                        key, kind = name[1], f".{name[2].lower()}"
-                        if kind in PICTURES:
-                            if key in pictures:
-                                raise DataError(f"{shard} has the image {key} twice; keep one of them")
-                            pictures[key] = (member.offset_data, member.size)
+                        name = MEMBER.fullmatch(member.name)
+                        kind = f".{name[2].lower()}" if name else "without a suffix"
+                        if name is None or not member.isreg() or member.issparse():
+                            left[kind if member.isreg() and not member.issparse() else "no plain file"] += 1
+                        elif kind in kinds:
+                            if name[1] in pictures:
+                                raise DataError(f"{shard} has the image {name[1]} twice; keep one of them")
+                            pictures[name[1]] = (member.offset_data, member.size)
                         elif kind == ".txt":
-                            found[key] = _content(tar, member).decode("utf-8").strip()
+                            found[name[1]] = texts_of(_text(tar, member, shard)) or []
                         elif kind == ".json":
-                            fields = json.loads(_content(tar, member))
-                            if isinstance(fields, dict) and isinstance(fields.get(text), str):
-                                described[key] = fields[text]
-            except (OSError, tarfile.TarError, UnicodeDecodeError, json.JSONDecodeError) as error:
+                            fields = json.loads(_text(tar, member, shard))
+                            own = texts_of(fields.get(text)) if isinstance(fields, dict) else None
+                            described |= {name[1]: own} if own and fields.get(text) else {}
+                        else:
+                            left[kind] += 1
+            except DataError:
+                raise
+            except (OSError, tarfile.TarError, ValueError, RecursionError) as error:
                 raise DataError(f"{shard} is no whole tar file of images and texts: {error}") from error
             found = {**{key: said for key, said in described.items() if key in pictures}, **found}
             alone = sorted(pictures.keys() ^ found.keys())
@@ -57,13 +70,19 @@ class ShardCaptions(Captioned):
                     f"{shard}: expected pairs <key>.jpg and <key>.txt (or .json with the field {text!r}), "
                     f"but {alone[:3] or 'there are none'}"
                 )
-            for key, place in pictures.items():
-                self.rows.append(len(self.texts))
-                self.texts.append(found[key])
-                self.places.append((shard, *place))
+            first = self.rows[-1] + 1 if self.rows else 0
+            for row, (key, place) in enumerate(pictures.items(), first):
+                self.rows += [row] * len(found[key])
+                self.texts += found[key]
+                self.places += [(shard, *place)] * len(found[key])
+        if left:
+            said = ", ".join(f"{count} {kind}" for kind, count in left.most_common())
+            LOG.warning("%d members left out of %s: %s", left.total(), listed(shards), said)
 
     def data(self, index: int) -> bytes:
         shard, start, size = self.places[index]
+        if size > MOST_BYTES:
+            raise DataError(f"{self.where(index)} has {size} bytes, expected {MOST_BYTES} at most")
         with shard.open("rb") as file:
             file.seek(start)
             return file.read(size)
@@ -91,28 +110,55 @@ class HubCaptions(Captioned):
                 known = table.column_names
                 raise DataError(f"{name} has no column {column!r}; columns: {known}.{nearest(column, known)}")
         said = [None] * len(table) if text is None else list(table[text])
-        wrong = next((row for row, value in enumerate(said) if not isinstance(value, str | None)), None)
-        if wrong is not None:
-            raise DataError(
-                f"{name}, column {text!r}, row {wrong}: expected a string, got {type(said[wrong]).__name__}; name "
-                "another column, or write one text a row"
-            )
-        self.texts = [value or "" for value in said]
-        self.rows = list(range(len(self.texts)))
+        self.texts, self.rows = [], []
+        for row, value in enumerate(said):
+            own = texts_of(value)
+            if own is None:
+                raise DataError(
+                    f"{name}, column {text!r}, row {row}: expected a string, or a list of them, got "
+                    f"{type(value).__name__} {str(value)[:40]!r}; name another column"
+                )
+            self.texts += own
+            self.rows += [row] * len(own)
         try:
             self.table: Untyped = table.cast_column(image, datasets.Image(decode=False))
         except Exception as error:  # pyarrow has many
             raise DataError(f"{name}: the column {image!r} holds {table.features[image]}, not images") from error
 
     def data(self, index: int) -> bytes:
-        found = self.table[index][self.image] or {}
-        if found.get("bytes") is None and found.get("path") is None:
-            raise DataError(f"{self.where(index)} has no image; remove the row")
-        data: bytes | None = found.get("bytes")
-        return contents(Path(found["path"])) if data is None else data
+        return image_bytes(self.table[self.rows[index]][self.image], self.where(index))
 
     def where(self, index: int) -> str:
-        return f"row {index} of {self.name}, split {self.split!r}"
+        return f"row {self.rows[index]} of {self.name}, split {self.split!r}"
+
+
+def image_bytes(cell: Json | None, where: str) -> bytes:
+    """The content of the image file in a cell of `datasets` that is not decoded.
+
+    Raises:
+        DataError: there is none.
+    """
+    found = cell or {}
+    if found.get("bytes") is None and found.get("path") is None:
+        raise DataError(f"{where} has no image; remove the row")
+    data: bytes | None = found.get("bytes")
+    return contents(Path(found["path"])) if data is None else data
+
+
+class OnePrompt(Captioned):
+    """The images of a source, each once, with one prompt for all."""
+
+    def __init__(self, found: Captioned, prompt: str) -> None:
+        self.found, first = found, {row: index for index, row in reversed(list(enumerate(found.rows)))}
+        self.first = sorted(first.values())
+        self.rows = [found.rows[index] for index in self.first]
+        self.texts = [prompt] * len(self.rows)
+
+    def data(self, index: int) -> bytes:
+        return self.found.data(self.first[index])
+
+    def where(self, index: int) -> str:
+        return self.found.where(self.first[index])
 
 
 def _load(name: str, split: str) -> Untyped:
@@ -127,11 +173,12 @@ def _load(name: str, split: str) -> Untyped:
     return datasets.load_dataset(name, split=split)
 
 
-def _content(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
-    """What a file in a shard holds."""
+def _text(tar: tarfile.TarFile, member: tarfile.TarInfo, shard: Path) -> str:
+    """The text that a file in a shard holds."""
     file = tar.extractfile(member)
-    assert file is not None  # only folders have none
-    return file.read()
+    if file is None or member.size > MOST_TEXT:
+        raise DataError(f"{member.name} in {shard} has {member.size} bytes, expected {MOST_TEXT} of text at most")
+    return unicode(file.read(), f"{member.name} in {shard}")
 
 
 def open_captions(source: str, image: str = "image", text: str = "text", prompt: str | None = None) -> Captioned:
@@ -148,14 +195,15 @@ def open_captions(source: str, image: str = "image", text: str = "text", prompt:
         DataError: it is missing, empty or damaged. ConfigError: a file of an unknown kind.
     """
     path = Path(source)
-    if path.suffix == ".tar":
+    suffix = path.suffix.lower()
+    if suffix == ".tar":
         shards = sorted(map(Path, glob(source)))
         if not shards:
             raise DataError(f"no tar file matches {source}")
         found: Captioned = ShardCaptions(shards, text)
-    elif path.suffix in TABLES:
+    elif suffix in TABLES:
         found = table_captions(path, image, text)
-    elif path.is_file() and path.suffix != ".parquet":
+    elif path.is_file() and suffix != ".parquet":
         raise ConfigError(f"{source}: expected .csv, .tsv, .jsonl, .parquet or .tar, or the name of a data set")
     elif path.is_dir() and not _is_table(path):
         found = folder_captions(path, text, prompt)
@@ -163,7 +211,7 @@ def open_captions(source: str, image: str = "image", text: str = "text", prompt:
         name, _, split = (source, "", "") if path.exists() else source.partition(":")
         found = HubCaptions(name, split or "train", image, text if prompt is None else None)
     if prompt is not None:
-        found.texts = [prompt] * len(found)
+        found = OnePrompt(found, prompt)
     empty = [i for i, said in enumerate(found.texts) if not said.strip()]
     if not len(found):
         raise DataError(f"{source}: it is empty")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+import hashlib
+import io
 import json
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -10,7 +12,9 @@ from pathlib import Path
 
 from PIL import Image
 
-from mmpeft.data.pictures import PICTURES, contents, decoded, pictures_below
+from mmpeft.data.folders import Search
+from mmpeft.data.pictures import contents, decoded
+from mmpeft.data.texts import cleaned, read_text
 from mmpeft.errors import DataError, nearest
 from mmpeft.types import Json
 
@@ -20,7 +24,10 @@ FILE_NAME = "file_name"
 
 
 class Captioned:
-    """Samples `(PIL image, text, row)`; samples of one image share its row."""
+    """Samples `(PIL image, text, row)`; samples whose images have the same pixels share their row.
+
+    `rows` number the images as they are stored, before any is looked at.
+    """
 
     texts: list[str]
     rows: list[int]
@@ -31,7 +38,8 @@ class Captioned:
 
     def __getitem__(self, index: int) -> tuple[Image.Image, str, int]:
         """Return one image, in RGB, with one of its texts."""
-        return decoded(self.data(index), self.where(index)), self.texts[index], self.rows[index]
+        image = decoded(self.data(index), self.where(index))
+        return image, self.texts[index], row_of(image)
 
     def data(self, index: int) -> bytes:
         """The image of a sample as a file's content."""
@@ -40,6 +48,22 @@ class Captioned:
     def where(self, index: int) -> str:
         """What an error calls the image of a sample."""
         raise NotImplementedError
+
+
+def row_of(image: Image.Image) -> int:
+    """A number for an image's pixels: five captions of one image may come as five copies of it."""
+    known = hashlib.blake2b(repr(image.size).encode(), digest_size=8)
+    known.update(image.tobytes())
+    return int.from_bytes(known.digest()) >> 1
+
+
+def texts_of(value: object) -> list[str] | None:
+    """The texts in a cell: one, several in a list, or an empty one for nothing; None where it holds anything else."""
+    if isinstance(value, str | None):
+        return [cleaned(value or "")]
+    if isinstance(value, list | tuple) and value and all(isinstance(one, str) for one in value):
+        return [cleaned(one) for one in value]
+    return None
 
 
 class FileCaptions(Captioned):
@@ -64,6 +88,7 @@ def table_captions(table: Path, image: str, text: str) -> FileCaptions:
         DataError: a column, a value or a file is missing.
     """
     lines = _lines(table)
+    files, texts = [], []
     for number, line in enumerate(lines, 1):
         for name in (image, text):
             if name not in line:
@@ -71,28 +96,32 @@ def table_captions(table: Path, image: str, text: str) -> FileCaptions:
                 raise DataError(
                     f"{table}, entry {number} has no column {name!r}; columns: {known}.{nearest(name, line)}"
                 )
-            if not isinstance(line[name], str | None) or (name == image and not line[name]):
+        own = texts_of(line[text])
+        for name, right in ((image, isinstance(line[image], str) and line[image]), (text, own is not None)):
+            if not right:
                 raise DataError(f"{table}, entry {number}: expected text in {name!r}, got {line[name]!r}")
-    files = [table.parent / line[image] for line in lines]
-    missing = next((file for file in files if not file.is_file()), None)
-    if missing is not None:
-        raise DataError(f"{table} names {missing}, which does not exist; paths are relative to the table's folder")
-    return FileCaptions(files, [line[text] or "" for line in lines])
+        file = table.parent / line[image].strip()
+        if not file.is_file():
+            raise DataError(f"{table} names {file}, which does not exist; paths are relative to the table's folder")
+        files += [file] * len(own or ())
+        texts += own or ()
+    return FileCaptions(files, texts)
 
 
 def _lines(table: Path) -> list[Json]:
+    file = io.StringIO(read_text(table).replace("\ufeff", ""), newline="")
+    suffix = table.suffix.lower()
     try:
-        with table.open(newline="", encoding="utf-8-sig") as file:
-            if table.suffix != ".jsonl":
-                return _rows(csv.DictReader(file, delimiter=TABLES[table.suffix]), table)
-            content = [(number, line) for number, line in enumerate(file, 1) if line.strip()]
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        if suffix != ".jsonl":
+            return _rows(csv.DictReader(file, delimiter=TABLES[suffix]), table)
+    except csv.Error as error:
         raise DataError(f"{table} cannot be read: {error}") from error
+    content = [(number, line) for number, line in enumerate(file, 1) if line.strip()]
     found = []
     for number, line in content:
         try:
             found.append(json.loads(line))
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             raise DataError(f"{table}, line {number} is no JSON: {error}") from error
         if not isinstance(found[-1], dict):
             raise DataError(f"{table}, line {number}: expected an object {{…}}, got {line.strip()[:40]}")
@@ -113,12 +142,15 @@ def folder_captions(folder: Path, text: str, prompt: str | None = None) -> FileC
     Raises:
         DataError: there are no images or no texts, an image has none or two, or a text has no image.
     """
-    images = pictures_below(folder)
+    search = Search((".txt", *METADATA), once=prompt is not None)
+    images = search.below(folder)
+    search.tell(folder)
     if not images:
-        raise DataError(f"{folder} holds no images; expected files {', '.join(PICTURES)}")
+        left = f" (left out: {search.listed()})" if search.left else ""
+        raise DataError(f"{folder} holds no images; expected files .jpg, .png, .webp or others that Pillow reads{left}")
     if prompt is not None:
         return FileCaptions(images, [prompt] * len(images))
-    beside = {path.with_suffix(""): path for path in sorted(folder.rglob("*.txt"))}
+    beside = {path.with_suffix(""): path for path in sorted(search.companions) if path.suffix.lower() == ".txt"}
     table = next((folder / name for name in METADATA if (folder / name).is_file()), None)
     if table is not None:
         found = table_captions(table, FILE_NAME, text)
@@ -146,14 +178,7 @@ def folder_captions(folder: Path, text: str, prompt: str | None = None) -> FileC
     twice = [stem for stem, count in Counter(stems).items() if count > 1]
     if twice:
         raise DataError(f"several images share the text of {listed(twice)}; rename or remove all but one")
-    return FileCaptions(images, [_text(beside[stem]) for stem in stems])
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text("utf-8-sig").strip()
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path} cannot be read: {error}; save it as UTF-8") from error
+    return FileCaptions(images, [cleaned(read_text(beside[stem])) for stem in stems])
 
 
 def listed(things: Iterable[object], most: int = 3) -> str:

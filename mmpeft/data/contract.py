@@ -5,20 +5,57 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import Literal, NamedTuple, Protocol, Self, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from mmpeft.errors import ConfigError
 
+Resize = Literal["squash", "shortest", "longest"]
 
-class Preprocessing(NamedTuple):
-    """What a backbone wants of its images: height and width in pixels, and mean and deviation of channels in [0, 1]."""
 
+class Resizing(NamedTuple):
+    """How a picture of any shape is brought to a backbone's size when it is evaluated."""
+
+    mode: Resize = "squash"
+    """`squash` distorts; `shortest` fills the size and crops the middle; `longest` shows all, with borders."""
+    interpolation: str = "bicubic"
+    share: float = 1.0
+    """Of the resized picture's side, what is left by the crop: timm's `crop_pct`."""
+    fill: int | tuple[int, ...] = 0
+    """Grey or colour of the borders, 0 … 255."""
+
+
+class _Normalised(NamedTuple):
     size: tuple[int, int]
-    mean: tuple[float, ...] = (0.5, 0.5, 0.5)
-    std: tuple[float, ...] = (0.5, 0.5, 0.5)
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
+class Preprocessing(_Normalised):
+    """What a backbone wants of its images: height and width in pixels, and mean and deviation of channels in [0, 1].
+
+    These three are what it unpacks to. Beside them it says how pictures of another shape are evaluated, how many
+    channels there are, and whether the backbone takes no other size.
+    """
+
+    resizing: Resizing
+    channels: int
+    fixed: bool
+
+    def __new__(
+        cls,
+        size: tuple[int, int],
+        mean: tuple[float, ...] = (0.5, 0.5, 0.5),
+        std: tuple[float, ...] = (0.5, 0.5, 0.5),
+        resizing: Resizing = Resizing(),  # noqa: B008 - it is immutable
+        channels: int = 3,
+        fixed: bool = False,
+    ) -> Self:
+        made = super().__new__(cls, size, mean, std)
+        made.resizing, made.channels, made.fixed = resizing, channels, fixed
+        return made
 
     def restore(self, images: Tensor) -> Tensor:
         """Images [..., C, H, W] as they were before normalisation, in [0, 1]."""
@@ -39,6 +76,11 @@ class Preprocessed:
             side = preprocessing if isinstance(preprocessing, int) else preprocessing[-1]
             mean, std = former
             preprocessing = Preprocessing((side, side), tuple(mean), tuple(std))
+        if preprocessing.channels != 3:
+            raise ConfigError(
+                f"the backbone takes {preprocessing.channels} channels; {type(self).__name__} gives RGB, 3 of them, "
+                "equal ones for grey pictures. Leave in_chans out, or bring your own data module"
+            )
         self.preprocess(preprocessing)
 
     def preprocess(self, wanted: Preprocessing) -> None:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import ClassVar, Unpack
+from typing import ClassVar, Unpack, get_args
 
 import torch
 from torch import Tensor
 
-from mmpeft.data.contract import Preprocessed, Preprocessing
+from mmpeft.data.contract import Preprocessed, Preprocessing, Resize, Resizing
 from mmpeft.data.loading import DataModule
 from mmpeft.data.options import Augment, ImageOptions
 from mmpeft.data.sampling import SizedDataset
@@ -38,6 +38,7 @@ class AugmentedImages(Preprocessed, DataModule):
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
         augment: Augment = "light",
+        resize: Resize | None = None,
     ) -> None:
         """
         Args:
@@ -49,6 +50,8 @@ class AugmentedImages(Preprocessed, DataModule):
             mean: three channel means of images in [0, 1]; None for the backbone's.
             std: three channel deviations; None for the backbone's.
             augment: `none` (resize alone), `light` (crop and flip, or a small shift and turn of drawings), `strong`.
+            resize: how pictures of another shape are evaluated: `squash`, `shortest` (the middle is cut out) or
+                `longest` (borders are added); None for what the backbone was evaluated with, `squash` for drawings.
 
         Raises:
             ConfigError: a value is out of its range, or the augmentation is unknown.
@@ -66,14 +69,28 @@ class AugmentedImages(Preprocessed, DataModule):
             if values is not None and (len(values) != 3 or (name == "std" and min(values) <= 0)):
                 positive = "positive " if name == "std" else ""
                 raise ConfigError(f"{name} is three {positive}numbers for images in [0, 1], got {list(values)}")
-        self.image_size, self.augment = image_size, augment
+        if resize not in (None, *get_args(Resize)):
+            known = get_args(Resize)
+            raise ConfigError(f"resize is one of {', '.join(known)}, got {resize!r}.{nearest(str(resize), known)}")
+        self.image_size, self.augment, self.resize = image_size, augment, resize
         self.mean = None if mean is None else tuple(mean)
         self.std = None if std is None else tuple(std)
+        self.given = (image_size, self.mean, self.std)
+        self.size = (image_size, image_size) if image_size else FALLBACK.size
+        self.resizing = FALLBACK.resizing
 
     def preprocess(self, wanted: Preprocessing) -> None:
-        """Take size and normalisation from the backbone where the user has given none."""
-        self.image_size = self.image_size or wanted.size[-1]
-        self.mean, self.std = self.mean or wanted.mean, self.std or wanted.std
+        """Take size, normalisation and resizing from the backbone where the user has given none."""
+        side, mean, std = self.given
+        size = wanted.size if side is None else (side, side)
+        if wanted.fixed and size != wanted.size:
+            raise ConfigError(
+                f"the backbone takes images of {wanted.size[0]}×{wanted.size[1]} pixels alone, image_size is {side}; "
+                "leave it out, or build the backbone for that size (model_args: {img_size: …}, of a pair image_size)"
+            )
+        self.image_size = size[0] if size[0] == size[1] else None
+        self.mean, self.std = mean or wanted.mean, std or wanted.std
+        self.size, self.resizing = size, wanted.resizing
         self._set_transforms()
 
     def setup(self, stage: str | None = None) -> None:
@@ -82,10 +99,12 @@ class AugmentedImages(Preprocessed, DataModule):
         self._set_transforms()
 
     def _set_transforms(self) -> None:
-        size = self.image_size or FALLBACK.size[0]
         mean, std = self.mean or FALLBACK.mean, self.std or FALLBACK.std
-        self.train_transform = OfImage(training(self.augment, size, mean, std, self.paper))
-        self.eval_transform = OfImage(evaluation(size, mean, std))
+        resizing = Resizing() if self.paper is not None else self.resizing  # drawings are never cropped
+        if self.resize is not None:
+            resizing = Resizing(self.resize, resizing.interpolation)
+        self.train_transform = OfImage(training(self.augment, self.size, mean, std, self.paper, resizing))
+        self.eval_transform = OfImage(evaluation(self.size, mean, std, resizing))
 
 
 class ImageData(AugmentedImages):

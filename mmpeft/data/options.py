@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal, TypedDict
 
+from mmpeft.data.contract import Resize
+
 Augment = Literal["none", "light", "strong"]
 
 
@@ -34,6 +36,7 @@ class LookOptions(SizeOptions, total=False):
     """Options of `ImageData` beside those of `DataModule`."""
 
     augment: Augment
+    resize: Resize | None
 
 
 class UnbatchedImageOptions(LoaderOptions, LookOptions, total=False):

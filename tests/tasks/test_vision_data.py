@@ -12,11 +12,11 @@ import torch
 from PIL import Image
 
 from mmpeft.data.images import ImageData
+from mmpeft.data.pictures import read
 from mmpeft.data.transforms import training
 from mmpeft.embedded import emoji
 from mmpeft.errors import ConfigError, DataError
 from mmpeft.vision.data import DigitsData, EmojiData, FolderData, HubData, VTABData
-from mmpeft.vision.data.files import read_rgb, to_rgb
 from mmpeft.vision.data.vtab import TASKS, vtab_averages, vtab_task
 from tests.tasks.tiny import SMALL, classifier, trainer
 
@@ -244,21 +244,7 @@ def test_a_picture_cut_off_is_named_when_it_is_read(tmp_path):
     path = picture(tmp_path / "cat/0.jpg", 0, size=(200, 200))
     path.write_bytes(path.read_bytes()[:3000])
     with pytest.raises(DataError, match=r"cat/0\.jpg cannot be read.*truncated"):
-        read_rgb(path)
-
-
-def test_every_mode_becomes_rgb(tmp_path):
-    for mode in ("L", "P", "1", "RGBA", "LA", "CMYK", "I;16"):
-        suffix = "tif" if mode in ("CMYK", "I;16") else "png"
-        image = (
-            Image.new("L", (4, 4), 128).convert("I;16") if mode == "I;16" else Image.new("RGB", (4, 4)).convert(mode)
-        )
-        image.save(tmp_path / f"a.{suffix}")
-        assert read_rgb(tmp_path / f"a.{suffix}").mode == "RGB"
-    clear = to_rgb(Image.new("RGBA", (2, 2), (0, 0, 0, 0)))
-    assert clear.getpixel((0, 0)) == (255, 255, 255)
-    deep = Image.fromarray(np.full((2, 2), 65535, np.uint16))
-    assert to_rgb(deep).getpixel((0, 0)) == (255, 255, 255)
+        read(path)
 
 
 def test_predict_takes_files_and_folders(tmp_path):

@@ -88,6 +88,11 @@ class ImageClassifier(Task):
                 if count
                 else "give num_classes, or a data module that names its `classes`"
             )
+        if count < 2:
+            raise ConfigError(
+                f"{type(data).__name__} has one class, {', '.join(self.classes)}: nothing is to be told apart; add "
+                "pictures of what it is not as a second one, and see that `root` holds the classes themselves"
+            )
         self.num_classes = count
         self.classes = self.classes or [str(i) for i in range(count)]
         model = create(self.backbone, num_classes=count, pretrained=self.pretrained, **self.model_args)

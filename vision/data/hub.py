@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import json
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Unpack
 
 import datasets as hf
+import pyarrow.parquet as pq
 from PIL import Image
 
+from mmpeft.data.caption_sources import image_bytes
+from mmpeft.data.captioned import listed
 from mmpeft.data.images import ImageData, Renamed, check_label_column
 from mmpeft.data.options import ImageOptions
+from mmpeft.data.pictures import decoded
 from mmpeft.data.sampling import hash_seed
 from mmpeft.errors import ConfigError, DataError, nearest
-from mmpeft.types import Leaf, Untyped
-from mmpeft.vision.data.files import to_rgb
+from mmpeft.types import Json, Leaf, Untyped
 
+LOG = logging.getLogger(__name__)
 VAL = ("validation", "val", "valid", "dev")
 LABELS = ("label", "labels", "fine_label", "class", "target", "category")
 IMAGES = ("image", "img", "images", "picture")
@@ -80,14 +86,30 @@ class HubData(ImageData):
         def labelled(role: str) -> HubRows:
             where = f"{self.path}, split {self.splits[role]!r}, column {label!r}"
             values = train if role == "train" else _values(tables[role], label)
-            return HubRows(tables[role], image, _numbered(values, known, len(self.classes), where), where)
+            names = _names(tables[role], label)
+            if role != "train" and names is not None:  # numbers of another split's list mean that list's names
+                values = [names[v] if isinstance(v, int) and 0 <= v < len(names) else v for v in values]
+                own = {name: number for number, name in enumerate(self.classes)}
+                return HubRows(tables[role], image, _numbered(values, own, len(self.classes), where), where)
+            by_name = known or ({name: n for n, name in enumerate(self.classes)} if _are_texts(values) else None)
+            return HubRows(tables[role], image, _numbered(values, by_name, len(self.classes), where), where)
 
         if self.train_set is None:
             rows = labelled("train")
             if "val" not in tables and self.val_fraction:
                 order = sorted(range(len(rows)), key=lambda row: hash_seed(row))
                 cut = round(self.val_fraction * len(order))
+                whole = rows
                 self.val_set, rows = rows.take(sorted(order[:cut])), rows.take(sorted(order[cut:]))
+                lost = sorted({self.classes[label] for label in set(whole.labels) - set(rows.labels)})
+                if lost:
+                    raise DataError(
+                        f"val_fraction={self.val_fraction} takes all training rows of {listed(lost)}: none is left to "
+                        "train on; add rows, leave the classes out, or lower val_fraction"
+                    )
+            absent = [name for number, name in enumerate(self.classes) if number not in set(rows.labels)]
+            if absent:
+                LOG.warning("%s has no training row of %d of its classes: %s", self.path, len(absent), listed(absent))
             self.train_set = rows
         if stage in ("fit", "validate", None) and "val" in tables and self.val_set is None:
             self.val_set = labelled("val")
@@ -144,10 +166,11 @@ class HubRows:
     """Samples `(RGB image, label)` of a table, decoded when asked for."""
 
     def __init__(self, table: Untyped, image: str, labels: Sequence[int], where: str) -> None:
-        feature = table.features[image]
-        if not isinstance(feature, hf.Image):
-            table = table.cast_column(image, hf.Image())
-        self.table, self.image, self.labels, self.where = table, image, list(labels), where
+        try:
+            self.table: Untyped = table.cast_column(image, hf.Image(decode=False))
+        except Exception as error:  # pyarrow has many
+            raise DataError(f"{where}: the column {image!r} holds {table.features[image]}, not images") from error
+        self.image, self.labels, self.where = image, list(labels), where
         self.numbers = list(range(len(self.labels)))
 
     def __len__(self) -> int:
@@ -160,10 +183,8 @@ class HubRows:
         Raises:
             DataError: the image is missing or damaged.
         """
-        try:
-            return to_rgb(self.table[self.numbers[index]][self.image]), self.labels[index]
-        except (OSError, SyntaxError, ValueError, AttributeError, Image.DecompressionBombError) as error:
-            raise DataError(f"{self.where}: the image of {self.name(index)} cannot be read: {error}") from error
+        where = f"{self.where}: the image of {self.name(index)}"
+        return decoded(image_bytes(self.table[self.numbers[index]][self.image], where), where), self.labels[index]
 
     def name(self, index: int) -> str:
         """Return the identifier of a row: its number in the split it came from."""
@@ -188,8 +209,34 @@ def _load(path: str, name: str | None) -> Untyped:
         files: dict[str, list[str]] = {}
         for file in parquet:  # train-00000-of-00002.parquet, test.parquet
             files.setdefault(file.stem.split("-")[0], []).append(str(file))
-        return hf.load_dataset("parquet", name, data_files=files)
+        # each by itself: read together, all would get the first one's list of class names
+        return {split: _one_split(split, own, name) for split, own in files.items()}
     return hf.load_dataset("imagefolder", name, data_dir=path) if local.is_dir() else hf.load_dataset(path, name)
+
+
+def _one_split(split: str, files: Sequence[str], name: str | None) -> Untyped:
+    """One split from its parquet files, which must agree on the names of classes."""
+    known = {json.dumps(_class_names(file), sort_keys=True): file for file in files}
+    if len(known) > 1:
+        raise DataError(f"{' and '.join(list(known.values())[:2])} list their classes in different orders")
+    return hf.load_dataset("parquet", name, data_files={split: list(files)}, split=split)
+
+
+def _class_names(file: str) -> Json:
+    """The names of classes by column, as `datasets` has written them into a parquet file."""
+    written = (pq.read_schema(file).metadata or {}).get(b"huggingface", b"{}")
+    features = json.loads(written).get("info", {}).get("features", {})
+    return {name: f["names"] for name, f in features.items() if isinstance(f, dict) and "names" in f}
+
+
+def _names(table: Untyped, column: str) -> list[str] | None:
+    """The names that a column's numbers stand for."""
+    feature = table.features.get(column)
+    return list(feature.names) if isinstance(feature, hf.ClassLabel) else None
+
+
+def _are_texts(values: Sequence[object]) -> bool:
+    return bool(values) and all(isinstance(value, str) for value in values)
 
 
 def _image_columns(table: Untyped) -> list[str]:

@@ -13,8 +13,10 @@ from typing import Literal, Unpack
 
 from rich.progress import track
 
+from mmpeft.data.contract import Resize
 from mmpeft.data.images import ImageData, Renamed, check_label_column
 from mmpeft.data.options import Augment, LoadingOptions, SizeOptions
+from mmpeft.data.texts import cleaned, read_text
 from mmpeft.errors import ConfigError, DataError, nearest
 from mmpeft.vision.data.files import WORTH_A_BAR, ImageFiles
 
@@ -75,7 +77,7 @@ def vtab_task(name: str) -> str:
 
 
 class VTABOptions(LoadingOptions, SizeOptions, total=False):
-    """Options of `ImageData`, but for `augment`."""
+    """Options of `ImageData`, but for `augment` and `resize`."""
 
 
 class VTABData(ImageData):
@@ -91,6 +93,7 @@ class VTABData(ImageData):
         task: str,
         subset: Subset = "train800",
         augment: Augment = "none",
+        resize: Resize | None = "squash",
         **options: Unpack[VTABOptions],
     ) -> None:
         """
@@ -99,13 +102,14 @@ class VTABData(ImageData):
             task: one of the 19 tasks, under any of its names (`cifar`, `cifar100`, `pets` …).
             subset: what to train on, `train800` (validation on val200) or `train800val200` (no validation).
             augment: the benchmark has `none`.
+            resize: the benchmark has `squash`, whatever the backbone was evaluated with.
             options: those of `ImageData`.
 
         Raises:
             ConfigError: the task or the subset is unknown.
             DataError: the task's folder is missing.
         """
-        super().__init__(augment=augment, **options)
+        super().__init__(augment=augment, resize=resize, **options)
         if subset not in ("train800", "train800val200"):
             raise ConfigError(f"subset is train800 or train800val200, got {subset!r}")
         self.task, self.subset = vtab_task(task), subset
@@ -141,10 +145,7 @@ class VTABData(ImageData):
     def read(self, split: str) -> ImageFiles:
         """Read one list: the images and labels of `train800`, `val200`, `train800val200` or `test`."""
         path = self.folder / f"{split}.txt"
-        try:
-            lines = path.read_text("utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise DataError(f"the list {path} cannot be read: {error}") from error
+        lines = cleaned(read_text(path)).splitlines()
         numbers = [number for number, line in enumerate(lines, 1) if line.strip()]
         paths, words = [], []
         for number in numbers:

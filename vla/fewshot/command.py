@@ -13,8 +13,9 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from mmpeft.data.images import AugmentedImages
 from mmpeft.data.pictures import read
-from mmpeft.data.transforms import evaluation
+from mmpeft.data.transforms import OfImage, evaluation
 from mmpeft.errors import ConfigError
 from mmpeft.files import write_atomic
 from mmpeft.run.reload import load_run
@@ -44,12 +45,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise ConfigError(f"--top is a number of classes >= 1, got {options.top}")
     pictures = [read(path) for path in options.image]
     if options.checkpoint:
-        task, _ = load_run(options.checkpoint)
+        task, data = load_run(options.checkpoint)
         if not isinstance(task, FewShot):
             raise ConfigError(f"{options.checkpoint} is a run of {type(task).__name__}, classify wants one of FewShot")
     else:
-        task = zero_shot(options.backbone, options.classes, options.template)
-    probabilities = classify(task, pictures)
+        task, data = zero_shot(options.backbone, options.classes, options.template), None
+    probabilities = classify(task, pictures, data)
     count = min(options.top, len(task.classes))
     table = Table("picture", *(f"{rank + 1}." for rank in range(count)))
     rows = []
@@ -75,9 +76,11 @@ def zero_shot(backbone: str, classes: str, template: str) -> FewShot:
 
 
 @torch.no_grad()
-def classify(task: FewShot, pictures: Sequence[Image.Image]) -> Tensor:
-    """Class probabilities of pictures, [B, C]."""
-    (size, _), mean, std = preprocessing(task.model)
-    transform: AnyFunc = evaluation(size, mean, std)
-    scores: Tensor = task(torch.stack([transform(picture) for picture in pictures]).to(task.device))
+def classify(task: FewShot, pictures: Sequence[Image.Image], data: object = None) -> Tensor:
+    """Class probabilities of pictures, [B, C]; prepared as the run's data prepare theirs, or as the pair wants them."""
+    wanted = preprocessing(task.model)
+    prepare: AnyFunc = OfImage(evaluation(*wanted, wanted.resizing))
+    if isinstance(data, AugmentedImages) and data.eval_transform is not None:
+        prepare = data.eval_transform
+    scores: Tensor = task(torch.stack([prepare((picture, 0))[0] for picture in pictures]).to(task.device))
     return scores.softmax(-1).cpu()

@@ -82,6 +82,11 @@ class FewShot(PairTask):
             self.base = int(getattr(data, "base", len(self.classes)))
         if not self.classes:
             raise ConfigError(f"{type(data).__name__} names no classes; FewShot needs their names")
+        if data is not None and self.base < 2:
+            raise ConfigError(
+                f"{type(data).__name__} has {self.base} of {len(self.classes)} classes to learn from, expected two or "
+                "more: nothing is to be told apart; raise base_share, or add classes"
+            )
         return super().build()
 
     def start(self) -> None:
@@ -202,7 +207,7 @@ class FewShot(PairTask):
         base = labels < self.base
         known = scores[base, : self.base].argmax(1) == labels[base]
         self.metrics[f"{stage}_base"].update(known.float())
-        if self.head.names_new_classes:
+        if self.head.names_new_classes and self.base < len(self.classes):
             new = scores[~base, self.base :].argmax(1) + self.base == labels[~base]
             self.metrics[f"{stage}_new"].update(new.float())
 

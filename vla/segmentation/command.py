@@ -7,20 +7,19 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 import torch
 from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
 from mmpeft.data.pictures import read
-from mmpeft.data.transforms import evaluation
 from mmpeft.errors import ConfigError
 from mmpeft.files import write_atomic
 from mmpeft.run.reload import load_run
-from mmpeft.types import AnyFunc
 from mmpeft.vla.backbone import preprocessing
+from mmpeft.vla.segmentation.data import Prepared
 from mmpeft.vla.segmentation.draw import index_png, overlays
+from mmpeft.vla.segmentation.masks import pixels
 from mmpeft.vla.segmentation.task import Segmenter
 
 
@@ -42,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not names or len(set(names)) < len(names):
         raise ConfigError(f"--classes takes different names with commas between, got {options.classes!r}")
     numbers = segments(task, picture, names)
-    image = torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None] / 255
+    image = pixels(picture)[None] / 255
     write_atomic(options.out, overlays(image, [numbers[None]], names))
     mask = options.out.with_name(f"{options.out.stem}_classes.png")
     write_atomic(mask, index_png(numbers))
@@ -57,8 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 @torch.no_grad()
 def segments(task: Segmenter, picture: Image.Image, names: list[str]) -> torch.Tensor:
     """Class numbers [height, width] of a picture; len(names) for none."""
-    (size, _), mean, std = preprocessing(task.model)
-    transform: AnyFunc = evaluation(size, mean, std)
-    scores = task(transform(picture)[None].to(task.device), task.encode(names)).cpu()
+    image, *_ = Prepared(preprocessing(task.model)).alone((pixels(picture), ""))  # as the run's data prepare theirs
+    scores = task(image[None].to(task.device), task.encode(names)).cpu()
     whole = torch.nn.functional.interpolate(scores, (picture.height, picture.width), mode="bilinear")
     return task.segment(whole)[0]

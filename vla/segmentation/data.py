@@ -15,6 +15,7 @@ from mmpeft.data.contract import HasClasses, Preprocessed, Preprocessing
 from mmpeft.data.loading import DataModule
 from mmpeft.data.options import LoaderOptions, LoadingOptions
 from mmpeft.data.sampling import hash_seed
+from mmpeft.data.transforms import OF_TENSORS
 from mmpeft.embedded import emoji, spoken
 from mmpeft.embedded.emoji import EmojiSet
 from mmpeft.embedded.scenes import compose
@@ -64,11 +65,15 @@ class SegmentationData(Preprocessed, DataModule):
 
 
 class Prepared:
-    """Resize image and mask, the mask without mixing classes; scale and normalise the image."""
+    """Resize image and mask, the mask without mixing classes; scale and normalise the image.
+
+    All of the image is shown, whatever its shape: what a crop leaves out could not be segmented.
+    """
 
     def __init__(self, wanted: Preprocessing, mirror: bool = False) -> None:
-        resize = v2.Resize(list(wanted.size), interpolation=InterpolationMode.BICUBIC, antialias=True)
-        steps: list[v2.Transform] = [resize]
+        how = InterpolationMode(wanted.resizing.interpolation)
+        how = how if how in OF_TENSORS else InterpolationMode.BICUBIC
+        steps: list[v2.Transform] = [v2.Resize(list(wanted.size), interpolation=how, antialias=True)]
         steps += [v2.RandomHorizontalFlip()] if mirror else []
         self.steps = v2.Compose([*steps, v2.ToDtype({tv_tensors.Image: torch.float32, "others": None}, scale=True)])
         self.normalise = v2.Normalize(list(wanted.mean), list(wanted.std))

@@ -20,6 +20,7 @@ from mmpeft.files import write_atomic
 from mmpeft.run.reload import load_run
 from mmpeft.types import AnyFunc
 from mmpeft.vla.backbone import check_length, preprocessing
+from mmpeft.vla.vqa.data import OfQuestions, QuestionData
 from mmpeft.vla.vqa.draw import answered
 from mmpeft.vla.vqa.task import VisualQuestions
 
@@ -40,10 +41,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.top < 1:
         raise ConfigError(f"--top is a number of answers >= 1, got {options.top}")
     picture = read(options.image)
-    task, _ = load_run(options.checkpoint)
+    task, data = load_run(options.checkpoint)
     if not isinstance(task, VisualQuestions):
         raise ConfigError(f"{options.checkpoint} is a run of {type(task).__name__}, ask wants one of VisualQuestions")
-    probabilities = ask(task, picture, options.question)
+    probabilities = ask(task, picture, options.question, data)
     count = min(options.top, len(task.answers))
     table = Table("question", *(f"{rank + 1}." for rank in range(count)))
     for question, row in zip(options.question, probabilities):
@@ -60,15 +61,17 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 @torch.no_grad()
-def ask(task: VisualQuestions, picture: Image.Image, questions: Sequence[str]) -> torch.Tensor:
-    """Probabilities [Q, A] of the answers to questions about one picture.
+def ask(task: VisualQuestions, picture: Image.Image, questions: Sequence[str], data: object = None) -> torch.Tensor:
+    """Probabilities [Q, A] of the answers to questions about one picture, prepared as the run's data prepare theirs.
 
     Raises:
         DataError: a question is longer than the text tower's context.
     """
     check_length(questions, task.tokenizer)
-    (size, _), mean, std = preprocessing(task.model)
-    transform: AnyFunc = evaluation(size, mean, std)
-    image = transform(picture)[None].to(task.device)
+    wanted = preprocessing(task.model)
+    prepare: AnyFunc = evaluation(*wanted, wanted.resizing)
+    if isinstance(data, QuestionData) and isinstance(data.eval_transform, OfQuestions):
+        prepare = data.eval_transform.transform
+    image = prepare(picture)[None].to(task.device)
     scores: torch.Tensor = task(image, questions, torch.zeros(len(questions), dtype=torch.long, device=task.device))
     return (scores.sigmoid() if task.soft else scores.softmax(1)).cpu()

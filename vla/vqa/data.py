@@ -6,18 +6,20 @@ import json
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, Unpack, runtime_checkable
+from typing import Any, NamedTuple, Protocol, Unpack, get_args, runtime_checkable
 
 import torch
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from mmpeft.data.contract import Preprocessed, Preprocessing
+from mmpeft.data.contract import Preprocessed, Preprocessing, Resize, Resizing
+from mmpeft.data.folders import split_folders
 from mmpeft.data.loading import DataModule
 from mmpeft.data.options import LoaderOptions, LoadingOptions
 from mmpeft.data.pictures import read
 from mmpeft.data.sampling import hash_seed
+from mmpeft.data.texts import cleaned, read_text
 from mmpeft.data.transforms import evaluation
 from mmpeft.embedded import emoji
 from mmpeft.errors import ConfigError, DataError
@@ -55,6 +57,7 @@ class QuestionData(Preprocessed, DataModule):
     answers: list[str]
     types: list[str]
     soft = False
+    resize: Resize | None = None  # how pictures of another shape are shown; None for the backbone's own way
 
     def __init__(self, image_size: int, **options: Unpack[LoadingOptions]) -> None:
         super().__init__(**options)
@@ -64,7 +67,10 @@ class QuestionData(Preprocessed, DataModule):
     def preprocess(self, wanted: Preprocessing) -> None:
         """Take size and normalisation of the backbone, whose position embeddings know one size only."""
         self.image_size = wanted.size[-1]
-        self.train_transform = self.eval_transform = OfQuestions(evaluation(self.image_size, wanted.mean, wanted.std))
+        resizing = wanted.resizing if self.resize is None else Resizing(self.resize, wanted.resizing.interpolation)
+        self.train_transform = self.eval_transform = OfQuestions(
+            evaluation(wanted.size, wanted.mean, wanted.std, resizing)
+        )
 
     def check_texts(self, tokens: Callable[[Sequence[str]], Tensor]) -> None:
         """Raise DataError for a question that a tokenizer would cut."""
@@ -203,6 +209,7 @@ class VQAData(QuestionData):
         vocabulary: int = 1000,
         image_size: int = 224,
         batch_size: int = 32,
+        resize: Resize | None = None,
         **options: Unpack[LoaderOptions],
     ) -> None:
         """
@@ -212,6 +219,8 @@ class VQAData(QuestionData):
             vocabulary: how many answers can be given at most.
             image_size: height and width that images are resized to, unless the backbone says otherwise.
             batch_size: questions a training step and process.
+            resize: how pictures of another shape are shown: `squash`, `shortest` (the middle is cut out) or `longest`
+                (borders are added); None for the backbone's own way.
             options: those of `DataModule`.
 
         Raises:
@@ -219,17 +228,27 @@ class VQAData(QuestionData):
             DataError: a file is missing or has other keys, a question has no image or no annotation, or no question of
                 a set is answered by the vocabulary.
         """
+        if resize not in (None, *get_args(Resize)):
+            raise ConfigError(f"resize is one of {', '.join(get_args(Resize))}, got {resize!r}")
+        self.resize = resize
         super().__init__(image_size, batch_size=batch_size, **options)
         if vocabulary < 2:
             raise ConfigError(f"vocabulary is a number of answers >= 2, got {vocabulary}")
         self.root = Path(root)
-        found = [split for split in ("train", "val", "test", "predict") if (self.root / split).is_dir()]
+        if not self.root.is_dir():
+            raise DataError(f"there is no folder {self.root}")
+        found = {role: folder.name for role, folder in split_folders(self.root).items() if folder.parent == self.root}
+        found |= {"predict": "predict"} if (self.root / "predict").is_dir() else {}
         if "train" not in found:
             raise DataError(f"{self.root} has no folder `train` with questions.json and annotations.json")
-        self.items = {split: items_of(self.root, split, image_name) for split in found}
+        self.items = {split: items_of(self.root, name, image_name) for split, name in found.items()}
         count = Counter(answer for item in self.items["train"] for answer in set(item["answers"]))
         # equally frequent answers by name: the vocabulary must not depend on the order of the questions
         self.answers = sorted(count, key=lambda answer: (-count[answer], answer))[:vocabulary]
+        if len(self.answers) < 2:
+            raise DataError(
+                f"all questions of {self.root / found['train']} have one answer, {self.answers[0]!r}: nothing to learn"
+            )
         self.types = sorted({item["type"] for s, items in self.items.items() if s != "predict" for item in items})
         known = set(self.answers)
         for split, items in self.items.items():
@@ -262,14 +281,14 @@ def items_of(root: Path, split: str, image_name: str) -> list[Json]:
     answers: dict[object, tuple[list[str], str]] = {}
     for entry in _entries(root / split, "annotations") if split != "predict" else []:
         try:
-            given = [str(a["answer"]).lower().strip() for a in entry["answers"]]
+            given = [cleaned(str(a["answer"])).lower() for a in entry["answers"]]
             answers[entry["question_id"]] = (given, str(entry.get("question_type", "all")))
         except (KeyError, TypeError, AttributeError) as error:
             raise DataError(f"an annotation in {root / split} lacks {error}: {str(entry)[:80]}") from error
     found = []
     for entry in _entries(root / split, "questions"):
         try:
-            number, question = entry["question_id"], str(entry["question"])
+            number, question = entry["question_id"], cleaned(str(entry["question"]))
             image = root / image_name.format(split=split, image_id=entry["image_id"])
         except (KeyError, TypeError, ValueError) as error:
             raise DataError(f"a question in {root / split} lacks {error}: {str(entry)[:80]}") from error
@@ -288,8 +307,8 @@ def items_of(root: Path, split: str, image_name: str) -> list[Json]:
 def _entries(folder: Path, name: str) -> list[Json]:
     path = folder / f"{name}.json"
     try:
-        entries = json.loads(path.read_text("utf-8"))[name]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        entries = json.loads(read_text(path).removeprefix("\ufeff"))[name]
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise DataError(f"{path} is no VQAv2 file with the key {name!r}: {error}") from error
     if not isinstance(entries, list) or not entries:
         raise DataError(f"{path}: {name!r} must be a list with entries")
