@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 import torch
@@ -128,6 +128,7 @@ class Flux(Family):
     """Flux: patches of 2×2 latents as tokens, guidance as an input where it was distilled."""
 
     pipelines = ("FluxPipeline",)
+    aliases: ClassVar[Mapping[str, str]] = {"text_encoder_3": "text_encoder_2"}
     guidance: ClassVar[float] = 3.5
     guided = False
 

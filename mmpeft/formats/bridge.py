@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from mmpeft.errors import AdapterFileError, ConfigError, Refused, SiteError
+from mmpeft.errors import AdapterFileError, ConfigError, Refused, SiteError, nearest
 from mmpeft.formats import peft_experts, peft_prompts
-from mmpeft.formats.content import Content, Layer, Scaling
+from mmpeft.formats.content import Content, Layer, Scaling, Shift
 from mmpeft.formats.low_rank import (
     check_paths,
     fit_layers,
@@ -20,6 +20,7 @@ from mmpeft.formats.low_rank import (
     set_pieces,
     tunable_sites,
 )
+from mmpeft.formats.lycoris import multiplied
 from mmpeft.formats.peft import targeted
 from mmpeft.functional.rows import put_rows, take_rows
 from mmpeft.hosting.host import base_value
@@ -52,22 +53,29 @@ def content_of(tuning: Attached, format: str) -> Content:
     if learned and len(learned) + len(masks) < len(tuning.placements):
         raise Refused(f"{tuning.method} has a prompt or prefix beside other parts; a PEFT folder holds one of them")
     if learned:
-        whole = _whole_modules(tuning.model, masks)
-        return Content(format, whole=whole, learned=peft_prompts.learned_of(tuning.model, learned, whole))
+        kept = _whole_modules(tuning.model, masks)
+        return Content(format, whole=kept, learned=peft_prompts.learned_of(tuning.model, learned, kept))
     layers = layers_of(tuning)
     stacks = peft_experts.tensors_of(tuning.model, tuning.placements) if format == "peft" else None
     for placement in tuning.placements:
         _check_part(placement, format)
-    if not layers and not scales and stacks is None:
+    files = format in ("kohya", "comfy") and masks
+    if not layers and not scales and stacks is None and not files:
         raise Refused(
             f"{tuning.method} has no low-rank update or (IA)³ vector, and {format} files hold nothing else alone"
         )
     if (layers or stacks) and scales:
         raise Refused(f"{tuning.method} has both low-rank updates and (IA)³ vectors; a {format} file holds one of them")
-    whole = _whole_modules(tuning.model, masks) if masks else {}
+    whole: dict[str, dict[str, Tensor]] = {}
+    shifts: list[Shift] = []
+    if masks and format in ("kohya", "comfy"):
+        own, shifts = _differences(tuning.model, masks)
+        layers += own
+    elif masks:
+        whole = _whole_modules(tuning.model, masks)
     rates = {p.part.dropout for p in tuning.placements if isinstance(p.part, Delta) and not p.part.lookup}
     dropout = rates.pop() if len(rates) == 1 else 0.0
-    return Content(format, layers, _scalings(tuning.model, scales), whole, dropout, stacks=stacks)
+    return Content(format, layers, _scalings(tuning.model, scales), whole, dropout, stacks=stacks, shifts=shifts)
 
 
 def _check_part(placement: Placement, format: str) -> None:
@@ -76,7 +84,7 @@ def _check_part(placement: Placement, format: str) -> None:
         return
     if not isinstance(part, Delta | Mask | Rescale) or (isinstance(part, Rescale) and part.beta is not None):
         raise Refused(f"{type(part).__name__} at {where} exists in no exchange format; use tuning.save()")
-    if isinstance(part, Rescale | Mask) and format != "peft":
+    if isinstance(part, Rescale | Mask) and format != "peft" and (isinstance(part, Rescale) or format == "diffusers"):
         what = "(IA)³ vectors" if isinstance(part, Rescale) else "whole tensors"
         raise Refused(f"{format} files hold low-rank layers only; this tuning has {what} at {where}")
     read = [hook for hook in placement.hooks if hook.kind == "read"]
@@ -125,6 +133,41 @@ def _whole_modules(model: nn.Module, placements: Sequence[Placement]) -> dict[st
     return found
 
 
+def _differences(model: nn.Module, placements: Sequence[Placement]) -> tuple[list[Layer], list[Shift]]:
+    """What trained in place of the base's tensors, as their full differences; a norm's bias has its weight beside it.
+
+    Raises:
+        Refused: a tensor that is no module's weight or bias.
+    """
+    values: dict[tuple[str, str], Tensor] = {}
+    for placement in placements:
+        part, hook = placement.part, placement.hooks[0]
+        assert isinstance(part, Mask)
+        if hook.name not in ("weight", "bias") or not hook.path:
+            raise Refused(f"{hook.path}.{hook.name} is no weight or bias of a module; use tuning.save()")
+        if module_at(model, hook.path)._parameters.get(hook.name, None) is None:
+            raise Refused(
+                f"{hook.path} has no {hook.name} in the base, and readers of such files change only what is there; "
+                "train BitFit(create=False), or use tuning.save()"
+            )
+        base = base_value(module_at(model, hook.path), hook.name).detach().float()
+        before = values.get((hook.path, hook.name), torch.zeros_like(base))
+        own = take_rows(before, part.rows, part.dim)
+        own = own + part.value.detach().float() - take_rows(base, part.rows, part.dim)
+        values[hook.path, hook.name] = put_rows(before, own, part.rows, part.dim)
+    layers, shifts = [], []
+    for (path, name), value in values.items():
+        if value.dim() > 1:
+            down, up = multiplied(value)
+            layers.append(Layer(path, down, up, float(len(down)), factor="full difference", tensors={"diff": value}))
+            continue
+        weight = base_value(module_at(model, path), "weight")
+        if name == "bias" and weight.dim() == 1 and (path, "weight") not in values:
+            shifts.append(Shift(path, "weight", torch.zeros_like(weight, dtype=torch.float32)))
+        shifts.append(Shift(path, "weight" if name == "weight" else "bias", value))
+    return layers, shifts
+
+
 def _own_parameters(module: nn.Module) -> dict[str, Tensor]:
     return {n: p for n, p in module.named_parameters() if CHILD not in n.split(".")}
 
@@ -153,7 +196,7 @@ def attach_content(model: nn.Module, content: Content, name: str, where: object)
         pieces = fit_layers(model, content.layers, where)
         pieces += fit_stacks(model, content.stacks, where) if content.stacks else []
         vectors = _fit_scalings(model, content.scalings, where)
-        tensors = _fit_whole(model, content.whole, where)
+        tensors = _fit_whole(model, content.whole, where) | _fit_shifts(model, content.shifts, where)
         _check_complete(model, content, where)
         methods: list[Method] = [method_for(model, pieces, content.dropout)] if pieces else []
         tokens: dict[str, Tensor] = {}
@@ -226,6 +269,30 @@ def _fit_scalings(model: nn.Module, scalings: Sequence[Scaling], where: object) 
         pairs = [(site, take_rows(scaling.gamma, site.rows)) for site in own]
         moved = [(site, gamma) for site, gamma in pairs if (gamma != 1).any()]
         found += moved or pairs
+    return found
+
+
+def _fit_shifts(model: nn.Module, shifts: Sequence[Shift], where: object) -> dict[str, Tensor]:
+    """The new values of biases and norms' weights, by path."""
+    modules = dict(model.named_modules())
+    found: dict[str, Tensor] = {}
+    for shift in shifts:
+        names = _own_parameters(modules[shift.path]) if shift.path in modules else {}
+        if shift.tensor not in names:
+            name = type(model).__name__.removeprefix("Tuned")
+            raise AdapterFileError(
+                f"{where}: {name} has no {shift.path}.{shift.tensor}, of which the file holds a difference. Load the "
+                f"base that the adapter was made for.{nearest(shift.path, modules)}"
+            )
+        base = base_value(modules[shift.path], shift.tensor)
+        if base.shape != shift.value.shape:
+            raise AdapterFileError(
+                f"{where}: the difference of {shift.path}.{shift.tensor} has shape {tuple(shift.value.shape)}, the "
+                f"model's has {tuple(base.shape)}; the adapter was made for another base"
+            )
+        path = f"{shift.path}.{shift.tensor}"
+        before = found[path] if path in found else base.detach().float()
+        found[path] = before + shift.value.to(before)
     return found
 
 

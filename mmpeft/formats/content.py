@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
@@ -69,6 +70,28 @@ class Layer:
 
 
 @dataclass(frozen=True)
+class Shift:
+    """A full difference of a bias, or of a norm's weight: `b + value`. Names as in `Layer`."""
+
+    path: str
+    tensor: Literal["weight", "bias"]
+    value: Tensor
+    component: str = ""
+    flat: bool = False
+
+
+@dataclass(frozen=True)
+class Based:
+    """An update of a weight that depends on the weight itself (OFT, GLoRA, …): only a model tells its ΔW."""
+
+    path: str
+    kind: str
+    tensors: Mapping[str, Tensor]
+    component: str = ""
+    flat: bool = False
+
+
+@dataclass(frozen=True)
 class Scaling:
     """(IA)³: a vector on the input or the output of one module."""
 
@@ -107,6 +130,11 @@ class Content:
     """Updates of the stacked weights of experts."""
     others: dict[str, str] = field(default_factory=dict)
     """Module path → the factor (LoHa, LoKr, …) that is recognised and cannot be loaded."""
+    shifts: list[Shift] = field(default_factory=list)
+    based: list[Based] = field(default_factory=list)
+    """What becomes layers or shifts once a model is given."""
+    unread: tuple[str, ...] = ()
+    """Keys that are no part of an adapter of any known kind, beside others that are."""
 
     @property
     def method(self) -> str:
@@ -115,6 +143,7 @@ class Content:
         names |= {"LoRA"} if self.stacks else set()
         names |= set(self.others.values()) | ({"IA3"} if self.scalings else set())
         names |= {self.learned.kind} if self.learned else set()
+        names |= {item.kind for item in self.based} | ({"differences"} if self.shifts else set())
         return "+".join(sorted(names)) or "none"
 
     def check(self, where: object) -> None:
@@ -126,6 +155,7 @@ class Content:
             halves = {"down": layer.down, "up": layer.up, "magnitude": layer.magnitude}
             found.update({f"{layer.path}.{name}": t for name, t in halves.items() if t is not None})
         found.update({scaling.path: scaling.gamma for scaling in self.scalings})
+        found.update({f"{x.path}.{x.tensor}": x.value for x in self.shifts})
         found.update({f"{path}.{name}": t for path, own in self.whole.items() for name, t in own.items()})
         found.update(self.stacks.tensors() if self.stacks else {})
         found.update({self.learned.kind: self.learned.tensor} if self.learned else {})
@@ -134,10 +164,18 @@ class Content:
     @property
     def components(self) -> dict[str, int]:
         """How many layers each model of a pipeline has here; the empty name where a file names none."""
-        counts: dict[str, int] = {}
-        for layer in self.layers:
-            counts[layer.component] = counts.get(layer.component, 0) + 1
-        return counts
+        return dict(Counter(item.component for item in self.named))
+
+    @property
+    def named(self) -> list[Layer | Shift | Based]:
+        """All that is of one module of one model."""
+        return [*self.layers, *self.shifts, *self.based]
+
+    def of(self, components: Collection[str]) -> Content:
+        """The part for one model, whose components these are."""
+        found = replace(self, layers=[x for x in self.layers if x.component in components])
+        found = replace(found, shifts=[x for x in self.shifts if x.component in components])
+        return replace(found, based=[x for x in self.based if x.component in components])
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -9,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from mmpeft.errors import AdapterFileError, Refused, nearest
+from mmpeft.errors import AdapterFileError, MMPEFTWarning, Refused, nearest
 from mmpeft.formats import peft_experts
 from mmpeft.formats.content import Layer
 from mmpeft.formats.lycoris_out import layer_from
@@ -24,6 +25,7 @@ from mmpeft.methods.reparameterized.lora import LoRA
 from mmpeft.parts import Delta, ExpertsDelta, LowRank
 from mmpeft.parts.base import Placement
 from mmpeft.sites import Site, sites
+from mmpeft.sites.site import DISCARDED
 from mmpeft.surgery.attached import Attached
 from mmpeft.types import Json
 
@@ -134,9 +136,37 @@ def fit_layers(model: nn.Module, layers: Sequence[Layer], where: object) -> list
         AdapterFileError: a layer without a site, of another shape, or named twice.
     """
     by_path = tunable_sites(model, ("linear", "conv", "embedding"))
+    layers = _acting(model, layers, by_path, where)
     check_paths(model, [layer.path for layer in layers], by_path, where)
     signed = [layer if layer.scale >= 0 else layer.baked() for layer in layers]
     return [piece for layer in signed for piece in _cut(model, layer, by_path[layer.path], where)]
+
+
+def _acting(
+    model: nn.Module, layers: Sequence[Layer], known: Mapping[str, list[Site]], where: object
+) -> Sequence[Layer]:
+    """Layers without those that change nothing where they could not be tuned: of zeros, or on a discarded output."""
+    modules = {path for path, _ in model.named_modules()}
+    idle: dict[str, str] = {}
+    for layer in layers:
+        own = known.get(layer.path, [])
+        if own and all(site.refuse.startswith(DISCARDED) for site in own):
+            idle[layer.path] = own[0].refuse
+        elif layer.path in modules and all(site.refuse for site in own) and not _moves(layer):
+            idle[layer.path] = "it is zero"
+    if idle:
+        first = min(idle)
+        warnings.warn(
+            f"{where}: {len(idle)} of {len(layers)} updates have no effect and are left out, first that of {first} "
+            f"({idle[first]})",
+            MMPEFTWarning,
+            stacklevel=2,
+        )
+    return [layer for layer in layers if layer.path not in idle]
+
+
+def _moves(layer: Layer) -> bool:
+    return layer.magnitude is not None or bool(layer.up.any() and layer.down.any())
 
 
 def fit_stacks(model: nn.Module, found: peft_experts.StackTensors, where: object) -> list[Piece]:

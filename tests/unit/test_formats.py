@@ -16,7 +16,7 @@ from torch import Tensor
 
 import mmpeft
 from mmpeft.errors import AdapterFileError, ConfigError, Refused
-from mmpeft.formats import diffusers, verify
+from mmpeft.formats import kohya, verify
 from mmpeft.formats.bridge import attach_layers
 from mmpeft.formats.commands import convert_command, export_command, inspect_command
 from mmpeft.formats.content import Layer
@@ -106,7 +106,8 @@ def test_merged_unknown_format_wrong_name(tmp_path: Path) -> None:
 
 def test_a_reader_that_disagrees_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _, tuning = tuned()
-    monkeypatch.setattr(diffusers, "kohya_bytes", lambda layers, prefix: diffusers.diffusers_bytes(layers[1:], prefix))
+    real = kohya.kohya_bytes
+    monkeypatch.setattr(kohya, "kohya_bytes", lambda layers, *rest: real(layers[1:], *rest))
     (tmp_path / "a.safetensors").write_text("former")
     for name in ("a.safetensors", "b.safetensors"):
         with pytest.raises(AdapterFileError, match="mmpeft does not find 1 of the tensors"):
@@ -236,19 +237,19 @@ def test_layers_with_and_without_magnitude_in_one_file(tmp_path: Path) -> None:
 
 BAD_FILES: dict[str, tuple[Tensors, str]] = {
     "alpha 0": (_kohya((8.0, 0.0)), "has alpha 0"),
-    "some alphas": (_kohya((8.0, None)), "1 of 2 layers have an alpha"),
     "two styles": (_kohya() | {"unet.head.lora_A.weight": torch.ones(1, 8)}, "mixes two formats"),
     "LoHa": (_kohya() | {"lora_unet_head.hada_w1_a": torch.ones(3, 1)}, "has hada_w1_a but no hada_w1_b"),
     "LoKr": ({"lycoris_head.lokr_w1": torch.ones(1, 1), "lycoris_head.alpha": torch.tensor(1.0)}, "no lokr_w2_a"),
     "Tucker": (_kohya() | {"lora_unet_head.lora_mid.weight": torch.ones(1, 1, 3, 3)}, "but no up"),
-    "OFT": (_kohya() | {"lora_unet_head.oft_blocks": torch.ones(1, 3, 3)}, "OFT ×1, a factor that is not read"),
+    "OFT": (_kohya() | {"lora_unet_head.oft_blocks": torch.ones(1, 4, 4)}, r"no OFT of a weight \[3, 8\]"),
+    "BOFT": (_kohya() | {"lora_unet_head.boft_blocks": torch.ones(1, 3, 3)}, "BOFT ×1, a factor that is not read"),
     "foreign": ({"model.weight": torch.ones(2)}, r"unknown key 'model\.weight'"),
     "pipeline": (_kohya() | _kohya(prefix="lora_te1_"), "choose one with component="),
     "original": (
         {f"lora_unet_input_blocks_1.lora_{n}.weight": torch.ones(2, 2) for n in ("up", "down")},
-        "of the original",
+        "of an original",
     ),
-    "column norms": (_kohya() | {"lora_unet_blocks_1_down.dora_scale": torch.ones(1, 16)}, "lengths of input columns"),
+    "column norms": (_kohya() | {"lora_unet_blocks_1_down.dora_scale": torch.ones(1, 9)}, "DoRA by input column of a"),
 }
 
 
@@ -271,7 +272,7 @@ def test_a_pipeline_by_component_and_ambiguous_names(tmp_path: Path) -> None:
         load_foreign(model, tmp_path / "a.safetensors", component="unet")
     layers = [Layer(path, torch.ones(1, 2), torch.ones(2, 1)) for path in ("a.b_c", "a_b.c")]
     with pytest.raises(Refused, match="are both lora_unet_a_b_c"):
-        diffusers.kohya_bytes(layers, "unet")
+        kohya.kohya_bytes(layers, "unet")
 
 
 def test_conversions_need_a_model_only_from_kohya(tmp_path: Path) -> None:
