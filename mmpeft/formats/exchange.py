@@ -195,7 +195,8 @@ def export_pipeline(
     whole = Content(format, layers, shifts=[shift for part in parts for shift in part.shifts])
     modules = [n for n, _ in next(iter(models.values())).named_modules() if CHILD not in n.split(".")]
     files = _files(whole, models, next(iter(tunings)), modules if len(tunings) == 1 else [], None, encoders)
-    notes = _written_as(whole, format)
+    limits = unread_by_diffusers(whole, models)
+    notes = [*_written_as(whole, format), *([limits] if limits else [])]
 
     def prove(copy: Path) -> tuple[Check, ...]:
         checks: list[Check] = []
@@ -205,10 +206,7 @@ def export_pipeline(
             own = resolved(back.of([c for c in owners if owners[c] == name]), tuning.model, copy)
             own = replace(own, layers=[replace(x, component="") for x in own.layers])
             checks.append(compare("mmpeft", _acting(contents[name]), _acting(own)))
-            limits = unread_by_diffusers(contents[name], tuning.model)
-            if limits:
-                notes.append(limits)
-            else:
+            if not limits:
                 checks += by_diffusers(tuning.model, copy, name, contents[name], models)
         return tuple(checks)
 

@@ -38,7 +38,7 @@ def names_of(modules: dict[str, nn.Module]) -> dict[str, str]:
         inner = [name.removeprefix(f"{ours}.") for name in modules if name.startswith(f"{ours}.")]
         back = {own: name for name, own in _RESNET.items()} if ".resnets." in ours else {}
         found |= {f"{theirs}.{back.get(name, name)}": f"{ours}.{name}" for name in inner}
-        found |= {theirs: ours} if not inner else {}
+        found |= {theirs: ours} if ours in modules and not inner else {}
     return found
 
 

@@ -146,7 +146,12 @@ def test_names_of_an_original_repository_are_not_written_without_a_model(tmp_pat
 
 @pytest.mark.parametrize(
     "method",
-    [mmpeft.BitFit(create=False), mmpeft.NormTuning(), mmpeft.Full(at="attn.q"), mmpeft.BitFit(create=False) + mmpeft.LoRA(at="mlp.*")],
+    [
+        mmpeft.BitFit(create=False),
+        mmpeft.NormTuning(),
+        mmpeft.Full(at="attn.q"),
+        mmpeft.BitFit(create=False) + mmpeft.LoRA(at="mlp.*"),
+    ],
 )
 def test_differences_are_written_and_read(method: mmpeft.Method, tmp_path: Path) -> None:
     model = Toy()
