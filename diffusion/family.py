@@ -123,8 +123,13 @@ class Family(ABC):
         mean: Tensor = vae.encode(images.to(vae.device, vae.dtype)).latent_dist.mode()
         if upcast:
             vae.to(before)
-        latents: Tensor = (mean - (getattr(vae.config, "shift_factor", None) or 0.0)) * vae.config.scaling_factor
-        return latents
+        return self.scaled(mean)
+
+    def scaled(self, latents: Tensor) -> Tensor:
+        """The autoencoder's latents as the denoiser takes them: what the pipeline undoes before it decodes."""
+        config = self.vae.config
+        found: Tensor = (latents - (getattr(config, "shift_factor", None) or 0.0)) * config.scaling_factor
+        return found
 
     @abstractmethod
     def predict(self, noisy: Tensor, timesteps: Tensor, condition: Condition) -> Tensor:
