@@ -282,10 +282,15 @@ def _known(format: str, *prefixes: str) -> None:
 
 def _written_as(content: Content, format: str) -> list[str]:
     """What is to be said of layers that the format has not in the form in which they trained."""
-    wide = [layer.rank for layer in content.layers if layer.tensors]
-    if wide and format in ("diffusers", "comfy"):
-        return [f"{content.method} is written as the LoRA that it equals, of a rank up to {max(wide)}"]
-    return []
+    kept = format == "kohya" or (format == "peft" and all(layer.tensors for layer in content.layers))
+    wide = [layer for layer in content.layers if layer.factor and not (kept and layer.tensors)]
+    if not wide:
+        return []
+    kinds = " and ".join(sorted({layer.factor for layer in wide}))
+    return [
+        f"{len(wide)} of {len(content.layers)} layers are {kinds}, written as the LoRA that each equals but for "
+        f"rounding, of a rank up to {max(layer.rank for layer in wide)}"
+    ]
 
 
 def _files(
@@ -298,8 +303,10 @@ def _files(
 ) -> dict[str, bytes]:
     """Names and bytes of what a format writes; the file that makes the rest valid comes last."""
     if content.format == "peft":
-        write = lycoris_out.folder_files if any(layer.tensors for layer in content.layers) else peft.folder_files
-        return write(content, modules, base)
+        if content.layers and all(layer.tensors for layer in content.layers):
+            return lycoris_out.folder_files(content, modules, base)
+        plain = replace(content, layers=[replace(layer, tensors={}) for layer in content.layers])
+        return peft.folder_files(plain, modules, base)
     if content.format == "comfy":
         model = models.get(prefix)
         if model is None:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from mmpeft.errors import AdapterFileError, MMPEFTWarning, Refused, nearest
 from mmpeft.formats import peft_experts
 from mmpeft.formats.content import Layer
+from mmpeft.formats.lycoris import multiplied
 from mmpeft.formats.lycoris_out import layer_from
 from mmpeft.functional.rows import put_rows, take_rows
 from mmpeft.hosting.host import base_value
@@ -62,14 +63,10 @@ def _stack(model: nn.Module, path: str, placements: list[Placement]) -> Layer:
     downs: list[Tensor] = []
     ups: list[Tensor] = []
     owners = weight.new_zeros(len(weight))
+    kinds: set[str] = set()
     for part in parts:
-        if not isinstance(part.factor, LowRank):
-            raise Refused(
-                f"{path}: a {type(part.factor).__name__} factor of a part of a weight is in no other tool's files; use "
-                "tuning.save()"
-            )
-        down, up = (tensor.detach() for tensor in part.pair())
-        up = up * part.scale
+        down, up, kind = _halves(part, path, weight)
+        kinds |= {kind} if kind else set()
         same = next((i for i, known in enumerate(downs) if torch.equal(known, down)), None)
         if same is None:
             same = len(downs)
@@ -87,7 +84,23 @@ def _stack(model: nn.Module, path: str, placements: list[Placement]) -> Layer:
             if part.magnitude is not None:
                 magnitude = put_rows(magnitude, part.magnitude.detach(), part.rows)
     down = down.view(len(down), *weight.shape[1:])
-    return Layer(path, down, up, float(len(down)), magnitude, transposed=transposed, lookup=parts[0].lookup)
+    if kinds and len(down) > min(len(up), down[0].numel()):  # other factors may have more columns than the weight
+        down, up = multiplied((up @ down.flatten(1)).view(-1, *down.shape[1:]))
+    kind = "+".join(sorted(kinds))
+    rank, lookup = float(len(down)), parts[0].lookup
+    return Layer(path, down, up, rank, magnitude, transposed=transposed, lookup=lookup, factor=kind)
+
+
+def _halves(part: Delta, path: str, weight: Tensor) -> tuple[Tensor, Tensor, str]:
+    """`down` and `up` of one part, scale baked in; of another factor those of the low-rank update that it equals."""
+    if isinstance(part.factor, LowRank):
+        down, up = (tensor.detach() for tensor in part.pair())
+        return down, up * part.scale, ""
+    own = layer_from(part.factor, path, take_rows(weight, part.rows), part.scale)
+    if own is not None:
+        return own.down.flatten(1), own.up * own.scale, own.factor
+    down, up = multiplied(part.factor.materialise().detach() * part.scale)
+    return down, up, type(part.factor).__name__
 
 
 def _row_norms(weight: Tensor, delta: Tensor) -> Tensor:

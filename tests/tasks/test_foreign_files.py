@@ -165,3 +165,17 @@ def test_kohya_files_of_other_transformers_are_refused(tmp_path: Path) -> None:
     with pytest.raises(Refused, match="no reader of kohya's files is known to take a PixArtTransformer2DModel"):
         tuning.export(tmp_path / "a.safetensors", "kohya")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("format", ["diffusers", "kohya"])
+@pytest.mark.parametrize("method", [mmpeft.LoKr, mmpeft.KronA, mmpeft.LoHa], ids=lambda method: method.__name__)
+def test_factors_of_parts_of_a_weight_are_written_as_what_they_equal(method: Any, format: Any, tmp_path: Path) -> None:
+    """The first linear of every UNet's feed-forward network is a value and its gate, two sites of one module."""
+    made = pipeline("sd")
+    tuning = attach_moved(made.unet, method(at="attn.q|mlp.*"), by=0.3)
+    written = tuning.export(tmp_path / "a.safetensors", format)
+    assert "written as the LoRA that each equals" in written.notes[0]
+    assert "of a rank up to" in written.notes[0]
+    again = pipeline("sd")
+    open_adapters(family_of(again), [written.path])
+    torch.testing.assert_close(drawn(again, "sd"), drawn(made, "sd"), **CLOSE)
