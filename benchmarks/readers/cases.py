@@ -14,7 +14,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 import mmpeft
 from benchmarks.readers.job import Job
-from mmpeft.errors import MMPEFTError
+from mmpeft.errors import MMPEFTError, SiteError
 from mmpeft.formats.exchange import export, export_pipeline
 from mmpeft.formats.merged import merged_copy
 
@@ -131,8 +131,8 @@ def models_of(kind: str, seed: int = 0) -> dict[str, nn.Module]:
 def prepared(kind: str, method: str, folder: Path) -> tuple[dict[str, mmpeft.Tuning], dict[str, Tensor]]:
     """Tunings of a pipeline's models, moved off their start, and every tensor that they change, as it becomes."""
     models = models_of(kind)
-    base = {f"{name}.{key}": t for name, model in models.items() for key, t in model.state_dict().items()}
-    save_file({key: tensor.contiguous() for key, tensor in base.items()}, folder / "base.safetensors")
+    base = {f"{name}.{key}": t.clone() for name, model in models.items() for key, t in model.state_dict().items()}
+    save_file({key: tensor.clone() for key, tensor in base.items()}, folder / "base.safetensors")
     chosen = models.items() if method == "LoRA and text encoders" else list(models.items())[:1]
     tunings = {}
     for i, (name, model) in enumerate(chosen):
@@ -158,7 +158,10 @@ def cases(folder: Path, kinds: tuple[str, ...] = tuple(KINDS)) -> Iterator[tuple
         for method in methods:
             own = folder / f"{kind}-{method}".replace(" ", "_").replace(",", "")
             own.mkdir(parents=True)
-            tunings, wanted = prepared(kind, method, own)
+            try:
+                tunings, wanted = prepared(kind, method, own)
+            except SiteError:  # a transformer has no convolutions
+                continue
             configs = {name: dict(t.model.config.to_dict() if hasattr(t.model.config, "to_dict") else t.model.config) for name, t in tunings.items()}
             for format in FORMATS:
                 job = Job(kind, format, method, str(own / f"{format}.safetensors"), str(own / "base.safetensors"), configs, "")
