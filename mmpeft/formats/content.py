@@ -68,6 +68,23 @@ class Layer:
         narrow = up.to(self.up.dtype)
         return replace(self, up=narrow if torch.equal(narrow.float(), up) else up, alpha=alpha)
 
+    def padded(self, rank: int) -> Layer:
+        """The same update with zeros up to a rank, at the same scale."""
+        more = rank - self.rank
+        if more == 0:
+            return self
+        down = torch.cat([self.down, self.down.new_zeros(more, *self.down.shape[1:])])
+        up = torch.cat([self.up, self.up.new_zeros(len(self.up), more)], 1)
+        return replace(self, down=down, up=up, alpha=self.scale * rank)
+
+    def trimmed(self) -> Layer:
+        """The same update without what is zero in both halves: nothing, and what never trains."""
+        keep = (self.up != 0).any(0) | (self.down != 0).flatten(1).any(1)
+        if keep.all():
+            return self
+        keep[0] |= not keep.any()
+        return replace(self, down=self.down[keep], up=self.up[:, keep], alpha=self.scale * int(keep.sum()))
+
 
 @dataclass(frozen=True)
 class Shift:
@@ -128,13 +145,29 @@ class Content:
     learned: Learned | None = None
     stacks: StackTensors | None = None
     """Updates of the stacked weights of experts."""
+    base: dict[str, Tensor] = field(default_factory=dict)
+    """Tensors of the base by name, of which the file has values of its own: trained biases, a table of words."""
+    words: dict[str, tuple[tuple[int, ...], Tensor]] = field(default_factory=dict)
+    """Module path → rows of its table, and their values (`trainable_token_indices`)."""
     others: dict[str, str] = field(default_factory=dict)
     """Module path → the factor (LoHa, LoKr, …) that is recognised and cannot be loaded."""
     shifts: list[Shift] = field(default_factory=list)
+    """Biases inside updates (PEFT's `lora_bias`) are some."""
     based: list[Based] = field(default_factory=list)
     """What becomes layers or shifts once a model is given."""
     unread: tuple[str, ...] = ()
     """Keys that are no part of an adapter of any known kind, beside others that are."""
+
+    @property
+    def beside(self) -> str:
+        """What there is beside updates of weights, in words; empty for nothing."""
+        kinds = {
+            "(IA)³ vectors": self.scalings,
+            "whole modules": self.whole,
+            "tensors of the base": self.base,
+            "rows of tables": self.words,
+        }
+        return " and ".join(name for name, held in kinds.items() if held)
 
     @property
     def method(self) -> str:
@@ -144,7 +177,12 @@ class Content:
         names |= set(self.others.values()) | ({"IA3"} if self.scalings else set())
         names |= {self.learned.kind} if self.learned else set()
         names |= {item.kind for item in self.based} | ({"differences"} if self.shifts else set())
+        names |= {"TextualInversion"} if self.words else set()
         return "+".join(sorted(names)) or "none"
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Tensors of the base and of modules saved whole, by name."""
+        return self.base | {f"{path}.{name}": t for path, own in self.whole.items() for name, t in own.items()}
 
     def check(self, where: object) -> None:
         """Raise AdapterFileError for what reading has made infinite: products of factors, scales of their alpha."""
@@ -156,7 +194,7 @@ class Content:
             found.update({f"{layer.path}.{name}": t for name, t in halves.items() if t is not None})
         found.update({scaling.path: scaling.gamma for scaling in self.scalings})
         found.update({f"{x.path}.{x.tensor}": x.value for x in self.shifts})
-        found.update({f"{path}.{name}": t for path, own in self.whole.items() for name, t in own.items()})
+        found.update({**self.tensors(), **{path: rows for path, (_, rows) in self.words.items()}})
         found.update(self.stacks.tensors() if self.stacks else {})
         found.update({self.learned.kind: self.learned.tensor} if self.learned else {})
         check_values(found, where)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from mmpeft.errors import AdapterFileError, ConfigError, MMPEFTWarning, Refused, nearest
 from mmpeft.files import write_atomic
-from mmpeft.formats import diffusers, kohya, lycoris_out, native, original, peft
+from mmpeft.formats import diffusers, kohya, lycoris_out, native, original, peft_out
 from mmpeft.formats.bridge import attach_content, content_of
 from mmpeft.formats.content import Content
 from mmpeft.formats.inspection import FileInfo, inspect, read, refusal
@@ -24,6 +24,7 @@ from mmpeft.formats.verify_diffusers import by_diffusers, unread_by_diffusers
 from mmpeft.hosting.modules import CHILD
 from mmpeft.surgery.attached import Attached
 from mmpeft.surgery.transaction import unchanged_on_error
+from mmpeft.types import Json
 
 __all__ = ["FORMATS", "Exported", "FileInfo", "convert", "export", "inspect", "load_foreign", "read"]
 
@@ -69,7 +70,7 @@ def load_foreign(
         content = content.of([component])
     elif len(content.components) > 1:
         raise AdapterFileError(f"{path} holds layers of {content.components}; choose one with component=")
-    return attach_content(model, resolved(content, model, path), name, path)
+    return attach_content(model, resolved(content, model, path), name, path, strict=strict)
 
 
 def load_parts(
@@ -155,7 +156,7 @@ def export(
         return export_pipeline({prefix: tuning}, path, format, verify=verify, encoders=encoders)
     content = replace(content_of(tuning, format), format=format)
     modules = [n for n, _ in model.named_modules() if CHILD not in n.split(".")]
-    base = getattr(getattr(model, "config", None), "name_or_path", None) or None
+    base = peft_out.base_fields(model)
     files = _files(content, {prefix: model}, prefix, modules, base)
     notes = _written_as(content, format)
     if format == "comfy":
@@ -245,10 +246,8 @@ def convert(
         )
     if format != "peft" and content.learned is not None:
         raise Refused(f"{src} holds learned tokens ({content.learned.kind}); {format} has no key for them")
-    if format != "peft" and (content.scalings or content.whole):
-        raise Refused(
-            f"{src} holds {'(IA)³ vectors' if content.scalings else 'whole modules'}; {format} has no key for them"
-        )
+    if format != "peft" and content.beside:
+        raise Refused(f"{src} holds {content.beside}; {format} has no key for them")
     if content.shifts and format in ("peft", "diffusers"):
         first = content.shifts[0]
         raise Refused(f"{src} holds a difference of {first.path}.{first.tensor}; {format} files have no key for it")
@@ -298,7 +297,7 @@ def _files(
     models: Mapping[str, nn.Module | None],
     prefix: str,
     modules: Sequence[str],
-    base: str | None,
+    base: Json | None,
     encoders: int = 0,
 ) -> dict[str, bytes]:
     """Names and bytes of what a format writes; the file that makes the rest valid comes last."""
@@ -306,7 +305,7 @@ def _files(
         if content.layers and all(layer.tensors for layer in content.layers):
             return lycoris_out.folder_files(content, modules, base)
         plain = replace(content, layers=[replace(layer, tensors={}) for layer in content.layers])
-        return peft.folder_files(plain, modules, base)
+        return peft_out.folder_files(plain, modules, base)
     if content.format == "comfy":
         model = models.get(prefix)
         if model is None:

@@ -32,7 +32,7 @@ class FileInfo:
     dtypes: Mapping[str, int] = field(default_factory=dict)
     components: Mapping[str, int] = field(default_factory=dict)
     whole: tuple[str, ...] = ()
-    """Modules that are saved whole beside the layers."""
+    """Modules and tensors that are saved whole beside the layers, and tables of which rows are."""
     notes: tuple[str, ...] = ()
     refused: str = ""
     """Why the file cannot be loaded; empty when it can."""
@@ -104,7 +104,7 @@ def inspect(path: str | Path, model: nn.Module | None = None) -> FileInfo:
         dict(sorted(Counter(round(layer.scale, 6) for layer in content.layers).items())),
         _dtypes(_tensors(content)),
         content.components,
-        tuple(content.whole),
+        (*content.whole, *content.base, *content.words),
         content.notes,
         refusal(content),
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib.metadata import version
@@ -70,8 +70,9 @@ def expected(content: Content) -> dict[str, Tensor]:
         found |= {f"{name} of experts": tensor for name, tensor in content.stacks.tensors().items()}
     if content.learned is not None:
         found["learned tokens"] = content.learned.tensor
+    found |= content.tensors()
+    found |= {f"rows of {path}": tensor for path, (_, tensor) in content.words.items()}
     found |= {f"vector on {x.path}'s {x.side}": x.gamma for x in content.scalings}
-    found |= {f"{module}.{name}": tensor for module, own in content.whole.items() for name, tensor in own.items()}
     return found
 
 
@@ -117,7 +118,23 @@ def by_peft(model: nn.Module, folder: Path, content: Content) -> list[Check]:
             loaded = PeftModel.from_pretrained(plain_copy(model), str(folder))
         except REFUSALS as error:
             raise AdapterFileError(f"{reader} refuses the folder that was written: {error}") from error
-    return [compare(reader, expected(content), adapters(loaded.get_base_model(), "default"))]
+    base = loaded.get_base_model()
+    wanted, got = expected(content), adapters(base, "default")
+    return [compare(reader, wanted, got | _of_base(base, (name for name in content.tensors() if name not in got)))]
+
+
+def _of_base(model: nn.Module, names: Iterable[str]) -> dict[str, Tensor]:
+    """The tensors that peft holds where the file has those of the base, under the keys of `expected`."""
+    found: dict[str, Tensor] = {}
+    modules = dict(model.named_modules())
+    for name in names:
+        path, _, own = name.rpartition(".")
+        module: AnyModule = modules[path]
+        while hasattr(module, "base_layer"):
+            copies = getattr(module, "ln_tuning_layers", {})
+            module = copies["default"] if len(copies) else module.base_layer
+        found[name] = getattr(module, own)
+    return found
 
 
 @torch.no_grad()
@@ -173,6 +190,7 @@ def adapters(model: nn.Module, name: str) -> dict[str, Tensor]:
     from peft.tuners.ia3.layer import IA3Layer
     from peft.tuners.lora.layer import LoraLayer, ParamWrapper
     from peft.tuners.lycoris_utils import LycorisLayer
+    from peft.tuners.trainable_tokens.layer import TrainableTokensLayer
     from peft.utils.other import ModulesToSaveWrapper
 
     found: dict[str, Tensor] = {}
@@ -184,6 +202,9 @@ def adapters(model: nn.Module, name: str) -> dict[str, Tensor]:
             delta = module.get_delta_weight(name)
             turned = getattr(module, "fan_in_fan_out", False) or name in module.lora_embedding_A
             found[f"ΔW of {path}"] = delta.T if turned else delta
+            bias = getattr(module.lora_B[name], "bias", None) if name in module.lora_B else None
+            if bias is not None and bias.any():
+                found[f"difference of {path}.bias"] = bias * module.scaling[name]
             if name in module.lora_magnitude_vector:
                 found[f"magnitude of {path}"] = module.lora_magnitude_vector[name].weight
         elif isinstance(module, LycorisLayer) and name in module.scaling:
@@ -194,6 +215,12 @@ def adapters(model: nn.Module, name: str) -> dict[str, Tensor]:
         elif isinstance(module, ModulesToSaveWrapper) and name in module.modules_to_save:
             own = module.modules_to_save[name].state_dict()
             found |= {f"{path}.{key}": tensor for key, tensor in own.items()}
+        elif (
+            isinstance(module, TrainableTokensLayer)
+            and not module.tied_adapter
+            and name in module.trainable_tokens_delta
+        ):
+            found[f"rows of {path.removesuffix('.token_adapter')}"] = module.trainable_tokens_delta[name]
     return found
 
 

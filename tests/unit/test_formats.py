@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import mmpeft
-from mmpeft.errors import AdapterFileError, ConfigError, Refused
+from mmpeft.errors import AdapterFileError, ConfigError, Refused, UnusedTensorsWarning
 from mmpeft.formats import kohya, verify
 from mmpeft.formats.bridge import attach_layers
 from mmpeft.formats.commands import convert_command, export_command, inspect_command
@@ -76,8 +76,6 @@ def test_the_neutral_form_attaches_again(method: mmpeft.Method) -> None:
 
 UNFIT = [
     (mmpeft.AdapterPlus(), "Branch at .* exists in no exchange format"),
-    (METHODS["LoRA"] + mmpeft.BitFit(at="norm"), r"\['bias'\] are trained and \['weight'\] are not"),
-    (mmpeft.LinearProbe(), "no low-rank update"),
     (mmpeft.SSF(), "Rescale at .* exists in no exchange format"),
     (mmpeft.IA3(at="attn.q") + mmpeft.LoRA(at="mlp.up"), "both low-rank updates and"),
     (mmpeft.DoRA(at="attn.q") + mmpeft.LoRA(at="mlp.up"), "LoRA and DoRA layers"),
@@ -137,7 +135,8 @@ BAD: dict[str, tuple[Callable[[Tensors, Config], Any], str]] = {
     "rank": (lambda t, c: c.update(r=7), "rank 7 for .* its tensors have rank 4"),
     "missing half": (lambda t, c: t.pop(B), "has down but no up projection"),
     "missing layer": (lambda t, c: (t.pop(A), t.pop(B)), "1 modules that its config names have no tensors"),
-    "extra key": (lambda t, c: t.update(extra=torch.ones(1)), "unknown key 'extra'"),
+    "lost layer": (lambda t, c: t.update({"x.hada_w1_a": torch.ones(1)}), "unknown key 'x.hada_w1_a' of an update"),
+    "other base": (lambda t, c: t.update({f"{A[:-13]}base_layer.weight": torch.ones(9)}), r"q.weight has shape \(9,\)"),
     "shape": (lambda t, c: t.update({A: torch.ones(4, 9)}), r"a weight \[8, 9\], the model's has \[8, 8\]"),
     "halves": (lambda t, c: t.update({A: torch.ones(3, 8)}), "of the same rank r"),
     "zero layers": (lambda t, c: _rename(t, "blocks", "layers"), "none of the layers matches: 6 of 6"),
@@ -146,7 +145,6 @@ BAD: dict[str, tuple[Callable[[Tensors, Config], Any], str]] = {
     "mixed": (lambda t, c: c.update(peft_type="IA3"), "belong to different adapters"),
     "dora": (lambda t, c: c.update(use_dora=True), "use_dora=True, but 0 of 6 layers"),
     "half an embedding": (lambda t, c: t.update({"m.lora_embedding_A": torch.ones(1, 1)}), "no up projection"),
-    "bias": (lambda t, c: c.update(bias="all"), "trains biases"),
     "pissa": (lambda t, c: c.update(init_lora_weights="pissa"), "subtracts the initial update from the base"),
     "option": (lambda t, c: c.update(use_qalora=True), r"pooled inputs \(QA-LoRA\)"),
     "half a head": (lambda t, c: t.pop(HEAD), "'bias' is not in the file"),
@@ -169,6 +167,22 @@ def test_bad_peft_folder(name: str, tmp_path: Path) -> None:
         load_foreign(model := Toy(), tmp_path)
     assert not mmpeft.tunings(model)
     assert all(p.requires_grad for p in model.parameters())
+
+
+def test_strangers_beside_the_layers(tmp_path: Path) -> None:
+    """Named in a warning; refused on request."""
+    _, tuning = tuned()
+    write(tuning, tmp_path, "peft")
+    file = tmp_path / "adapter_model.safetensors"
+    strangers = {f"bundle_emb.{n}": torch.ones(1) for n in range(5)}
+    save_file({**load_file(file), **strangers}, file)
+    with pytest.warns(UnusedTensorsWarning, match=r"5 tensors are no part .*'bundle_emb.0', .* and 2 more"):
+        again = load_foreign(Toy(), tmp_path)
+    wanted, got = delta_weights(layers_of(tuning)), delta_weights(layers_of(again))
+    assert all(torch.equal(got[path], delta) for path, delta in wanted.items())
+    with pytest.raises(AdapterFileError, match=r"are left: .*; strict=False loads the rest"):
+        mmpeft.load_foreign(model := Toy(), tmp_path, strict=True)
+    assert not mmpeft.tunings(model)
 
 
 def test_pickles_parts_and_other_things(tmp_path: Path) -> None:
