@@ -22,6 +22,7 @@ from mmpeft.hosting.host import original_class
 from mmpeft.hosting.modules import module_at
 from mmpeft.sites import Site, example_inputs, note
 from mmpeft.sites.blocks import pattern
+from mmpeft.sites.site import DISCARDED
 
 PRESETS = {
     "content": "path=up_blocks.0.attentions.0.*",
@@ -32,7 +33,7 @@ PRESETS = {
 MAPS = "the blocks work on maps; there is no token sequence to put prompts into"
 PAIR = "the block takes and returns two streams, image and context; a single tensor does not hold its tokens"
 TURNED = "rotary positions are made before the blocks; tokens put in between would have none"
-DEAD = "its output is discarded: after the last block nothing reads the context stream"
+DEAD = f"{DISCARDED}: after the last block nothing reads the context stream"
 PROCESSOR = "set AttnProcessor2_0, or the model's own default, before attaching"
 FUSED = "its projections are fused into another one; call the model's unfuse_qkv_projections() before attaching"
 

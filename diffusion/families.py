@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 import torch
@@ -83,7 +83,21 @@ class StableDiffusionXL(Family):
 
     def encode_prompt(self, prompts: Sequence[str]) -> Condition:
         text, _, pooled, _ = self.pipeline.encode_prompt(list(prompts), do_classifier_free_guidance=False)
+        if self.pipeline.config.force_zeros_for_empty_prompt:  # what guidance compares with when images are drawn
+            said = torch.tensor([prompt != "" for prompt in prompts], device=text.device)
+            text = torch.where(said[:, None, None], text, 0)
+            pooled = torch.where(said[:, None], pooled, 0)
         return {"text": text, "pooled": pooled}
+
+    def scaled(self, latents: Tensor) -> Tensor:
+        """Also by mean and deviation of each channel where the autoencoder has them, as Playground 2.5's."""
+        config = self.vae.config
+        mean, std = getattr(config, "latents_mean", None), getattr(config, "latents_std", None)
+        if mean is None or std is None:
+            return super().scaled(latents)
+        middle, width = (latents.new_tensor(values).view(1, -1, 1, 1) for values in (mean, std))
+        found: Tensor = (latents - middle) * config.scaling_factor / width
+        return found
 
     def predict(self, noisy: Tensor, timesteps: Tensor, condition: Condition) -> Tensor:
         whole = torch.tensor([noisy.shape[-2:]], device=noisy.device).expand(len(noisy), 2) * self.scale
@@ -128,6 +142,7 @@ class Flux(Family):
     """Flux: patches of 2×2 latents as tokens, guidance as an input where it was distilled."""
 
     pipelines = ("FluxPipeline",)
+    aliases: ClassVar[Mapping[str, str]] = {"text_encoder_3": "text_encoder_2"}
     guidance: ClassVar[float] = 3.5
     guided = False
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import ClassVar
 
@@ -30,6 +30,8 @@ class Family(ABC):
 
     pipelines: ClassVar[tuple[str, ...]]
     """diffusers' classes of this family."""
+    aliases: ClassVar[Mapping[str, str]] = {}
+    """What files call encoders otherwise than the pipeline does."""
     guided: ClassVar[bool] = True
     """Whether guidance compares two predictions; else it is an input of one."""
 
@@ -51,6 +53,11 @@ class Family(ABC):
         """The text encoders by component name."""
         known = self.pipeline.components.items()
         return {name: part for name, part in known if name.startswith("text_encoder") and part is not None}
+
+    @property
+    def places(self) -> list[str]:
+        """Component names of text encoders, those that the pipeline was opened without included."""
+        return [name for name in self.pipeline.components if name.startswith("text_encoder")]
 
     @property
     def vae(self) -> AnyModule:
@@ -116,8 +123,13 @@ class Family(ABC):
         mean: Tensor = vae.encode(images.to(vae.device, vae.dtype)).latent_dist.mode()
         if upcast:
             vae.to(before)
-        latents: Tensor = (mean - (getattr(vae.config, "shift_factor", None) or 0.0)) * vae.config.scaling_factor
-        return latents
+        return self.scaled(mean)
+
+    def scaled(self, latents: Tensor) -> Tensor:
+        """The autoencoder's latents as the denoiser takes them: what the pipeline undoes before it decodes."""
+        config = self.vae.config
+        found: Tensor = (latents - (getattr(config, "shift_factor", None) or 0.0)) * config.scaling_factor
+        return found
 
     @abstractmethod
     def predict(self, noisy: Tensor, timesteps: Tensor, condition: Condition) -> Tensor:

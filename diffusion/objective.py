@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Literal
@@ -140,18 +141,69 @@ class FlowMatching(Objective):
         return noise - latents
 
 
+class EDM(Objective):
+    """`x_σ = (x₀ + σ ε) / √(σ² + σ_d²)`; the model predicts F of `x₀ = c_skip (x₀ + σ ε) + c_out F` (arXiv:2206.00364).
+
+    `c_skip = σ_d² / (σ² + σ_d²)`, `c_out = ±σ σ_d / √(σ² + σ_d²)`, + where the scheduler calls the prediction ε. The
+    model is told `ln(σ) / 4`. The paper's weights are those under which every σ's error of F counts alike.
+    """
+
+    def __init__(self, scheduler: Untyped, levels: Levels | None = None) -> None:
+        """
+        Args:
+            scheduler: diffusers' EDM scheduler of the pipeline.
+            levels: which of its noise levels are drawn, from the least (0) to the greatest (1); None for all alike.
+        """
+        facts = scheduler.config
+        self.levels, self.data = levels or Levels(), float(facts.sigma_data)
+        self.least, self.most, self.rho = float(facts.sigma_min), float(facts.sigma_max), float(facts.rho)
+        self.exponential = facts.sigma_schedule == "exponential"
+        self.sign = -1.0 if facts.prediction_type == "v_prediction" else 1.0
+
+    def draw(self, count: int, generator: Generator | None = None) -> Tensor:
+        share = self.levels.draw(count, generator)
+        if self.exponential:
+            return (math.log(self.least) + share * (math.log(self.most) - math.log(self.least))) / 4
+        low, high = self.least ** (1 / self.rho), self.most ** (1 / self.rho)
+        return (low + share * (high - low)).log() * self.rho / 4
+
+    def noisy(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        sigma = self._sigma(timesteps, latents)
+        return (latents + sigma * noise) / (sigma**2 + self.data**2).sqrt()
+
+    def target(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        sigma = self._sigma(timesteps, latents)
+        square = sigma**2 + self.data**2
+        skipped = self.data**2 / square * (latents + sigma * noise)
+        return (latents - skipped) * square.sqrt() / (self.sign * sigma * self.data)
+
+    def _sigma(self, timesteps: Tensor, like: Tensor) -> Tensor:
+        return (timesteps.float() * 4).exp().reshape(-1, *[1] * (like.dim() - 1)).to(like)
+
+
 def objective_of(scheduler: Untyped, snr_gamma: float | None = None, levels: Levels | None = None) -> Objective:
     """What a pipeline's denoiser was trained for, by the pipeline's scheduler.
 
     Flow matching draws logit-normal levels with the scheduler's own shift unless told otherwise.
 
     Raises:
-        ConfigError: `snr_gamma` for flow matching, whose levels are what is weighted.
+        ConfigError: `snr_gamma` for flow matching or EDM, whose levels are what is weighted, or a scheduler of which
+            it is not known what its model was trained for.
     """
-    facts = scheduler.config
-    if "FlowMatch" not in type(scheduler).__name__:
+    facts, name = scheduler.config, type(scheduler).__name__
+    edm = name.startswith("EDM")
+    if not edm and "FlowMatch" not in name:
+        if "beta_start" not in facts or facts.get("timestep_type", "discrete") != "discrete":
+            raise ConfigError(
+                f"it is not known what a model under a {name} was trained for; expected a scheduler of discrete steps "
+                "by betas (DDPM, DDIM, Euler, …), of flow matching, or of EDM"
+            )
         return Denoising(DDPMScheduler.from_config(facts), snr_gamma, levels)
     if snr_gamma is not None:
-        raise ConfigError("snr_gamma weighs the errors of ε, v and x₀ models; for flow matching set `levels` instead")
+        raise ConfigError(
+            "snr_gamma weighs the errors of ε, v and x₀ models; for flow matching and EDM set `levels` instead"
+        )
+    if edm:
+        return EDM(scheduler, levels)
     moving = facts.get("use_dynamic_shifting", False)
     return FlowMatching(levels or Levels("logit_normal", shift=1.0 if moving else facts.get("shift", 1.0)))

@@ -70,6 +70,10 @@ class FreshHeadWarning(MMPEFTWarning):
     """A head that was never trained stays frozen."""
 
 
+class UnusedTensorsWarning(MMPEFTWarning):
+    """A file was loaded without some of its tensors, which are no part of the adapter."""
+
+
 class MovedBuffersWarning(MMPEFTWarning):
     """Buffers of the frozen base are no longer what they were."""
 

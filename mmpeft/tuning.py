@@ -80,16 +80,18 @@ def load(
     return Tuning(model, native.load(model, folder, name, check_base=check_base, run=run).name)
 
 
-def load_foreign(model: nn.Module, path: str | Path, name: str = "default", component: str = "") -> Tuning:
+def load_foreign(
+    model: nn.Module, path: str | Path, name: str = "default", component: str = "", *, strict: bool = False
+) -> Tuning:
     """Attach an adapter of any known format to a model; the suite's own folders too.
 
     `component` chooses the layers of one model where a file holds those of a whole pipeline (`unet`,
-    `text_encoder`).
+    `text_encoder`). Keys of no known kind are left out with a warning, or with `strict` are an error.
 
     Raises:
         AdapterFileError: unreadable, or not for this model. The model is left as it was.
     """
-    return Tuning(model, exchange.load_foreign(model, path, name, component).name)
+    return Tuning(model, exchange.load_foreign(model, path, name, component, strict=strict).name)
 
 
 def tunings(model: nn.Module) -> dict[str, Tuning]:
@@ -110,15 +112,22 @@ class Tuning(Attached):
         return native.save(self, folder, bake=bake)
 
     def export(
-        self, path: str | Path, format: Literal["peft", "diffusers", "kohya", "comfy"] = "peft", *, verify: bool = True
+        self,
+        path: str | Path,
+        format: Literal["peft", "diffusers", "kohya", "comfy"] = "peft",
+        *,
+        verify: bool = True,
+        encoders: int = 0,
     ) -> exchange.Exported:
         """Write the tuning as other tools read it, and prove it: reloaded by its consumer, compared layer by layer.
+
+        `encoders` is how many text encoders the pipeline has, where this is one: kohya's files name it by that.
 
         Raises:
             Refused: a part that the format cannot hold. AdapterFileError: a reader finds something else.
         """
         check_whole(self)
-        return exchange.export(self, path, format, verify=verify)
+        return exchange.export(self, path, format, verify=verify, encoders=encoders)
 
     def save_merged(self, path: str | Path) -> merged.Merged:
         """Write the whole model with the tuning merged in, as its own library reads it; the model here stays as it is.

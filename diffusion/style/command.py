@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterator, Sequence
+import warnings
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import NamedTuple, get_args
@@ -23,16 +24,15 @@ from mmpeft.diffusion.families import family_of
 from mmpeft.diffusion.family import Family
 from mmpeft.diffusion.style.grid import labelled_grid
 from mmpeft.diffusion.style.words import FOLDER, load_words
-from mmpeft.errors import ConfigError
+from mmpeft.errors import ConfigError, MMPEFTWarning
 from mmpeft.files import write_atomic
-from mmpeft.formats.exchange import Format, export
+from mmpeft.formats.exchange import Format, export, load_parts
 from mmpeft.formats.exchange import export_pipeline as write_pipeline
-from mmpeft.formats.inspection import read
 from mmpeft.formats.merged import merged_copy
 from mmpeft.formats.native import MANIFEST
 from mmpeft.surgery.choice import use
 from mmpeft.surgery.together import Together
-from mmpeft.tuning import Tuning, load, load_foreign
+from mmpeft.tuning import Tuning, load
 from mmpeft.types import Facts, Untyped
 
 PIPELINE = "a hub repository, a folder, or embedded:<name> (default: what the adapter's run was tuned on)"
@@ -107,13 +107,13 @@ def export_pipeline(argv: Sequence[str] | None = None) -> int:
         save_pipeline(family, tunings, options.out)
         print(f"{options.out}: the pipeline with {tunings[0].method} merged in")
         return 0
-    if len(tunings) > 1:
-        if options.to not in ("diffusers", "kohya"):
-            raise ConfigError(f"the text encoders are tuned as well, and a {options.to} file is for one model")
-        parts = {name: tuning for tuning in tunings for name in _names(family, tuning)}
-        written = write_pipeline(parts, options.out, options.to)
+    parts = {name: tuning for tuning in tunings for name in _names(family, tuning)}
+    if options.to in ("diffusers", "kohya"):
+        written = write_pipeline(parts, options.out, options.to, encoders=len(family.places))
+    elif len(parts) > 1:
+        raise ConfigError(f"the text encoders are tuned as well, and a {options.to} file is for one model")
     else:
-        written = export(tunings[0], options.out, options.to, prefix=family.part)
+        written = export(tunings[0], options.out, options.to, prefix=next(iter(parts)))
     by = " and ".join(dict.fromkeys(written.verified_by)) or "nobody"
     print(f"{written.path}: {written.format}, {written.layers} layers, {written.bytes:,} bytes; read back by {by}")
     print(f"largest relative difference {written.difference:.1e}")
@@ -160,24 +160,38 @@ def positive(text: str) -> int:
 def open_adapters(family: Family, paths: Sequence[Path]) -> list[list[Tuning]]:
     """For each adapter its tunings: of the denoiser first, then of the text encoders it comes with.
 
+    Every layer of a file is used, or is an error; those of an encoder that this pipeline was opened without are said.
+
     Raises:
-        AdapterFileError: a file that cannot be read, or one for another pipeline.
+        AdapterFileError: a file that cannot be read, or one with layers of another pipeline.
     """
     found = []
     for number, path in enumerate(paths):
         name = f"adapter{number}"
         if (path / FOLDER).is_dir():
             load_words(family, path / FOLDER)
-        native = (path / MANIFEST).is_file()
-        held = () if native else read(path).components
-        tunings = [load_foreign(family.denoiser, path, name, family.part if len(held) > 1 else "")]
-        for part, encoder in family.encoders.items():
-            if (path / part / MANIFEST).is_file():
-                tunings.append(load(encoder, path / part, name))
-            elif len(held) > 1 and part in held:
-                tunings.append(load_foreign(encoder, path, name, part))
-        found.append(tunings)
+        if (path / MANIFEST).is_file():
+            own = {part: path / part for part in family.places if (path / part / MANIFEST).is_file()}
+            _say_absent(family, own, path)
+            tuned = [(encoder, own[part]) for part, encoder in family.encoders.items() if part in own]
+            found.append([load(model, folder, name) for model, folder in [(family.denoiser, path), *tuned]])
+        else:
+            models = {family.part: family.denoiser, **family.encoders}
+            absent = [part for part in family.places if part not in family.encoders]
+            parts = load_parts(models, path, name, aliases=family.aliases, absent=absent)
+            found.append([Tuning(tuned.model, tuned.name) for tuned in parts.values()])
     return found
+
+
+def _say_absent(family: Family, parts: Collection[str], path: Path) -> None:
+    """Warn of an adapter's encoders that the pipeline was opened without."""
+    absent = [part for part in parts if part not in family.encoders]
+    if absent:
+        warnings.warn(
+            f"{path} tunes {' and '.join(absent)}, which this pipeline was opened without; that part is left out",
+            MMPEFTWarning,
+            stacklevel=3,
+        )
 
 
 @contextmanager

@@ -53,7 +53,7 @@ def mix(argv: Sequence[str] | None = None) -> int:
         raise ConfigError(f"expected a prompt for each of {len(options.adapter)} adapters, got {len(options.prompt)}")
     family = family_of(create(base_of(options.pipeline, options.adapter).pipeline))
     opened = open_adapters(family, options.adapter)
-    if any(len(own) > 1 for own in opened):
+    if any(tuning.model is not family.denoiser for own in opened for tuning in own):
         raise ConfigError("an adapter tunes the text encoders as well; mixed are those of the denoiser alone")
     family.check_prompts(options.prompt)
     family.pipeline.to("cuda" if torch.cuda.is_available() else "cpu")

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from transformers import AddedToken
 
 from mmpeft.diffusion.family import Family
 from mmpeft.diffusion.style.task import StyleTuner
@@ -21,6 +23,8 @@ from mmpeft.types import AnyModule, Argument, Facts, Untyped
 FOLDER = "words"
 ENCODERS = {"text_encoder": ("tokenizer", "clip_l"), "text_encoder_2": ("tokenizer_2", "clip_g")}
 """Text encoder → its tokenizer, and what files for two encoders call it."""
+NAMELESS = ("emb_params", "*")
+"""Keys of files whose name is the word: sd-scripts' and A1111's."""
 PIPELINES = ("PixelPipeline", "StableDiffusionPipeline", "StableDiffusionXLPipeline")
 
 
@@ -91,6 +95,31 @@ def tokens_of(word: str, vectors: int) -> list[str]:
     return [word, *(f"{word}_{i}" for i in range(1, vectors))]
 
 
+def spelled(counts: Mapping[str, int], prompt: str | list[str], tokenizer: Untyped = None) -> str | list[str]:
+    """Prompts with all the tokens of each word that stands there whole, the longest one first, in either case.
+
+    Takes the place of diffusers' `maybe_convert_prompt`, which replaces parts of words too, and finds the further
+    vectors only of words without capitals.
+    """
+    if not isinstance(prompt, str):
+        return [str(spelled(counts, one)) for one in prompt]
+    words = sorted(counts, key=len, reverse=True)
+
+    def tokens(found: re.Match[str]) -> str:
+        word = found[0] if found[0] in counts else words[(found.lastindex or 1) - 1]
+        before, after = prompt[: found.start()][-1:], prompt[found.end() :][:1]
+        apart = [" " if re.match(r"\w", beside) else "" for beside in (before, after)]  # a token is a whole word, too
+        return " ".join(tokens_of(word, counts[word])).join(apart)
+
+    return re.sub("|".join(map(_whole, words)), tokens, prompt, flags=re.IGNORECASE)
+
+
+def _whole(word: str) -> str:
+    """A pattern for a word that is no part of a longer one; what begins and ends with signs may touch letters."""
+    before, after = (r"(?<!\w)" if re.match(r"\w", word) else ""), (r"(?!\w)" if re.search(r"\w$", word) else "")
+    return f"{before}({re.escape(word)}){after}"
+
+
 @torch.no_grad()
 def add_words(family: Family, words: Mapping[str, str | Mapping[str, Tensor]], vectors: int = 1) -> None:
     """Give tokenizers and encoders new words: each starts as its description, or has embeddings [n, d] by encoder.
@@ -111,7 +140,8 @@ def add_words(family: Family, words: Mapping[str, str | Mapping[str, Tensor]], v
             else:
                 own = start[part].to(table)
             rows.extend(own)
-            if tokenizer.add_tokens(tokens_of(word, len(own))) != len(own):
+            tokens = [AddedToken(token, single_word=True, normalized=False) for token in tokens_of(word, len(own))]
+            if tokenizer.add_tokens(tokens) != len(own):
                 raise ConfigError(f"the {part}'s tokenizer knows {word!r} already; choose another word")
         if len(tokenizer) - len(table) != len(rows):
             raise ConfigError(
@@ -121,6 +151,9 @@ def add_words(family: Family, words: Mapping[str, str | Mapping[str, Tensor]], v
         encoder_any.resize_token_embeddings(len(tokenizer), mean_resizing=False)
         encoder_any.get_input_embeddings().weight[-len(rows) :] = torch.stack(rows)
         encoder.requires_grad_(False)
+    known = getattr(family.pipeline.maybe_convert_prompt, "args", ({},))[0]
+    counts = {w: vectors if isinstance(start, str) else len(next(iter(start.values()))) for w, start in words.items()}
+    family.pipeline.maybe_convert_prompt = partial(spelled, known | counts)
 
 
 @torch.no_grad()
@@ -157,7 +190,8 @@ def read_words(path: Path, encoders: Mapping[str, str]) -> dict[str, dict[str, T
         by_encoder = {part: tensors[key] for part, key in encoders.items() if key in tensors}
         if len(encoders) == 1 and len(tensors) == 1 and not by_encoder:
             by_encoder = {part: tensor for part in encoders for tensor in tensors.values()}
-            facts = {"word": next(iter(tensors)), **facts}
+            (key,) = tensors
+            facts = facts if key in NAMELESS else {"word": key, **facts}
         by_encoder = {part: torch.atleast_2d(tensor) for part, tensor in by_encoder.items()}
         counts = {tensor.shape[0] for tensor in by_encoder.values() if tensor.dim() == 2}
         if set(by_encoder) != set(encoders) or len(counts) != 1 or any(t.dim() > 2 for t in by_encoder.values()):

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from mmpeft.errors import AdapterFileError, ConfigError, Refused, SiteError
+from mmpeft.errors import AdapterFileError, ConfigError, Refused, SiteError, UnusedTensorsWarning
 from mmpeft.formats import peft_experts, peft_prompts
 from mmpeft.formats.content import Content, Layer, Scaling
 from mmpeft.formats.low_rank import (
@@ -21,20 +23,23 @@ from mmpeft.formats.low_rank import (
     tunable_sites,
 )
 from mmpeft.formats.peft import targeted
+from mmpeft.formats.tensors import differences, fit_tensors, held, own_parameters
 from mmpeft.functional.rows import put_rows, take_rows
 from mmpeft.hosting.host import base_value
-from mmpeft.hosting.modules import CHILD, module_at
+from mmpeft.hosting.modules import module_at
 from mmpeft.methods.additive.ia3 import IA3
 from mmpeft.methods.base import Method
 from mmpeft.methods.compose import Union
 from mmpeft.methods.recipe import own_weight
-from mmpeft.methods.selective.full import Full
 from mmpeft.parts import Delta, ExpertsDelta, Mask, Rescale
 from mmpeft.parts.base import Placement
 from mmpeft.sites import Site, sites
 from mmpeft.surgery.attached import Attached
 from mmpeft.surgery.attaching import attach
 from mmpeft.surgery.transaction import unchanged_on_error
+from mmpeft.types import Kwargs
+
+Side = Literal["input", "output"]
 
 
 def content_of(tuning: Attached, format: str) -> Content:
@@ -52,22 +57,39 @@ def content_of(tuning: Attached, format: str) -> Content:
     if learned and len(learned) + len(masks) < len(tuning.placements):
         raise Refused(f"{tuning.method} has a prompt or prefix beside other parts; a PEFT folder holds one of them")
     if learned:
-        whole = _whole_modules(tuning.model, masks)
-        return Content(format, whole=whole, learned=peft_prompts.learned_of(tuning.model, learned, whole))
+        own = held(tuning.model, masks, ())
+        if own.base or own.shifts or own.words:
+            raise Refused(f"{tuning.method} trains parts of modules beside a prompt; PEFT saves whole ones only there")
+        return Content(format, whole=own.whole, learned=peft_prompts.learned_of(tuning.model, learned, own.whole))
     layers = layers_of(tuning)
     stacks = peft_experts.tensors_of(tuning.model, tuning.placements) if format == "peft" else None
     for placement in tuning.placements:
         _check_part(placement, format)
-    if not layers and not scales and stacks is None:
+    if not layers and not scales and stacks is None and not (masks and format in ("peft", "kohya", "comfy")):
         raise Refused(
             f"{tuning.method} has no low-rank update or (IA)³ vector, and {format} files hold nothing else alone"
         )
     if (layers or stacks) and scales:
         raise Refused(f"{tuning.method} has both low-rank updates and (IA)³ vectors; a {format} file holds one of them")
-    whole = _whole_modules(tuning.model, masks) if masks else {}
+    vectors = _scalings(tuning.model, scales)
+    told: Kwargs = {}
+    if masks and format != "peft":
+        full, told["shifts"] = differences(tuning.model, masks)
+        layers += full
+    elif masks:
+        own = held(tuning.model, masks, {layer.path for layer in layers} | {vector.path for vector in vectors})
+        lone = sorted({shift.path for shift in own.shifts} - {layer.path for layer in layers if not layer.lookup})
+        if lone:
+            raise Refused(
+                f"{lone[0]} has got a bias, for which PEFT has a place in a low-rank update only; create=False"
+            )
+        told = {"whole": own.whole, "base": own.base, "shifts": own.shifts, "words": own.words}
     rates = {p.part.dropout for p in tuning.placements if isinstance(p.part, Delta) and not p.part.lookup}
     dropout = rates.pop() if len(rates) == 1 else 0.0
-    return Content(format, layers, _scalings(tuning.model, scales), whole, dropout, stacks=stacks)
+    if stacks is not None:
+        widest = max([*(layer.rank for layer in layers), *stacks.config["ranks"].values()])
+        stacks = peft_experts.padded(stacks, widest)
+    return Content(format, layers, vectors, dropout=dropout, stacks=stacks, **told)
 
 
 def _check_part(placement: Placement, format: str) -> None:
@@ -76,7 +98,7 @@ def _check_part(placement: Placement, format: str) -> None:
         return
     if not isinstance(part, Delta | Mask | Rescale) or (isinstance(part, Rescale) and part.beta is not None):
         raise Refused(f"{type(part).__name__} at {where} exists in no exchange format; use tuning.save()")
-    if isinstance(part, Rescale | Mask) and format != "peft":
+    if isinstance(part, Rescale | Mask) and format != "peft" and (isinstance(part, Rescale) or format == "diffusers"):
         what = "(IA)³ vectors" if isinstance(part, Rescale) else "whole tensors"
         raise Refused(f"{format} files hold low-rank layers only; this tuning has {what} at {where}")
     read = [hook for hook in placement.hooks if hook.kind == "read"]
@@ -106,29 +128,6 @@ def _scalings(model: nn.Module, placements: Sequence[Placement]) -> list[Scaling
     return list(found.values())
 
 
-def _whole_modules(model: nn.Module, placements: Sequence[Placement]) -> dict[str, dict[str, Tensor]]:
-    found: dict[str, dict[str, Tensor]] = {}
-    for placement in placements:
-        part, hook = placement.part, placement.hooks[0]
-        assert isinstance(part, Mask)
-        if part.rows is not None or not hook.path:
-            raise Refused(
-                f"{hook.path}.{hook.name} is trained in part or is no module's; PEFT saves whole modules only"
-            )
-        found.setdefault(hook.path, {})[hook.name] = part.value.detach()
-    for path, own in found.items():
-        names = set(_own_parameters(module_at(model, path)))
-        if names != set(own):
-            raise Refused(
-                f"of {path}, {sorted(own)} are trained and {sorted(names - set(own))} are not; PEFT saves whole modules"
-            )
-    return found
-
-
-def _own_parameters(module: nn.Module) -> dict[str, Tensor]:
-    return {n: p for n, p in module.named_parameters() if CHILD not in n.split(".")}
-
-
 # -- into a model -------------------------------------------------------------------------------------------
 
 
@@ -142,8 +141,11 @@ def attach_layers(model: nn.Module, layers: Sequence[Layer], name: str = "defaul
 
 
 @torch.no_grad()
-def attach_content(model: nn.Module, content: Content, name: str, where: object) -> Attached:
+def attach_content(model: nn.Module, content: Content, name: str, where: object, *, strict: bool = False) -> Attached:
     """Attach a method that places exactly the content's tensors, and set them; all checks come first.
+
+    Tensors that are no part of the adapter and have no place in the model are left with a warning, or refused if
+    `strict`.
 
     Raises:
         AdapterFileError: a tensor has no place in the model. The model is left as it was.
@@ -153,7 +155,9 @@ def attach_content(model: nn.Module, content: Content, name: str, where: object)
         pieces = fit_layers(model, content.layers, where)
         pieces += fit_stacks(model, content.stacks, where) if content.stacks else []
         vectors = _fit_scalings(model, content.scalings, where)
-        tensors = _fit_whole(model, content.whole, where)
+        tensors = fit_tensors(model, content, where)
+        if tensors.unused and strict:
+            raise AdapterFileError(f"{where}: {_unused(model, tensors.unused)}; strict=False loads the rest")
         _check_complete(model, content, where)
         methods: list[Method] = [method_for(model, pieces, content.dropout)] if pieces else []
         tokens: dict[str, Tensor] = {}
@@ -161,10 +165,8 @@ def attach_content(model: nn.Module, content: Content, name: str, where: object)
             method, tokens = peft_prompts.method_for(model, content.learned, where)
             methods.append(method)
         available = [site for site in sites(model) if site.kind != "param"]
-        if vectors:
-            methods.append(IA3(at=selector([site for site, _ in vectors], available)))
-        if tensors:
-            methods.append(Full(at="|".join(f"param & path={path}" for path in tensors)))
+        methods += _vectors(vectors, available)
+        methods += tensors.methods
         if not methods:
             raise AdapterFileError(f"{where} holds no layer")
         try:
@@ -174,14 +176,21 @@ def attach_content(model: nn.Module, content: Content, name: str, where: object)
         tuning = Attached(model, name)
         set_pieces(tuning.placements, pieces)
         peft_prompts.fill(tuning.placements, tokens)
-        by_rows = {(site.path, site.rows): gamma for site, gamma in vectors}
+        by_rows = {(site.path, site.rows): gamma for site, (gamma, _) in vectors}
         for placement in tuning.placements:
             part, path = placement.part, placement.home
             if isinstance(part, Rescale):
                 part.gamma.copy_(by_rows[path, part.rows] if part.side == "output" else by_rows[path, None])
             elif isinstance(part, Mask):
-                part.value.copy_(tensors[f"{path}.{placement.hooks[0].name}".lstrip(".")])
+                tensors.fill(placement)
+        if tensors.unused:
+            warnings.warn(f"{where}: {_unused(model, tensors.unused)}", UnusedTensorsWarning, stacklevel=4)
         return tuning
+
+
+def _unused(model: nn.Module, names: Sequence[str]) -> str:
+    listed = ", ".join(repr(name) for name in names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    return f"{len(names)} tensors are no part of the adapter and none of {type(model).__name__}, and are left: {listed}"
 
 
 def _check_complete(model: nn.Module, content: Content, where: object) -> None:
@@ -195,7 +204,7 @@ def _check_complete(model: nn.Module, content: Content, where: object) -> None:
         if targeted(content.targets, p) and p not in have
     ]
     named = [(path, module) for path, module in model.named_modules() if targeted(content.modules, path)]
-    lacking += [path for path, module in named if path not in have and _own_parameters(module)]
+    lacking += [path for path, module in named if path not in have and own_parameters(module)]
     if lacking:
         raise AdapterFileError(
             f"{where}: {len(lacking)} modules that its config names have no tensors in it, first {lacking[0]!r}; the "
@@ -203,52 +212,41 @@ def _check_complete(model: nn.Module, content: Content, where: object) -> None:
         )
 
 
-def _fit_scalings(model: nn.Module, scalings: Sequence[Scaling], where: object) -> list[tuple[Site, Tensor]]:
+def _vectors(vectors: Sequence[tuple[Site, tuple[Tensor, Side]]], available: Sequence[Site]) -> list[Method]:
+    """One IA3 where the sides are the usual ones, else one for each side."""
+    usual = IA3()
+    if not vectors:
+        return []
+    if all(usual.scales_input(site) == (side == "input") for site, (_, side) in vectors):
+        return [IA3(at=selector([site for site, _ in vectors], available))]
+    sides: tuple[Side, ...] = ("input", "output")
+    chosen = {side: [site for site, (_, own) in vectors if own == side] for side in sides}
+    return [IA3(at=selector(own, available), side=side) for side, own in chosen.items() if own]
+
+
+def _fit_scalings(
+    model: nn.Module, scalings: Sequence[Scaling], where: object
+) -> list[tuple[Site, tuple[Tensor, Side]]]:
+    """The vector of each site, and the side it acts on."""
     if not scalings:
         return []
     known = tunable_sites(model, ("linear",))
     check_paths(model, [scaling.path for scaling in scalings], known, where)
-    found: list[tuple[Site, Tensor]] = []
+    found: list[tuple[Site, tuple[Tensor, Side]]] = []
     for scaling in scalings:
-        own = known[scaling.path]
-        inner = own[0].role in IA3.inner
-        if inner != (scaling.side == "input"):
-            raise AdapterFileError(
-                f"{where}: the vector of {scaling.path} acts on its {scaling.side}; IA3 acts on the "
-                f"{'input' if inner else 'output'} of {own[0].role} sites"
-            )
+        own, inner = known[scaling.path], scaling.side == "input"
         width = own_weight(model, own[0]).shape[1 if inner else 0]
         if len(scaling.gamma) != width:
             raise AdapterFileError(
                 f"{where}: {scaling.path} has {len(scaling.gamma)} values on its {scaling.side}, the model's has "
                 f"{width}; the adapter was made for another base"
             )
-        pairs = [(site, take_rows(scaling.gamma, site.rows)) for site in own]
-        moved = [(site, gamma) for site, gamma in pairs if (gamma != 1).any()]
-        found += moved or pairs
-    return found
-
-
-def _fit_whole(model: nn.Module, whole: dict[str, dict[str, Tensor]], where: object) -> dict[str, Tensor]:
-    found: dict[str, Tensor] = {}
-    modules = dict(model.named_modules())
-    for path, own in whole.items():
-        if path not in modules:
+        if inner and len(own) > 1:
             raise AdapterFileError(
-                f"{where}: {type(model).__name__} has no module {path!r}, which the file saves whole"
+                f"{where}: the vector of {scaling.path} acts on the input of {len(own)} projections, and IA3 has one "
+                "for each; the adapter cannot be loaded"
             )
-        names = _own_parameters(modules[path])
-        for what, keys in (
-            ("not a parameter of it", set(own) - set(names)),
-            ("not in the file", set(names) - set(own)),
-        ):
-            if keys:
-                raise AdapterFileError(f"{where}: the module {path!r} is saved whole, but {min(keys)!r} is {what}")
-        for name, tensor in own.items():
-            if tensor.shape != names[name].shape:
-                raise AdapterFileError(
-                    f"{where}: {path}.{name} has shape {tuple(tensor.shape)}, the model's has "
-                    f"{tuple(names[name].shape)}; build the model with as many outputs"
-                )
-            found[f"{path}.{name}"] = tensor
+        pairs = [(site, scaling.gamma if inner else take_rows(scaling.gamma, site.rows)) for site in own]
+        moved = [(site, gamma) for site, gamma in pairs if (gamma != 1).any()]
+        found += [(site, (gamma, scaling.side)) for site, gamma in moved or pairs]
     return found

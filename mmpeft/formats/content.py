@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
@@ -67,6 +68,45 @@ class Layer:
         narrow = up.to(self.up.dtype)
         return replace(self, up=narrow if torch.equal(narrow.float(), up) else up, alpha=alpha)
 
+    def padded(self, rank: int) -> Layer:
+        """The same update with zeros up to a rank, at the same scale."""
+        more = rank - self.rank
+        if more == 0:
+            return self
+        down = torch.cat([self.down, self.down.new_zeros(more, *self.down.shape[1:])])
+        up = torch.cat([self.up, self.up.new_zeros(len(self.up), more)], 1)
+        return replace(self, down=down, up=up, alpha=self.scale * rank)
+
+    def trimmed(self) -> Layer:
+        """The same update without what is zero in both halves: nothing, and what never trains."""
+        keep = (self.up != 0).any(0) | (self.down != 0).flatten(1).any(1)
+        if keep.all():
+            return self
+        keep[0] |= not keep.any()
+        return replace(self, down=self.down[keep], up=self.up[:, keep], alpha=self.scale * int(keep.sum()))
+
+
+@dataclass(frozen=True)
+class Shift:
+    """A full difference of a bias, or of a norm's weight: `b + value`. Names as in `Layer`."""
+
+    path: str
+    tensor: Literal["weight", "bias"]
+    value: Tensor
+    component: str = ""
+    flat: bool = False
+
+
+@dataclass(frozen=True)
+class Based:
+    """An update of a weight that depends on the weight itself (OFT, GLoRA, …): only a model tells its ΔW."""
+
+    path: str
+    kind: str
+    tensors: Mapping[str, Tensor]
+    component: str = ""
+    flat: bool = False
+
 
 @dataclass(frozen=True)
 class Scaling:
@@ -105,8 +145,29 @@ class Content:
     learned: Learned | None = None
     stacks: StackTensors | None = None
     """Updates of the stacked weights of experts."""
+    base: dict[str, Tensor] = field(default_factory=dict)
+    """Tensors of the base by name, of which the file has values of its own: trained biases, a table of words."""
+    words: dict[str, tuple[tuple[int, ...], Tensor]] = field(default_factory=dict)
+    """Module path → rows of its table, and their values (`trainable_token_indices`)."""
     others: dict[str, str] = field(default_factory=dict)
     """Module path → the factor (LoHa, LoKr, …) that is recognised and cannot be loaded."""
+    shifts: list[Shift] = field(default_factory=list)
+    """Biases inside updates (PEFT's `lora_bias`) are some."""
+    based: list[Based] = field(default_factory=list)
+    """What becomes layers or shifts once a model is given."""
+    unread: tuple[str, ...] = ()
+    """Keys that are no part of an adapter of any known kind, beside others that are."""
+
+    @property
+    def beside(self) -> str:
+        """What there is beside updates of weights, in words; empty for nothing."""
+        kinds = {
+            "(IA)³ vectors": self.scalings,
+            "whole modules": self.whole,
+            "tensors of the base": self.base,
+            "rows of tables": self.words,
+        }
+        return " and ".join(name for name, held in kinds.items() if held)
 
     @property
     def method(self) -> str:
@@ -115,7 +176,13 @@ class Content:
         names |= {"LoRA"} if self.stacks else set()
         names |= set(self.others.values()) | ({"IA3"} if self.scalings else set())
         names |= {self.learned.kind} if self.learned else set()
+        names |= {item.kind for item in self.based} | ({"differences"} if self.shifts else set())
+        names |= {"TextualInversion"} if self.words else set()
         return "+".join(sorted(names)) or "none"
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Tensors of the base and of modules saved whole, by name."""
+        return self.base | {f"{path}.{name}": t for path, own in self.whole.items() for name, t in own.items()}
 
     def check(self, where: object) -> None:
         """Raise AdapterFileError for what reading has made infinite: products of factors, scales of their alpha."""
@@ -126,7 +193,8 @@ class Content:
             halves = {"down": layer.down, "up": layer.up, "magnitude": layer.magnitude}
             found.update({f"{layer.path}.{name}": t for name, t in halves.items() if t is not None})
         found.update({scaling.path: scaling.gamma for scaling in self.scalings})
-        found.update({f"{path}.{name}": t for path, own in self.whole.items() for name, t in own.items()})
+        found.update({f"{x.path}.{x.tensor}": x.value for x in self.shifts})
+        found.update({**self.tensors(), **{path: rows for path, (_, rows) in self.words.items()}})
         found.update(self.stacks.tensors() if self.stacks else {})
         found.update({self.learned.kind: self.learned.tensor} if self.learned else {})
         check_values(found, where)
@@ -134,10 +202,18 @@ class Content:
     @property
     def components(self) -> dict[str, int]:
         """How many layers each model of a pipeline has here; the empty name where a file names none."""
-        counts: dict[str, int] = {}
-        for layer in self.layers:
-            counts[layer.component] = counts.get(layer.component, 0) + 1
-        return counts
+        return dict(Counter(item.component for item in self.named))
+
+    @property
+    def named(self) -> list[Layer | Shift | Based]:
+        """All that is of one module of one model."""
+        return [*self.layers, *self.shifts, *self.based]
+
+    def of(self, components: Collection[str]) -> Content:
+        """The part for one model, whose components these are."""
+        found = replace(self, layers=[x for x in self.layers if x.component in components])
+        found = replace(found, shifts=[x for x in self.shifts if x.component in components])
+        return replace(found, based=[x for x in self.based if x.component in components])
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

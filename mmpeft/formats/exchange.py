@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from torch import nn
+from torch import Tensor, nn
 
-from mmpeft.errors import AdapterFileError, ConfigError, Refused, nearest
+from mmpeft.errors import AdapterFileError, ConfigError, MMPEFTWarning, Refused, nearest
 from mmpeft.files import write_atomic
-from mmpeft.formats import diffusers, lycoris_out, native, original, peft
+from mmpeft.formats import diffusers, kohya, lycoris_out, native, original, peft_out
 from mmpeft.formats.bridge import attach_content, content_of
 from mmpeft.formats.content import Content
 from mmpeft.formats.inspection import FileInfo, inspect, read, refusal
-from mmpeft.formats.verify import Check, by_diffusers, by_peft, by_peft_answers, compare, expected
+from mmpeft.formats.names import DOTTED, aliases_of, assigned, component_for, is_original, resolved
+from mmpeft.formats.verify import Check, by_peft, by_peft_answers, compare, expected
+from mmpeft.formats.verify_diffusers import by_diffusers, unread_by_diffusers
 from mmpeft.hosting.modules import CHILD
 from mmpeft.surgery.attached import Attached
+from mmpeft.surgery.transaction import unchanged_on_error
+from mmpeft.types import Json
 
 __all__ = ["FORMATS", "Exported", "FileInfo", "convert", "export", "inspect", "load_foreign", "read"]
 
@@ -47,36 +53,97 @@ class Exported:
         return max((check.difference for check in self.checks), default=float("nan"))
 
 
-def load_foreign(model: nn.Module, path: str | Path, name: str = "default", component: str = "") -> Attached:
+def load_foreign(
+    model: nn.Module, path: str | Path, name: str = "default", component: str = "", *, strict: bool = False
+) -> Attached:
     """Attach an adapter of any known format; `mmpeft.load_foreign` says more, and gives the whole handle."""
     path = Path(path)
     if (path / native.MANIFEST).exists():
         return native.load(model, path, name)
-    content = read(path)
-    refused = refusal(content)
-    if refused:
-        raise AdapterFileError(f"{path}: {refused}")
+    content = _readable(path, strict)
     if component:
         if component not in content.components:
             raise AdapterFileError(
                 f"{path} has no layers of {component!r}; it has those of {content.components}."
                 f"{nearest(component, content.components)}"
             )
-        content = replace(content, layers=[x for x in content.layers if x.component == component])
+        content = content.of([component])
     elif len(content.components) > 1:
         raise AdapterFileError(f"{path} holds layers of {content.components}; choose one with component=")
-    content = replace(content, layers=diffusers.resolve(content.layers, model, path))
-    return attach_content(model, content, name, path)
+    return attach_content(model, resolved(content, model, path), name, path, strict=strict)
+
+
+def load_parts(
+    models: Mapping[str, nn.Module],
+    path: str | Path,
+    name: str = "default",
+    *,
+    aliases: Mapping[str, str] | None = None,
+    absent: Collection[str] = (),
+    strict: bool = False,
+) -> dict[str, Attached]:
+    """Attach a file's layers to the models of a pipeline, by component name, each layer to one of them.
+
+    Layers of the `absent`, which the pipeline has a place for and was opened without, are left out with a warning.
+
+    Raises:
+        AdapterFileError: unreadable, or with layers that are for none of the models. All are left as they were.
+    """
+    path = Path(path)
+    content = _readable(path, strict)
+    missing = {component for component in content.components if (aliases or {}).get(component, component) in absent}
+    if missing and not strict:
+        count = len(content.of(missing).named)
+        warnings.warn(
+            f"{path}: {count} layers of {' and '.join(sorted(missing))} are left out: the pipeline was opened without",
+            MMPEFTWarning,
+            stacklevel=2,
+        )
+        content = content.of(set(content.components) - missing)
+    owners = assigned(content, models, aliases or {}, path)
+    parts = {owner: content.of([c for c in owners if owners[c] == owner]) for owner in models}
+    fitting = {owner: resolved(part, models[owner], path) for owner, part in parts.items() if part.components}
+    if not owners:  # (IA)³, learned tokens and whole modules are of one model
+        fitting = {next(iter(models)): resolved(content, next(iter(models.values())), path)}
+    with ExitStack() as stack:
+        for owner in fitting:
+            stack.enter_context(unchanged_on_error(models[owner]))
+        return {owner: attach_content(models[owner], part, name, path) for owner, part in fitting.items()}
+
+
+def _readable(path: Path, strict: bool) -> Content:
+    """A file's content, if it can be loaded; keys that are left out are said.
+
+    Raises:
+        AdapterFileError: it cannot, or with `strict` a key is left out.
+    """
+    content = read(path)
+    refused = refusal(content)
+    if refused:
+        raise AdapterFileError(f"{path}: {refused}")
+    if content.unread:
+        said = f"{path}: {len(content.unread)} keys are of no known kind, first {content.unread[0]!r}"
+        if strict:
+            raise AdapterFileError(f"{said}; with strict=False the rest is loaded")
+        warnings.warn(f"{said}; they are left out", MMPEFTWarning, stacklevel=3)
+    return content
 
 
 def export(
-    tuning: Attached, path: str | Path, format: Format = "peft", *, verify: bool = True, prefix: str = ""
+    tuning: Attached,
+    path: str | Path,
+    format: Format = "peft",
+    *,
+    verify: bool = True,
+    prefix: str = "",
+    encoders: int = 0,
 ) -> Exported:
     """Write a tuning as a PEFT folder, or as one file of the diffusers, kohya or comfy style; then prove it.
 
     What is written is first reloaded from a temporary folder, by its consumer where that is installed and by this
     suite's own reader, and compared layer by layer; only then it takes its place, atomically. `prefix` is the model's
-    name in a pipeline (`unet`, `transformer`), by default that of its class.
+    name in a pipeline (`unet`, `transformer`), by default that of its class; `encoders` is how many text encoders that
+    pipeline has, which decides what kohya's files call a text encoder (`lora_te_` the only one).
 
     Raises:
         Refused: the tuning has parts that the format cannot hold. AdapterFileError: a reader finds other layers or
@@ -84,17 +151,16 @@ def export(
     """
     _known(format, prefix)
     model = tuning.model
+    prefix = prefix or component_for(model)
+    if format in ("diffusers", "kohya"):
+        return export_pipeline({prefix: tuning}, path, format, verify=verify, encoders=encoders)
     content = replace(content_of(tuning, format), format=format)
-    prefix = prefix or diffusers.component_for(model)
-    if format in ("diffusers", "kohya") and prefix.startswith("text_encoder"):  # files have other names for its modules
-        return export_pipeline({prefix: tuning}, path, format, verify=verify)
     modules = [n for n, _ in model.named_modules() if CHILD not in n.split(".")]
-    base = getattr(getattr(model, "config", None), "name_or_path", None) or None
-    files = _files(content, model, prefix, modules, base)
-    notes: list[str] = []
-    wide = [layer.rank for layer in content.layers if layer.tensors]
-    if wide and format in ("diffusers", "comfy"):
-        notes.append(f"{content.method} is written as the LoRA that it equals, of a rank up to {max(wide)}")
+    base = peft_out.base_fields(model)
+    files = _files(content, {prefix: model}, prefix, modules, base)
+    notes = _written_as(content, format)
+    if format == "comfy":
+        notes.append("the names are those of diffusers' converters; docs/readers.md says what ComfyUI makes of them")
 
     def prove(copy: Path) -> tuple[Check, ...]:
         checks = [_by_own_reader(model, copy, content, prefix)]
@@ -102,12 +168,6 @@ def export(
             checks += (
                 by_peft(model, copy, content) if content.learned is None else by_peft_answers(tuning, copy, content)
             )
-        elif format == "kohya" and (limits := _kohya_limits(content, prefix)):
-            notes.append(limits)
-        elif format == "comfy":
-            notes.append("no reader of these names is a library; they are those of diffusers' converters")
-        else:
-            checks += by_diffusers(model, copy, prefix, content)
         return tuple(checks)
 
     return _write(files, Path(path), content, prove if verify else None, notes)
@@ -119,127 +179,165 @@ def export_pipeline(
     format: Literal["diffusers", "kohya"] = "diffusers",
     *,
     verify: bool = True,
+    encoders: int = 0,
 ) -> Exported:
     """Write tunings of several models of one pipeline as one file: `{"unet": …, "text_encoder": …}`.
 
-    Each model's layers are read back as `export` does.
+    Each model's layers are read back as `export` does; `encoders` as there.
 
     Raises:
         Refused: a tuning has parts that the format cannot hold. AdapterFileError: a reader finds other layers.
     """
     _known(format, *tunings)
+    models = {name: tuning.model for name, tuning in tunings.items()}
     contents = {name: replace(content_of(tuning, format), format=format) for name, tuning in tunings.items()}
-    layers = [layer for name, own in contents.items() for layer in diffusers.in_files(own.layers, name)]
-    whole = Content(format, layers)
-    files = _files(whole, None, "", [], None)
+    parts = [diffusers.in_files(own, name, models[name]) for name, own in contents.items()]
+    layers = [layer for part in parts for layer in part.layers]
+    whole = Content(format, layers, shifts=[shift for part in parts for shift in part.shifts])
+    modules = [n for n, _ in next(iter(models.values())).named_modules() if CHILD not in n.split(".")]
+    files = _files(whole, models, next(iter(tunings)), modules if len(tunings) == 1 else [], None, encoders)
+    limits = unread_by_diffusers(whole, models)
+    notes = [*_written_as(whole, format), *([limits] if limits else [])]
 
     def prove(copy: Path) -> tuple[Check, ...]:
         checks: list[Check] = []
+        back = read(copy)
+        owners = assigned(back, tunings, aliases_of(models), copy)
         for name, tuning in tunings.items():
-            back = read(copy)
-            back = replace(back, layers=[x for x in back.layers if x.component == name])
-            resolved = [replace(x, component="") for x in diffusers.resolve(back.layers, tuning.model, copy)]
-            checks.append(compare("mmpeft", expected(contents[name]), expected(replace(back, layers=resolved))))
-            if not (format == "kohya" and _kohya_limits(contents[name], name)):
-                checks += by_diffusers(tuning.model, copy, name, contents[name])
+            own = resolved(back.of([c for c in owners if owners[c] == name]), tuning.model, copy)
+            own = replace(own, layers=[replace(x, component="") for x in own.layers])
+            checks.append(compare("mmpeft", _acting(contents[name]), _acting(own)))
+            if not limits:
+                checks += by_diffusers(tuning.model, copy, name, contents[name], models)
         return tuple(checks)
 
-    return _write(files, Path(path), whole, prove if verify else None, [])
+    return _write(files, Path(path), whole, prove if verify else None, notes)
 
 
 def convert(
-    src: str | Path, dst: str | Path, format: Format, *, model: nn.Module | None = None, prefix: str = ""
+    src: str | Path,
+    dst: str | Path,
+    format: Format,
+    *,
+    model: nn.Module | None = None,
+    prefix: str = "",
+    encoders: int = 0,
 ) -> Exported:
     """Rewrite an adapter file in another format, scale baked in; read back and compared.
 
-    A model is needed only where names are ambiguous: from kohya files, whose names have lost their dots. `prefix`
-    renames the model of a file that holds one; by default the file's own name for it is kept.
+    A model is needed only where names or values are ambiguous: from kohya files, whose names have lost their dots, and
+    from those with the names of original repositories. `prefix` renames the model of a file that holds one; by default
+    the file's own name for it is kept. `encoders` as for `export`.
 
     Raises:
         AdapterFileError, Refused: unreadable, inexpressible, or a model is needed.
     """
     _known(format, prefix)
     src, dst = Path(src), Path(dst)
-    content = read(src)
-    refused = refusal(content)
-    if refused:
-        raise AdapterFileError(f"{src}: {refused}")
-    layers = diffusers.resolve(content.layers, model, src)
+    content = resolved(_readable(src, strict=False), model, src)
+    layers = content.layers
     if any(layer.flat for layer in layers):
         raise AdapterFileError(f"{src}: {next(x.path for x in layers if x.flat)!r} names no module of the model given")
+    strange = next((x.path for x in layers if is_original(x.path)), "")
+    if strange:
+        raise AdapterFileError(
+            f"{src}: {strange} is a name of an original repository, which readers of {format} files would not find; "
+            "give the model that the file is for"
+        )
     if format != "peft" and content.learned is not None:
         raise Refused(f"{src} holds learned tokens ({content.learned.kind}); {format} has no key for them")
-    if format != "peft" and (content.scalings or content.whole):
-        raise Refused(
-            f"{src} holds {'(IA)³ vectors' if content.scalings else 'whole modules'}; {format} has no key for them"
-        )
+    if format != "peft" and content.beside:
+        raise Refused(f"{src} holds {content.beside}; {format} has no key for them")
+    if content.shifts and format in ("peft", "diffusers"):
+        first = content.shifts[0]
+        raise Refused(f"{src} holds a difference of {first.path}.{first.tensor}; {format} files have no key for it")
     if content.stacks:
         raise Refused(f"{src} holds updates of experts, whose tensors only a model tells: load it and export() that")
     if format in ("peft", "comfy") and len(content.components) > 1:
         raise Refused(f"{src} holds layers of {content.components}; a {format} adapter is for one model")
     if prefix and len(content.components) == 1:
         layers = [replace(layer, component=prefix) for layer in layers]
-    prefix = prefix or ("unet" if model is None else diffusers.component_for(model))
+        content = replace(content, shifts=[replace(x, component=prefix) for x in content.shifts])
+    prefix = prefix or ("unet" if model is None else component_for(model))
     content = replace(content, format=format, layers=[layer.baked() for layer in layers])
     modules = [n for n, _ in model.named_modules()] if model is not None else []
-    files = _files(content, model, prefix, modules, None)
-    return _write(files, dst, content, lambda copy: (_by_own_reader(model, copy, content, prefix),), [])
+    models = {prefix: model} if model is not None else dict.fromkeys(content.components, None)
+    files = _files(content, models, prefix, modules, None, encoders)
+    return _write(
+        files, dst, content, lambda copy: (_by_own_reader(model, copy, content, prefix),), _written_as(content, format)
+    )
 
 
 # -- shared -------------------------------------------------------------------------------------------------
 
 
 def _known(format: str, *prefixes: str) -> None:
-    names = (*diffusers.FLAT_OUT, "")
+    names = tuple(dict.fromkeys((*DOTTED.values(), "")))
     for what, value, known in (("format", format, FORMATS), *(("prefix", prefix, names) for prefix in prefixes)):
         if value not in known:
             listed = ", ".join(filter(None, known))
             raise ConfigError(f"unknown {what} {value!r}; known: {listed}.{nearest(value, known)}")
 
 
+def _written_as(content: Content, format: str) -> list[str]:
+    """What is to be said of layers that the format has not in the form in which they trained."""
+    kept = format == "kohya" or (format == "peft" and all(layer.tensors for layer in content.layers))
+    wide = [layer for layer in content.layers if layer.factor and not (kept and layer.tensors)]
+    if not wide:
+        return []
+    kinds = " and ".join(sorted({layer.factor for layer in wide}))
+    return [
+        f"{len(wide)} of {len(content.layers)} layers are {kinds}, written as the LoRA that each equals but for "
+        f"rounding, of a rank up to {max(layer.rank for layer in wide)}"
+    ]
+
+
 def _files(
-    content: Content, model: nn.Module | None, prefix: str, modules: Sequence[str], base: str | None
+    content: Content,
+    models: Mapping[str, nn.Module | None],
+    prefix: str,
+    modules: Sequence[str],
+    base: Json | None,
+    encoders: int = 0,
 ) -> dict[str, bytes]:
     """Names and bytes of what a format writes; the file that makes the rest valid comes last."""
     if content.format == "peft":
-        write = lycoris_out.folder_files if any(layer.tensors for layer in content.layers) else peft.folder_files
-        return write(content, modules, base)
+        if content.layers and all(layer.tensors for layer in content.layers):
+            return lycoris_out.folder_files(content, modules, base)
+        plain = replace(content, layers=[replace(layer, tensors={}) for layer in content.layers])
+        return peft_out.folder_files(plain, modules, base)
     if content.format == "comfy":
+        model = models.get(prefix)
         if model is None:
             raise Refused("the names of the original repository are known for a model only; give it")
-        return {diffusers.WEIGHTS: original.comfy_bytes(content.layers, model)}
+        return {diffusers.WEIGHTS: original.comfy_bytes(content.layers, model, content.shifts)}
     if content.format == "diffusers":
         return {diffusers.WEIGHTS: diffusers.diffusers_bytes(content.layers, prefix, modules)}
-    return {diffusers.WEIGHTS: diffusers.kohya_bytes(content.layers, prefix)}
+    return {diffusers.WEIGHTS: kohya.kohya_bytes(content.layers, prefix, models, content.shifts, encoders)}
 
 
 def _by_own_reader(model: nn.Module | None, copy: Path, content: Content, prefix: str) -> Check:
     """Read a written file back by names alone where no model is given, by the model's modules where one is."""
     back = read(copy)
-    layers = back.layers
     if model is None:
-        names = {layer.path.replace(".", "_"): layer.path for layer in content.layers}
-        layers = [replace(x, path=names.get(x.path, x.path), flat=False) if x.flat else x for x in layers]
-    back = replace(back, layers=diffusers.resolve(layers, model, copy))
-    if content.format not in ("peft", "comfy"):
+        names = {x.path.replace(".", "_"): x.path for x in content.named}
+        back = replace(
+            back,
+            layers=[replace(x, path=names.get(x.path, x.path), flat=False) if x.flat else x for x in back.layers],
+            shifts=[replace(x, path=names.get(x.path, x.path), flat=False) if x.flat else x for x in back.shifts],
+        )
+    back = resolved(back, model, copy)
+    if content.format not in ("peft", "comfy") and model is None:
         content = replace(content, layers=[replace(x, component=x.component or prefix) for x in content.layers])
     else:
-        content = replace(content, layers=[replace(x, component="") for x in content.layers])
-    wanted, got = expected(content), expected(back)
-    if content.format == "comfy":  # rows of zeros in a fused module are no layer of their own
-        wanted, got = ({name: t for name, t in side.items() if t.any()} for side in (wanted, got))
-    return compare("mmpeft", wanted, got)
+        content, back = (replace(c, layers=[replace(x, component="") for x in c.layers]) for c in (content, back))
+    return compare("mmpeft", _acting(content), _acting(back))
 
 
-def _kohya_limits(content: Content, prefix: str) -> str:
-    """Why diffusers is no judge of a kohya file; empty when it is."""
-    if any(layer.tensors for layer in content.layers):
-        return "diffusers reads no LoHa and LoKr; LyCORIS, ComfyUI and A1111 do"
-    if any(layer.magnitude is not None for layer in content.layers):
-        return "diffusers drops dora_scale; other readers of kohya files take it"
-    if prefix != "unet":
-        return "diffusers reads kohya names of UNets only"
-    return ""
+def _acting(content: Content) -> dict[str, Tensor]:
+    """What a reader must have; rows of zeros in a fused module are no layer of their own."""
+    found = expected(content)
+    return {name: t for name, t in found.items() if t.any()} or found
 
 
 def _write(

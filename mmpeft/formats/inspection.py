@@ -10,9 +10,10 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from mmpeft.errors import AdapterFileError, MMPEFTError
-from mmpeft.formats import diffusers, lycoris, native, peft
+from mmpeft.formats import lycoris, native, peft, single_file
 from mmpeft.formats.content import PICKLED, Content, read_json, read_tensors
 from mmpeft.formats.low_rank import tunable_sites
+from mmpeft.formats.names import resolved
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class FileInfo:
     dtypes: Mapping[str, int] = field(default_factory=dict)
     components: Mapping[str, int] = field(default_factory=dict)
     whole: tuple[str, ...] = ()
-    """Modules that are saved whole beside the layers."""
+    """Modules and tensors that are saved whole beside the layers, and tables of which rows are."""
     notes: tuple[str, ...] = ()
     refused: str = ""
     """Why the file cannot be loaded; empty when it can."""
@@ -60,7 +61,7 @@ def read(path: str | Path) -> Content:
 def _read(path: Path) -> Content:
     if path.is_file():
         beside = path.name == peft.WEIGHTS and (path.parent / peft.CONFIG).exists()
-        return _read_folder(path.parent) if beside or path.name == peft.CONFIG else diffusers.read_file(path)
+        return _read_folder(path.parent) if beside or path.name == peft.CONFIG else single_file.read_file(path)
     if not path.exists():
         raise AdapterFileError(f"{path} does not exist")
     if (path / peft.CONFIG).exists():
@@ -75,7 +76,7 @@ def _read(path: Path) -> Content:
         pickled = any(name.endswith(PICKLED) for name in names)
         why = "; pickled files are never read, because unpickling runs code" if pickled else ""
         raise AdapterFileError(f"expected {peft.CONFIG} or one .safetensors file in {path}; it holds {names}{why}")
-    return diffusers.read_file(files[0])
+    return single_file.read_file(files[0])
 
 
 def _read_folder(folder: Path) -> Content:
@@ -97,23 +98,25 @@ def inspect(path: str | Path, model: nn.Module | None = None) -> FileInfo:
         path,
         content.format,
         content.method,
-        len(content.layers) + len(content.scalings) + len(content.others) + (content.learned is not None),
+        sum(content.components.values()) + len(content.scalings) + len(content.others) + (content.learned is not None),
         _size(path),
         dict(sorted(Counter(layer.rank for layer in content.layers).items())),
         dict(sorted(Counter(round(layer.scale, 6) for layer in content.layers).items())),
         _dtypes(_tensors(content)),
         content.components,
-        tuple(content.whole),
+        (*content.whole, *content.base, *content.words),
         content.notes,
         refusal(content),
     )
     if model is None:
         return info
-    layers = diffusers.resolve(content.layers, model, path)
-    names = [*(layer.path for layer in layers), *(s.path for s in content.scalings), *content.others]
-    known = tunable_sites(model, ("linear", "conv"))
+    content = resolved(content, model, path)
+    names = [*(layer.path for layer in content.layers), *(s.path for s in content.scalings), *content.others]
+    known = {*tunable_sites(model, ("linear", "conv"))}
     flat = {name.replace(".", "_") for name in known} if content.others else set()
     fits = {name: name in known or name in flat for name in names}
+    own = {name for name, _ in model.named_parameters()}
+    fits |= {f"{x.path}.{x.tensor}": f"{x.path}.{x.tensor}" in own for x in content.shifts}
     matched = tuple(name for name, fit in fits.items() if fit)
     return replace(info, matched=matched, unmatched=tuple(name for name, fit in fits.items() if not fit))
 
@@ -126,7 +129,7 @@ def refusal(content: Content) -> str:
     if not content.others:
         return ""
     kinds = ", ".join(f"{kind} ×{n}" for kind, n in Counter(content.others.values()).items())
-    return f"it holds layers of {kinds}, a factor that is not read here; read are low-rank layers, LoHa and LoKr"
+    return f"it holds layers of {kinds}, a factor that is not read here"
 
 
 def _inspect_native(folder: Path) -> FileInfo:
@@ -150,6 +153,8 @@ def _size(path: Path) -> int:
 def _tensors(content: Content) -> list[Tensor]:
     found = [tensor for layer in content.layers for tensor in (layer.down, layer.up)]
     found += [scaling.gamma for scaling in content.scalings]
+    found += [shift.value for shift in content.shifts]
+    found += [tensor for item in content.based for tensor in item.tensors.values()]
     found += [content.learned.tensor] if content.learned else []
     return found + [tensor for own in content.whole.values() for tensor in own.values()]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -9,9 +10,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from mmpeft.errors import AdapterFileError, Refused, nearest
+from mmpeft.errors import AdapterFileError, MMPEFTWarning, Refused, nearest
 from mmpeft.formats import peft_experts
 from mmpeft.formats.content import Layer
+from mmpeft.formats.lycoris import multiplied
 from mmpeft.formats.lycoris_out import layer_from
 from mmpeft.functional.rows import put_rows, take_rows
 from mmpeft.hosting.host import base_value
@@ -24,6 +26,7 @@ from mmpeft.methods.reparameterized.lora import LoRA
 from mmpeft.parts import Delta, ExpertsDelta, LowRank
 from mmpeft.parts.base import Placement
 from mmpeft.sites import Site, sites
+from mmpeft.sites.site import DISCARDED
 from mmpeft.surgery.attached import Attached
 from mmpeft.types import Json
 
@@ -60,14 +63,10 @@ def _stack(model: nn.Module, path: str, placements: list[Placement]) -> Layer:
     downs: list[Tensor] = []
     ups: list[Tensor] = []
     owners = weight.new_zeros(len(weight))
+    kinds: set[str] = set()
     for part in parts:
-        if not isinstance(part.factor, LowRank):
-            raise Refused(
-                f"{path}: a {type(part.factor).__name__} factor of a part of a weight is in no other tool's files; use "
-                "tuning.save()"
-            )
-        down, up = (tensor.detach() for tensor in part.pair())
-        up = up * part.scale
+        down, up, kind = _halves(part, path, weight)
+        kinds |= {kind} if kind else set()
         same = next((i for i, known in enumerate(downs) if torch.equal(known, down)), None)
         if same is None:
             same = len(downs)
@@ -85,7 +84,23 @@ def _stack(model: nn.Module, path: str, placements: list[Placement]) -> Layer:
             if part.magnitude is not None:
                 magnitude = put_rows(magnitude, part.magnitude.detach(), part.rows)
     down = down.view(len(down), *weight.shape[1:])
-    return Layer(path, down, up, float(len(down)), magnitude, transposed=transposed, lookup=parts[0].lookup)
+    if kinds and len(down) > min(len(up), down[0].numel()):  # other factors may have more columns than the weight
+        down, up = multiplied((up @ down.flatten(1)).view(-1, *down.shape[1:]))
+    kind = "+".join(sorted(kinds))
+    rank, lookup = float(len(down)), parts[0].lookup
+    return Layer(path, down, up, rank, magnitude, transposed=transposed, lookup=lookup, factor=kind)
+
+
+def _halves(part: Delta, path: str, weight: Tensor) -> tuple[Tensor, Tensor, str]:
+    """`down` and `up` of one part, scale baked in; of another factor those of the low-rank update that it equals."""
+    if isinstance(part.factor, LowRank):
+        down, up = (tensor.detach() for tensor in part.pair())
+        return down, up * part.scale, ""
+    own = layer_from(part.factor, path, take_rows(weight, part.rows), part.scale)
+    if own is not None:
+        return own.down.flatten(1), own.up * own.scale, own.factor
+    down, up = multiplied(part.factor.materialise().detach() * part.scale)
+    return down, up, type(part.factor).__name__
 
 
 def _row_norms(weight: Tensor, delta: Tensor) -> Tensor:
@@ -134,9 +149,37 @@ def fit_layers(model: nn.Module, layers: Sequence[Layer], where: object) -> list
         AdapterFileError: a layer without a site, of another shape, or named twice.
     """
     by_path = tunable_sites(model, ("linear", "conv", "embedding"))
+    layers = _acting(model, layers, by_path, where)
     check_paths(model, [layer.path for layer in layers], by_path, where)
     signed = [layer if layer.scale >= 0 else layer.baked() for layer in layers]
     return [piece for layer in signed for piece in _cut(model, layer, by_path[layer.path], where)]
+
+
+def _acting(
+    model: nn.Module, layers: Sequence[Layer], known: Mapping[str, list[Site]], where: object
+) -> Sequence[Layer]:
+    """Layers without those that change nothing where they could not be tuned: of zeros, or on a discarded output."""
+    modules = {path for path, _ in model.named_modules()}
+    idle: dict[str, str] = {}
+    for layer in layers:
+        own = known.get(layer.path, [])
+        if own and all(site.refuse.startswith(DISCARDED) for site in own):
+            idle[layer.path] = own[0].refuse
+        elif layer.path in modules and all(site.refuse for site in own) and not _moves(layer):
+            idle[layer.path] = "it is zero"
+    if idle:
+        first = min(idle)
+        warnings.warn(
+            f"{where}: {len(idle)} of {len(layers)} updates have no effect and are left out, first that of {first} "
+            f"({idle[first]})",
+            MMPEFTWarning,
+            stacklevel=2,
+        )
+    return [layer for layer in layers if layer.path not in idle]
+
+
+def _moves(layer: Layer) -> bool:
+    return layer.magnitude is not None or bool(layer.up.any() and layer.down.any())
 
 
 def fit_stacks(model: nn.Module, found: peft_experts.StackTensors, where: object) -> list[Piece]:

@@ -169,6 +169,12 @@ def _shortest(pair: Pair) -> Pair:
     return _whole((up @ down.flatten(1)).view(-1, *down.shape[1:]))
 
 
+def multiplied(delta: Tensor) -> Pair:
+    """`down` and `up` of a full difference [o, i, k...], one of them a unit matrix."""
+    up, down = _whole(delta)
+    return down, up
+
+
 def shaped(layer: Layer, model: nn.Module) -> Layer:
     """The layer with its kernel in the shape that the model's module has, where the file has flattened it."""
     modules = dict(model.named_modules())

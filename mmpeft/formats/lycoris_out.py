@@ -60,7 +60,7 @@ def named(layer: Layer, prefix: str) -> dict[str, Tensor]:
     return {f"{prefix}.{name}": tensor for name, tensor in layer.tensors.items()}
 
 
-def folder_files(content: Content, modules: Collection[str], base_name: str | None) -> dict[str, bytes]:
+def folder_files(content: Content, modules: Collection[str], base: Json | None) -> dict[str, bytes]:
     """Names and bytes of a PEFT folder of type LOHA or LOKR.
 
     Raises:
@@ -80,14 +80,14 @@ def folder_files(content: Content, modules: Collection[str], base_name: str | No
     }
     config: Json = {
         "auto_mapping": None,
-        "base_model_name_or_path": base_name,
+        "base_model_name_or_path": None,
         "inference_mode": True,
         "modules_to_save": None,
         "peft_type": name,
         "target_modules": exact_targets([layer.path for layer in content.layers], modules),
         "task_type": None,
     }
-    config |= _ranks(content.layers) | OPTIONS[kind]
+    config |= _ranks(content.layers) | OPTIONS[kind] | (base or {})
     text = json.dumps(config, indent=2, sort_keys=True) + "\n"
     return {WEIGHTS: dump_tensors(tensors, {"format": "pt"}), CONFIG: text.encode()}
 

@@ -30,6 +30,13 @@ from mmpeft.types import AnyModule, Config, Kwargs, Untyped
 
 FOLDERS = ("transformers", "diffusers")
 FILE = "model.safetensors"
+BESIDE = (
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model"),
+    *("vocab.json", "vocab.txt", "merges.txt", "spiece.model", "sentencepiece.bpe.model", "source.spm", "target.spm"),
+    *("chat_template.jinja", "chat_template.json", "preprocessor_config.json", "processor_config.json"),
+    *("image_processor_config.json", "video_preprocessor_config.json", "feature_extractor_config.json"),
+)
+"""What a transformers model is used with, which its own `save_pretrained` leaves to others. No file of code is one."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +49,8 @@ class Merged:
     bytes: int
     untied: tuple[str, ...] = ()
     """Tensors that were one in the base and are two now."""
+    kept: tuple[str, ...] = ()
+    """Files of the base's folder that lie beside the model again: its words, templates and preprocessing."""
 
 
 def save_merged(tuning: Attached, path: str | Path) -> Merged:
@@ -153,12 +162,43 @@ def _write_folder(plain: AnyModule, folder: Path, library: str, untied: tuple[st
             plain.save_pretrained(str(scratch), safe_serialization=True)
             fresh = _read(library, lambda: type(plain).from_pretrained(str(scratch), **_dtype(plain, library)))
         count = _compare(library, plain.state_dict(), fresh.state_dict())
+        kept = _keep_beside(plain, scratch) if library == "transformers" else ()
         scratch.chmod(0o755)
         os.replace(scratch, folder)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
-    return Merged(folder, library, count, size, untied)
+    return Merged(folder, library, count, size, untied, kept)
+
+
+def _keep_beside(plain: AnyModule, folder: Path) -> tuple[str, ...]:
+    """Copy what the base is used with from where it was read: a local folder, or the hub's cache."""
+    name = getattr(plain.config, "name_or_path", None)
+    if not isinstance(name, str) or not name:
+        return ()
+    kept = []
+    for file in (*BESIDE, *_more_templates(Path(name))):
+        source = Path(name) / file if Path(name).is_dir() else _cached(name, file)
+        if source is not None and source.is_file() and not (folder / file).exists():
+            (folder / file).parent.mkdir(exist_ok=True)
+            shutil.copyfile(source, folder / file)
+            kept.append(file)
+    return tuple(kept)
+
+
+def _more_templates(base: Path) -> list[str]:
+    """Named chat templates, which have a folder of their own."""
+    own = base / "additional_chat_templates"
+    return [f"{own.name}/{file.name}" for file in sorted(own.glob("*.jinja"))] if own.is_dir() else []
+
+
+def _cached(name: str, file: str) -> Path | None:
+    """A file of a model that was loaded from the hub."""
+    try:
+        found: Untyped = import_module("huggingface_hub").try_to_load_from_cache(name, file)
+    except (ImportError, ValueError):
+        return None
+    return Path(found) if isinstance(found, str) else None
 
 
 def _untie(plain: AnyModule) -> None:

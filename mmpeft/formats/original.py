@@ -11,16 +11,19 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import replace
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from mmpeft.errors import AdapterFileError, Refused
-from mmpeft.formats.content import Layer, dump_tensors
+from mmpeft.formats import ldm
+from mmpeft.formats.content import Layer, Shift, dump_tensors
 from mmpeft.hosting.host import base_value, original_class
-from mmpeft.hosting.modules import module_at
+from mmpeft.hosting.modules import CHILD, module_at
 
 PREFIX = "diffusion_model."
+TENSORS: tuple[Literal["weight", "bias"], ...] = ("weight", "bias")
 _QKV, _ADDED = ("attn.to_q", "attn.to_k", "attn.to_v"), ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj")
 _TIME, _POOLED = "time_text_embed.timestep_embedder", "time_text_embed.text_embedder"
 _GUIDANCE = "time_text_embed.guidance_embedder"
@@ -99,6 +102,9 @@ TABLES = {"FluxTransformer2DModel": _FLUX, "SD3Transformer2DModel": _SD3}
 def table_of(model: nn.Module) -> dict[str, tuple[str, ...]]:
     """Original name → the modules of this model that it is made of, in the order of their rows; empty if unknown."""
     found: dict[str, tuple[str, ...]] = {}
+    if original_class(model).__name__ == "UNet2DConditionModel":
+        unet = {name: module for name, module in model.named_modules() if CHILD not in name.split(".")}
+        return {name: (path,) for name, path in ldm.names_of(unet).items()}
     for theirs, (ours, names) in TABLES.get(original_class(model).__name__, {}).items():
         count = len(model.get_submodule(ours)._modules) if ours else 1
         for i in range(count):
@@ -106,6 +112,14 @@ def table_of(model: nn.Module) -> dict[str, tuple[str, ...]]:
             found |= {before + name: tuple(own + path for path in paths) for name, paths in names.items()}
     modules = {name for name, _ in model.named_modules()}
     return {name: paths for name, paths in found.items() if set(paths) <= modules}
+
+
+def together(model: nn.Module, paths: tuple[str, ...]) -> Tensor:
+    """The weights of modules as the original has them in one."""
+    weights = [base_value(module_at(model, path), "weight") for path in paths]
+    if len(paths) == 1 and _turned(model, paths[0]):
+        return _swap(weights[0])
+    return weights[0] if len(weights) == 1 else torch.cat(weights)
 
 
 def _turned(model: nn.Module, path: str) -> bool:
@@ -206,9 +220,58 @@ def _split(layer: Layer, paths: tuple[str, ...], model: nn.Module, where: object
     return pieces
 
 
-def comfy_bytes(layers: Collection[Layer], model: nn.Module) -> bytes:
+def split_shifts(shifts: Sequence[Shift], model: nn.Module, where: object) -> list[Shift]:
+    """Differences of original names by the model's own, as `split` does for layers."""
+    modules = {name for name, _ in model.named_modules()}
+    table = {name.replace(".", "_"): paths for name, paths in table_of(model).items()}
+    found: list[Shift] = []
+    for shift in shifts:
+        paths = table.get(shift.path.replace(".", "_"), ())
+        if not paths or shift.path in modules:
+            found.append(shift)
+            continue
+        sizes = [len(base_value(module_at(model, path), "weight")) for path in paths]
+        if sum(sizes) != len(shift.value):
+            raise AdapterFileError(
+                f"{where}: {shift.path} has {len(shift.value)} values, {' and '.join(paths)} together have "
+                f"{sum(sizes)}; the adapter was made for another base"
+            )
+        turned = len(paths) == 1 and _turned(model, paths[0])
+        values = [_swap(shift.value)] if turned else shift.value.split(sizes)
+        found += [replace(shift, path=path, value=value, flat=False) for path, value in zip(paths, values)]
+    return found
+
+
+def fused_shifts(shifts: Sequence[Shift], model: nn.Module) -> list[Shift]:
+    """Differences by the original names, those of fused modules as one.
+
+    Raises:
+        Refused: a module that has no such name, or a norm, which has other names there.
+    """
+    table = table_of(model)
+    own = {(shift.path, shift.tensor): shift for shift in shifts}
+    owner = {path: name for name, paths in table.items() for path in paths}
+    strange = next((x for x in shifts if x.path not in owner), None)
+    if strange is not None:
+        raise Refused(f"{strange.path}.{strange.tensor} has no one place in the original repository; use tuning.save()")
+    found: list[Shift] = []
+    for name, paths in table.items():
+        for tensor in TENSORS:
+            if not any((path, tensor) in own for path in paths):
+                continue
+            rows = [len(base_value(module_at(model, path), "weight")) for path in paths]
+            values = [own[p, tensor].value if (p, tensor) in own else torch.zeros(n) for p, n in zip(paths, rows)]
+            value = torch.cat([v.float().cpu() for v in values])
+            value = _swap(value) if len(paths) == 1 and _turned(model, paths[0]) else value
+            found.append(Shift(name, tensor, value))
+    return found
+
+
+def comfy_bytes(layers: Collection[Layer], model: nn.Module, shifts: Sequence[Shift] = ()) -> bytes:
     """A file that ComfyUI reads; the scale is in `lora_B`, as it takes 1 where there is no alpha."""
     tensors: dict[str, Tensor] = {}
+    for shift in fused_shifts(shifts, model) if shifts else ():
+        tensors[f"{PREFIX}{shift.path}.{'diff' if shift.tensor == 'weight' else 'diff_b'}"] = shift.value
     for layer in fused(list(layers), model):
         ones = [1] * (layer.down.dim() - 2)
         name = PREFIX + layer.path

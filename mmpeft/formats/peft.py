@@ -1,12 +1,11 @@
 """Hugging Face PEFT folders: `adapter_config.json` beside `adapter_model.safetensors`.
 
-Keys are those `PeftModel.save_pretrained` writes: `base_model.model.<path>.lora_A.weight` and the like. Written
-folders carry their scale in the tensors (alpha = r), so that a reader that ignores patterns is still right.
+Keys are those `PeftModel.save_pretrained` writes: `base_model.model.<path>.lora_A.weight` and the like. Every other
+key is a name in the tuned model: PEFT puts its tensor there, whatever the config says, or drops it without a word.
 """
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections import Counter
@@ -16,15 +15,15 @@ from pathlib import Path
 
 from torch import Tensor
 
-from mmpeft.errors import AdapterFileError, Refused, nearest
-from mmpeft.formats import peft_experts, peft_prompts
-from mmpeft.formats.content import PICKLED, Content, Layer, Scaling, assemble, dump_tensors, read_json, read_tensors
+from mmpeft.errors import AdapterFileError, nearest
+from mmpeft.formats import peft_experts, peft_others, peft_prompts
+from mmpeft.formats.content import PICKLED, Content, Layer, Scaling, Shift, assemble, read_json, read_tensors
 from mmpeft.formats.patterns import first_for, matches
 from mmpeft.types import Facts, Json, Kwargs
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
-TYPES = ("LORA", "IA3", *peft_prompts.TYPES)
+TYPES = ("LORA", "IA3", *peft_others.TYPES, *peft_prompts.TYPES)
 EMBEDDING = ".lora_embedding_A"
 
 SLOTS = {
@@ -36,6 +35,7 @@ SLOTS = {
     ".lora_embedding_B": "up",
     ".ia3_l": "gamma",
 }
+SHIFT = ".lora_B.bias"
 NOT_YET = {
     ".base_layer.out_proj.lora_A.weight": "an update of nn.MultiheadAttention, of whose out_proj PEFT adds ΔW twice",
     ".lora_A.bias": "a bias inside the update (lora_bias=True)",
@@ -51,12 +51,12 @@ FOREIGN_OPTIONS = {
     "use_bdlora": "another factor (BD-LoRA)",
     "use_qalora": "pooled inputs (QA-LoRA)",
     "layer_replication": "a base with repeated layers",
-    "trainable_token_indices": "trained rows of an embedding",
-    "lora_bias": "a bias inside the update",
 }
 """Options of a LoRA config that change what its tensors mean, and how."""
 BASE_CHANGING = ("pissa", "olora", "corda", "loftq", "lora_ga")
 """Initialisations that subtract from the base: the adapter alone means nothing on the published one."""
+FOREIGN_KEY = re.compile(r"(^|[._])(lora|loha|hada|lokr|oft|boft|vera|ia3|hra|miss|road|shira|randlora|c3a|glora)_")
+"""Keys of an adapter: what has one and is not read is a layer that would be lost, and no stranger beside the layers."""
 
 
 def read_folder(folder: Path) -> Content:
@@ -64,49 +64,73 @@ def read_folder(folder: Path) -> Content:
 
     Raises:
         AdapterFileError: incomplete, pickled, of another type, or with options and keys that mean more than
-            low-rank updates, scalings and whole modules.
+            low-rank updates, scalings, rows of tables and tensors of the base.
     """
     config = read_json(folder / CONFIG)
     kind = str(config.get("peft_type", "missing"))
     if kind not in TYPES:
         raise AdapterFileError(
-            f"{folder / CONFIG}: peft_type {kind!r} is not read; supported: {', '.join(TYPES)}.{nearest(kind, TYPES)}"
+            f"{folder / CONFIG}: peft_type {kind!r} is not read; supported: {', '.join(TYPES)}.{nearest(kind, TYPES)} "
+            "Merged with PEFT (merge_and_unload), the model itself can be loaded"
         )
     _check_weights(folder)
     tensors, _ = read_tensors(folder / WEIGHTS)
     if kind in peft_prompts.TYPES:
         learned = peft_prompts.read(config, tensors, folder / WEIGHTS)
         rest = {k.removeprefix(peft_prompts.WRAPPED): t for k, t in tensors.items() if k != peft_prompts.KEY}
-        modules = tuple(config.get("modules_to_save") or ())
-        whole = _whole(rest, modules, folder / WEIGHTS)
-        return Content("peft", learned=learned, whole=whole, modules=modules if whole else ())
+        whole, others = _whole(rest, config)
+        return Content("peft", learned=learned, whole=whole, modules=_modules(config) if whole else (), base=others)
     _check_options(config, folder / CONFIG)
+    if kind in peft_others.TYPES:
+        return _with_rest(peft_others.read(kind, config, _short(tensors), folder), config, folder)
+    words = peft_others.take_words(config, tensors, folder)
+    shifts = {key.removesuffix(SHIFT): tensors.pop(key) for key in list(tensors) if key.endswith(SHIFT)}
     slots, rest = split(tensors, folder / WEIGHTS)
     named = config.get("target_modules") or ()
     stacked = [p for p in slots if peft_experts.is_stack(p, config, named == "all-linear" or targeted(named, p))]
     stacks = peft_experts.taken(slots, stacked, config, folder / WEIGHTS)
     lookups = {key.removeprefix(PREFIX).removesuffix(EMBEDDING) for key in tensors if key.endswith(EMBEDDING)}
-    tables = [
-        f"{path}.base_layer.weight" for path in lookups if rest.pop(f"{path}.base_layer.weight", None) is not None
-    ]
-    modules = tuple(config.get("modules_to_save") or ())
-    whole = _whole(rest, modules, folder / WEIGHTS)
-    notes = tuple(f"holds a copy of the base's table, which is not read: {name}" for name in tables)
-    told: Kwargs = {
-        "whole": whole,
-        "modules": modules,
-        "targets": _targets(config),
-        "notes": notes,
-        "stacks": stacks,
-    }
+    told: Kwargs = {"targets": _targets(config), "stacks": stacks, "words": words}
     _check_slots(slots, kind, folder, stacked=stacks is not None)
     if kind == "IA3":
         scalings = [_scaling(path, own["gamma"], config, folder) for path, own in slots.items()]
-        return Content("peft", scalings=scalings, **told)
+        return _with_rest((Content("peft", scalings=scalings, **told), rest), config, folder)
     layers = [scaled(assemble(own, path, folder), config, folder / CONFIG) for path, own in slots.items()]
     layers = [replace(x, lookup=True, transposed=True) if x.path in lookups else x for x in layers]
     _check_dora(layers, config, folder)
-    return Content("peft", layers, dropout=float(config.get("lora_dropout") or 0.0), **told)
+    scales = {PREFIX + layer.path: layer.scale for layer in layers}
+    told["shifts"] = [
+        Shift(path.removeprefix(PREFIX), "bias", bias.float() * scales.get(path, 1)) for path, bias in shifts.items()
+    ]
+    layers = [layer.trimmed() for layer in layers]
+    return _with_rest(
+        (Content("peft", layers, dropout=float(config.get("lora_dropout") or 0.0), **told), rest), config, folder
+    )
+
+
+def _short(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {key.removeprefix(PREFIX): tensor for key, tensor in tensors.items()}
+
+
+def _with_rest(found: tuple[Content, Mapping[str, Tensor]], config: Facts, folder: Path) -> Content:
+    """Content with what is no part of an update: modules saved whole, and tensors of the base.
+
+    Raises:
+        AdapterFileError: a tensor of an adapter is left over.
+    """
+    content, rest = found
+    whole, base = _whole(rest, config)
+    stray = next((name for name in base if FOREIGN_KEY.search(name)), "")
+    if stray:
+        raise AdapterFileError(
+            f"{folder / WEIGHTS}: unknown key {stray!r} of an update; {CONFIG} says {config.get('peft_type')}, and the "
+            "update would be lost"
+        )
+    return replace(content, whole=whole, modules=_modules(config), base={**content.base, **base})
+
+
+def _modules(config: Facts) -> tuple[str, ...]:
+    return tuple(config.get("modules_to_save") or ())
 
 
 def _check_weights(folder: Path) -> None:
@@ -184,8 +208,6 @@ def _check_options(config: Facts, where: Path) -> None:
     for name, why in FOREIGN_OPTIONS.items():
         if config.get(name):
             raise AdapterFileError(f"{where}: {name}={config[name]!r} means {why}; it cannot be loaded")
-    if config.get("bias", "none") != "none":
-        raise AdapterFileError(f"{where}: bias={config['bias']!r} trains biases of the base; it cannot be loaded")
     start = config.get("init_lora_weights")
     if isinstance(start, str) and start.lower().startswith(BASE_CHANGING):
         raise AdapterFileError(
@@ -203,19 +225,22 @@ def _check_dora(layers: Collection[Layer], config: Facts, where: Path) -> None:
         )
 
 
-def _whole(rest: Mapping[str, Tensor], modules: Collection[str], where: Path) -> dict[str, dict[str, Tensor]]:
+def _whole(rest: Mapping[str, Tensor], config: Facts) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
+    """Tensors of the modules saved whole, by module, and those that are none of them, by their names in the base."""
     found: dict[str, dict[str, Tensor]] = {}
+    others: dict[str, Tensor] = {}
+    modules = _modules(config)
     for path, tensor in rest.items():
         parts = path.split(".")
+        if {"modules_to_save", "original_module"} & set(parts):
+            continue  # bias="all" saves those of both copies besides, and PEFT reads neither
         owners = (".".join(parts[:end]) for end in range(len(parts) - 1, 0, -1))
-        owner = next((o for o in owners if o.endswith(tuple(modules))), "")
-        if not owner:
-            raise AdapterFileError(
-                f"{where}: unknown key {path!r}; it is no part of an update and of no module in modules_to_save "
-                f"({sorted(modules) or 'none'})"
-            )
-        found.setdefault(owner, {})[path.removeprefix(owner + ".")] = tensor
-    return found
+        owner = next((o for o in owners if o.endswith(modules)), "")  # PEFT's own rule, without a dot
+        if owner:
+            found.setdefault(owner, {})[path.removeprefix(owner + ".")] = tensor
+        else:
+            others[".".join(part for part in parts if part != "base_layer")] = tensor
+    return found, others
 
 
 def targeted(targets: str | Collection[str], path: str) -> bool:
@@ -244,59 +269,7 @@ def _scaling(path: str, gamma: Tensor, config: Facts, folder: Path) -> Scaling:
     return Scaling(path, gamma.flatten(), "input" if inside else "output")
 
 
-# -- out ----------------------------------------------------------------------------------------------------
-
-
-def folder_files(content: Content, modules: Collection[str] = (), base_name: str | None = None) -> dict[str, bytes]:
-    """Names and bytes of the two files of a PEFT folder.
-
-    `modules` are the module names of the base, where they are known; they decide whether a plain list of targets
-    is exact (PEFT takes every module whose path ends with a target).
-
-    Raises:
-        Refused: LoRA and DoRA layers; the config has one switch for all.
-    """
-    if 0 < sum(layer.magnitude is not None for layer in content.layers) < len(content.layers):
-        raise Refused("there are both LoRA and DoRA layers; a PEFT folder holds one of them. Use tuning.save()")
-    whole, layers = sorted(content.whole), [layer.baked() for layer in content.layers]
-    tensors = {f"{PREFIX}{m}.{n}": tensor for m, own in content.whole.items() for n, tensor in own.items()}
-    targets = [layer.path for layer in layers] or [scaling.path for scaling in content.scalings]
-    config: Json = {
-        "fan_in_fan_out": any(x.transposed for x in layers if not x.lookup)
-        or any(x.transposed for x in content.scalings),
-        "auto_mapping": None,
-        "base_model_name_or_path": base_name,
-        "inference_mode": True,
-        "modules_to_save": whole or None,
-        "target_modules": exact_targets(targets, modules),
-        "task_type": None,
-    }
-    if content.learned is not None:
-        tensors = {f"{peft_prompts.WRAPPED}{m}.{n}": t for m, own in content.whole.items() for n, t in own.items()}
-        tensors[peft_prompts.KEY] = content.learned.tensor
-        for name in ("fan_in_fan_out", "target_modules"):
-            del config[name]
-        config |= peft_prompts.fields(content.learned)
-    elif content.scalings:
-        inputs = [scaling.path for scaling in content.scalings if scaling.side == "input"]
-        config |= {"peft_type": "IA3", "feedforward_modules": exact_targets(inputs, modules) if inputs else []}
-        for scaling in content.scalings:
-            tensors[f"{PREFIX}{scaling.path}.ia3_l"] = (
-                scaling.gamma[None] if scaling.side == "input" else scaling.gamma[:, None]
-            )
-    else:
-        config |= {"peft_type": "LORA", "bias": "none", "init_lora_weights": True, "use_rslora": False}
-        ranks = {layer.path: layer.rank for layer in layers}
-        if content.stacks is not None:
-            ranks |= content.stacks.config["ranks"]
-            config[peft_experts.OPTION] = content.stacks.config[peft_experts.OPTION]
-            tensors |= {f"{PREFIX}{name}": tensor for name, tensor in content.stacks.tensors().items()}
-        dropout = content.dropout if content.stacks is None else 0.0  # PEFT has none beside updates of parameters
-        config |= rank_fields(ranks) | {"lora_dropout": dropout}
-        config["use_dora"] = any(layer.magnitude is not None for layer in layers)
-        tensors |= lora_tensors(layers, PREFIX)
-    text = json.dumps(config, indent=2, sort_keys=True) + "\n"
-    return {WEIGHTS: dump_tensors(tensors, {"format": "pt"}), CONFIG: text.encode()}
+# -- shared with what writes --------------------------------------------------------------------------------
 
 
 def lora_fields(layers: Collection[Layer]) -> Json:

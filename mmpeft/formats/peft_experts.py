@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from mmpeft.errors import AdapterFileError, Refused
+from mmpeft.formats.patterns import first_for
 from mmpeft.functional.rows import put_rows
 from mmpeft.hosting.host import base_value
 from mmpeft.hosting.modules import module_at, own_modules
@@ -53,6 +54,24 @@ class StackTensors:
             for wraps, pair in zip(range(len(halves) - 1, -1, -1), halves):
                 found |= {f"{path}{WRAP * wraps}.lora_{x}.weight": half for x, half in zip("AB", pair)}
         return found
+
+
+def padded(found: StackTensors, rank: int) -> StackTensors:
+    """The same updates with zeros up to a rank for every expert, at the same scale; `ranks` says what they have."""
+    ranks: dict[str, int] = found.config["ranks"]
+    halves = {}
+    for path, own in found.halves.items():
+        had = [own_rank for name, own_rank in ranks.items() if name.rpartition(".")[0] == path]
+        halves[path] = [_padded(*pair, own_rank, rank) for pair, own_rank in zip(own, had)]
+    return StackTensors(halves, {**found.config, "ranks": dict.fromkeys(ranks, rank)})
+
+
+def _padded(a: Tensor, b: Tensor, had: int, rank: int) -> tuple[Tensor, Tensor]:
+    down, up = a.view(-1, had, a.shape[1]), b.view(len(b), had, -1)
+    more = rank - had
+    down = torch.cat([down, down.new_zeros(len(down), more, down.shape[2])], 1)
+    up = torch.cat([up, up.new_zeros(len(up), more, up.shape[2])], 1)
+    return down.flatten(0, 1), up.flatten(1)
 
 
 def is_stack(path: str, config: Facts, targeted: bool) -> bool:
@@ -122,6 +141,9 @@ def _layer(module: nn.Module, path: str, name: str, a: Tensor, b: Tensor, config
     alpha = _pattern(alphas, f"{path}.{name}", config.get("lora_alpha"))
     scale = alpha / (rank**0.5 if config.get("use_rslora") else rank)
     down, up = a.view(shape[0], rank, inputs), b.view(outputs, rank, shape[0]).permute(2, 0, 1)
+    keep = (down != 0).any(-1).any(0) | (up != 0).any(0).any(0)  # the rest is padding
+    keep[0] |= not keep.any()
+    down, up = down[:, keep], up[..., keep]
     return StackLayer(path, name, *((down, up) if _swaps(module) else (up.mT, down.mT)), scale)
 
 

@@ -5,10 +5,9 @@ from __future__ import annotations
 import copy
 import logging
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from importlib import import_module
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -66,12 +65,14 @@ def expected(content: Content) -> dict[str, Tensor]:
         found[f"ΔW of {name}"] = delta_weights([replace(layer, magnitude=None)])[layer.path]
         if layer.magnitude is not None:
             found[f"magnitude of {name}"] = layer.magnitude
+    found |= {f"difference of {x.path}.{x.tensor}": x.value for x in content.shifts if x.value.any()}
     if content.stacks is not None:
         found |= {f"{name} of experts": tensor for name, tensor in content.stacks.tensors().items()}
     if content.learned is not None:
         found["learned tokens"] = content.learned.tensor
+    found |= content.tensors()
+    found |= {f"rows of {path}": tensor for path, (_, tensor) in content.words.items()}
     found |= {f"vector on {x.path}'s {x.side}": x.gamma for x in content.scalings}
-    found |= {f"{module}.{name}": tensor for module, own in content.whole.items() for name, tensor in own.items()}
     return found
 
 
@@ -112,12 +113,28 @@ def by_peft(model: nn.Module, folder: Path, content: Content) -> list[Check]:
     from peft import PeftModel
 
     reader = f"peft {version('peft')}"
-    with _quiet():
+    with quiet():
         try:
             loaded = PeftModel.from_pretrained(plain_copy(model), str(folder))
         except REFUSALS as error:
             raise AdapterFileError(f"{reader} refuses the folder that was written: {error}") from error
-    return [compare(reader, expected(content), _adapters(loaded.get_base_model(), "default"))]
+    base = loaded.get_base_model()
+    wanted, got = expected(content), adapters(base, "default")
+    return [compare(reader, wanted, got | _of_base(base, (name for name in content.tensors() if name not in got)))]
+
+
+def _of_base(model: nn.Module, names: Iterable[str]) -> dict[str, Tensor]:
+    """The tensors that peft holds where the file has those of the base, under the keys of `expected`."""
+    found: dict[str, Tensor] = {}
+    modules = dict(model.named_modules())
+    for name in names:
+        path, _, own = name.rpartition(".")
+        module: AnyModule = modules[path]
+        while hasattr(module, "base_layer"):
+            copies = getattr(module, "ln_tuning_layers", {})
+            module = copies["default"] if len(copies) else module.base_layer
+        found[name] = getattr(module, own)
+    return found
 
 
 @torch.no_grad()
@@ -139,7 +156,7 @@ def by_peft_answers(tuning: Attached, folder: Path, content: Content) -> list[Ch
         batch["decoder_input_ids"] = ids.flip(1)
     try:
         model.eval()
-        with _quiet(), tuning.use():
+        with quiet(), tuning.use():
             try:
                 loaded: AnyModule = PeftModel.from_pretrained(plain_copy(model), str(folder)).eval()
                 theirs = loaded(**batch)
@@ -168,43 +185,12 @@ def by_peft_answers(tuning: Attached, folder: Path, content: Content) -> list[Ch
     return [Check(reader, check.modules, max(check.difference, off))]
 
 
-def by_diffusers(model: nn.Module, file: Path, component: str, content: Content) -> list[Check]:
-    """Load a file of either style through diffusers; empty where the model's class loads none, or without peft."""
-    text = component.startswith("text_encoder")
-    if not (text or hasattr(model, "load_lora_adapter")) or find_spec("peft") is None:
-        return []
-    twin: AnyModule = plain_copy(model)
-    reader = f"diffusers {version('diffusers')}"
-    with _quiet():
-        try:
-            loader = import_module("diffusers.loaders.lora_pipeline").StableDiffusionLoraLoaderMixin
-            if text:
-                state, alphas, facts = loader.lora_state_dict(
-                    str(file), local_files_only=True, return_lora_metadata=True
-                )
-                known = {"prefix": component, "adapter_name": "default"}
-                loader.load_lora_into_text_encoder(state, alphas, twin, metadata=facts, **known)
-            elif content.format == "kohya":
-                state, alphas = loader.lora_state_dict(str(file), unet_config=twin.config, local_files_only=True)
-                loader.load_lora_into_unet(state, network_alphas=alphas, unet=twin, adapter_name="default")
-            else:
-                twin.load_lora_adapter(
-                    str(file.parent),
-                    weight_name=file.name,
-                    prefix=component,
-                    adapter_name="default",
-                    local_files_only=True,
-                )
-        except REFUSALS as error:
-            raise AdapterFileError(f"{reader} refuses the file that was written: {error}") from error
-    return [compare(reader, expected(content), _adapters(twin, "default"))]
-
-
-def _adapters(model: nn.Module, name: str) -> dict[str, Tensor]:
+def adapters(model: nn.Module, name: str) -> dict[str, Tensor]:
     """The tensors of one adapter that peft holds in a model, under the keys of `expected`."""
     from peft.tuners.ia3.layer import IA3Layer
     from peft.tuners.lora.layer import LoraLayer, ParamWrapper
     from peft.tuners.lycoris_utils import LycorisLayer
+    from peft.tuners.trainable_tokens.layer import TrainableTokensLayer
     from peft.utils.other import ModulesToSaveWrapper
 
     found: dict[str, Tensor] = {}
@@ -216,6 +202,9 @@ def _adapters(model: nn.Module, name: str) -> dict[str, Tensor]:
             delta = module.get_delta_weight(name)
             turned = getattr(module, "fan_in_fan_out", False) or name in module.lora_embedding_A
             found[f"ΔW of {path}"] = delta.T if turned else delta
+            bias = getattr(module.lora_B[name], "bias", None) if name in module.lora_B else None
+            if bias is not None and bias.any():
+                found[f"difference of {path}.bias"] = bias * module.scaling[name]
             if name in module.lora_magnitude_vector:
                 found[f"magnitude of {path}"] = module.lora_magnitude_vector[name].weight
         elif isinstance(module, LycorisLayer) and name in module.scaling:
@@ -226,11 +215,17 @@ def _adapters(model: nn.Module, name: str) -> dict[str, Tensor]:
         elif isinstance(module, ModulesToSaveWrapper) and name in module.modules_to_save:
             own = module.modules_to_save[name].state_dict()
             found |= {f"{path}.{key}": tensor for key, tensor in own.items()}
+        elif (
+            isinstance(module, TrainableTokensLayer)
+            and not module.tied_adapter
+            and name in module.trainable_tokens_delta
+        ):
+            found[f"rows of {path.removesuffix('.token_adapter')}"] = module.trainable_tokens_delta[name]
     return found
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Hide what loaders print: the comparison after them says all there is to say, and says it as an error."""
     noisy = [logging.getLogger(name) for name in ("diffusers", "diffusers.loaders.peft", "peft")]
     levels = [logger.level for logger in noisy]

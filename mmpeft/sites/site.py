@@ -20,6 +20,9 @@ from mmpeft.types import AnyFunc
 Kind = Literal["linear", "conv", "embedding", "experts", "norm", "module", "param"]
 Via = Literal["call", "weight"]
 
+DISCARDED = "its output is discarded"
+"""How a site's `refuse` begins where a module runs and nothing reads what it gives."""
+
 ROLES: dict[str, str] = {
     "attn.q": "query projection of self-attention",
     "attn.k": "key projection of self-attention",

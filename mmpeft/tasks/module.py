@@ -28,6 +28,7 @@ from mmpeft.tasks.checkpoint import AtomicCheckpointIO
 from mmpeft.tasks.control import METHOD, Control
 from mmpeft.tasks.diverged import StopsDiverged
 from mmpeft.tasks.frozen import drop_frozen, frozen_towers, lend_frozen
+from mmpeft.tasks.half import warn_of_half
 from mmpeft.tasks.metrics import FreshMetrics
 from mmpeft.tasks.schedule import warmup_cosine
 from mmpeft.tuning import Tuning, attach
@@ -214,6 +215,7 @@ class TuningModule(lightning.LightningModule):
         tensors = [p for _, p in self.trainable()]
         if not tensors:  # zero-shot, or what is solved without gradients
             return None
+        warn_of_half(self, self._trainer)
         groups: list[Kwargs] = [
             {"params": [p for p in tensors if p.dim() > 1]},
             {"params": [p for p in tensors if p.dim() <= 1], "weight_decay": 0.0},

@@ -48,6 +48,38 @@ def test_training_sees_the_denoiser_as_drawing_does(kind: str) -> None:
     torch.testing.assert_close(found, drawn[:, : found.shape[1]] if kind == "pixart" else drawn, atol=1e-5, rtol=1e-5)
 
 
+def test_no_caption_is_what_guidance_compares_with() -> None:
+    """SDXL draws without a negative prompt from zeros, not from an empty text."""
+    made = pipeline("sdxl")
+    seen: list[Any] = []
+    handle = made.unet.register_forward_hook(
+        lambda module, args, kwargs, output: seen.append((args, kwargs)), with_kwargs=True
+    )
+    made("a cat", num_inference_steps=1, guidance_scale=3.0, height=16, width=16, output_type="latent")
+    handle.remove()
+    (_, kwargs) = seen[0]
+    condition = family_of(made).encode_prompt(["", "a cat"])
+    torch.testing.assert_close(condition["text"], kwargs["encoder_hidden_states"])
+    torch.testing.assert_close(condition["pooled"], kwargs["added_cond_kwargs"]["text_embeds"])
+    assert not condition["text"][0].any()
+    made.register_to_config(force_zeros_for_empty_prompt=False)
+    assert family_of(made).encode_prompt([""])["text"].any()
+
+
+def test_latents_by_mean_and_deviation_of_each_channel() -> None:
+    """As Playground 2.5's autoencoder has them; the pipeline undoes them before it decodes."""
+    made = pipeline("sdxl")
+    made.vae.register_to_config(latents_mean=[0.1, -0.2, 0.3, 0.4], latents_std=[2.0, 3.0, 4.0, 5.0])
+    images = torch.rand(1, 3, 16, 16) * 2 - 1
+    latents = family_of(made).encode_image(images)
+    seen: list[torch.Tensor] = []
+    real = made.vae.decode
+    made.vae.decode = lambda latents, **options: seen.append(latents) or real(latents, **options)
+    made.scheduler.step = lambda *args, **options: (latents,)
+    made("a cat", num_inference_steps=1, guidance_scale=1.0, height=16, width=16, output_type="np")
+    torch.testing.assert_close(seen[0], made.vae.encode(images).latent_dist.mean, atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize("kind", ["sd", "sd3", "flux", "pixart"])
 def test_latents_come_back_as_the_image_they_decode_to(kind: str) -> None:
     family = family_of(pipeline(kind))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -217,3 +218,12 @@ def test_bad_input(folders: dict[str, Path], tmp_path: Path) -> None:
     for options in ({"no_caption": 1.0}, {"prior_weight": -1.0}, {"dtype": "int8"}):
         with pytest.raises(ConfigError):
             task(folders["sd"], **options)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_half_precision_without_a_scaled_loss_is_said(dtype: Any, folders: dict[str, Path], tmp_path: Path) -> None:
+    module = task(folders["pixel-unet"], dtype=dtype)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        trainer(tmp_path, 1).fit(module, data(folders))
+    assert any("nothing scales the loss" in str(one.message) for one in said) == (dtype == "float16")

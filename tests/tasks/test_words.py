@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import mmpeft
 from mmpeft.diffusion.backbone import create
@@ -150,3 +150,45 @@ def test_bad_input(folders: dict[str, Path], tmp_path: Path) -> None:
         load_words(family_of(create(str(folders["pixel-unet"]))), files)
     with pytest.raises(AdapterFileError, match="holds no"):
         load_words(family, tmp_path)
+
+
+def features(family: Any, prompt: str) -> torch.Tensor:
+    return family.encode_prompt([prompt])["text"]
+
+
+@pytest.mark.parametrize("word", ["<MyStyle>", "mystyle", "style-2"])
+def test_every_vector_of_a_word_is_used_in_either_case(word: str, folders: dict[str, Path]) -> None:
+    family = family_of(create(str(folders["sd"])))
+    add_words(family, {word: "cat"}, vectors=3)
+    encoder = family.pipeline.text_encoder
+    rows = encoder.get_input_embeddings().weight.requires_grad_()
+    for prompt in (f"a {word} face", f"{word.upper()}, a face"):
+        (grad,) = torch.autograd.grad(features(family, prompt).square().sum(), rows)
+        assert (grad[-3:].abs().amax(1) > 0).all()
+
+
+def test_words_are_whole_words_and_the_longest_wins(folders: dict[str, Path]) -> None:
+    family = family_of(create(str(folders["sd"])))
+    plain = features(family, "sunlit styles")
+    width = table(family.pipeline.text_encoder).shape[1]
+    rows = {word: torch.randn(n, width) for word, n in (("style", 2), ("style2", 3), ("sun", 1))}
+    add_words(family, {word: {"text_encoder": own} for word, own in rows.items()})
+    torch.testing.assert_close(features(family, "sunlit styles"), plain)
+    ids = family.pipeline.tokenizer(family.pipeline.maybe_convert_prompt("style2 style sun", None))["input_ids"]
+    first = len(table(family.pipeline.text_encoder)) - 6
+    assert [i - first for i in ids if i >= first] == [2, 3, 4, 0, 1, 5]
+    add_words(family, {"moon": {"text_encoder": rows["style2"]}})  # words that came before stay
+    ids = family.pipeline.tokenizer(family.pipeline.maybe_convert_prompt("Moon style", None))["input_ids"]
+    assert [i - first for i in ids if i >= first] == [6, 7, 8, 0, 1]
+
+
+def test_a_word_without_a_name_is_called_as_its_file(folders: dict[str, Path], tmp_path: Path) -> None:
+    family = family_of(create(str(folders["sd"])))
+    width = table(family.pipeline.text_encoder).shape[1]
+    save_file({"emb_params": torch.randn(2, width)}, tmp_path / "my-face.safetensors")
+    plain = features(family, "a my-face")
+    assert load_words(family, tmp_path / "my-face.safetensors") == ["my-face"]
+    assert (features(family, "a my-face") - plain).abs().max() > 1e-3
+    torch.save({"string_to_param": {"*": torch.randn(2, width)}}, tmp_path / "old.pt")
+    with pytest.raises(AdapterFileError, match="pickled"):
+        load_words(family, tmp_path / "old.pt")

@@ -6,9 +6,15 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers import (
+    DDIMScheduler,
+    DDPMScheduler,
+    EDMEulerScheduler,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+)
 
-from mmpeft.diffusion.objective import Denoising, FlowMatching, Levels, objective_of
+from mmpeft.diffusion.objective import EDM, Denoising, FlowMatching, Levels, objective_of
 from mmpeft.errors import ConfigError
 
 LATENTS, NOISE = torch.randn(4, 3, 5, 5), torch.randn(4, 3, 5, 5)
@@ -72,6 +78,34 @@ def test_noise_levels_are_drawn_as_said(sampling: Any) -> None:
     assert float(plain.std()) == pytest.approx({"uniform": 0.289, "logit_normal": 0.208}[sampling], abs=0.01)
     shifted = FlowMatching(Levels(sampling, shift=3.0)).draw(20_000, torch.Generator().manual_seed(0)) / 1000
     torch.testing.assert_close(shifted, 3 * plain / (1 + 2 * plain))
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("schedule", ["karras", "exponential"])
+def test_edm_is_what_its_own_sampler_undoes(prediction: Any, schedule: Any) -> None:
+    scheduler = EDMEulerScheduler(prediction_type=prediction, sigma_schedule=schedule)
+    objective = objective_of(scheduler)
+    assert isinstance(objective, EDM)
+    for step, sigma in zip(scheduler.timesteps[::250].tolist(), scheduler.sigmas[::250].tolist()):
+        steps = torch.full((4,), step)
+        noisy, target = objective.noisy(LATENTS, NOISE, steps), objective.target(LATENTS, NOISE, steps)
+        sample = LATENTS + sigma * NOISE
+        torch.testing.assert_close(noisy, scheduler.precondition_inputs(sample, sigma), rtol=1e-4, atol=1e-5)
+        back = scheduler.precondition_outputs(sample, target, sigma)
+        torch.testing.assert_close(back, LATENTS, rtol=1e-3, atol=1e-3)
+        assert float(objective.loss(target, LATENTS, NOISE, steps)) == 0
+    drawn = objective.draw(20_000, torch.Generator().manual_seed(0))
+    own = scheduler.timesteps.float()
+    assert float(own.min()) - 1e-5 <= float(drawn.min())
+    assert float(drawn.max()) <= float(own.max()) + 1e-5
+    assert float(drawn.mean()) == pytest.approx(float(own.mean()), abs=0.02)
+
+
+def test_a_scheduler_of_which_it_is_not_known_what_is_learned() -> None:
+    with pytest.raises(ConfigError, match="not known what a model under a EulerDiscreteScheduler"):
+        objective_of(EulerDiscreteScheduler(timestep_type="continuous"))
+    with pytest.raises(ConfigError, match="flow matching and EDM"):
+        objective_of(EDMEulerScheduler(), snr_gamma=5.0)
 
 
 def test_bad_settings() -> None:

@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import mmpeft
-from mmpeft.errors import AdapterFileError, ConfigError, Refused
-from mmpeft.formats import diffusers, verify
+from mmpeft.errors import AdapterFileError, ConfigError, Refused, UnusedTensorsWarning
+from mmpeft.formats import kohya, verify
 from mmpeft.formats.bridge import attach_layers
 from mmpeft.formats.commands import convert_command, export_command, inspect_command
 from mmpeft.formats.content import Layer
@@ -76,8 +76,6 @@ def test_the_neutral_form_attaches_again(method: mmpeft.Method) -> None:
 
 UNFIT = [
     (mmpeft.AdapterPlus(), "Branch at .* exists in no exchange format"),
-    (METHODS["LoRA"] + mmpeft.BitFit(at="norm"), r"\['bias'\] are trained and \['weight'\] are not"),
-    (mmpeft.LinearProbe(), "no low-rank update"),
     (mmpeft.SSF(), "Rescale at .* exists in no exchange format"),
     (mmpeft.IA3(at="attn.q") + mmpeft.LoRA(at="mlp.up"), "both low-rank updates and"),
     (mmpeft.DoRA(at="attn.q") + mmpeft.LoRA(at="mlp.up"), "LoRA and DoRA layers"),
@@ -106,7 +104,8 @@ def test_merged_unknown_format_wrong_name(tmp_path: Path) -> None:
 
 def test_a_reader_that_disagrees_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _, tuning = tuned()
-    monkeypatch.setattr(diffusers, "kohya_bytes", lambda layers, prefix: diffusers.diffusers_bytes(layers[1:], prefix))
+    real = kohya.kohya_bytes
+    monkeypatch.setattr(kohya, "kohya_bytes", lambda layers, *rest: real(layers[1:], *rest))
     (tmp_path / "a.safetensors").write_text("former")
     for name in ("a.safetensors", "b.safetensors"):
         with pytest.raises(AdapterFileError, match="mmpeft does not find 1 of the tensors"):
@@ -136,7 +135,8 @@ BAD: dict[str, tuple[Callable[[Tensors, Config], Any], str]] = {
     "rank": (lambda t, c: c.update(r=7), "rank 7 for .* its tensors have rank 4"),
     "missing half": (lambda t, c: t.pop(B), "has down but no up projection"),
     "missing layer": (lambda t, c: (t.pop(A), t.pop(B)), "1 modules that its config names have no tensors"),
-    "extra key": (lambda t, c: t.update(extra=torch.ones(1)), "unknown key 'extra'"),
+    "lost layer": (lambda t, c: t.update({"x.hada_w1_a": torch.ones(1)}), "unknown key 'x.hada_w1_a' of an update"),
+    "other base": (lambda t, c: t.update({f"{A[:-13]}base_layer.weight": torch.ones(9)}), r"q.weight has shape \(9,\)"),
     "shape": (lambda t, c: t.update({A: torch.ones(4, 9)}), r"a weight \[8, 9\], the model's has \[8, 8\]"),
     "halves": (lambda t, c: t.update({A: torch.ones(3, 8)}), "of the same rank r"),
     "zero layers": (lambda t, c: _rename(t, "blocks", "layers"), "none of the layers matches: 6 of 6"),
@@ -145,7 +145,6 @@ BAD: dict[str, tuple[Callable[[Tensors, Config], Any], str]] = {
     "mixed": (lambda t, c: c.update(peft_type="IA3"), "belong to different adapters"),
     "dora": (lambda t, c: c.update(use_dora=True), "use_dora=True, but 0 of 6 layers"),
     "half an embedding": (lambda t, c: t.update({"m.lora_embedding_A": torch.ones(1, 1)}), "no up projection"),
-    "bias": (lambda t, c: c.update(bias="all"), "trains biases"),
     "pissa": (lambda t, c: c.update(init_lora_weights="pissa"), "subtracts the initial update from the base"),
     "option": (lambda t, c: c.update(use_qalora=True), r"pooled inputs \(QA-LoRA\)"),
     "half a head": (lambda t, c: t.pop(HEAD), "'bias' is not in the file"),
@@ -168,6 +167,22 @@ def test_bad_peft_folder(name: str, tmp_path: Path) -> None:
         load_foreign(model := Toy(), tmp_path)
     assert not mmpeft.tunings(model)
     assert all(p.requires_grad for p in model.parameters())
+
+
+def test_strangers_beside_the_layers(tmp_path: Path) -> None:
+    """Named in a warning; refused on request."""
+    _, tuning = tuned()
+    write(tuning, tmp_path, "peft")
+    file = tmp_path / "adapter_model.safetensors"
+    strangers = {f"bundle_emb.{n}": torch.ones(1) for n in range(5)}
+    save_file({**load_file(file), **strangers}, file)
+    with pytest.warns(UnusedTensorsWarning, match=r"5 tensors are no part .*'bundle_emb.0', .* and 2 more"):
+        again = load_foreign(Toy(), tmp_path)
+    wanted, got = delta_weights(layers_of(tuning)), delta_weights(layers_of(again))
+    assert all(torch.equal(got[path], delta) for path, delta in wanted.items())
+    with pytest.raises(AdapterFileError, match=r"are left: .*; strict=False loads the rest"):
+        mmpeft.load_foreign(model := Toy(), tmp_path, strict=True)
+    assert not mmpeft.tunings(model)
 
 
 def test_pickles_parts_and_other_things(tmp_path: Path) -> None:
@@ -236,19 +251,19 @@ def test_layers_with_and_without_magnitude_in_one_file(tmp_path: Path) -> None:
 
 BAD_FILES: dict[str, tuple[Tensors, str]] = {
     "alpha 0": (_kohya((8.0, 0.0)), "has alpha 0"),
-    "some alphas": (_kohya((8.0, None)), "1 of 2 layers have an alpha"),
     "two styles": (_kohya() | {"unet.head.lora_A.weight": torch.ones(1, 8)}, "mixes two formats"),
     "LoHa": (_kohya() | {"lora_unet_head.hada_w1_a": torch.ones(3, 1)}, "has hada_w1_a but no hada_w1_b"),
     "LoKr": ({"lycoris_head.lokr_w1": torch.ones(1, 1), "lycoris_head.alpha": torch.tensor(1.0)}, "no lokr_w2_a"),
     "Tucker": (_kohya() | {"lora_unet_head.lora_mid.weight": torch.ones(1, 1, 3, 3)}, "but no up"),
-    "OFT": (_kohya() | {"lora_unet_head.oft_blocks": torch.ones(1, 3, 3)}, "OFT ×1, a factor that is not read"),
+    "OFT": (_kohya() | {"lora_unet_head.oft_blocks": torch.ones(1, 4, 4)}, r"no OFT of a weight \[3, 8\]"),
+    "BOFT": (_kohya() | {"lora_unet_head.boft_blocks": torch.ones(1, 3, 3)}, "BOFT ×1, a factor that is not read"),
     "foreign": ({"model.weight": torch.ones(2)}, r"unknown key 'model\.weight'"),
     "pipeline": (_kohya() | _kohya(prefix="lora_te1_"), "choose one with component="),
     "original": (
         {f"lora_unet_input_blocks_1.lora_{n}.weight": torch.ones(2, 2) for n in ("up", "down")},
-        "of the original",
+        "of an original",
     ),
-    "column norms": (_kohya() | {"lora_unet_blocks_1_down.dora_scale": torch.ones(1, 16)}, "lengths of input columns"),
+    "column norms": (_kohya() | {"lora_unet_blocks_1_down.dora_scale": torch.ones(1, 9)}, "DoRA by input column of a"),
 }
 
 
@@ -271,7 +286,7 @@ def test_a_pipeline_by_component_and_ambiguous_names(tmp_path: Path) -> None:
         load_foreign(model, tmp_path / "a.safetensors", component="unet")
     layers = [Layer(path, torch.ones(1, 2), torch.ones(2, 1)) for path in ("a.b_c", "a_b.c")]
     with pytest.raises(Refused, match="are both lora_unet_a_b_c"):
-        diffusers.kohya_bytes(layers, "unet")
+        kohya.kohya_bytes(layers, "unet")
 
 
 def test_conversions_need_a_model_only_from_kohya(tmp_path: Path) -> None:

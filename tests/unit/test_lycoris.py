@@ -180,7 +180,7 @@ BAD = {
     "alpha": (loha(()) | {"alpha": torch.ones(2)}, r"alpha of shape \(2,\)"),
     "alpha 0": (loha(()) | {"alpha": torch.zeros(1)}, "has alpha 0"),
     "lengths": (loha(()) | {"dora_scale": torch.ones(9, 1)}, "expected one length for each of 12"),
-    "column lengths": (loha(()) | {"dora_scale": torch.ones(1, IN)}, "lengths of input columns"),
+    "column lengths": (loha(()) | {"dora_scale": torch.ones(1, IN + 1)}, "DoRA by input column of a"),
     "base": (loha((3, 2)), r"update of a weight \[12, 48\], the model's has \[12, 8\]"),
 }
 

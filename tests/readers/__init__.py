@@ -1,0 +1,1 @@
+"""Other programs' own loaders, run on what this suite writes. See tests/readers/language.py."""
