@@ -77,7 +77,12 @@ def vllm(base: Path, folder: Path) -> dict[str, Any]:
     helper.validate_legal(SimpleNamespace(max_lora_rank=rank, bias_enabled=False))
     names = _modules(base)
     loaded = import_module("vllm.lora.lora_model").LoRAModel.from_local_checkpoint(
-        str(folder), {name.rpartition(".")[2] for name in names}, helper, lora_model_id=1, device="cpu", dtype=torch.float32
+        str(folder),
+        {name.rpartition(".")[2] for name in names},
+        helper,
+        lora_model_id=1,
+        device="cpu",
+        dtype=torch.float32,
     )
     found = {}
     for name, weights in loaded.loras.items():

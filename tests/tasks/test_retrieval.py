@@ -15,10 +15,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from torch import nn
 
 import mmpeft
 from mmpeft.data.caption_sources import open_captions
-from mmpeft.errors import ConfigError, DataError
+from mmpeft.errors import AdapterFileError, ConfigError, DataError
 from mmpeft.vla import backbone
 from mmpeft.vla.contrastive.data import CaptionData
 from mmpeft.vla.contrastive.task import ContrastiveTuner, recall
@@ -71,7 +72,7 @@ def test_micro_batches_give_the_gradients_of_the_whole_batch() -> None:
                 parameter.normal_(std=0.05)
         loss = task.contrast(images, task.tokens(TEXTS))
         grads.append([loss, *torch.autograd.grad(loss, [p for p in task.parameters() if p.requires_grad])])
-    assert len(grads[0]) == 1 + len(list(task.tuning.parameters())) + 1  # the scale trains too
+    assert len(grads[0]) == 1 + len(list(task.tuning.parameters()))  # the scale among them
     for other in grads[1:]:
         for a, b in zip(grads[0], other):
             torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-4)
@@ -206,3 +207,24 @@ def test_a_damaged_pair_is_refused(tmp_path: Path) -> None:
         backbone.create(str(tmp_path))
     model: Any = backbone.create(NAME, image_size=128)
     assert model.encode_image(torch.zeros(1, 3, 128, 128)).shape == (1, 192)
+
+
+@pytest.mark.parametrize("objective", ["clip", "siglip"])
+@pytest.mark.parametrize("tune", [False, True], ids=["scales rest", "scales train"])
+def test_the_adapter_holds_the_scales_and_fits_its_own_base(tmp_path: Path, objective: Any, tune: bool) -> None:
+    task = ContrastiveTuner(NAME, LORA, objective=objective, tune_scale=tune)
+    tuning = task.prepare()
+    with torch.no_grad():
+        for parameter in tuning.parameters():
+            parameter.add_(0.25)
+    assert all(any(p is own for own in tuning.parameters()) for _, p in task.trainable())
+    tuning.save(tmp_path)
+    base = backbone.create(NAME, True, None)
+    if objective == "siglip" and tune:
+        with pytest.raises(AdapterFileError, match="logit_bias"):
+            mmpeft.load(base, tmp_path)
+        base.logit_bias = nn.Parameter(torch.tensor(-10.0))
+    mmpeft.load(base, tmp_path)
+    assert float(base.logit_scale) == pytest.approx(float(task.model.logit_scale), abs=1e-6)
+    if objective == "siglip" and tune:
+        assert float(base.logit_bias) == pytest.approx(-9.75)

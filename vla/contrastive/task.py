@@ -8,16 +8,22 @@ from typing import ClassVar, Literal, Unpack
 import torch
 from open_clip.loss import ClipLoss, SigLipLoss
 from torch import Tensor, distributed, nn
+from torch.nn.modules.module import _IncompatibleKeys
 from torch.utils.checkpoint import checkpoint
 
 from mmpeft.errors import ConfigError
+from mmpeft.hosting.modules import CHILD
+from mmpeft.methods import Full
 from mmpeft.methods.base import Method
-from mmpeft.types import Batch
-from mmpeft.vla.backbone import towers_of
+from mmpeft.types import Batch, Facts
+from mmpeft.vla.backbone import ImageTextPair, towers_of
 from mmpeft.vla.pair import PairOptions, PairTask
 
 RANKS = (1, 5, 10)
 MAX_SCALE = 100.0
+SCALES = ("logit_scale", "logit_bias")
+BIAS = -10.0
+"""Of SigLIP at its start."""
 
 
 class ContrastiveTuner(PairTask):
@@ -45,7 +51,8 @@ class ContrastiveTuner(PairTask):
             objective: `clip` (softmax over the batch) or `siglip` (sigmoid of every pair).
             micro_batch: images and texts encoded at a time. The loss sees the whole batch, memory one micro-batch:
                 each is encoded again in the backward pass, with the same gradients as without.
-            tune_scale: also train the logit scale and bias, clamped to a factor of 100 at most.
+            tune_scale: also train the logit scale and bias, clamped to a factor of 100 at most. They are in the
+                adapter; one with a bias loads on a pair that has one (open_clip's `init_logit_bias`).
             options: those of `PairTask`.
         """
         if method is None and not tune_scale:
@@ -62,17 +69,22 @@ class ContrastiveTuner(PairTask):
     def build(self) -> nn.Module:
         pair = super().build()
         towers = towers_of(pair)
-        if self.objective == "siglip" and towers.logit_bias is None:
-            towers.logit_bias = nn.Parameter(torch.tensor(-10.0))
+        if self.tune_scale:
+            if self.objective == "siglip" and towers.logit_bias is None:
+                towers.logit_bias = nn.Parameter(torch.tensor(BIAS))
+            self.method = self.method + Full(at="|".join(f"param & path={name}" for name in scales_of(towers)))
         return pair
 
-    def start(self) -> None:
-        if self.tune_scale:
-            for tensor in self._scales():
-                tensor.requires_grad_(True)
+    def _bias(self) -> Tensor:
+        """SigLIP's bias: the pair's, or where it has none the one that SigLIP begins with, which then stays."""
+        own = self.towers.logit_bias
+        return torch.tensor(BIAS, device=self.device) if own is None else own
 
-    def _scales(self) -> list[nn.Parameter]:
-        return [t for t in (self.towers.logit_scale, self.towers.logit_bias) if t is not None]
+    def load_state_dict(self, state_dict: Facts, strict: bool = True, assign: bool = False) -> _IncompatibleKeys:
+        """Set every trainable tensor; scales that older runs kept in the base are read as what they are."""
+        former = {f"model.{name}": f"model.{CHILD}.default.full_{name}.value" for name in SCALES}
+        found = {former.get(name, name): tensor for name, tensor in state_dict.items()}
+        return super().load_state_dict(found if self.tune_scale else state_dict, strict, assign)
 
     def tokens(self, texts: Sequence[str]) -> Tensor:
         """Token numbers of texts on the model's device, int64 [B, context]."""
@@ -98,7 +110,7 @@ class ContrastiveTuner(PairTask):
         scale = towers.logit_scale.clamp(max=torch.tensor(MAX_SCALE).log().item()).exp()
         world = {"rank": self.global_rank, "world_size": self.trainer.world_size} if self._trainer else {}
         if self.objective == "siglip":
-            loss: Tensor = SigLipLoss(**world)(image, text, scale, towers.logit_bias)
+            loss: Tensor = SigLipLoss(**world)(image, text, scale, self._bias())
         else:
             loss = ClipLoss(local_loss=True, gather_with_grad=True, **world)(image, text, scale)
         return loss
@@ -123,6 +135,11 @@ class ContrastiveTuner(PairTask):
             distributed.all_gather_object(every, own)
         image, text, rows = (torch.cat(side) for side in zip(*every))
         return recall(image, text, rows)
+
+
+def scales_of(pair: ImageTextPair) -> list[str]:
+    """Names of the scale and the bias that a pair has."""
+    return [name for name in SCALES if getattr(pair, name) is not None]
 
 
 def recall(image: Tensor, text: Tensor, rows: Tensor) -> dict[str, Tensor]:
