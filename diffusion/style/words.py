@@ -71,6 +71,9 @@ class WordTuner(StyleTuner):
         add_words(family, self.words, self.vectors)
         return family
 
+    def meaning(self) -> Facts:
+        return {"words": [f"{word} ({self.vectors})" for word in self.words]}
+
     def save_texts(self, folder: Path) -> None:
         if not self.words_alone:
             super().save_texts(folder)

@@ -29,10 +29,11 @@ from mmpeft.tasks.control import METHOD, Control
 from mmpeft.tasks.diverged import StopsDiverged
 from mmpeft.tasks.frozen import drop_frozen, frozen_towers, lend_frozen
 from mmpeft.tasks.half import warn_of_half
+from mmpeft.tasks.meaning import check_meaning
 from mmpeft.tasks.metrics import FreshMetrics
 from mmpeft.tasks.schedule import warmup_cosine
 from mmpeft.tuning import Tuning, attach
-from mmpeft.types import Argument, Batch, Facts, Kwargs, Untyped
+from mmpeft.types import Argument, Batch, Facts, Kwargs, StateDict, Untyped
 
 D = TypeVar("D")
 
@@ -100,6 +101,13 @@ class TuningModule(lightning.LightningModule):
     @abstractmethod
     def loss(self, batch: Batch, index: int) -> Tensor:
         """The task's loss on a training batch, a scalar."""
+
+    def meaning(self) -> Facts:
+        """What outputs stand for, by name, as plain data: `{"classes": ["cat", "dog"]}`.
+
+        It is kept in checkpoints; one of another meaning is refused.
+        """
+        return {}
 
     @property
     def datamodule(self) -> Any:
@@ -243,7 +251,18 @@ class TuningModule(lightning.LightningModule):
             loop._combined_loader = None
         return steps
 
-    # -- checkpoints hold only what trains ------------------------------------------------------------------
+    # -- checkpoints hold only what trains, and what the outputs mean ------------------------------------------
+
+    def on_save_checkpoint(self, checkpoint: StateDict) -> None:
+        checkpoint.update(self.meaning())
+
+    def on_load_checkpoint(self, checkpoint: StateDict) -> None:
+        """Lightning's hook.
+
+        Raises:
+            DataError: the outputs of the checkpoint stand for something else than those of this run.
+        """
+        check_meaning(checkpoint, self.meaning())
 
     def load_state_dict(self, state_dict: Facts, strict: bool = True, assign: bool = False) -> _IncompatibleKeys:
         """Set every trainable tensor; nothing is changed unless all names and shapes agree.

@@ -8,10 +8,9 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from mmpeft.errors import DataError
 from mmpeft.tasks.module import TuningModule
 from mmpeft.tasks.publish import Board
-from mmpeft.types import Batch, Facts, Output, StateDict
+from mmpeft.types import Batch, Output
 
 
 class Task(TuningModule):
@@ -21,8 +20,7 @@ class Task(TuningModule):
     - `check`: what no batch may be;
     - `evaluate` and `results`: metrics, updated batch by batch, and their values;
     - `draw` and `draw_inputs`: pictures of the first batch of an evaluation, and of training;
-    - `meaning`: what its outputs stand for, such as the names of classes. It is kept in checkpoints; one of another
-      meaning is refused.
+    - `meaning`: what its outputs stand for, such as the names of classes (see `TuningModule`).
 
     Loops, logging, files and TensorBoard are here.
     """
@@ -47,10 +45,6 @@ class Task(TuningModule):
 
     def draw_inputs(self, batch: Batch) -> Mapping[str, bytes]:
         """Pictures of the first training batch, as the model gets it: PNG files by name."""
-        return {}
-
-    def meaning(self) -> Facts:
-        """What outputs stand for, by name, as plain data: `{"classes": ["cat", "dog"]}`."""
         return {}
 
     # -- Lightning's hooks -----------------------------------------------------------------------------------
@@ -98,26 +92,3 @@ class Task(TuningModule):
     def _report(self, stage: str) -> None:
         for name, value in self.results(stage).items():
             self.log(f"{stage}/{name}", value, prog_bar=self.headline is None or name in self.headline, sync_dist=True)
-
-    def on_save_checkpoint(self, checkpoint: StateDict) -> None:
-        checkpoint.update(self.meaning())
-
-    def on_load_checkpoint(self, checkpoint: StateDict) -> None:
-        """Lightning's hook.
-
-        Raises:
-            DataError: the outputs of the checkpoint stand for something else than those of this run.
-        """
-        for name, own in self.meaning().items():
-            trained = checkpoint.get(name, own)
-            if own and trained != own:
-                raise DataError(
-                    f"the checkpoint was trained on {_listed(name, trained)}, the data module has "
-                    f"{_listed(name, own)}: the outputs would be misread"
-                )
-
-
-def _listed(name: str, values: object) -> str:
-    if not isinstance(values, list):
-        return f"{name} {values!r}"
-    return f"{len(values)} {name} ({', '.join(map(str, values[:5]))}{' …' if len(values) > 5 else ''})"
