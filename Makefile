@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 WORKERS ?= 2
 SHARE := $(if $(SEED),--share-seed $(SEED))
 
-.PHONY: demo demo-style test test-all lint docs zoo bench clean
+.PHONY: demo demo-style test test-all faults lint docs zoo bench clean
 
 demo: $(STAMP)  ## adapt a pretrained ViT to a drawing style it never saw, by six methods; a table and a plot
 	$(BIN)/mmpeft compare -c configs/vision/demo.yaml --out runs/demo
@@ -26,6 +26,10 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/python -m tests.support.typed
 	$(BIN)/lint-imports
+
+faults: $(STAMP)  ## damaged files, killed writers and writers side by side, ten times as many as in `test`
+	MMPEFT_MUTATIONS=2000 $(BIN)/python -m pytest -n $(WORKERS) -q tests/fuzz
+	MMPEFT_SAVES=200 MMPEFT_KILLS=200 $(BIN)/python -m pytest -n $(WORKERS) -q tests/unit/test_files.py
 
 docs: $(STAMP)  ## regenerate the tables in docs/, and the stubs of the public names
 	$(BIN)/python -m tests.support.stubs

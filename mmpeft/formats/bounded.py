@@ -6,9 +6,8 @@ import math
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 
-import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.overrides import TorchFunctionMode
 
 from mmpeft.errors import AdapterFileError, SiteError
 from mmpeft.sites import sites
@@ -19,10 +18,10 @@ SPARE = 2**24
 TIMES = 4
 """Of what file and model hold together: copies, norms and masks that a method makes on the way."""
 SIZED = ("empty", "zeros", "ones", "full", "rand", "randn", "randint", "randperm", "arange", "eye", "linspace")
-"""Operations of torch that make a tensor of a size that is given, alone and with `new_` before them."""
+"""Functions of torch that make a tensor of a size that is given, alone and with `new_` before them."""
 
 
-class Bounded(TorchDispatchMode):
+class Bounded(TorchFunctionMode):
     """Refuses to make tensors of more elements in all than a file and a model account for, before each is made.
 
     An adapter of a few bytes may say that its rank is a million; shapes can be compared once a tensor is there.
@@ -33,16 +32,16 @@ class Bounded(TorchDispatchMode):
         held = sum(t.numel() for t in tensors) + sum(p.numel() for p in model.parameters())
         self.left, self.where = TIMES * held + SPARE, where
 
-    def __torch_dispatch__(
+    def __torch_function__(
         self,
         func: Untyped,
         types: object,
         args: tuple[Argument, ...] = (),
         kwargs: Mapping[str, Argument] | None = None,
     ) -> Untyped:
-        name = func.name().removeprefix("aten::").partition(".")[0].removeprefix("new_").removesuffix("_strided")
+        name = getattr(func, "__name__", "").removeprefix("new_").removesuffix("_strided")
         if name in SIZED:
-            wanted = _elements(name, args)
+            wanted = _elements(name, (*args, *(v for k, v in (kwargs or {}).items() if k in ("size", "n", "m", "end"))))
             if wanted > self.left:
                 raise AdapterFileError(
                     f"{self.where} asks for a tensor of {wanted:,} elements, far more than it and the model hold; it "
@@ -67,10 +66,13 @@ def most_bytes(model: nn.Module) -> int:
 
 
 def _elements(name: str, args: tuple[Argument, ...]) -> int:
-    sizes = next((arg for arg in args if isinstance(arg, list | tuple | torch.Size)), None)
-    if sizes is not None:
-        return math.prod(max(int(size), 0) for size in sizes)
+    """How many elements a call asks for: its sizes in a list or one by one, or up to which number it counts."""
+    listed = next((arg for arg in args if isinstance(arg, list | tuple)), None)
+    if listed is not None:
+        return math.prod(max(int(size), 0) for size in listed)
     numbers = [int(arg) for arg in args if isinstance(arg, int | float) and math.isfinite(arg)]
-    if name == "eye":
-        return math.prod(numbers[:2]) if len(numbers) > 1 else sum(numbers) ** 2
-    return max(map(abs, numbers), default=0)
+    if name in ("arange", "randperm", "linspace"):
+        return max(map(abs, numbers), default=0)
+    if name == "eye" and len(numbers) == 1:
+        numbers *= 2
+    return math.prod(max(size, 0) for size in numbers) if numbers else 0

@@ -24,13 +24,17 @@ def _split(text: str, separators: str) -> list[str]:
     for i, char in enumerate(text):
         level += (char == "{") - (char == "}")
         if level > _DEEPEST:
-            raise ConfigError(f"selector {text!r} has braces {level} deep; expected at most {_DEEPEST}")
+            raise ConfigError(f"selector {_cut(text)!r} has braces {level} deep; expected at most {_DEEPEST}")
         if char in separators and level == 0:
             parts.append(text[start:i])
             start = i + 1
     if level:
         raise ConfigError(f"selector {text!r}: unbalanced braces")
     return [part.strip() for part in (*parts, text[start:])]
+
+
+def _cut(selector: str) -> str:
+    return selector if len(selector) <= 80 else f"{selector[:80]}…"
 
 
 def _expand(pattern: str, selector: str) -> list[str]:
@@ -45,7 +49,9 @@ def _expand(pattern: str, selector: str) -> list[str]:
             head, tail = one[: match.start()], one[match.end() :]
             waiting += [head + option.strip() + tail for option in reversed(match[1].split(","))]
         if len(waiting) + len(whole) > _MOST:
-            raise ConfigError(f"selector {selector!r} has more than {_MOST:,} alternatives; name roles or a pattern")
+            raise ConfigError(
+                f"selector {_cut(selector)!r} has more than {_MOST:,} alternatives; name roles or a pattern"
+            )
     return whole
 
 
@@ -74,7 +80,7 @@ def _alternatives(selector: str, depths: int, most: int) -> list[tuple[str, Pred
     alternatives: list[tuple[str, Predicate]] = []
     written = dict.fromkeys(_split(selector, "|,"))
     if len(written) > most:
-        raise ConfigError(f"selector {selector!r} has {len(written):,} alternatives; expected at most {most:,}")
+        raise ConfigError(f"selector {_cut(selector)!r} has {len(written):,} alternatives; expected at most {most:,}")
     for alternative in written:
         terms = [term for term in _split(alternative, "&") if term]
         if not terms:

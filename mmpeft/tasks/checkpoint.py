@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import pickle
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +11,10 @@ from lightning.fabric.plugins.io import TorchCheckpointIO
 from lightning.fabric.utilities.types import _PATH
 
 from mmpeft.errors import CheckpointError
-from mmpeft.files import write_atomic
+from mmpeft.files import check_file, write_atomic
 from mmpeft.types import StateDict
+
+MOST_BYTES = 2**46
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -38,15 +39,16 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         Raises:
             CheckpointError: missing, truncated, or it holds objects that only unpickling code could make.
         """
-        if "://" not in str(path) and not Path(path).is_file():
-            raise CheckpointError(f"no checkpoint at {path}; give the path of a .ckpt file, or `last`")
+        if "://" not in str(path):
+            if not Path(path).exists():
+                raise CheckpointError(f"no checkpoint at {path}; give the path of a .ckpt file, or `last`")
+            check_file(Path(path), MOST_BYTES, CheckpointError)
         safe = True if weights_only is None else weights_only
         try:
             found: StateDict = super().load_checkpoint(path, map_location, weights_only=safe)
-        except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
-            raise CheckpointError(
-                f"{path} is no whole checkpoint of plain tensors and data: {str(error).splitlines()[0]}"
-            ) from error
+        except Exception as error:  # torch's reader of pickles raises whatever damaged data lead to
+            reason = next(iter(str(error).splitlines()), type(error).__name__)
+            raise CheckpointError(f"{path} is no whole checkpoint of plain tensors and data: {reason}") from error
         handed_over = Path(path).name == ".temp.ckpt"  # bare weights, from Lightning's own forked processes
         if not handed_over and (not isinstance(found, dict) or "state_dict" not in found):
             raise CheckpointError(f"{path} is a torch file, but no checkpoint of a training run")

@@ -12,8 +12,8 @@ def check_meaning(checkpoint: Facts, meaning: Facts) -> None:
         trained = checkpoint.get(name, own)
         if own and trained != own:
             raise DataError(
-                f"the checkpoint was trained on {_listed(name, trained)}, the data module has {_listed(name, own)}: the "
-                "outputs would be misread"
+                f"the checkpoint was trained on {_listed(name, trained)}, the data module has {_listed(name, own)}: "
+                "the outputs would be misread"
             )
 
 
