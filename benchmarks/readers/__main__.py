@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import argparse
-import datetime
 import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
 from benchmarks.readers.cases import KINDS, cases
 from benchmarks.readers.job import Job, write
-
-PROGRAMS = {"comfyui": ("ComfyUI", "ComfyUI")}
-"""Module of this package → the program's name, and its folder under the sources."""
+from benchmarks.readers.programs import PROGRAMS
 
 
 @dataclass(frozen=True)
@@ -56,26 +54,47 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--sources", type=Path, help="folder of checkouts")
     parser.add_argument("--only", nargs="*", default=list(PROGRAMS))
     parser.add_argument("--kinds", nargs="*", default=list(KINDS))
+    parser.add_argument("--files", type=Path, help="folder to keep the files in; one that is there is read again")
     options = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as scratch:
-        files = list(cases(Path(scratch), tuple(options.kinds)))
+        files = list(cases(Path(scratch), tuple(options.kinds))) if not options.files else kept(options.files)
+        files = [(job, wanted) for job, wanted in files if job.kind in options.kinds]
         for job, wanted in files:
-            if isinstance(wanted, str):
+            if isinstance(wanted, str) and not options.files:
                 print(f"{job.kind:8}{job.format:10}{job.method:24} not written: {wanted[:150]}")
         for program in options.only:
             rows = run(program, files, options.sources, Path(scratch))
-            for row in rows:
-                print(f"{row.reader:12}{row.kind:8}{row.format:10}{row.method:24}{row.result}")
+            show(rows)
     return 0
 
 
+def show(rows: Sequence[Row]) -> None:
+    """Rows by what came out, methods together."""
+    groups: dict[tuple[str, str, str, str], list[str]] = {}
+    for row in rows:
+        groups.setdefault((row.reader, row.kind, row.format, row.result), []).append(row.method)
+    for (reader, kind, format, result), methods in groups.items():
+        print(f"{reader:12}{kind:8}{format:10}{result}: {', '.join(methods)}")
+
+
+def kept(folder: Path) -> list[tuple[Job, dict[str, Tensor] | str]]:
+    """The files of a folder, written first where there are none."""
+    index = folder / "index.pt"
+    if not index.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        torch.save([(asdict(job), wanted) for job, wanted in cases(folder)], index)
+    return [(Job(**job), wanted) for job, wanted in torch.load(index)]
+
+
 def run(program: str, files: Sequence[tuple[Job, dict[str, Tensor] | str]], sources: Path, folder: Path) -> list[Row]:
-    name, place = PROGRAMS[program]
-    written = [(job, wanted) for job, wanted in files if not isinstance(wanted, str)]
+    own = PROGRAMS[program]
+    name = own.name
+    chosen = [(job, wanted) for job, wanted in files if job.kind in own.kinds and job.format in own.formats]
+    written = [(job, wanted) for job, wanted in chosen if not isinstance(wanted, str)]
     jobs = [replace(job, out=str(folder / f"{program}{i}.safetensors")) for i, (job, _) in enumerate(written)]
     write(jobs, folder / f"{program}.json")
     command = [sys.executable, "-m", f"benchmarks.readers.{program}", str(folder / f"{program}.json")]
-    done = subprocess.run([*command, str(sources / place)], capture_output=True, text=True)
+    done = subprocess.run([*command, str(sources / own.folder)], capture_output=True, text=True)
     if done.returncode:
         print(done.stderr[-3000:])
         raise SystemExit(f"{program} does not run")
