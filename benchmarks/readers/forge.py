@@ -15,8 +15,9 @@ def setup(source: Path) -> None:
     sys.path.insert(0, str(source))
     package("backend", str(source / "backend"))
     package("backend.patcher", str(source / "backend" / "patcher"))
-    missing("backend", "modules")
-    anything("backend.utils")
+    missing("backend", "modules", "gguf")
+    for name in ("backend.utils", "backend.operations", "backend.operations_gguf", "backend.operations_bnb"):
+        anything(name)
     management = anything("backend.memory_management")
     vars(management)["cast_to_device"] = lambda tensor, device, dtype, copy=False: tensor.to(device, dtype, copy=copy)
 

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from benchmarks.readers.job import Job, Tensors, answer
+from benchmarks.readers.job import Job, NotTried, Tensors, answer
 from benchmarks.readers.stubs import anything, missing, package
 from benchmarks.readers.tree import tree
 
@@ -46,10 +46,10 @@ def layers_of(job: Job, file: Tensors) -> tuple[dict[str, Any], dict[str, str], 
         if kohya.is_state_dict_likely_in_flux_kohya_format(file):
             return kohya.lora_model_from_flux_kohya_state_dict(file).layers, starts, False
         if peft.is_state_dict_likely_in_flux_diffusers_format(file):
-            return peft.lora_model_from_flux_diffusers_state_dict(file, None).layers, starts, False
+            raise NotTried("its converter has the width of the published model written into it")
         if bfl.is_state_dict_likely_in_flux_bfl_peft_format(file):
             return bfl.lora_model_from_flux_bfl_peft_state_dict(file).layers, starts, False
-        raise ValueError("no format of Flux files that InvokeAI knows")
+        raise ValueError("no format of Flux files that it knows")
     raise ValueError(f"InvokeAI has no LoRA for {job.kind}")
 
 
@@ -77,8 +77,9 @@ def read(job: Job, base: Tensors, file: Tensors) -> Tensors:
         if part == "transformer":
             changed |= back(new)
             continue
-        bare = lambda n: n if f"{part}.{n}" in base else n.removeprefix("text_model.")
-        changed |= {f"{part}.{bare(name)}": new[name] for name in names}
+        for name in names:
+            key = f"{part}.{name}"
+            changed[key if key in base else f"{part}.{name.removeprefix('text_model.')}"] = new[name]
     return changed
 
 

@@ -27,7 +27,6 @@ def setup(source: Path) -> None:
 
     quiet = SimpleNamespace(**dict.fromkeys(("debug", "error", "warning", "trace", "info"), lambda *a, **k: None))
     vars(modules.logger)["log"] = quiet
-    vars(modules.devices) | {"cpu": torch.device("cpu")}
     vars(modules.devices).update(cpu=torch.device("cpu"), device=torch.device("cpu"), dtype=torch.float32)
     options = {"lora_fuse_native": False, "lora_fuse_diffusers": False, "extra_networks_default_multiplier": 1.0}
     vars(modules.shared).update(opts=SimpleNamespace(**options), sd_loaded=True, log=quiet)
@@ -37,11 +36,9 @@ def read(job: Job, base: Tensors, file: Tensors) -> Tensors:
     import modules.sd_models
     import modules.shared
     from modules.lora import lora_load
-    from torch import nn
 
-    names = [part for part in parts(base)]
     trees: dict[str, Any] = {}
-    for part in names:
+    for part in parts(base):
         trees[part] = text_tree(own(base, part)) if part.startswith("text") else tree(own(base, part))
     modules.shared.sd_model = SimpleNamespace(**trees)
     modules.shared.sd_model_type = TYPES[job.kind]
@@ -51,7 +48,6 @@ def read(job: Job, base: Tensors, file: Tensors) -> Tensors:
     if net is None:
         raise ValueError("no key matched")
     apply(net.modules)
-    assert nn is not None
     found: Tensors = {}
     for part, root in trees.items():
         for name, tensor in root.named_parameters():
