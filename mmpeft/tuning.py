@@ -118,16 +118,20 @@ class Tuning(Attached):
         *,
         verify: bool = True,
         encoders: int = 0,
+        dora: Literal["", "comfy", "difference", "low_rank"] = "",
+        rank: int = 0,
     ) -> exchange.Exported:
         """Write the tuning as other tools read it, and prove it: reloaded by its consumer, compared layer by layer.
 
-        `encoders` is how many text encoders the pipeline has, where this is one: kohya's files name it by that.
+        `encoders` is how many text encoders the pipeline has, where this is one: kohya's files name it by that. `dora`
+        writes DoRA for readers that take it otherwise: with ComfyUI's lengths, as full differences, or as LoRA of
+        `rank`.
 
         Raises:
             Refused: a part that the format cannot hold. AdapterFileError: a reader finds something else.
         """
         check_whole(self)
-        return exchange.export(self, path, format, verify=verify, encoders=encoders)
+        return exchange.export(self, path, format, verify=verify, encoders=encoders, dora=dora, rank=rank)
 
     def save_merged(self, path: str | Path) -> merged.Merged:
         """Write the whole model with the tuning merged in, as its own library reads it; the model here stays as it is.

@@ -24,6 +24,9 @@ METHODS: dict[str, mmpeft.Method] = {
     "LoRA, two ranks": mmpeft.LoRA(at=ATTENTION, rank=2, alpha=3, rank_pattern={"mlp.*": 4}),
     "LoRA on convolutions": mmpeft.LoRA(at="conv|attn.q", rank=2),
     "DoRA": mmpeft.DoRA(at=ATTENTION, rank=2),
+    "DoRA, comfy": mmpeft.DoRA(at=ATTENTION, rank=2),
+    "DoRA, difference": mmpeft.DoRA(at=ATTENTION, rank=2),
+    "DoRA, low_rank": mmpeft.DoRA(at=ATTENTION, rank=2),
     "LoHa": mmpeft.LoHa(at=ATTENTION, rank=2),
     "LoKr": mmpeft.LoKr(at=ATTENTION, rank=2),
     "BitFit": mmpeft.BitFit(create=False),
@@ -162,22 +165,28 @@ def cases(folder: Path, kinds: tuple[str, ...] = tuple(KINDS)) -> Iterator[tuple
                 tunings, wanted = prepared(kind, method, own)
             except SiteError:  # a transformer has no convolutions
                 continue
-            configs = {name: dict(t.model.config.to_dict() if hasattr(t.model.config, "to_dict") else t.model.config) for name, t in tunings.items()}
+            configs = {name: _config(tuning.model) for name, tuning in tunings.items()}
+            form = method.partition("DoRA, ")[2]
             for format in FORMATS:
-                job = Job(kind, format, method, str(own / f"{format}.safetensors"), str(own / "base.safetensors"), configs, "")
+                file, base = str(own / f"{format}.safetensors"), str(own / "base.safetensors")
+                job = Job(kind, format, method, file, base, configs, "")
                 try:
-                    _write(tunings, own / f"{format}.safetensors", format)
+                    _write(tunings, Path(file), format, form)
                     yield job, wanted
                 except MMPEFTError as error:
                     yield job, str(error)
 
 
-def _write(tunings: dict[str, mmpeft.Tuning], file: Path, format: str) -> None:
+def _config(model: Any) -> dict[str, Any]:
+    return dict(model.config.to_dict() if hasattr(model.config, "to_dict") else model.config)
+
+
+def _write(tunings: dict[str, mmpeft.Tuning], file: Path, format: Any, form: Any) -> None:
     encoders = 2 if "transformer" in tunings or len(tunings) > 2 else 1
     if format in ("diffusers", "kohya"):
-        export_pipeline(tunings, file, format, verify=False, encoders=encoders)  # type: ignore[arg-type]
+        export_pipeline(tunings, file, format, verify=False, encoders=encoders, dora=form)
         return
     (name, tuning), *rest = tunings.items()
     if rest:
         raise MMPEFTError("a comfy file is for one model")
-    export(tuning, file, "comfy", verify=False, prefix=name)
+    export(tuning, file, "comfy", verify=False, prefix=name, dora=form)

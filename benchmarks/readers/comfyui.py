@@ -12,7 +12,6 @@ from benchmarks.readers.job import Job, Tensors, answer
 NAME = "ComfyUI"
 FOLDER = "ComfyUI"
 TABLES = {"SD3": "mmdit_to_diffusers", "Flux": "flux_to_diffusers", "PixArt": "pixart_to_diffusers"}
-CLASSES = {"SD3": "SD3", "Flux": "Flux", "PixArt": "PixArt"}
 
 
 class _Classes(ModuleType):
@@ -27,19 +26,18 @@ class _Classes(ModuleType):
 
 
 def setup(source: Path) -> None:
-    import torch
-
     sys.path.insert(0, str(source))
-    sys.argv = sys.argv[:1]
+    given, sys.argv = sys.argv, sys.argv[:1]  # ComfyUI reads the command line
     management = ModuleType("comfy.model_management")
-    management.cast_to_device = lambda tensor, device, dtype, copy=False: tensor.to(device, dtype, copy=copy)  # type: ignore[attr-defined]
+    vars(management)["cast_to_device"] = lambda tensor, device, dtype, copy=False: tensor.to(device, dtype, copy=copy)
     sys.modules["comfy.model_management"] = management
     base = _Classes("comfy.model_base")
     sys.modules["comfy.model_base"] = base
     import comfy
+    import comfy.utils
 
     comfy.model_management, comfy.model_base = management, base
-    assert torch
+    sys.argv = given
 
 
 def unet_config(config: dict[str, Any]) -> dict[str, Any]:
@@ -132,8 +130,8 @@ def read(job: Job, base: Tensors, file: Tensors) -> Tensors:
     part = "unet" if "unet" in job.configs else "transformer"
     table = native_map(comfy.utils, job)
     state = native_state(table, base, part)
-    kind = type(CLASSES[job.kind], (getattr(comfy.model_base, CLASSES[job.kind]), _Model), {}) if job.kind in CLASSES else _Model
-    model = kind(state, native_config(job))
+    kinds = (getattr(comfy.model_base, job.kind), _Model) if job.kind in TABLES else (_Model,)
+    model = type("Model", kinds, {})(state, native_config(job))
     texts = clip_names(job, base)
     clip = _Model({native: base[name] for name, native in texts.items()}, {})
     keys = comfy.lora.model_lora_keys_unet(model, {})
@@ -153,12 +151,6 @@ def read(job: Job, base: Tensors, file: Tensors) -> Tensors:
     return changed | {name: new[native] for name, native in texts.items()}
 
 
-def version(sources: Path) -> str:
-    return ""
-
-
 if __name__ == "__main__":
-    jobs, folder = sys.argv[1], Path(sys.argv[2])
-    setup(folder)
-    sys.argv = [sys.argv[0], jobs]
+    setup(Path(sys.argv[2]))
     answer(read)

@@ -30,6 +30,10 @@ class Job:
     out: str
 
 
+class NotTried(Exception):
+    """A reader that cannot be tried on such a file here, and why."""
+
+
 def write(jobs: list[Job], path: Path) -> None:
     path.write_text(json.dumps([asdict(job) for job in jobs]))
 
@@ -45,6 +49,9 @@ def answer(read: Callable[[Job, Tensors, Tensors], Tensors]) -> None:
             changed = read(job, base, load_file(job.file))
             assert set(changed) <= set(base), f"tensors that no model has: {sorted(set(changed) - set(base))[:3]}"
             save_file({name: tensor.detach().clone().contiguous() for name, tensor in changed.items()}, job.out)
+        except NotTried as error:
+            Path(job.out).with_suffix(".txt").write_text(f"not tried: {error}")
         except Exception as error:
-            Path(job.out).with_suffix(".txt").write_text(f"{type(error).__name__}: {error}")
+            first = (str(error).strip().splitlines() or [""])[0]
+            Path(job.out).with_suffix(".txt").write_text(f"refused: {type(error).__name__} {first[:80]}".strip())
             Path(job.out).with_suffix(".log").write_text(traceback.format_exc())

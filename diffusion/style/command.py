@@ -26,6 +26,7 @@ from mmpeft.diffusion.style.grid import labelled_grid
 from mmpeft.diffusion.style.words import FOLDER, load_words
 from mmpeft.errors import ConfigError, MMPEFTWarning
 from mmpeft.files import write_atomic
+from mmpeft.formats.commands import add_forms
 from mmpeft.formats.exchange import Format, export, load_parts
 from mmpeft.formats.exchange import export_pipeline as write_pipeline
 from mmpeft.formats.merged import merged_copy
@@ -100,6 +101,7 @@ def export_pipeline(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--pipeline", help=PIPELINE)
     parser.add_argument("--to", choices=formats, default="diffusers", help="format (default: %(default)s)")
     parser.add_argument("--out", type=Path, required=True, help="the file or folder to write")
+    add_forms(parser)
     options = parser.parse_args(arguments(argv))
     family = family_of(create(base_of(options.pipeline, [options.adapter]).pipeline))
     tunings = open_adapters(family, [options.adapter])[0]
@@ -108,12 +110,13 @@ def export_pipeline(argv: Sequence[str] | None = None) -> int:
         print(f"{options.out}: the pipeline with {tunings[0].method} merged in")
         return 0
     parts = {name: tuning for tuning in tunings for name in _names(family, tuning)}
+    forms = {"dora": options.dora, "rank": options.rank}
     if options.to in ("diffusers", "kohya"):
-        written = write_pipeline(parts, options.out, options.to, encoders=len(family.places))
+        written = write_pipeline(parts, options.out, options.to, encoders=len(family.places), **forms)
     elif len(parts) > 1:
         raise ConfigError(f"the text encoders are tuned as well, and a {options.to} file is for one model")
     else:
-        written = export(tunings[0], options.out, options.to, prefix=next(iter(parts)))
+        written = export(tunings[0], options.out, options.to, prefix=next(iter(parts)), **forms)
     by = " and ".join(dict.fromkeys(written.verified_by)) or "nobody"
     print(f"{written.path}: {written.format}, {written.layers} layers, {written.bytes:,} bytes; read back by {by}")
     print(f"largest relative difference {written.difference:.1e}")

@@ -1,5 +1,6 @@
 """Updates whose ΔW the base's weight tells: multiplied out on it, they are ordinary layers.
 
+    DoRA for ComfyUI       m ‖W + sBA‖ / ‖W‖ is the length that trained (see `dora_out`)
     DoRA by input column   (W + sBA) · m_i / ‖(W + sBA)_{·i}‖ − W
     OFT                    ρ ⊙ (R W) − W, R block-diagonal of (I + Q)(I − Q)⁻¹, Q = B − Bᵀ; alpha · rows bounds ‖Q‖
     GLoRA                  s (W A₁ A₂ + B₁ B₂)
@@ -20,6 +21,9 @@ from mmpeft.formats.content import Based, Layer, Shift
 from mmpeft.formats.lycoris import multiplied
 
 COLUMNS = "DoRA by input column"
+COMFY = "DoRA with ComfyUI's lengths"
+FOR_COMFY = "dora_scale_for"
+"""Key of a file's metadata whose lengths of DoRA are ComfyUI's."""
 Own = Mapping[str, Tensor]
 
 
@@ -31,6 +35,8 @@ def on_base(item: Based, weight: Tensor, where: object) -> Layer | Shift:
     """
     own = {name: tensor.detach().float() for name, tensor in item.tensors.items()}
     weight = weight.detach().float().cpu()
+    if item.kind == COMFY:
+        return _from_comfy(item, own, weight)
     try:
         delta = DELTAS[item.kind](own, weight)
     except (RuntimeError, KeyError) as error:
@@ -43,6 +49,13 @@ def on_base(item: Based, weight: Tensor, where: object) -> Layer | Shift:
         return Shift(item.path, "weight", delta, item.component, item.flat)
     down, up = multiplied(delta)
     return Layer(item.path, down, up, float(len(down)), None, item.component, item.flat, factor=item.kind)
+
+
+def _from_comfy(item: Based, own: Own, weight: Tensor) -> Layer:
+    rank = float(len(own["down"]))
+    whole = weight.flatten(1) + own["up"] @ own["down"].flatten(1)
+    lengths = own["magnitude"].flatten() * whole.norm(dim=1) / weight.flatten(1).norm(dim=1)
+    return Layer(item.path, own["down"], own["up"], rank, lengths, item.component, item.flat)
 
 
 def _columns(own: Own, weight: Tensor) -> Tensor:

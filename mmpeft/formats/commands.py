@@ -14,6 +14,7 @@ from torch import nn
 
 from mmpeft.errors import ConfigError
 from mmpeft.formats import native
+from mmpeft.formats.dora_out import FORMS
 from mmpeft.formats.exchange import FORMATS, Exported, convert, export, inspect, load_foreign
 from mmpeft.formats.inspection import FileInfo
 from mmpeft.formats.merged import save_merged
@@ -63,11 +64,25 @@ def export_command(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--to", default="peft", choices=FORMATS, help="format to write (default: peft)")
     parser.add_argument("--prefix", default="", help="the model's name in a pipeline: unet, transformer, text_encoder")
     parser.add_argument("--model", required=True, help=MODEL_HELP)
+    parser.add_argument("--encoders", type=int, default=0, help="text encoders of the pipeline, where this is one")
+    add_forms(parser)
     options = parser.parse_args(_arguments(argv))
     model = _model(options.model)
     assert model is not None
-    _say(export(native.load(model, options.src), options.dst, options.to, prefix=options.prefix))
+    forms = {"encoders": options.encoders, "dora": options.dora, "rank": options.rank}
+    _say(export(native.load(model, options.src), options.dst, options.to, prefix=options.prefix, **forms))
     return 0
+
+
+def add_forms(parser: argparse.ArgumentParser) -> None:
+    """Options of a command that exports: how DoRA is written."""
+    parser.add_argument(
+        "--dora",
+        default="",
+        choices=[form for form in FORMS if form],
+        help="write DoRA with ComfyUI's lengths, as full differences, or as LoRA (default: as it trained)",
+    )
+    parser.add_argument("--rank", type=int, default=0, help="of --dora low_rank (default: four times the trained one)")
 
 
 def merge_command(argv: Sequence[str] | None = None) -> int:

@@ -15,8 +15,10 @@ from torch import Tensor, nn
 from mmpeft.errors import AdapterFileError, ConfigError, MMPEFTWarning, Refused, nearest
 from mmpeft.files import write_atomic
 from mmpeft.formats import diffusers, kohya, lycoris_out, native, original, peft_out
+from mmpeft.formats.based import FOR_COMFY
 from mmpeft.formats.bridge import attach_content, content_of
 from mmpeft.formats.content import Content
+from mmpeft.formats.dora_out import Form, written
 from mmpeft.formats.inspection import FileInfo, inspect, read, refusal
 from mmpeft.formats.names import DOTTED, aliases_of, assigned, component_for, is_original, resolved
 from mmpeft.formats.verify import Check, by_peft, by_peft_answers, compare, expected
@@ -137,13 +139,16 @@ def export(
     verify: bool = True,
     prefix: str = "",
     encoders: int = 0,
+    dora: Form = "",
+    rank: int = 0,
 ) -> Exported:
     """Write a tuning as a PEFT folder, or as one file of the diffusers, kohya or comfy style; then prove it.
 
     What is written is first reloaded from a temporary folder, by its consumer where that is installed and by this
     suite's own reader, and compared layer by layer; only then it takes its place, atomically. `prefix` is the model's
     name in a pipeline (`unet`, `transformer`), by default that of its class; `encoders` is how many text encoders that
-    pipeline has, which decides what kohya's files call a text encoder (`lora_te_` the only one).
+    pipeline has, which decides what kohya's files call a text encoder (`lora_te_` the only one). `dora` writes DoRA in
+    another form for readers that take it otherwise (`comfy`, `difference`, `low_rank` of `rank`; see `dora_out`).
 
     Raises:
         Refused: the tuning has parts that the format cannot hold. AdapterFileError: a reader finds other layers or
@@ -153,17 +158,20 @@ def export(
     model = tuning.model
     prefix = prefix or component_for(model)
     if format in ("diffusers", "kohya"):
-        return export_pipeline({prefix: tuning}, path, format, verify=verify, encoders=encoders)
-    content = replace(content_of(tuning, format), format=format)
+        return export_pipeline({prefix: tuning}, path, format, verify=verify, encoders=encoders, dora=dora, rank=rank)
+    own = replace(content_of(tuning, format), format=format)
+    layers, said = written(own.layers, model, dora, format, rank)
+    content = replace(own, layers=layers)
+    own = own if dora == "comfy" else content
     modules = [n for n, _ in model.named_modules() if CHILD not in n.split(".")]
     base = peft_out.base_fields(model)
-    files = _files(content, {prefix: model}, prefix, modules, base)
-    notes = _written_as(content, format)
+    files = _files(content, {prefix: model}, prefix, modules, base, dora=dora)
+    notes = [*_written_as(content, format), *([said] if said else [])]
     if format == "comfy":
         notes.append("the names are those of diffusers' converters; docs/readers.md says what ComfyUI makes of them")
 
     def prove(copy: Path) -> tuple[Check, ...]:
-        checks = [_by_own_reader(model, copy, content, prefix)]
+        checks = [_by_own_reader(model, copy, own, prefix)]
         if format == "peft":
             checks += (
                 by_peft(model, copy, content) if content.learned is None else by_peft_answers(tuning, copy, content)
@@ -180,10 +188,12 @@ def export_pipeline(
     *,
     verify: bool = True,
     encoders: int = 0,
+    dora: Form = "",
+    rank: int = 0,
 ) -> Exported:
     """Write tunings of several models of one pipeline as one file: `{"unet": …, "text_encoder": …}`.
 
-    Each model's layers are read back as `export` does; `encoders` as there.
+    Each model's layers are read back as `export` does; `encoders`, `dora` and `rank` as there.
 
     Raises:
         Refused: a tuning has parts that the format cannot hold. AdapterFileError: a reader finds other layers.
@@ -191,13 +201,23 @@ def export_pipeline(
     _known(format, *tunings)
     models = {name: tuning.model for name, tuning in tunings.items()}
     contents = {name: replace(content_of(tuning, format), format=format) for name, tuning in tunings.items()}
-    parts = [diffusers.in_files(own, name, models[name]) for name, own in contents.items()]
-    layers = [layer for part in parts for layer in part.layers]
-    whole = Content(format, layers, shifts=[shift for part in parts for shift in part.shifts])
+    said: list[str] = []
+    outs: dict[str, Content] = {}
+    for name, own in contents.items():
+        layers, note = written(own.layers, models[name], dora, format, rank)
+        outs[name] = replace(own, layers=layers)
+        said += [note] if note else []
+    contents = contents if dora == "comfy" else outs
+    parts = [diffusers.in_files(own, name, models[name]) for name, own in outs.items()]
+    whole = Content(
+        format,
+        [layer for part in parts for layer in part.layers],
+        shifts=[shift for part in parts for shift in part.shifts],
+    )
     modules = [n for n, _ in next(iter(models.values())).named_modules() if CHILD not in n.split(".")]
-    files = _files(whole, models, next(iter(tunings)), modules if len(tunings) == 1 else [], None, encoders)
+    files = _files(whole, models, next(iter(tunings)), modules if len(tunings) == 1 else [], None, encoders, dora)
     limits = unread_by_diffusers(whole, models)
-    notes = [*_written_as(whole, format), *([limits] if limits else [])]
+    notes = [*_written_as(whole, format), *said, *([limits] if limits else [])]
 
     def prove(copy: Path) -> tuple[Check, ...]:
         checks: list[Check] = []
@@ -299,6 +319,7 @@ def _files(
     modules: Sequence[str],
     base: Json | None,
     encoders: int = 0,
+    dora: Form = "",
 ) -> dict[str, bytes]:
     """Names and bytes of what a format writes; the file that makes the rest valid comes last."""
     if content.format == "peft":
@@ -306,14 +327,15 @@ def _files(
             return lycoris_out.folder_files(content, modules, base)
         plain = replace(content, layers=[replace(layer, tensors={}) for layer in content.layers])
         return peft_out.folder_files(plain, modules, base)
+    marks = {FOR_COMFY: "ComfyUI"} if dora == "comfy" else {}
     if content.format == "comfy":
         model = models.get(prefix)
         if model is None:
             raise Refused("the names of the original repository are known for a model only; give it")
-        return {diffusers.WEIGHTS: original.comfy_bytes(content.layers, model, content.shifts)}
+        return {diffusers.WEIGHTS: original.comfy_bytes(content.layers, model, content.shifts, marks)}
     if content.format == "diffusers":
         return {diffusers.WEIGHTS: diffusers.diffusers_bytes(content.layers, prefix, modules)}
-    return {diffusers.WEIGHTS: kohya.kohya_bytes(content.layers, prefix, models, content.shifts, encoders)}
+    return {diffusers.WEIGHTS: kohya.kohya_bytes(content.layers, prefix, models, content.shifts, encoders, marks)}
 
 
 def _by_own_reader(model: nn.Module | None, copy: Path, content: Content, prefix: str) -> Check:

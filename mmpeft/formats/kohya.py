@@ -1,6 +1,7 @@
 """Files as kohya's scripts write them: flat names of the code base that they train, one alpha for all layers.
 
     lora_unet_down_blocks_0_attentions_0_…         UNets, by diffusers' names
+    lora_unet_input_blocks_4_1_…                   SDXL's, by the names of its own repository
     lora_unet_double_blocks_0_img_attn_qkv         Flux and SD3, by those of their own repositories, in one where fused
     lora_te_…                                      the one text encoder of a pipeline; lora_te1_, lora_te2_ where it has
                                                    several, lora_te3_ for T5
@@ -23,6 +24,8 @@ from mmpeft.formats.content import Layer, Shift, dump_tensors
 from mmpeft.hosting.host import original_class
 
 Models = Mapping[str, nn.Module | None]
+SDXL = (3, 2)
+"""Down blocks of SDXL's UNet, and layers of each: readers' tables of its names are for these."""
 
 
 def kohya_bytes(
@@ -31,11 +34,12 @@ def kohya_bytes(
     models: Models | None = None,
     shifts: Collection[Shift] = (),
     encoders: int = 0,
+    marks: Mapping[str, str] | None = None,
 ) -> bytes:
     """A file of layers and differences; `models` are those of the pipeline that it is for, where they are known.
 
     All layers have the same alpha, the largest rank: diffusers reads only the most common one for attention.
-    `encoders` is how many text encoders the pipeline has, 0 for what `models` tell.
+    `encoders` is how many text encoders the pipeline has, 0 for what `models` tell; `marks` are further metadata.
 
     Raises:
         Refused: a model that no reader of these files knows, or two layers of the same flat name.
@@ -64,7 +68,8 @@ def kohya_bytes(
             tensors[f"{name}.dora_scale"] = own.magnitude.view(-1, 1, *ones)
     for name in sorted({shift.component or component for shift in shifts}):
         own_shifts = [x for x in shifts if (x.component or component) == name]
-        for shift in _shifts_by_own_names(own_shifts, name, models):
+        own_shifts = _shifts_by_own_names(own_shifts, name, models)
+        for shift in own_shifts:
             path = prefix_of(name, models, encoders) + shift.path.replace(".", "_")
             tensors[f"{path}.{_ending(shift, own_shifts)}"] = shift.value
     ranks = {layer.rank for _, layer in named}
@@ -72,7 +77,7 @@ def kohya_bytes(
     plain = not shifts and not any(layer.tensors for _, layer in named)
     module = "networks.lora" if plain else "lycoris.kohya"
     header = {"ss_network_module": module, "ss_network_dim": dim, "ss_network_alpha": str(alpha)}
-    return dump_tensors(tensors, header)
+    return dump_tensors(tensors, {**header, **(marks or {})})
 
 
 def prefix_of(component: str, models: Models, encoders: int = 0) -> str:
@@ -102,7 +107,8 @@ def is_t5(model: nn.Module) -> bool:
 def _by_own_names(layers: Sequence[Layer], component: str, models: Models) -> list[Layer]:
     model = models.get(component)
     if component != "transformer":
-        return list(layers)
+        names = _sdxl_names(model)
+        return [replace(layer, path=names.get(layer.path, layer.path)) for layer in layers]
     _check_transformer(model)
     assert model is not None
     return original.fused([replace(layer, tensors={}) for layer in layers], model)
@@ -111,10 +117,20 @@ def _by_own_names(layers: Sequence[Layer], component: str, models: Models) -> li
 def _shifts_by_own_names(shifts: Sequence[Shift], component: str, models: Models) -> list[Shift]:
     model = models.get(component)
     if component != "transformer":
-        return list(shifts)
+        names = _sdxl_names(model)
+        return [replace(shift, path=names.get(shift.path, shift.path)) for shift in shifts]
     _check_transformer(model)
     assert model is not None
     return original.fused_shifts(shifts, model)
+
+
+def _sdxl_names(model: nn.Module | None) -> dict[str, str]:
+    """Module → its name in the code that trains SDXL; empty for a UNet of another shape, which has no such name."""
+    config = getattr(model, "config", None)
+    shape = (len(getattr(config, "down_block_types", ())), getattr(config, "layers_per_block", None))
+    if model is None or getattr(config, "addition_embed_type", None) != "text_time" or shape != SDXL:
+        return {}
+    return {path: name for name, (path,) in original.table_of(model).items()}
 
 
 def _check_transformer(model: nn.Module | None) -> None:

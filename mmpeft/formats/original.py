@@ -9,7 +9,7 @@ converters of single-file checkpoints.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Literal
 
@@ -160,9 +160,9 @@ def _fuse(name: str, paths: tuple[str, ...], own: dict[str, Layer], model: nn.Mo
             only = replace(only, up=_swap(only.up), magnitude=None if only.magnitude is None else _swap(only.magnitude))
         return replace(only, path=name, component="")
     given = [own[path] for path in paths if path in own]
-    lengths = [layer.magnitude for layer in given if layer.magnitude is not None]
-    if lengths and len(lengths) < len(paths):
-        raise Refused(f"{name} holds {' and '.join(paths)}; DoRA on some of them only has no form there")
+    lengths: list[Tensor] = []
+    if any(layer.magnitude is not None for layer in given):  # the others keep the length that they have
+        lengths = [_lengths(model, path, own.get(path)) for path in paths]
     downs: list[Tensor] = []
     columns: dict[str, slice] = {}
     for layer in given:
@@ -178,6 +178,16 @@ def _fuse(name: str, paths: tuple[str, ...], own: dict[str, Layer], model: nn.Mo
             rows[:, columns[path]] = own[path].up.to(rows)
         blocks.append(rows)
     return Layer(name, down, torch.cat(blocks), float(len(down)), torch.cat(lengths) if lengths else None)
+
+
+def _lengths(model: nn.Module, path: str, layer: Layer | None) -> Tensor:
+    if layer is not None and layer.magnitude is not None:
+        return layer.magnitude.detach().float()
+    weight: Tensor = base_value(module_at(model, path), "weight").detach().float().flatten(1)
+    if layer is not None:
+        weight = weight + (layer.up.float() @ layer.down.float().flatten(1)).to(weight) * layer.scale
+    found: Tensor = torch.linalg.vector_norm(weight, dim=1)
+    return found
 
 
 def split(layers: Sequence[Layer], model: nn.Module, where: object) -> list[Layer]:
@@ -267,7 +277,9 @@ def fused_shifts(shifts: Sequence[Shift], model: nn.Module) -> list[Shift]:
     return found
 
 
-def comfy_bytes(layers: Collection[Layer], model: nn.Module, shifts: Sequence[Shift] = ()) -> bytes:
+def comfy_bytes(
+    layers: Collection[Layer], model: nn.Module, shifts: Sequence[Shift] = (), marks: Mapping[str, str] | None = None
+) -> bytes:
     """A file that ComfyUI reads; the scale is in `lora_B`, as it takes 1 where there is no alpha."""
     tensors: dict[str, Tensor] = {}
     for shift in fused_shifts(shifts, model) if shifts else ():
@@ -279,4 +291,4 @@ def comfy_bytes(layers: Collection[Layer], model: nn.Module, shifts: Sequence[Sh
         tensors[f"{name}.lora_B.weight"] = layer.up.reshape(*layer.up.shape, *ones)
         if layer.magnitude is not None:
             tensors[f"{name}.dora_scale"] = layer.magnitude.view(-1, 1, *ones)
-    return dump_tensors(tensors, {"format": "pt"})
+    return dump_tensors(tensors, {"format": "pt", **(marks or {})})

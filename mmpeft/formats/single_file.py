@@ -18,7 +18,7 @@ from torch import Tensor
 
 from mmpeft.errors import AdapterFileError
 from mmpeft.formats import lycoris, original
-from mmpeft.formats.based import COLUMNS
+from mmpeft.formats.based import COLUMNS, COMFY, FOR_COMFY
 from mmpeft.formats.content import Based, Content, Layer, Shift, assemble, parse_object, read_tensors
 from mmpeft.formats.names import DOTTED, placed
 from mmpeft.formats.peft import scaled
@@ -40,6 +40,9 @@ def read_file(path: Path) -> Content:
     tensors, metadata = read_tensors(path)
     keys = sorted_keys(tensors, path)
     layers, shifts, based, notes = _updates(keys, _configs(metadata, path), path)
+    if FOR_COMFY in metadata:
+        based += [_for_comfy(layer) for layer in layers if layer.magnitude is not None]
+        layers = [layer for layer in layers if layer.magnitude is None]
     for name, own in keys.shifts.items():
         for tensor, value in own.items():
             if value.dim() > 1:
@@ -93,6 +96,12 @@ def _layer(name: str, own: Mapping[str, Tensor], where: Path, read: Reader = ass
     layer = read(own, path, where)
     kernel = bool(layer.factor) and layer.down.dim() == 2  # perhaps a convolution's, flattened
     return replace(layer, component=component, flat=flat or kernel)
+
+
+def _for_comfy(layer: Layer) -> Based:
+    assert layer.magnitude is not None
+    own = {"up": layer.up * layer.scale, "down": layer.down, "magnitude": layer.magnitude}
+    return Based(layer.path, COMFY, own, layer.component, layer.flat)
 
 
 def _named(item: Based, name: str) -> Based:
