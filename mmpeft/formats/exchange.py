@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -13,7 +14,7 @@ from typing import Literal
 from torch import Tensor, nn
 
 from mmpeft.errors import AdapterFileError, ConfigError, MMPEFTWarning, Refused, nearest
-from mmpeft.files import write_atomic
+from mmpeft.files import only_writer, write_atomic
 from mmpeft.formats import diffusers, kohya, lycoris_out, native, original, peft_out
 from mmpeft.formats.based import FOR_COMFY
 from mmpeft.formats.bridge import attach_content, content_of
@@ -372,9 +373,9 @@ def _write(
     """Prove the bytes in a temporary folder, then put them into place."""
     if content.format != "peft":
         path = path if path.suffix == ".safetensors" else path / diffusers.WEIGHTS
-        if path.is_dir():
+        if os.path.isdir(path):  # unlike those of Path, these say no to every name that cannot be
             raise AdapterFileError(f"expected a file name, {path} is a folder")
-    elif path.is_file() or path.suffix == ".safetensors":
+    elif os.path.isfile(path) or path.suffix == ".safetensors":
         raise AdapterFileError(f"a PEFT adapter is a folder of two files; {path} is the name of one file")
     checks: tuple[Check, ...] = ()
     if prove:
@@ -382,7 +383,8 @@ def _write(
             for name, data in files.items():
                 write_atomic(Path(scratch) / name, data)
             checks = prove(Path(scratch) if content.format == "peft" else Path(scratch) / next(iter(files)))
-    for name, data in files.items():
-        write_atomic(path / name if content.format == "peft" else path, data)
+    with only_writer(path) if content.format == "peft" else nullcontext():  # of two writers one, file and config
+        for name, data in files.items():
+            write_atomic(path / name if content.format == "peft" else path, data)
     count = len(content.layers) + len(content.scalings) + (content.learned is not None)
     return Exported(path, content.format, count, sum(map(len, files.values())), checks, tuple(notes))

@@ -10,7 +10,6 @@ from __future__ import annotations
 import copy
 import os
 import shutil
-import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib import import_module
@@ -21,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from mmpeft.errors import AdapterFileError, ConfigError, Refused
+from mmpeft.files import scratch_folder
 from mmpeft.formats.verify import REFUSALS, plain_copy
 from mmpeft.hosting.host import base_value, original_class
 from mmpeft.hosting.modules import module_at
@@ -153,9 +153,7 @@ def _write_folder(plain: AnyModule, folder: Path, library: str, untied: tuple[st
         raise AdapterFileError(f"{library} reads a folder; {folder} is the name of one file")
     if folder.exists() and any(folder.iterdir()):
         raise AdapterFileError(f"{folder} is not empty; a model is written into a folder of its own")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
-    try:
+    with scratch_folder(folder) as scratch:
         if untied:
             _untie(plain)
         with torch.random.fork_rng(devices=[]):
@@ -163,10 +161,7 @@ def _write_folder(plain: AnyModule, folder: Path, library: str, untied: tuple[st
             fresh = _read(library, lambda: type(plain).from_pretrained(str(scratch), **_dtype(plain, library)))
         count = _compare(library, plain.state_dict(), fresh.state_dict())
         kept = _keep_beside(plain, scratch) if library == "transformers" else ()
-        scratch.chmod(0o755)
         os.replace(scratch, folder)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
     size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
     return Merged(folder, library, count, size, untied, kept)
 
@@ -214,7 +209,6 @@ def _dtype(plain: AnyModule, library: str) -> Kwargs:
 def _write_file(plain: nn.Module, file: Path, library: str, untied: tuple[str, ...]) -> Merged:
     if file.is_dir():
         raise AdapterFileError(f"expected a file name, {file} is a folder")
-    file.parent.mkdir(parents=True, exist_ok=True)
     wanted = plain.state_dict()
     tensors: dict[str, Tensor] = {}
     stores: set[int] = set()
@@ -222,19 +216,14 @@ def _write_file(plain: nn.Module, file: Path, library: str, untied: tuple[str, .
         whole = tensor.detach().cpu().contiguous()
         tensors[key] = whole.clone() if whole.data_ptr() in stores else whole  # the format has no shared tensors
         stores.add(whole.data_ptr())
-    handle, name = tempfile.mkstemp(dir=file.parent, prefix=f".{file.stem}.", suffix=".safetensors")
-    os.close(handle)
-    scratch = Path(name)
-    try:
-        save_file(tensors, scratch, {"format": "pt"})
+    with scratch_folder(file) as scratch:
+        new = scratch / "model.safetensors"
+        save_file(tensors, new, {"format": "pt"})
         fresh = _wiped(plain)
         with torch.random.fork_rng(devices=[]):
-            _read(library, lambda: LOADERS[library](fresh, scratch))
+            _read(library, lambda: LOADERS[library](fresh, new))
         count = _compare(library, wanted, fresh.state_dict())
-        scratch.chmod(0o644)
-        os.replace(scratch, file)
-    finally:
-        scratch.unlink(missing_ok=True)
+        os.replace(new, file)
     return Merged(file, library, count, file.stat().st_size, untied)
 
 

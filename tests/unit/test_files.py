@@ -40,6 +40,12 @@ def a_bank(folder: Path, value: float) -> Callable[[], object]:
     return lambda: bank.save(folder)
 
 
+def a_peft_folder(folder: Path, value: float) -> Callable[[], object]:
+    tuning = mmpeft.attach(Toy(), mmpeft.LoRA(rank=int(value) + 1))
+    fill(tuning, value)
+    return lambda: tuning.export(folder, verify=False)
+
+
 def fill(tuning: Any, value: float) -> None:
     with torch.no_grad():
         for parameter in tuning.parameters():
@@ -88,6 +94,17 @@ def test_two_writers_and_a_reader(tmp_path: Path, kind: str) -> None:
     assert reads
     assert read(tmp_path) <= {1.0, 2.0}
     tidy(tmp_path, kind)
+
+
+def test_two_exports_into_one_folder_are_one_of_both(tmp_path: Path) -> None:
+    writers = [FORK.Process(target=save_often, args=(a_peft_folder, tmp_path, value, SAVES)) for value in (1.0, 2.0)]
+    for writer in writers:
+        writer.start()
+    for writer in writers:
+        writer.join()
+        assert writer.exitcode == 0
+    mmpeft.load_foreign(Toy(), tmp_path)  # rank and tensors of one writer
+    assert len(list(tmp_path.iterdir())) == 2
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -167,7 +184,7 @@ def test_what_the_system_refuses_is_said(tmp_path: Path, monkeypatch: pytest.Mon
 def test_places_that_cannot_be(tmp_path: Path, place: str) -> None:
     (tmp_path / "a file").touch()
     (tmp_path / "plain").touch()
-    for save in (an_adapter(tmp_path / place, 1.0), a_bank(tmp_path / place, 1.0)):
+    for save in (an_adapter(tmp_path / place, 1.0), a_bank(tmp_path / place, 1.0), a_peft_folder(tmp_path / place, 1)):
         with pytest.raises(FileError):
             save()
 
