@@ -42,7 +42,7 @@ def write_atomic(path: Path, data: bytes) -> None:
     """
     temporary: Path | None = None
     try:
-        with _explained(path, f" ({len(data):,} bytes)"):
+        with explained(path, f" ({len(data):,} bytes)"):
             _sweep_once(path.parent)
             handle, temporary = _unfinished_file(path.parent)
             with os.fdopen(handle, "wb") as file:
@@ -74,7 +74,7 @@ def scratch_folder(target: Path) -> Iterator[Path]:
     """
     folder, handle = None, -1
     try:
-        with _explained(target):
+        with explained(target):
             _sweep_once(target.parent)
             folder = target.parent / _name()
             folder.mkdir()
@@ -95,7 +95,7 @@ def only_writer(folder: Path) -> Iterator[None]:
     Raises:
         FileError: the folder cannot be made or is not writable.
     """
-    with _explained(folder):
+    with explained(folder):
         handle = _own(folder)
         try:
             sweep(folder)
@@ -182,7 +182,7 @@ def make_folder(path: Path) -> bool:
     Raises:
         FileError: the place is not writable.
     """
-    with _explained(path):
+    with explained(path):
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.mkdir()
@@ -252,7 +252,8 @@ def _lock(handle: int, wait: bool = False) -> bool:
 
 
 @contextmanager
-def _explained(path: Path, what: str = "") -> Iterator[None]:
+def explained(path: Path, what: str = "") -> Iterator[None]:
+    """Say of every refusal of the system that `path` cannot be written, and refuse at once where nothing may be."""
     reason = _reading.get()
     if reason:
         raise FileError(f"{reason} may not write {path}")

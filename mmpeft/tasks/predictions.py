@@ -16,8 +16,8 @@ from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from rich.console import Console
 
-from mmpeft.errors import ConfigError, MMPEFTError
-from mmpeft.files import write_atomic
+from mmpeft.errors import ConfigError
+from mmpeft.files import explained, write_atomic
 from mmpeft.tasks.publish import run_folder
 from mmpeft.types import Batch, Facts, Json, Output
 
@@ -54,8 +54,11 @@ class PredictionFile(Callback):
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._target = run_folder(trainer) / self.path
-        self._target.parent.mkdir(parents=True, exist_ok=True)
-        self._file = self._part(trainer.global_rank).open("w", newline="", encoding="utf-8")
+        with explained(self._target):
+            self._target.parent.mkdir(parents=True, exist_ok=True)
+            self._file = self._part(trainer.global_rank).open(
+                "w", newline="", encoding="utf-8", errors="backslashreplace"
+            )
         self._begun = not trainer.is_global_zero  # the head of the table is rank 0's
 
     def on_predict_batch_end(
@@ -68,11 +71,9 @@ class PredictionFile(Callback):
         loader: int = 0,
     ) -> None:
         suffix = self._target.suffix
-        try:
+        with explained(self._target):
             for line in self.lines(outputs, suffix):
                 self._write(json.dumps(line, ensure_ascii=False) + "\n" if suffix == ".jsonl" else self._row(line))
-        except OSError as error:
-            raise MMPEFTError(f"cannot write {self._target}: {error}") from error
 
     def _write(self, text: str) -> None:
         assert self._file is not None
@@ -89,22 +90,21 @@ class PredictionFile(Callback):
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert self._file is not None
-        try:
+        with explained(self._target):
             self._file.flush()
             os.fsync(self._file.fileno())
-        except OSError as error:
-            raise MMPEFTError(f"cannot write {self._target}: {error}") from error
         self._file.close()
         self._file = None
         trainer.strategy.barrier("predictions")
         if not trainer.is_global_zero:
             return
         first, *others = (self._part(rank) for rank in range(trainer.world_size))
-        with first.open("ab") as file:
-            for part in others:
-                file.write(part.read_bytes())
-                part.unlink()
-        os.replace(first, self._target)
+        with explained(self._target):
+            with first.open("ab") as file:
+                for part in others:
+                    file.write(part.read_bytes())
+                    part.unlink()
+            os.replace(first, self._target)
         Console().print(f"{self._target.stem}: {self._target}", soft_wrap=True)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
