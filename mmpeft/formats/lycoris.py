@@ -27,7 +27,7 @@ from mmpeft.formats.patterns import first_for
 from mmpeft.formats.peft import CONFIG, PREFIX, WEIGHTS
 from mmpeft.functional.hadamard import khatri_rao
 from mmpeft.hosting.host import base_value
-from mmpeft.types import Facts
+from mmpeft.types import Facts, Leaf
 
 Pair = tuple[Tensor, Tensor]
 """`up` [o, r] and `down` [r, i, k...] of one product."""
@@ -217,12 +217,13 @@ def read_folder(folder: Path) -> Content:
 
 
 def _configured(path: str, own: Mapping[str, Tensor], config: Facts, where: Path) -> float:
-    numbers = []
+    numbers: list[Leaf] = []
     for name in ("r", "alpha"):
         if not isinstance(config.get(name), int | float):
             raise AdapterFileError(f"{where / CONFIG}: no {name}, so the scale is not known")
         patterns = config.get({"r": "rank_pattern"}.get(name, "alpha_pattern")) or {}
-        numbers.append(patterns.get(first_for(patterns, path), config[name]))
+        key = first_for(patterns, path)
+        numbers.append(config[name] if key is None else patterns[key])
     rank, alpha = numbers
     halves = {len(own[name]) for name in ("hada_w1_b", "hada_w2_b", "lokr_w1_b", "lokr_w2_b") if name in own}
     if halves - {rank}:

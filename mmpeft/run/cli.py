@@ -175,7 +175,7 @@ def new_version(folder: Path, reserve: bool = True) -> int:
     """
     found = [re.fullmatch(r"version_(\d+)", path.name) for path in folder.glob("version_*")]
     version = 1 + max((int(match[1]) for match in found if match), default=-1)
-    while reserve and rank_zero_only.rank == 0 and not make_folder(folder / f"version_{version}"):
+    while reserve and getattr(rank_zero_only, "rank", 0) == 0 and not make_folder(folder / f"version_{version}"):
         version += 1
     return version
 

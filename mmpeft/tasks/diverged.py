@@ -51,7 +51,7 @@ class StopsDiverged(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Output, batch: Batch, batch_idx: int
     ) -> None:
-        if self._first is not None and trainer.global_step % max(1, trainer.log_every_n_steps) == 0:
+        if self._first is not None and trainer.global_step % max(1, getattr(trainer, "log_every_n_steps", 1)) == 0:
             self._read(trainer)
 
     def _read(self, trainer: Trainer) -> None:
