@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from benchmarks.readers.job import Job, Tensors, answer
-from benchmarks.readers.models import denoiser_tree, is_t5, own, parts, text_back, text_tree
+from benchmarks.readers.models import denoiser_tree, own, parts, text_back, text_tree
+from benchmarks.readers.unet_names import sdxl_name
 
 
 def read(job: Job, base: Tensors, file: Tensors) -> Tensors:
     import torch
     from lycoris.kohya import create_network_from_weights
 
-    unet, back = denoiser_tree(job, base)
+    unet, back = denoiser_tree(job, base, sdxl_name(job) if job.kind == "SDXL" else None)
     texts = {part: text_tree(own(base, part)) for part in parts(base) if part.startswith("text")}
-    if any(is_t5(own(base, part)) for part in texts):
-        texts = {part: text for part, text in texts.items() if not is_t5(own(base, part))}
-    given = list(texts.values()) if len(parts(base)) > 2 else next(iter(texts.values()), None)
+    given = list(texts.values()) if len(texts) > 1 else next(iter(texts.values()), None)
     with torch.no_grad():
         network, _ = create_network_from_weights(1.0, None, None, given, unet, weights_sd=file)
         for module in network.unet_loras + network.text_encoder_loras:

@@ -13,10 +13,11 @@ from benchmarks.readers.programs import PROGRAMS, Program
 
 START, END = "<!-- diffusion: python -m benchmarks.readers -->", "<!-- end of diffusion -->"
 LEGEND = """\
-A number is the relative error of what the file changes, `‖ΔW read − ΔW trained‖ / ‖ΔW trained‖` over all tensors; *nothing* is
-1 without a word. *partly* says how many tensors were left out. *refused* is an error of that program, *–* no file: this suite
-refuses to write it. Where a program was not tried, its own tables count on the width of the published model. Everything is
-random weights of the published architectures' shapes, a few features wide."""
+A number is the relative error of what the file changes, `‖ΔW read − ΔW trained‖ / ‖ΔW trained‖` over all tensors.
+*nothing* is an error of 1 without a word, *partly* says how many tensors were left out, *refused* is an error of that
+program. Not tried are programs whose own tables have the width of the published model written into them, and A1111's
+second text encoder. The models are the published ones' shapes a few features wide, with random weights. SD.Next is
+its own loader; files that it does not take it hands to diffusers. LyCORIS is given SDXL as sd-scripts builds it."""
 
 
 @dataclass(frozen=True)

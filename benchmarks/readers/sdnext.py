@@ -8,7 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from benchmarks.readers.applied import apply
-from benchmarks.readers.job import Job, Tensors, answer
+from benchmarks.readers.job import Job, NotTried, Tensors, answer
 from benchmarks.readers.models import own, parts, text_tree
 from benchmarks.readers.stubs import missing, package
 from benchmarks.readers.tree import tree
@@ -37,6 +37,8 @@ def read(job: Job, base: Tensors, file: Tensors) -> Tensors:
     import modules.shared
     from modules.lora import lora_load
 
+    if (job.kind, job.format) == ("Flux", "kohya"):
+        raise NotTried("its converter has the width of the published model written into it")
     trees: dict[str, Any] = {}
     for part in parts(base):
         trees[part] = text_tree(own(base, part)) if part.startswith("text") else tree(own(base, part))

@@ -35,6 +35,12 @@ Format = Literal["peft", "diffusers", "kohya", "comfy"]
 FORMATS: tuple[Format, ...] = ("peft", "diffusers", "kohya", "comfy")
 
 
+OTHER_DORA = (
+    "of kohya's and ComfyUI's files LyCORIS and SD.Next read DoRA as it trained; ComfyUI, Forge, A1111 and InvokeAI have "
+    "other formulas, sd-scripts and diffusers leave it out (docs/readers.md): write dora='comfy' or dora='difference'"
+)
+
+
 @dataclass(frozen=True)
 class Exported:
     """A written file and who has read it back."""
@@ -167,7 +173,7 @@ def export(
     modules = [n for n, _ in model.named_modules() if CHILD not in n.split(".")]
     base = peft_out.base_fields(model)
     files = _files(content, {prefix: model}, prefix, modules, base, dora=dora)
-    notes = [*_written_as(content, format), *([said] if said else [])]
+    notes = [said] if said else _written_as(content, format)
     if format == "comfy":
         notes.append("the names are those of diffusers' converters; docs/readers.md says what ComfyUI makes of them")
 
@@ -218,7 +224,7 @@ def export_pipeline(
     modules = [n for n, _ in next(iter(models.values())).named_modules() if CHILD not in n.split(".")]
     files = _files(whole, models, next(iter(tunings)), modules if len(tunings) == 1 else [], None, encoders, dora)
     limits = unread_by_diffusers(whole, models)
-    notes = [*_written_as(whole, format), *said, *([limits] if limits else [])]
+    notes = [*(said or _written_as(whole, format)), *([limits] if limits else [])]
 
     def prove(copy: Path) -> tuple[Check, ...]:
         checks: list[Check] = []
@@ -304,12 +310,16 @@ def _written_as(content: Content, format: str) -> list[str]:
     """What is to be said of layers that the format has not in the form in which they trained."""
     kept = format == "kohya" or (format == "peft" and all(layer.tensors for layer in content.layers))
     wide = [layer for layer in content.layers if layer.factor and not (kept and layer.tensors)]
+    notes = []
+    if format in ("kohya", "comfy") and any(layer.magnitude is not None for layer in content.layers):
+        notes.append(OTHER_DORA)
     if not wide:
-        return []
+        return notes
     kinds = " and ".join(sorted({layer.factor for layer in wide}))
     return [
+        *notes,
         f"{len(wide)} of {len(content.layers)} layers are {kinds}, written as the LoRA that each equals but for "
-        f"rounding, of a rank up to {max(layer.rank for layer in wide)}"
+        f"rounding, of a rank up to {max(layer.rank for layer in wide)}",
     ]
 
 

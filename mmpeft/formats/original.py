@@ -221,7 +221,8 @@ def _split(layer: Layer, paths: tuple[str, ...], model: nn.Module, where: object
     for path, up, length in zip(paths, ups, lengths):
         keep = (up != 0).any(0)
         if not keep.any():
-            if length is None and len(paths) > 1 and (layer.up != 0).any():
+            resting = length is None or torch.allclose(length.float(), _lengths(model, path, None), rtol=1e-6, atol=0)
+            if resting and len(paths) > 1 and (layer.up != 0).any():
                 continue
             keep[:] = True
         alpha = None if layer.alpha is None else layer.alpha * int(keep.sum()) / layer.rank

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import mmpeft
-from mmpeft.errors import AdapterFileError, MMPEFTWarning, Refused
+from mmpeft.errors import AdapterFileError, ConfigError, MMPEFTWarning, Refused
 from mmpeft.formats.exchange import convert, export, inspect, load_foreign
 from tests.unit.toy import Toy
 
@@ -168,3 +169,48 @@ def test_differences_are_written_and_read(method: mmpeft.Method, tmp_path: Path)
     assert endings & {"diff", "diff_b", "w_norm", "b_norm"}
     with pytest.raises(Refused):
         export(tuning, tmp_path / "d.safetensors", "diffusers", prefix="unet")
+
+
+def dora() -> tuple[Toy, mmpeft.Tuning]:
+    model = Toy()
+    tuning = mmpeft.attach(model, mmpeft.DoRA(at="attn.q|mlp.*", rank=2))
+    with torch.no_grad():
+        for seed, parameter in enumerate(tuning.parameters()):
+            parameter += randn(*parameter.shape, seed=seed)
+    return model, tuning
+
+
+@pytest.mark.parametrize("form", ["comfy", "difference", "low_rank"])
+def test_dora_in_another_form_is_read_back_as_it_trained(form: Any, tmp_path: Path) -> None:
+    model, tuning = dora()
+    written = export(tuning, tmp_path / "a.safetensors", "kohya", prefix="unet", dora=form, rank=8)
+    load_foreign(other := Toy(), written.path)
+    torch.testing.assert_close(other(X), model(X), atol=1e-5, rtol=1e-5)  # rank 8 is all that a width of 8 has
+    assert {"comfy": "strength 1", "difference": "full differences", "low_rank": "relative error"}[
+        form
+    ] in written.notes[0]
+
+
+def test_comfys_lengths_are_those_that_its_formula_needs(tmp_path: Path) -> None:
+    """ComfyUI: `m (W + ΔW) / ‖W‖`."""
+    model, tuning = dora()
+    tensors = load_file(export(tuning, tmp_path / "a.safetensors", "kohya", prefix="unet", dora="comfy").path)
+    base = Toy().blocks[0].q.weight.detach()
+    down, up, lengths = (tensors[f"{FLAT}.{n}"] for n in ("lora_down.weight", "lora_up.weight", "dora_scale"))
+    tuning.merge()
+    theirs = (base + up @ down) * lengths / base.norm(dim=1, keepdim=True)
+    torch.testing.assert_close(theirs, model.blocks[0].q.weight.detach(), atol=1e-6, rtol=1e-5)
+
+
+def test_dora_as_few_ranks_says_its_error(tmp_path: Path) -> None:
+    _, tuning = dora()
+    notes = export(tuning, tmp_path / "a.safetensors", "diffusers", prefix="unet", dora="low_rank", rank=2).notes
+    said = float(notes[0].partition("error of ")[2].partition(" ")[0])
+    assert 0.01 < said < 1
+    assert (
+        "LyCORIS and SD.Next read DoRA" in export(tuning, tmp_path / "k.safetensors", "kohya", prefix="unet").notes[0]
+    )
+    with pytest.raises(Refused, match="for files that ComfyUI reads"):
+        export(tuning, tmp_path / "d.safetensors", "diffusers", prefix="unet", dora="comfy")
+    with pytest.raises(ConfigError, match="known: comfy, difference, low_rank"):
+        export(tuning, tmp_path / "d.safetensors", "diffusers", prefix="unet", dora="lora")  # type: ignore[arg-type]
