@@ -34,7 +34,6 @@ def tree(tensors: dict[str, Any], classes: dict[str, str] | None = None) -> Any:
 
 
 def _leaf(own: dict[str, Any]) -> Any:
-    import torch
     from torch import nn
 
     weight, bias = own.get("weight"), own.get("bias")
@@ -47,6 +46,5 @@ def _leaf(own: dict[str, Any]) -> Any:
     else:
         made = nn.Module()
     for name, tensor in own.items():
-        made.register_parameter(name, nn.Parameter(tensor, requires_grad=False) if tensor.is_floating_point() else None)
-    assert torch is not None
+        made.register_parameter(name, nn.Parameter(tensor.clone(), requires_grad=False) if tensor.is_floating_point() else None)
     return made
