@@ -49,20 +49,21 @@ def main(argv: Sequence[str] | None = None) -> int:
 def judged(wanted: dict[str, Tensor], base: dict[str, Tensor], got: dict[str, Tensor]) -> str:
     """`exact`, how far the change is from the one that was written, or that there is none."""
     square = off = 0.0
-    lost = 0
+    lost = count = 0
     for name in wanted.keys() | got.keys():
         start = base[name].double()
         change = wanted.get(name, base[name]).double() - start
         found = got.get(name, base[name]).double() - start
         square += float(change.square().sum())
         off += float((found - change).square().sum())
+        count += bool(change.any())
         lost += bool(change.any()) and not found.any()
     error = (off / square) ** 0.5
     if error < EXACT:
         return "exact"
-    if lost == len(wanted):
+    if lost == count:
         return "*nothing*"
-    return f"{error:.2g}" + (f", *partly*: {lost} of {len(wanted)} left out" if lost else "")
+    return f"{error:.2g}" + (f", *partly*: {lost} of {count} left out" if lost else "")
 
 
 def kept(folder: Path) -> Files:
