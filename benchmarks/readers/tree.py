@@ -46,5 +46,6 @@ def _leaf(own: dict[str, Any]) -> Any:
     else:
         made = nn.Module()
     for name, tensor in own.items():
-        made.register_parameter(name, nn.Parameter(tensor.clone(), requires_grad=False) if tensor.is_floating_point() else None)
+        if tensor.is_floating_point():
+            made.register_parameter(name, nn.Parameter(tensor.clone(), requires_grad=False))
     return made

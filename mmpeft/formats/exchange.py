@@ -36,8 +36,8 @@ FORMATS: tuple[Format, ...] = ("peft", "diffusers", "kohya", "comfy")
 
 
 OTHER_DORA = (
-    "of such files LyCORIS and SD.Next read DoRA as it trained; ComfyUI, Forge, A1111 and InvokeAI have other formulas, "
-    "sd-scripts and diffusers leave it out (docs/readers.md): write dora='comfy' or dora='difference'"
+    "of such files LyCORIS and SD.Next read DoRA as it trained; ComfyUI, Forge, A1111 and InvokeAI have other formulas,"
+    " sd-scripts and diffusers leave it out (docs/readers.md): write dora='comfy' or dora='difference'"
 )
 
 
