@@ -5,6 +5,7 @@
     lora_unet_double_blocks_0_img_attn_qkv         Flux and SD3, by those of their own repositories, in one where fused
     lora_te_…                                      the one text encoder of a pipeline; lora_te1_, lora_te2_ where it has
                                                    several, lora_te3_ for T5
+    lycoris_blocks_0_attn_…                        any other model's, by its own names, as LyCORIS wraps modules
 
 Beside low-rank layers: LyCORIS's factors, and full differences of weights (`diff`), biases (`diff_b`) and norms
 (`w_norm`, `b_norm`).
@@ -86,9 +87,11 @@ def prefix_of(component: str, models: Models, encoders: int = 0) -> str:
     Raises:
         Refused: no reader knows such a model.
     """
+    model = models.get(component)
+    if component == "transformer" and model is not None and not _of_diffusers(model):
+        return "lycoris_"
     if component in ("unet", "transformer", ""):
         return "lora_unet_"
-    model = models.get(component)
     if component == "text_encoder_3" or (model is not None and is_t5(model)):
         return "lora_te3_"
     if component == "text_encoder_2":
@@ -106,7 +109,7 @@ def is_t5(model: nn.Module) -> bool:
 
 def _by_own_names(layers: Sequence[Layer], component: str, models: Models) -> list[Layer]:
     model = models.get(component)
-    if component != "transformer":
+    if component != "transformer" or (model is not None and not _of_diffusers(model)):
         names = _sdxl_names(model)
         return [replace(layer, path=names.get(layer.path, layer.path)) for layer in layers]
     _check_transformer(model)
@@ -116,7 +119,7 @@ def _by_own_names(layers: Sequence[Layer], component: str, models: Models) -> li
 
 def _shifts_by_own_names(shifts: Sequence[Shift], component: str, models: Models) -> list[Shift]:
     model = models.get(component)
-    if component != "transformer":
+    if component != "transformer" or (model is not None and not _of_diffusers(model)):
         names = _sdxl_names(model)
         return [replace(shift, path=names.get(shift.path, shift.path)) for shift in shifts]
     _check_transformer(model)
@@ -131,6 +134,10 @@ def _sdxl_names(model: nn.Module | None) -> dict[str, str]:
     if model is None or getattr(config, "addition_embed_type", None) != "text_time" or shape != SDXL:
         return {}
     return {path: name for name, (path,) in original.table_of(model).items()}
+
+
+def _of_diffusers(model: nn.Module) -> bool:
+    return original_class(model).__module__.startswith("diffusers.")
 
 
 def _check_transformer(model: nn.Module | None) -> None:

@@ -44,6 +44,21 @@ def test_lycoris_reads_what_trained(method: str, tmp_path: Path) -> None:
     assert judged(wanted, base, {}) == "*nothing*"
 
 
+def test_lycoris_wraps_any_model_by_its_own_names(tmp_path: Path) -> None:
+    wrapper = pytest.importorskip("lycoris.wrapper")
+    tuning = mmpeft.attach(Toy(), METHODS["LoKr"])
+    with torch.no_grad():
+        for parameter in tuning.parameters():
+            parameter += 0.1
+    file = export(tuning, tmp_path / "a.safetensors", "kohya").path
+    model = Toy().requires_grad_(False)
+    network, _ = wrapper.create_lycoris_from_weights(1.0, None, model, weights_sd=load_file(file))
+    for module in network.loras:
+        module.merge_to(1.0)
+    for name, tensor in merged_copy(tuning).state_dict().items():
+        torch.testing.assert_close(model.state_dict()[name], tensor)
+
+
 def test_the_table_says_what_came_out_and_leaves_the_rest_of_the_page(tmp_path: Path) -> None:
     file = tmp_path / "readers.md"
     file.write_text(f"# Readers\n\n{START}\nold\n{END}\nrest\n")
