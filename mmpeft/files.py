@@ -88,6 +88,14 @@ def scratch_folder(target: Path) -> Iterator[Path]:
             os.close(handle)
 
 
+def put_files(new: Path, folder: Path, last: str) -> None:
+    """Move every file of a scratch folder to its place in another, over what is there; `last` makes them valid."""
+    for file in sorted((file for file in new.rglob("*") if file.is_file()), key=lambda file: file.name == last):
+        target = folder / file.relative_to(new)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        os.replace(file, target)
+
+
 @contextmanager
 def only_writer(folder: Path) -> Iterator[None]:
     """Have a folder to oneself among its writers, threads and processes; readers are not kept out.

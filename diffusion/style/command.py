@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import sys
 import warnings
 from collections.abc import Collection, Iterator, Sequence
@@ -11,7 +12,6 @@ from pathlib import Path
 from typing import NamedTuple, get_args
 
 import torch
-import yaml
 from rich.console import Console
 from torch import Tensor
 from torchvision.transforms.v2 import functional as tf
@@ -25,12 +25,13 @@ from mmpeft.diffusion.family import Family
 from mmpeft.diffusion.style.grid import labelled_grid
 from mmpeft.diffusion.style.words import FOLDER, load_words
 from mmpeft.errors import ConfigError, MMPEFTWarning
-from mmpeft.files import write_atomic
+from mmpeft.files import put_files, scratch_folder, write_atomic
 from mmpeft.formats.commands import add_forms
 from mmpeft.formats.exchange import Format, export, load_parts
 from mmpeft.formats.exchange import export_pipeline as write_pipeline
 from mmpeft.formats.merged import merged_copy
 from mmpeft.formats.native import MANIFEST
+from mmpeft.run.stranger import arguments_of, read_config
 from mmpeft.surgery.choice import use
 from mmpeft.surgery.together import Together
 from mmpeft.tuning import Tuning, load
@@ -145,9 +146,8 @@ def base_of(name: str | None, adapters: Sequence[Path]) -> Base:
     for path in adapters[:1]:
         config = path.parent / "config.yaml"
         if config.is_file():
-            facts = yaml.safe_load(config.read_text("utf-8"))
-            model, data = (facts[key].get("init_args", {}) for key in ("model", "data"))
-            if model.get("pipeline"):
+            model, data = (arguments_of(read_config(config), key) for key in ("model", "data"))
+            if isinstance(model.get("pipeline"), str):
                 size = model.get("resolution") or data.get("resolution")
                 return Base(model["pipeline"], model.get("dtype", "float32"), model.get("quantization"), size)
     raise ConfigError("--pipeline says what draws; it may be left out for an adapter in the folder of its run")
@@ -228,7 +228,9 @@ def save_pipeline(family: Family, tunings: Sequence[Tuning], folder: Path) -> No
     pipeline = family.pipeline
     parts = {id(part): name for name, part in pipeline.components.items()}
     merged = {parts[id(tuning.model)]: merged_copy(tuning) for tuning in tunings}
-    type(pipeline)(**{**pipeline.components, **merged}).save_pretrained(folder)
+    with scratch_folder(folder) as scratch:
+        type(pipeline)(**{**pipeline.components, **merged}).save_pretrained(scratch)
+        put_files(scratch, folder, last="model_index.json")
 
 
 def save_grid(images: Tensor, path: Path, columns: int) -> None:
@@ -236,8 +238,9 @@ def save_grid(images: Tensor, path: Path, columns: int) -> None:
     grid = make_grid(images, nrow=columns if columns > 1 else min(len(images), 4), padding=2, pad_value=1.0)
     times = max(1, 256 // images.shape[-1])
     picture: Untyped = tf.to_pil_image(grid)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    picture.resize((picture.width * times, picture.height * times), 0).save(path)
+    data = io.BytesIO()
+    picture.resize((picture.width * times, picture.height * times), 0).save(data, "PNG")
+    write_atomic(path, data.getvalue())
 
 
 def arguments(argv: Sequence[str] | None) -> list[str]:

@@ -10,9 +10,10 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 from torch import nn
 
-from mmpeft.errors import ConfigError
+from mmpeft.errors import ConfigError, shown
 from mmpeft.formats import native
 from mmpeft.formats.dora_out import FORMS
 from mmpeft.formats.exchange import FORMATS, Exported, convert, export, inspect, load_foreign
@@ -106,10 +107,14 @@ def merge_command(argv: Sequence[str] | None = None) -> int:
 
 def table_of(info: FileInfo) -> Table:
     """What `inspect` found, as a table of two columns."""
-    table = Table("", str(info.path), title=None, show_lines=False)
-    table.add_row("format", info.format)
-    table.add_row("method", info.method)
-    table.add_row("layers", str(info.layers))
+    table = Table("", _text(str(info.path)), title=None, show_lines=False)
+
+    def row(name: str, text: str) -> None:
+        table.add_row(name, _text(text))
+
+    row("format", info.format)
+    row("method", info.method)
+    row("layers", str(info.layers))
     for name, values in (
         ("rank", info.ranks),
         ("scale", info.scales),
@@ -118,19 +123,24 @@ def table_of(info: FileInfo) -> Table:
     ):
         known = {key: count for key, count in values.items() if key != ""}
         if known:
-            table.add_row(name, ", ".join(f"{key} ×{count}" for key, count in known.items()))
+            row(name, ", ".join(f"{key} ×{count}" for key, count in known.items()))
     if info.whole:
-        table.add_row("saved whole", ", ".join(info.whole))
-    table.add_row("size", f"{info.bytes:,} bytes")
+        row("saved whole", ", ".join(info.whole))
+    row("size", f"{info.bytes:,} bytes")
     if info.matched is not None and info.unmatched is not None:
-        table.add_row("fits the model", f"{len(info.matched)} of {info.layers} layers")
+        row("fits the model", f"{len(info.matched)} of {info.layers} layers")
         for path in info.unmatched[:5]:
-            table.add_row("no place for", path)
+            row("no place for", path)
     for note in info.notes:
-        table.add_row("note", note)
+        row("note", note)
     if info.refused:
-        table.add_row("[bold]not loadable[/bold]", info.refused)
+        table.add_row("[bold]not loadable[/bold]", _text(info.refused))
     return table
+
+
+def _text(text: str) -> Text:
+    """Text from a file, as it stands: brackets in a name are no markup, control characters are seen."""
+    return Text(shown(text))
 
 
 def _arguments(argv: Sequence[str] | None) -> list[str]:

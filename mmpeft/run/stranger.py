@@ -59,6 +59,13 @@ def read_config(path: Path) -> Json:
     return run
 
 
+def arguments_of(run: Json, key: str) -> Json:
+    """What a class under `key` of a configuration is given; nothing where none is written there."""
+    part = run.get(key)
+    found = part.get("init_args") if isinstance(part, dict) else None
+    return found if isinstance(found, dict) else {}
+
+
 def _values(content: object, path: Path) -> Iterator[tuple[object, object]]:
     """Every key and value of a mapping, those inside others too."""
     waiting, seen = [content], 0
