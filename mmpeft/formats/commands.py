@@ -9,6 +9,7 @@ from importlib import import_module
 from pathlib import Path
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 from torch import nn
@@ -107,7 +108,7 @@ def merge_command(argv: Sequence[str] | None = None) -> int:
 
 def table_of(info: FileInfo) -> Table:
     """What `inspect` found, as a table of two columns."""
-    table = Table("", _text(str(info.path)), title=None, show_lines=False)
+    table = Table("", escape(shown(str(info.path))), title=None, show_lines=False)
 
     def row(name: str, text: str) -> None:
         table.add_row(name, _text(text))
