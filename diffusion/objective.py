@@ -165,7 +165,8 @@ class EDM(Objective):
         if self.exponential:
             return (math.log(self.least) + share * (math.log(self.most) - math.log(self.least))) / 4
         low, high = self.least ** (1 / self.rho), self.most ** (1 / self.rho)
-        return (low + share * (high - low)).log() * self.rho / 4
+        levels: Tensor = (low + share * (high - low)).log() * self.rho / 4
+        return levels
 
     def noisy(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         sigma = self._sigma(timesteps, latents)

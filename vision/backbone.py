@@ -164,7 +164,8 @@ def _local(path: Path, num_classes: int, pretrained: bool, kwargs: Kwargs) -> nn
         model: AnyModule = _timm_file(source, weights, num_classes, pretrained, kwargs)
         if card.name != "config.json":
             model.pretrained_cfg = {**model.pretrained_cfg, **read_card(card).get("pretrained_cfg", {})}
-        return model
+        timm_model: nn.Module = model
+        return timm_model
     return _carded(card, weights, num_classes, pretrained, kwargs)
 
 

@@ -115,7 +115,8 @@ def preprocessing(model: AnyModule) -> Preprocessing:
     known: Json = getattr(model.visual, "preprocess_cfg", None) or {}
     mean = known.get("mean") or getattr(model.visual, "image_mean", None) or open_clip.OPENAI_DATASET_MEAN
     std = known.get("std") or getattr(model.visual, "image_std", None) or open_clip.OPENAI_DATASET_STD
-    mode, how = known.get("resize_mode") or "shortest", known.get("interpolation") or "bicubic"
+    mode: Untyped = known.get("resize_mode") or "shortest"
+    how = known.get("interpolation") or "bicubic"
     if mode == "shortest" and height != width:
         how = "bicubic"  # whatever is configured: so does open_clip
     resizing = Resizing(mode, "bicubic" if how == "random" else how, fill=known.get("fill_color") or 0)

@@ -109,7 +109,7 @@ class Cache:
 
 def described(part: Untyped) -> str:
     """A component's configuration, without where it came from."""
-    known = getattr(part, "config", None)
+    known: Untyped = getattr(part, "config", None)
     facts = known.to_dict() if hasattr(known, "to_dict") else dict(known or {})
     return repr(sorted((key, repr(value)) for key, value in facts.items() if not key.startswith("_")))
 

@@ -154,7 +154,7 @@ def add_words(family: Family, words: Mapping[str, str | Mapping[str, Tensor]], v
         encoder_any.resize_token_embeddings(len(tokenizer), mean_resizing=False)
         encoder_any.get_input_embeddings().weight[-len(rows) :] = torch.stack(rows)
         encoder.requires_grad_(False)
-    known = getattr(family.pipeline.maybe_convert_prompt, "args", ({},))[0]
+    known: dict[str, int] = getattr(family.pipeline.maybe_convert_prompt, "args", ({},))[0]
     counts = {w: vectors if isinstance(start, str) else len(next(iter(start.values()))) for w, start in words.items()}
     family.pipeline.maybe_convert_prompt = partial(spelled, known | counts)
 

@@ -88,7 +88,8 @@ def table_captions(table: Path, image: str, text: str) -> FileCaptions:
         DataError: a column, a value or a file is missing.
     """
     lines = _lines(table)
-    files, texts = [], []
+    files: list[Path] = []
+    texts: list[str] = []
     for number, line in enumerate(lines, 1):
         for name in (image, text):
             if name not in line:

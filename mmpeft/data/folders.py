@@ -154,9 +154,9 @@ def split_folders(root: Path, given: Mapping[str, str] | None = None) -> dict[st
         return {role: root / name for role, name in given.items()}
     named: dict[str, list[Path]] = {}
     for child in subfolders(root):
-        role = role_of(child.name)
-        if role is not None:
-            named.setdefault(role, []).append(child)
+        found = role_of(child.name)
+        if found is not None:
+            named.setdefault(found, []).append(child)
     two = next((same for same in named.values() if len(same) > 1), None)
     if two is not None:
         raise DataError(
