@@ -174,6 +174,8 @@ def export(
     base = peft_out.base_fields(model)
     files = _files(content, {prefix: model}, prefix, modules, base, dora=dora)
     notes = [said] if said else _written_as(content, format)
+    if format == "peft":
+        notes += peft_out.limits(content, model)
     if format == "comfy":
         notes.append("the names are those of diffusers' converters; docs/readers.md says what ComfyUI makes of them")
 

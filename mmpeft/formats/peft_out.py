@@ -29,6 +29,38 @@ def base_fields(model: nn.Module) -> Json:
     return {"base_model_name_or_path": name or None, "auto_mapping": mapping}
 
 
+VLLM_RANK = 16
+"""The largest rank that vLLM takes unless it is told more."""
+
+
+def limits(content: Content, model: nn.Module) -> list[str]:
+    """What servers of language models, which read PEFT folders too, make of this one; nothing for other models."""
+    if not hasattr(model, "generate"):
+        return []
+    found = []
+    beyond = {
+        "DoRA": any(layer.magnitude is not None for layer in content.layers),
+        content.beside: bool(content.beside),
+        "biases inside updates": bool(content.shifts),
+        "updates of experts": content.stacks is not None,
+        "learned tokens": content.learned is not None,
+    }
+    named = [name for name, there in beyond.items() if there]
+    if named:
+        found.append(
+            f"{' and '.join(named)}: PEFT and transformers read that; vLLM refuses it, SGLang reads low-rank updates "
+            "alone without a word, llama.cpp refuses it or leaves norms out: merge for those"
+        )
+    rank = max((layer.rank for layer in content.layers), default=0)
+    if rank > VLLM_RANK:
+        found.append(f"rank {rank}: vLLM takes it with --max-lora-rank {next(n for n in (*SIZES, rank) if n >= rank)}")
+    return found
+
+
+SIZES = (32, 64, 128, 256, 320, 512)
+"""The ranks that vLLM can be told."""
+
+
 def folder_files(content: Content, modules: Collection[str] = (), base: Json | None = None) -> dict[str, bytes]:
     """Names and bytes of the two files of a PEFT folder.
 

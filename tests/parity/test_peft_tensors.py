@@ -237,6 +237,16 @@ def test_a_new_bias_needs_an_update_to_be_in(tmp_path: Path) -> None:
         export(tuning, tmp_path)
 
 
+def test_what_servers_make_of_a_folder_is_said(tmp_path: Path) -> None:
+    """As their own readers did in benchmarks/readers: norms and lengths are refused there, or dropped."""
+    plain = export(mmpeft.attach(build("llama"), mmpeft.LoRA()), tmp_path / "plain")
+    wide = export(mmpeft.attach(build("llama"), mmpeft.LoRA(rank=24)), tmp_path / "wide")
+    norms = export(mmpeft.attach(build("llama"), mmpeft.LoRA() + mmpeft.NormTuning()), tmp_path / "norms")
+    assert not plain.notes
+    assert "--max-lora-rank 32" in wide.notes[0]
+    assert norms.notes[0].startswith("whole modules: PEFT and transformers read that; vLLM refuses it")
+
+
 def test_one_name_of_a_tied_tensor_in_part(tmp_path: Path) -> None:
     """PEFT writes into the tensor itself, and so under the other name too."""
     tuning = mmpeft.attach(build("tied"), mmpeft.LoRA(at="embed") + mmpeft.Full(at=TABLE))
@@ -260,6 +270,8 @@ def test_written_folders_have_one_rank_and_one_scale(tmp_path: Path) -> None:
     assert {len(t) for key, t in tensors.items() if "lora_A" in key} == {12}  # q, k and v of one projection
     assert (known["r"], known["lora_alpha"], known["rank_pattern"], known["alpha_pattern"]) == (12, 12, {}, {})
     assert isinstance(known["target_modules"], list)
+    auto = {"base_model_class": "Phi3ForCausalLM", "parent_library": "transformers.models.phi3.modeling_phi3"}
+    assert known["auto_mapping"] == auto  # AutoPeftModel builds its base by it
     again = load_foreign(copy.deepcopy(transformers.Phi3ForCausalLM(config)), tmp_path)
     ranks = {len(p.part.factor.A) for p in again.placements}
     assert ranks == {4}  # and the zeros are no part of it

@@ -203,3 +203,20 @@ def test_a_reader_that_disagrees_leaves_nothing(
     with pytest.raises(AdapterFileError, match="reads another value of"):
         tuning.save_merged(tmp_path / name)
     assert [(file.name, file.read_text()) for file in tmp_path.iterdir()] == [("m.safetensors", "former")]
+
+
+def test_words_templates_and_preprocessing_lie_beside_the_model_again(tmp_path: Path) -> None:
+    """transformers' own save leaves them to others; code is left where it was."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = {"vocab_size": 20, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
+    base = tmp_path / "base"
+    LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=2)).save_pretrained(base)
+    beside = ["additional_chat_templates/rag.jinja", "chat_template.jinja", "tokenizer.json", "tokenizer_config.json"]
+    for name in (*beside, "modeling.py"):
+        (base / name).parent.mkdir(exist_ok=True)
+        (base / name).write_text(name)
+    written = mmpeft.attach(LlamaForCausalLM.from_pretrained(base), mmpeft.LoRA()).save_merged(tmp_path / "merged")
+    assert sorted(written.kept) == beside
+    assert all((written.path / name).read_text() == name for name in beside)
+    assert not (written.path / "modeling.py").exists()

@@ -42,8 +42,10 @@ def main(arguments: Sequence[str]) -> None:
     for key in [key for key in adapter if key.endswith(".lora_a")]:
         a, b = adapter[key], adapter[key.replace(".lora_a", ".lora_b")]
         name = key.removesuffix(".lora_a")
-        down = a.T if name == "token_embd.weight" else a  # the runtime looks its columns up
-        tensors[f"delta.{name}"] = (b @ down) * (alpha / b.shape[-1])
+        if name == "token_embd.weight":  # the runtime looks the rows of A up, and turns B
+            tensors[f"delta.{name}"] = (a @ b.T) * (alpha / b.shape[-1])
+        else:
+            tensors[f"delta.{name}"] = (b @ a) * (alpha / b.shape[-1])
     for key in adapter:
         if not key.endswith((".lora_a", ".lora_b")):
             tensors[f"delta.{key}"] = adapter[key] * 0  # llama-adapter.cpp skips norms and takes nothing else

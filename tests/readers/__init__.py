@@ -1,1 +1,0 @@
-"""Other programs' own loaders, run on what this suite writes. See tests/readers/language.py."""
