@@ -16,6 +16,7 @@ from open_clip.model import CLIP
 from torch import Tensor, nn
 
 import mmpeft
+from mmpeft.errors import ConfigError
 from mmpeft.parts.in_place import InPlace
 from mmpeft.vla import backbone
 from mmpeft.vla.fewshot.consistency import Consistency, GaussianAverage
@@ -216,6 +217,18 @@ def test_every_way_trains_what_it_says_and_scores_base_and_new(name: str) -> Non
     base, new, both = (found[f"test/{key}"] for key in ("base", "new", "harmonic"))
     if name != "linear" and base and new:
         assert both == pytest.approx(2 * base * new / (base + new), rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ["zero-shot", "linear", "tip-f", "cocoop"])
+def test_without_new_classes_base_ones_are_scored_alone(name: str) -> None:
+    head, method = SETUPS[name]
+    task, source = FewShot("tiny", method, head and head(), templates=["a {}."], views=2), data(base_share=1.0)
+    trainer = fit(task, source)
+    (found,) = trainer.test(task, datamodule=source, verbose=False)
+    assert set(found) == {"test/base"}
+    few, other = FewShot("tiny", None, None), data(base_share=0.1)
+    with pytest.raises(ConfigError, match="has 1 of 4 classes to learn from"):
+        fit(few, other)
 
 
 def test_kept_features_are_those_of_the_images() -> None:

@@ -342,6 +342,46 @@ def test_an_unlabelled_test_split_can_still_be_predicted(tmp_path, hub):
         data.setup("test")
 
 
+@pytest.mark.parametrize("kind", ["saved", "parquet", "text in test", "text in train"])
+def test_labels_of_splits_whose_classes_stand_in_another_order(tmp_path, hub, kind):
+    own, other = hub.ClassLabel(names=["ant", "bee", "cow"]), hub.ClassLabel(names=["cow", "ant", "bee"])
+    train, test = table(hub, [0, 1, 2, 0], own), table(hub, [0, 1, 2, 2], other)
+    if kind == "text in test":
+        test = table(hub, ["cow", "ant", "bee", "bee"], hub.Value("string"))
+    if kind == "text in train":
+        train = table(hub, ["ant", "bee", "cow", "ant"], hub.Value("string"))
+    if kind == "saved":
+        found = hub.DatasetDict({"train": train, "test": test})
+        found.save_to_disk(str(tmp_path / "d"))
+    else:
+        train.to_parquet(tmp_path / "d/train.parquet")
+        test.to_parquet(tmp_path / "d/test.parquet")
+    data = ready(HubData(str(tmp_path / "d"), val_fraction=0.0))
+    assert data.classes == ["ant", "bee", "cow"]
+    assert data.train_set.labels == [0, 1, 2, 0]
+    assert data.test_set.labels == [2, 0, 1, 1]
+
+
+def test_a_class_that_another_split_lacks_or_has_alone(tmp_path, hub, caplog):
+    own, more = hub.ClassLabel(names=["ant", "bee", "cow"]), hub.ClassLabel(names=["dog", "cow", "bee"])
+    table(hub, [0, 1, 1], own).to_parquet(tmp_path / "d/train.parquet")
+    table(hub, [2, 0], more).to_parquet(tmp_path / "d/test.parquet")
+    with pytest.raises(DataError, match="row 1: 'dog' is none of the 3 classes of train"):
+        ready(HubData(str(tmp_path / "d"), val_fraction=0.0), "test")
+    assert "has no training row of 1 of its classes: cow" in caplog.text
+    table(hub, [0, 1], own).to_parquet(tmp_path / "e/train-00000-of-00002.parquet")
+    table(hub, [0, 1], more).to_parquet(tmp_path / "e/train-00001-of-00002.parquet")
+    with pytest.raises(DataError, match="list their classes in different orders"):
+        ready(HubData(str(tmp_path / "e")), "fit")
+
+
+def test_a_class_that_validation_takes_whole_is_named(tmp_path, hub):
+    table(hub, [*([0] * 9), 1], None).to_parquet(tmp_path / "d/train.parquet")
+    with pytest.raises(DataError, match="takes all training rows of 1: none is left to train on"):
+        for share in (0.3, 0.5, 0.7, 0.9):  # rows are drawn from all classes together
+            ready(HubData(str(tmp_path / "d"), val_fraction=share), "fit")
+
+
 def test_missing_columns_splits_and_data_sets(tmp_path, hub):
     table(hub, [0, 1]).save_to_disk(str(tmp_path / "d"))
     with pytest.raises(DataError, match=r"no column 'lable'; its columns: img, label\. Did you mean 'label'"):

@@ -107,7 +107,8 @@ class HubData(ImageData):
                         f"val_fraction={self.val_fraction} takes all training rows of {listed(lost)}: none is left to "
                         "train on; add rows, leave the classes out, or lower val_fraction"
                     )
-            absent = [name for number, name in enumerate(self.classes) if number not in set(rows.labels)]
+            present = set(rows.labels)
+            absent = [name for number, name in enumerate(self.classes) if number not in present]
             if absent:
                 LOG.warning("%s has no training row of %d of its classes: %s", self.path, len(absent), listed(absent))
             self.train_set = rows

@@ -14,6 +14,7 @@ from torch.utils.data import Subset
 from mmpeft.data.images import ImageData, Renamed
 from mmpeft.data.options import UnbatchedImageOptions
 from mmpeft.data.sampling import SizedDataset
+from mmpeft.data.texts import cleaned, read_text
 from mmpeft.embedded import spoken
 from mmpeft.errors import ConfigError, DataError
 from mmpeft.files import may_write, write_atomic
@@ -120,8 +121,8 @@ class FewShotData(ImageData):
 
     def _read(self, path: Path, facts: Json, labels: list[int]) -> dict[str, list[int]]:
         try:
-            kept = json.loads(path.read_text("utf-8"))
-        except ValueError as error:
+            kept = json.loads(cleaned(read_text(path)))
+        except (ValueError, RecursionError) as error:
             raise DataError(f"{path} is no JSON: {error}") from error
         if not isinstance(kept, dict):
             raise DataError(f"{path} is no split: expected a JSON object, got {type(kept).__name__}")
