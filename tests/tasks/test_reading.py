@@ -155,7 +155,7 @@ def shown(folder: Path, data: bytes, suffix: str) -> dict[str, Tensor | str]:
     return found
 
 
-def off(found: Tensor | str, expected: Image.Image) -> float | str:
+def off(found: torch.Tensor | str, expected: Image.Image) -> float | str:
     """By how many levels of 255 a picture is another than expected."""
     if isinstance(found, str):
         return found
