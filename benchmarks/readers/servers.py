@@ -1,8 +1,8 @@
 """vLLM's and SGLang's own readers of PEFT folders, in a process of its own, without their kernels.
 
-python servers.py vllm|sglang SOURCE BASE FOLDER OUT: SOURCE holds the package `vllm` or `sglang`, BASE is a transformers
-folder. The files that read adapters run as they are; what they import of the rest is made up here. OUT gets the change of
-each weight that the server would add (`delta.<module>`): vLLM's by its own names before they are packed, SGLang's after.
+python servers.py vllm|sglang SOURCE BASE FOLDER OUT: SOURCE holds the package `vllm` or `sglang`, BASE is a
+transformers folder. The files that read adapters run as they are; what they import of the rest is made up here. OUT
+gets the change of each weight that the server would add, `delta.<module>`.
 """
 
 from __future__ import annotations
@@ -25,8 +25,6 @@ REAL = {
 
 class MadeUp(ModuleType):
     """A module in which everything is there: classes without content."""
-
-    __path__: list[str] = []
 
     def __getattr__(self, name: str) -> Any:
         """Return a class of that name."""
@@ -54,7 +52,9 @@ class Finder(MetaPathFinder, Loader):
         """The source where it is a reader's, else nothing at all."""
         if spec.name in REAL[self.program]:
             return ModuleType(spec.name)
-        return MadeUp(spec.name)
+        made = MadeUp(spec.name)
+        made.__path__ = []
+        return made
 
     def exec_module(self, module: ModuleType) -> None:
         """Run the source of a reader."""
@@ -86,7 +86,8 @@ def vllm(base: Path, folder: Path) -> dict[str, Any]:
     )
     found = {}
     for name, weights in loaded.loras.items():
-        found[name] = weights.lora_b @ weights.lora_a * weights.scaling
+        change = weights.lora_b @ weights.lora_a * weights.scaling
+        found[name] = change if change.shape == names[name] else change.T  # a table is looked up, not multiplied
     return found
 
 
@@ -113,7 +114,7 @@ def sglang(base: Path, folder: Path) -> dict[str, Any]:
     found = {}
     for key, a in weights.items():
         if not key.endswith("lora_A.weight"):
-            if not key.endswith("lora_B.weight"):
+            if not key.endswith(("lora_B.weight", "lora_embedding_A", "lora_embedding_B")):
                 sys.exit(f"refused: it takes {key} and does nothing with it")
             continue
         b = weights[key.replace("lora_A", "lora_B")]
@@ -122,9 +123,20 @@ def sglang(base: Path, folder: Path) -> dict[str, Any]:
         rows = _rows(base, name, len(pieces))
         if sum(rows) != len(b) or len(a) % adapter.config.r:
             sys.exit(f"refused: {name} has {len(b)} rows and the ranks {[len(piece) for piece in pieces]}")
-        parts = [half @ piece for half, piece in zip(b.split(rows), pieces)]
-        found[name] = torch.cat(parts) * adapter.scaling
+        parts = [half @ piece * adapter.scaling for half, piece in zip(b.split(rows), pieces)]
+        place, _, own = name.rpartition(".")
+        if name in _modules(base):
+            found[name] = torch.cat(parts)
+        else:
+            found |= {f"{place}.{one}": part for one, part in zip(PACKED[own], parts)}
+    for key, a in weights.items():
+        if key.endswith("lora_embedding_A"):
+            b = weights[key.replace("embedding_A", "embedding_B")]
+            found[key.removeprefix("base_model.model.").removesuffix(".lora_embedding_A")] = (b @ a).T * adapter.scaling
     return found
+
+
+PACKED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 
 
 def _rows(base: Path, name: str, pieces: int) -> list[int]:
@@ -149,7 +161,7 @@ def _modules(base: Path) -> dict[str, tuple[int, ...]]:
     with safe_open(base / "model.safetensors", "pt") as file:
         return {
             name.removesuffix(".weight"): tuple(file.get_slice(name).get_shape())
-            for name in file.keys()
+            for name in list(file.keys())
             if name.endswith(".weight")
         }
 

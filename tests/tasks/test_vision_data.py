@@ -378,8 +378,7 @@ def test_a_class_that_another_split_lacks_or_has_alone(tmp_path, hub, caplog):
 def test_a_class_that_validation_takes_whole_is_named(tmp_path, hub):
     table(hub, [*([0] * 9), 1], None).to_parquet(tmp_path / "d/train.parquet")
     with pytest.raises(DataError, match="takes all training rows of 1: none is left to train on"):
-        for share in (0.3, 0.5, 0.7, 0.9):  # rows are drawn from all classes together
-            ready(HubData(str(tmp_path / "d"), val_fraction=share), "fit")
+        ready(HubData(str(tmp_path / "d"), val_fraction=0.9), "fit")
 
 
 def test_missing_columns_splits_and_data_sets(tmp_path, hub):
