@@ -7,9 +7,9 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from difflib import get_close_matches
 
-UNSEEN = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2060-\u2069\ufeff\ud800-\udfff]")
+_UNSEEN = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2060-\u2069\ufeff\ud800-\udfff]")
 """Characters that a terminal obeys, or does not show: a name from a file may hold them."""
-LONGEST_WORD, LONGEST_TEXT = 400, 20_000
+_LONGEST_WORD, _LONGEST_TEXT = 400, 20_000
 
 
 class MMPEFTError(ValueError):
@@ -97,14 +97,14 @@ def noted(note: str) -> Iterator[None]:
 
 def shown(text: str) -> str:
     """Text that may hold names from a file, for people: control characters escaped, endless words and texts cut."""
-    text = text if len(text) <= LONGEST_TEXT else f"{text[:LONGEST_TEXT]} … ({len(text):,} characters)"
-    text = UNSEEN.sub(lambda match: match[0].encode("unicode_escape", "surrogatepass").decode("ascii"), text)
-    return re.sub(rf"\S{{{LONGEST_WORD},}}", lambda match: f"{match[0][:200]}…{match[0][-100:]}", text)
+    text = text if len(text) <= _LONGEST_TEXT else f"{text[:_LONGEST_TEXT]} … ({len(text):,} characters)"
+    text = _UNSEEN.sub(lambda match: match[0].encode("unicode_escape", "surrogatepass").decode("ascii"), text)
+    return re.sub(rf"\S{{{_LONGEST_WORD},}}", lambda match: f"{match[0][:200]}…{match[0][-100:]}", text)
 
 
 def nearest(name: str, names: Iterable[str]) -> str:
     """Return `" Did you mean 'x'?"` for the closest known name, or an empty string."""
     known = {str(n).lower(): str(n) for n in names}
-    wanted = name[:LONGEST_WORD].lower()
+    wanted = name[:_LONGEST_WORD].lower()
     close = get_close_matches(wanted, known, n=1, cutoff=0.4) or [n for n in known if wanted and wanted in n][:1]
     return f" Did you mean {known[close[0]]!r}?" if close else ""
