@@ -34,7 +34,11 @@ class Exports:
 
     def names(self) -> list[str]:
         """The package's `__dir__`: the names here, and constants of its own."""
-        own = (name for name in vars(sys.modules[self.package]) if name.isupper() or name == "__version__")
+        own = (
+            name
+            for name in vars(sys.modules[self.package])
+            if (name.isupper() and name[0] != "_") or name == "__version__"
+        )
         return sorted({*own, *self.all_places()})
 
     def all_places(self) -> dict[str, str]:
