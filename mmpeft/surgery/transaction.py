@@ -7,6 +7,7 @@ from contextlib import ExitStack, contextmanager
 from copy import copy
 from dataclasses import fields
 
+import torch
 from torch import nn
 
 from mmpeft.hosting.modules import CHILD, own_modules
@@ -29,10 +30,11 @@ def unchanged_on_error(model: nn.Module, parts: bool = False) -> Iterator[None]:
     base = (p for kept in modules for p in kept.module._parameters.values() if p is not None)
     flags = [(tensor, tensor.requires_grad) for tensor in (model.parameters() if parts else base)]
     states = [_KeptState(kept.own[STATE]) for kept in modules if STATE in kept.own]
-    choices = CHOICES.get()
+    choices, grad = CHOICES.get(), torch.is_grad_enabled()
     try:
         yield
     except BaseException:
+        torch.set_grad_enabled(grad)  # an interrupt may come while `no_grad` ends, inside a mode that watches it
         with ExitStack() as alone:
             for state in states:
                 alone.enter_context(state.state.gate.alone(state.state))

@@ -168,6 +168,7 @@ def test_an_interrupt_anywhere_leaves_the_model_as_it_was(name: str, tmp_path: P
         before = _picture(twin)
         with pytest.raises(Stop), _at(number):
             change(twin, path)
+        assert torch.is_grad_enabled()
         _assert_same(before, _picture(twin), f"call {number} of {total}")
     change(twin, path)  # and nothing is in the way of doing it now
 
