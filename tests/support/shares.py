@@ -14,7 +14,7 @@ from typing import TypeVar
 
 T = TypeVar("T", bound=Hashable)
 
-ROUND = 10
+ROUND = 12
 VARIABLE = "MMPEFT_SEED"
 ALL = "all"
 
