@@ -12,7 +12,20 @@ from tests.zoo.run import is_whole
 
 DAILY = {"timm": 2, "open_clip": 1, "diffusers": 2, "torchvision": 1}
 """How many models of a library run on one day."""
-SLOW = ("_50", "rcnn", "retinanet", "fcos", "raft", "mvit", "ViT-H", "ViT-g", "ViT-bigG", "SO400M", "xxlarge", "Kandinsky3")
+SLOW = (
+    "_50",
+    "rcnn",
+    "retinanet",
+    "fcos",
+    "raft",
+    "mvit",
+    "ViT-H",
+    "ViT-g",
+    "ViT-bigG",
+    "SO400M",
+    "xxlarge",
+    "Kandinsky3",
+)
 
 
 def sample() -> list[tuple[str, str]]:
