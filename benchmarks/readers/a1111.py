@@ -10,7 +10,7 @@ from typing import Any
 
 from benchmarks.readers.applied import apply
 from benchmarks.readers.job import Job, NotTried, Tensors, answer
-from benchmarks.readers.models import denoiser_tree, own, parts, text_back, text_tree
+from benchmarks.readers.models import all_back, denoiser_tree, own, parts, text_tree
 from benchmarks.readers.stubs import anything, missing
 from benchmarks.readers.unet_names import sdxl_name
 
@@ -59,10 +59,7 @@ def read(job: Job, base: Tensors, file: Tensors) -> Tensors:
     networks.assign_network_names_to_compvis_modules(given)
     net: Any = networks.load_network("file", SimpleNamespace(filename=job.file))
     apply(net.modules)
-    changed = back()
-    for part, text in texts.items():
-        changed |= text_back(part, text, base)
-    return changed
+    return all_back(back, texts, base)
 
 
 if __name__ == "__main__":

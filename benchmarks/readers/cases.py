@@ -140,11 +140,11 @@ def prepared(kind: str, method: str, folder: Path) -> tuple[dict[str, mmpeft.Tun
     tunings = {}
     for i, (name, model) in enumerate(chosen):
         own = METHODS.get(method, METHODS["LoRA"]) if not name.startswith("text") else TEXT
-        tunings[name] = mmpeft.attach(model, own)
-        generator = torch.Generator().manual_seed(i)
-        with torch.no_grad():
+        with torch.random.fork_rng(), torch.no_grad():
+            torch.manual_seed(i)  # before attach, which draws as well: the table is the same in every run
+            tunings[name] = mmpeft.attach(model, own)
             for parameter in tunings[name].parameters():
-                parameter += torch.randn(parameter.shape, generator=generator) * 0.1
+                parameter += torch.randn(parameter.shape) * 0.1
     wanted = {
         f"{name}.{key}": tensor
         for name, tuning in tunings.items()

@@ -8,21 +8,11 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 from benchmarks.readers.job import Job, Tensors, answer
+from benchmarks.readers.stubs import anything
 
 NAME = "ComfyUI"
 FOLDER = "ComfyUI"
 TABLES = {"SD3": "mmdit_to_diffusers", "Flux": "flux_to_diffusers", "PixArt": "pixart_to_diffusers"}
-
-
-class _Classes(ModuleType):
-    """Classes by any name: `comfy.model_base` without the models."""
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        made = type(name, (), {})
-        setattr(self, name, made)
-        return made
 
 
 def setup(source: Path) -> None:
@@ -31,8 +21,7 @@ def setup(source: Path) -> None:
     management = ModuleType("comfy.model_management")
     vars(management)["cast_to_device"] = lambda tensor, device, dtype, copy=False: tensor.to(device, dtype, copy=copy)
     sys.modules["comfy.model_management"] = management
-    base = _Classes("comfy.model_base")
-    sys.modules["comfy.model_base"] = base
+    base = anything("comfy.model_base")
     import comfy
     import comfy.utils
 
@@ -121,6 +110,17 @@ def native_state(table: dict[str, Any], base: Tensors, part: str) -> Tensors:
     return {key: torch.cat([t for _, t in sorted(found, key=lambda x: x[0])]) for key, found in whole.items()}
 
 
+def diffusers_state(table: dict[str, Any], base: Tensors, part: str, new: Tensors) -> Tensors:
+    """The denoiser's tensors by diffusers' names again, those of fused modules apart."""
+    changed: Tensors = {}
+    for name, to in table.items():
+        if f"{part}.{name}" in base:
+            key, offset, function = parts(to)
+            own = new[key].narrow(*offset) if offset else new[key]
+            changed[f"{part}.{name}"] = function(own) if function else own
+    return changed
+
+
 def read(job: Job, base: Tensors, file: Tensors) -> Tensors:
     import comfy.lora
     import comfy.lora_convert
@@ -142,13 +142,7 @@ def read(job: Job, base: Tensors, file: Tensors) -> Tensors:
         key, offset, function = parts(to)
         if key in new:  # as the patcher leaves out what the model has not
             new[key] = comfy.lora.calculate_weight([(1.0, patch, 1.0, offset, function)], new[key], key)
-    changed: Tensors = {}
-    for name, to in table.items():
-        if f"{part}.{name}" in base:
-            key, offset, function = parts(to)
-            own = new[key].narrow(*offset) if offset else new[key]
-            changed[f"{part}.{name}"] = function(own) if function else own
-    return changed | {name: new[native] for name, native in texts.items()}
+    return diffusers_state(table, base, part, new) | {name: new[native] for name, native in texts.items()}
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
-from benchmarks.readers.comfyui import clip_names, native_config, native_map, native_state, parts
+from benchmarks.readers.comfyui import clip_names, diffusers_state, native_config, native_map, native_state, parts
 from benchmarks.readers.job import Job, Tensors, answer
 from benchmarks.readers.stubs import anything, missing, package
 
@@ -48,13 +48,7 @@ def read(job: Job, base: Tensors, file: Tensors) -> Tensors:
         key, offset, function = parts(to)
         if key in new:
             new[key] = lora.merge_lora_to_weight([(1.0, patch, 1.0, offset, function)], new[key], key)
-    changed: Tensors = {}
-    for name, to in table.items():
-        if f"{part}.{name}" in base:
-            key, offset, function = parts(to)
-            own = new[key].narrow(*offset) if offset else new[key]
-            changed[f"{part}.{name}"] = function(own) if function else own
-    return changed | {name: new[native] for name, native in texts.items()}
+    return diffusers_state(table, base, part, new) | {name: new[native] for name, native in texts.items()}
 
 
 if __name__ == "__main__":

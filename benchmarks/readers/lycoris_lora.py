@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from benchmarks.readers.job import Job, Tensors, answer
-from benchmarks.readers.models import denoiser_tree, own, parts, text_back, text_tree
+from benchmarks.readers.models import all_back, denoiser_tree, own, parts, text_tree
 from benchmarks.readers.unet_names import sdxl_name
 
 
@@ -18,10 +18,7 @@ def read(job: Job, base: Tensors, file: Tensors) -> Tensors:
         network, _ = create_network_from_weights(1.0, None, None, given, unet, weights_sd=file)
         for module in network.unet_loras + network.text_encoder_loras:
             module.merge_to(1.0)
-    found = back()
-    for part, text in texts.items():
-        found |= text_back(part, text, base)
-    return found
+    return all_back(back, texts, base)
 
 
 if __name__ == "__main__":

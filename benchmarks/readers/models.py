@@ -40,6 +40,14 @@ def text_back(part: str, root: Any, base: Tensors) -> Tensors:
     return found
 
 
+def all_back(back: Callable[[], Tensors], texts: dict[str, Any], base: Tensors) -> Tensors:
+    """The tensors of a denoiser's tree and of those of text encoders by the job's names."""
+    changed = back()
+    for part, text in texts.items():
+        changed |= text_back(part, text, base)
+    return changed
+
+
 def denoiser_tree(
     job: Job, base: Tensors, name: Callable[[str], str] | None = None
 ) -> tuple[Any, Callable[[], Tensors]]:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.readers.job import Job, Tensors, answer
-from benchmarks.readers.models import denoiser_tree, is_t5, own, parts, text_back, text_tree
+from benchmarks.readers.models import all_back, denoiser_tree, is_t5, own, parts, text_tree
 from benchmarks.readers.stubs import missing
 from benchmarks.readers.unet_names import sdxl_name
 
@@ -69,10 +69,7 @@ def read(job: Job, base: Tensors, file: Tensors) -> Tensors:
             assert weight is not None
             up, down = module.lora_up.weight.flatten(1), module.lora_down.weight.flatten(1)
             weight += (up @ down).view(weight.shape) * module.scale
-    changed = back()
-    for part, text in texts.items():
-        changed |= text_back(part, text, base)
-    return changed
+    return all_back(back, texts, base)
 
 
 if __name__ == "__main__":
