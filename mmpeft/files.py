@@ -174,12 +174,13 @@ def check_file(path: Path, limit: int, error: type[FileError] = FileError) -> No
     except (OSError, ValueError) as reason:  # ValueError: a NUL in the name
         raise error(f"{path} cannot be read: {reason}") from reason
     if not stat.S_ISREG(found.st_mode):
-        raise error(f"{path} is {_kind(found.st_mode)}; expected a file")
+        raise error(f"{path} is {kind_of(found.st_mode)}; expected a file")
     if found.st_size > limit:
         raise error(f"{path} has {found.st_size:,} bytes; such a file has at most {limit:,}")
 
 
-def _kind(mode: int) -> str:
+def kind_of(mode: int) -> str:
+    """What is there in place of a file."""
     kinds = ((stat.S_ISDIR, "a folder"), (stat.S_ISFIFO, "a pipe"), (stat.S_ISSOCK, "a socket"))
     return next((name for is_one, name in kinds if is_one(mode)), "a device")
 

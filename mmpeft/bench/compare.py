@@ -117,7 +117,7 @@ def compare(
                     move(advance=1)
                     continue
                 with only_writer(out):  # another comparison may write there
-                    known = {r.key: r for r in _past(log)} | {key: known[key]} | known
+                    known = {r.key: r for r in _past(log)} | known
                     lines = "".join(json.dumps(r.__dict__) + "\n" for r in known.values())
                     write_atomic(log, lines.encode())
                 console.print(f"{label}: {known[key].score:.3f} in {known[key].seconds:.0f} s")

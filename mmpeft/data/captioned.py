@@ -31,6 +31,8 @@ class Captioned:
 
     texts: list[str]
     rows: list[int]
+    by_pixels: bool = True
+    """Whether rows are told by the pixels; where nobody compares them (training), those of the store are enough."""
 
     def __len__(self) -> int:
         """Return the number of texts."""
@@ -39,7 +41,7 @@ class Captioned:
     def __getitem__(self, index: int) -> tuple[Image.Image, str, int]:
         """Return one image, in RGB, with one of its texts."""
         image = decoded(self.data(index), self.where(index))
-        return image, self.texts[index], row_of(image)
+        return image, self.texts[index], row_of(image) if self.by_pixels else self.rows[index]
 
     def data(self, index: int) -> bytes:
         """The image of a sample as a file's content."""

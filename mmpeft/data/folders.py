@@ -10,8 +10,9 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 
-from mmpeft.data.pictures import PLUGINS, kind_of, suffixes
+from mmpeft.data.pictures import PLUGINS, suffixes
 from mmpeft.errors import ConfigError, DataError, nearest
+from mmpeft.files import kind_of
 
 LOG = logging.getLogger(__name__)
 DEBRIS = frozenset(
@@ -47,13 +48,13 @@ class Search:
     def below(self, folder: Path) -> list[Path]:
         """All picture files in a folder and the folders inside it, sorted; links are followed, but not upwards."""
         known = suffixes()
-        above = {_identity(place) for place in (folder.resolve(), *folder.resolve().parents)}
+        above = {identity(place) for place in (folder.resolve(), *folder.resolve().parents)}
         seen: set[tuple[int, int]] = set(above)
         found: list[tuple[bool, Path]] = []
         for directory, folders, names in os.walk(folder, followlinks=True, onerror=self._closed):
             inside = []
             for name in sorted(folders):
-                place = _identity(Path(directory, name))
+                place = identity(Path(directory, name))
                 if not hidden(name) and place not in seen:
                     seen.add(place)
                     inside.append(name)
@@ -94,7 +95,7 @@ class Search:
     def _distinct(self, paths: Iterable[Path]) -> Iterable[Path]:
         seen: set[tuple[int, int]] = set()
         for path in paths:
-            place = _identity(path)
+            place = identity(path)
             if self.once and place in seen and place[1]:
                 self.left["reached twice"] += 1
                 continue
@@ -174,7 +175,8 @@ def _inner(folder: Path, role: str) -> Path:
     return folder
 
 
-def _identity(path: Path) -> tuple[int, int]:
+def identity(path: Path) -> tuple[int, int]:
+    """Device and inode: what a file is, whatever it is called; zeros where nobody knows."""
     try:
         facts = path.stat()
     except OSError:

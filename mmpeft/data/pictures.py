@@ -7,7 +7,7 @@ import os
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, lru_cache
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -18,6 +18,7 @@ from PIL import Image, ImageFile, UnidentifiedImageError
 
 from mmpeft.data.colours import rgb, told
 from mmpeft.errors import DataError
+from mmpeft.files import kind_of
 
 MOST_BYTES = 2**30
 PROBLEM = "cannot be read as a picture"
@@ -52,15 +53,21 @@ def _plugins() -> None:
                 getattr(found, register)()
 
 
-def formats() -> list[str]:
+def formats() -> tuple[str, ...]:
     """Pillow's names of the formats that it reads by itself, to the pixels."""
     _plugins()
+    return _decoded_of(tuple(Image.ID))
+
+
+@lru_cache(4)
+def _decoded_of(names: tuple[str, ...]) -> tuple[str, ...]:
+    """Asked for each picture; another plugin makes another list."""
 
     def decodes(name: str) -> bool:
         factory = Image.OPEN[name][0]
         return not (isinstance(factory, type) and issubclass(factory, ImageFile.StubImageFile))
 
-    return [name for name in Image.ID if name not in FOREIGN and name in Image.OPEN and decodes(name)]
+    return tuple(name for name in names if name not in FOREIGN and name in Image.OPEN and decodes(name))
 
 
 def suffixes() -> frozenset[str]:
@@ -96,12 +103,6 @@ def _file(path: Path) -> Iterator[BinaryIO]:
         raise DataError(f"there is no picture {path}") from error
     except (OSError, ValueError) as error:
         raise DataError(f"{path} cannot be read: {error}") from error
-
-
-def kind_of(mode: int) -> str:
-    """What is there in place of a file."""
-    kinds = {stat.S_ISDIR: "a folder", stat.S_ISFIFO: "a pipe", stat.S_ISSOCK: "a socket"}
-    return next((name for test, name in kinds.items() if test(mode)), "a device")
 
 
 class Stored(NamedTuple):

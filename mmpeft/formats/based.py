@@ -12,12 +12,14 @@ Conventions of github.com/KohakuBlueleaf/LyCORIS, which writes such files.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from mmpeft.errors import AdapterFileError
 from mmpeft.formats.content import Based, Layer, Shift
+from mmpeft.formats.dora_out import growth
 from mmpeft.formats.lycoris import multiplied
 
 COLUMNS = "DoRA by input column"
@@ -53,9 +55,8 @@ def on_base(item: Based, weight: Tensor, where: object) -> Layer | Shift:
 
 def _from_comfy(item: Based, own: Own, weight: Tensor) -> Layer:
     rank = float(len(own["down"]))
-    whole = weight.flatten(1) + own["up"] @ own["down"].flatten(1)
-    lengths = own["magnitude"].flatten() * whole.norm(dim=1) / weight.flatten(1).norm(dim=1)
-    return Layer(item.path, own["down"], own["up"], rank, lengths, item.component, item.flat)
+    layer = Layer(item.path, own["down"], own["up"], rank, own["magnitude"].flatten(), item.component, item.flat)
+    return replace(layer, magnitude=own["magnitude"].flatten() * growth(layer, weight))
 
 
 def _columns(own: Own, weight: Tensor) -> Tensor:

@@ -13,8 +13,9 @@ Beside low-rank layers: LyCORIS's factors, and full differences of weights (`dif
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +26,8 @@ from mmpeft.formats.content import Layer, Shift, dump_tensors
 from mmpeft.hosting.host import original_class
 
 Models = Mapping[str, nn.Module | None]
+Item = TypeVar("Item", Layer, Shift)
+Fuse = Callable[[Sequence[Item], nn.Module], list[Item]]
 SDXL = (3, 2)
 """Down blocks of SDXL's UNet, and layers of each: readers' tables of its names are for these."""
 
@@ -50,7 +53,7 @@ def kohya_bytes(
     named = [
         (prefix_of(name, models, encoders), layer)
         for name in sorted({layer.component or component for layer in layers})
-        for layer in _by_own_names([x for x in layers if (x.component or component) == name], name, models)
+        for layer in _by_own_names([x for x in layers if (x.component or component) == name], name, models, _fused)
     ]
     alpha = float(max((layer.rank for _, layer in named), default=1))
     for prefix, layer in named:
@@ -69,7 +72,7 @@ def kohya_bytes(
             tensors[f"{name}.dora_scale"] = own.magnitude.view(-1, 1, *ones)
     for name in sorted({shift.component or component for shift in shifts}):
         own_shifts = [x for x in shifts if (x.component or component) == name]
-        own_shifts = _shifts_by_own_names(own_shifts, name, models)
+        own_shifts = _by_own_names(own_shifts, name, models, original.fused_shifts)
         for shift in own_shifts:
             path = prefix_of(name, models, encoders) + shift.path.replace(".", "_")
             tensors[f"{path}.{_ending(shift, own_shifts)}"] = shift.value
@@ -107,24 +110,20 @@ def is_t5(model: nn.Module) -> bool:
     return "T5" in original_class(model).__name__
 
 
-def _by_own_names(layers: Sequence[Layer], component: str, models: Models) -> list[Layer]:
+def _by_own_names(items: Sequence[Item], component: str, models: Models, fuse: Fuse[Item]) -> list[Item]:
+    """Layers or differences of one model, by the names of the code that trains it; `fuse` knows those of diffusers'."""
     model = models.get(component)
     if component != "transformer" or (model is not None and not _of_diffusers(model)):
         names = _sdxl_names(model)
-        return [replace(layer, path=names.get(layer.path, layer.path)) for layer in layers]
+        return [replace(item, path=names.get(item.path, item.path)) for item in items]
     _check_transformer(model)
     assert model is not None
+    return fuse(items, model)
+
+
+def _fused(layers: Sequence[Layer], model: nn.Module) -> list[Layer]:
+    """Layers of a transformer by its own names, which know low-rank halves alone."""
     return original.fused([replace(layer, tensors={}) for layer in layers], model)
-
-
-def _shifts_by_own_names(shifts: Sequence[Shift], component: str, models: Models) -> list[Shift]:
-    model = models.get(component)
-    if component != "transformer" or (model is not None and not _of_diffusers(model)):
-        names = _sdxl_names(model)
-        return [replace(shift, path=names.get(shift.path, shift.path)) for shift in shifts]
-    _check_transformer(model)
-    assert model is not None
-    return original.fused_shifts(shifts, model)
 
 
 def _sdxl_names(model: nn.Module | None) -> dict[str, str]:

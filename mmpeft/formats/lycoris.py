@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from mmpeft.errors import AdapterFileError
 from mmpeft.formats.content import Content, Layer, read_json, read_tensors
-from mmpeft.formats.patterns import first_for
+from mmpeft.formats.patterns import value_for
 from mmpeft.formats.peft import CONFIG, PREFIX, WEIGHTS
 from mmpeft.functional.hadamard import khatri_rao
 from mmpeft.hosting.host import base_value
@@ -221,9 +221,8 @@ def _configured(path: str, own: Mapping[str, Tensor], config: Facts, where: Path
     for name in ("r", "alpha"):
         if not isinstance(config.get(name), int | float):
             raise AdapterFileError(f"{where / CONFIG}: no {name}, so the scale is not known")
-        patterns = config.get({"r": "rank_pattern"}.get(name, "alpha_pattern")) or {}
-        key = first_for(patterns, path)
-        numbers.append(config[name] if key is None else patterns[key])
+        patterns = config.get({"r": "rank_pattern"}.get(name, "alpha_pattern"))
+        numbers.append(value_for(patterns, path, config[name]))
     rank, alpha = numbers
     halves = {len(own[name]) for name in ("hada_w1_b", "hada_w2_b", "lokr_w1_b", "lokr_w2_b") if name in own}
     if halves - {rank}:

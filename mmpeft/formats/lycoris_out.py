@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections import Counter
 from collections.abc import Collection, Sequence
@@ -13,9 +12,9 @@ import torch
 from torch import Tensor
 
 from mmpeft.errors import Refused
-from mmpeft.formats.content import Content, Layer, dump_tensors
+from mmpeft.formats.content import Content, Layer
 from mmpeft.formats.lycoris import TYPES, layer_of
-from mmpeft.formats.peft import CONFIG, PREFIX, WEIGHTS, exact_targets
+from mmpeft.formats.peft import PREFIX, exact_targets, folder_of
 from mmpeft.parts import Hadamard, Kron, LowRankKron
 from mmpeft.parts.factors import Factor
 from mmpeft.types import Json
@@ -78,18 +77,9 @@ def folder_files(content: Content, modules: Collection[str], base: Json | None) 
         for key, tensor in layer.tensors.items()
         if key != "alpha"
     }
-    config: Json = {
-        "auto_mapping": None,
-        "base_model_name_or_path": None,
-        "inference_mode": True,
-        "modules_to_save": None,
-        "peft_type": name,
-        "target_modules": exact_targets([layer.path for layer in content.layers], modules),
-        "task_type": None,
-    }
-    config |= _ranks(content.layers) | OPTIONS[kind] | (base or {})
-    text = json.dumps(config, indent=2, sort_keys=True) + "\n"
-    return {WEIGHTS: dump_tensors(tensors, {"format": "pt"}), CONFIG: text.encode()}
+    targets = exact_targets([layer.path for layer in content.layers], modules)
+    fields = {"peft_type": name, "target_modules": targets, **_ranks(content.layers), **OPTIONS[kind]}
+    return folder_of(tensors, fields, base)
 
 
 def _ranks(layers: Sequence[Layer]) -> Json:

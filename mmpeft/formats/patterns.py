@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Mapping
 from functools import lru_cache
 
 import regex
 
 from mmpeft.errors import AdapterFileError
+from mmpeft.types import Leaf
 
 SECONDS = 0.25
 """That one comparison may take; honest patterns take a few microseconds."""
@@ -38,6 +39,10 @@ def matches(pattern: str, path: str) -> bool:
         ) from error
 
 
-def first_for(patterns: Iterable[str], path: str) -> str | None:
-    """PEFT's own rule for patterns of ranks and scales: the first that matches a path, or its end after a dot."""
-    return next((key for key in patterns if matches(rf"(.*\.)?({key})", path)), None)
+def value_for(patterns: Mapping[str, Leaf] | None, path: str, default: Leaf) -> Leaf:
+    """PEFT's own rule for ranks and scales: that of the first pattern that matches a path, or its end after a dot.
+
+    Where none matches, a path that stands there as it is counts, whatever it would mean as a pattern.
+    """
+    known = patterns or {}
+    return next((v for key, v in known.items() if matches(rf"(.*\.)?({key})", path)), known.get(path, default))

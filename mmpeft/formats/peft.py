@@ -6,6 +6,7 @@ key is a name in the tuned model: PEFT puts its tensor there, whatever the confi
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections import Counter
@@ -17,8 +18,18 @@ from torch import Tensor
 
 from mmpeft.errors import AdapterFileError, nearest
 from mmpeft.formats import peft_experts, peft_others, peft_prompts
-from mmpeft.formats.content import PICKLED, Content, Layer, Scaling, Shift, assemble, read_json, read_tensors
-from mmpeft.formats.patterns import first_for, matches
+from mmpeft.formats.content import (
+    PICKLED,
+    Content,
+    Layer,
+    Scaling,
+    Shift,
+    assemble,
+    dump_tensors,
+    read_json,
+    read_tensors,
+)
+from mmpeft.formats.patterns import matches, value_for
 from mmpeft.types import Facts, Json, Kwargs
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -185,23 +196,15 @@ def scaled(layer: Layer, config: Facts, where: Path) -> Layer:
     for name in ("r", "lora_alpha"):
         if not isinstance(config.get(name), int | float):
             raise AdapterFileError(f"{where}: no {name}, so the scale of the update is not known; restore the config")
-    ranks, alphas = config.get("rank_pattern") or {}, config.get("alpha_pattern") or {}
-    r: int = config["r"]
-    rank = ranks.get(_pattern_key(ranks, layer.path), r)
+    rank: int = value_for(config.get("rank_pattern"), layer.path, config["r"])
     if rank != layer.rank:
         raise AdapterFileError(
             f"{where}: rank {rank} for {layer.path}, its tensors have rank {layer.rank}; the files belong to "
             "different adapters"
         )
-    own: float = config["lora_alpha"]
-    alpha = alphas.get(_pattern_key(alphas, layer.path), own)
+    alpha: float = value_for(config.get("alpha_pattern"), layer.path, config["lora_alpha"])
     scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
     return replace(layer, alpha=scale * rank)
-
-
-def _pattern_key(patterns: Facts, path: str) -> str:
-    """PEFT's own rule: the first pattern that matches the path or a suffix of it after a dot."""
-    return first_for(patterns, path) or path
 
 
 def _check_options(config: Facts, where: Path) -> None:
@@ -270,6 +273,21 @@ def _scaling(path: str, gamma: Tensor, config: Facts, folder: Path) -> Scaling:
 
 
 # -- shared with what writes --------------------------------------------------------------------------------
+
+
+def folder_of(tensors: Mapping[str, Tensor], fields: Facts, base: Facts | None) -> dict[str, bytes]:
+    """Names and bytes of a folder's two files; a config has `fields`, what is said of its base, and what all have."""
+    config: Json = {
+        "auto_mapping": None,
+        "base_model_name_or_path": None,
+        "inference_mode": True,
+        "modules_to_save": None,
+        "task_type": None,
+        **(base or {}),
+        **fields,
+    }
+    text = json.dumps(config, indent=2, sort_keys=True) + "\n"
+    return {WEIGHTS: dump_tensors(tensors, {"format": "pt"}), CONFIG: text.encode()}
 
 
 def lora_fields(layers: Collection[Layer]) -> Json:

@@ -13,13 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from mmpeft.errors import AdapterFileError, Refused
-from mmpeft.formats.patterns import first_for
+from mmpeft.formats.patterns import value_for
 from mmpeft.functional.rows import put_rows
 from mmpeft.hosting.host import base_value
 from mmpeft.hosting.modules import module_at, own_modules
 from mmpeft.parts import ExpertsDelta
 from mmpeft.parts.base import Placement
-from mmpeft.types import Facts, Leaf
+from mmpeft.types import Facts
 
 OPTION = "target_parameters"
 WRAP = ".base_layer"
@@ -131,25 +131,19 @@ def _layer(module: nn.Module, path: str, name: str, a: Tensor, b: Tensor, config
             f"has [experts · r, {inputs}] and [{outputs}, r · experts], and other parameters cannot be loaded"
         )
     rank = len(a) // shape[0]
-    ranks, alphas = config.get("rank_pattern") or {}, config.get("alpha_pattern") or {}
-    known = _pattern(ranks, f"{path}.{name}", config.get("r"))
+    known = value_for(config.get("rank_pattern"), f"{path}.{name}", config.get("r"))
     if known != rank:
         raise AdapterFileError(
             f"{where}: rank {known} for {path}.{name}, its tensors have rank {rank}; the files belong to different "
             "adapters"
         )
-    alpha = _pattern(alphas, f"{path}.{name}", config.get("lora_alpha"))
+    alpha = value_for(config.get("alpha_pattern"), f"{path}.{name}", config.get("lora_alpha"))
     scale = alpha / (rank**0.5 if config.get("use_rslora") else rank)
     down, up = a.view(shape[0], rank, inputs), b.view(outputs, rank, shape[0]).permute(2, 0, 1)
     keep = (down != 0).any(-1).any(0) | (up != 0).any(0).any(0)  # the rest is padding
     keep[0] |= not keep.any()
     down, up = down[:, keep], up[..., keep]
     return StackLayer(path, name, *((down, up) if _swaps(module) else (up.mT, down.mT)), scale)
-
-
-def _pattern(patterns: Facts, name: str, default: Leaf) -> Leaf:
-    key = first_for(patterns, name)
-    return default if key is None else patterns[key]
 
 
 def _swaps(module: nn.Module) -> bool:

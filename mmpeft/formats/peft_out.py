@@ -6,15 +6,14 @@ SGLang knows neither. So updates of several ranks are padded with zeros to the l
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Collection, Mapping
 
 from torch import Tensor, nn
 
 from mmpeft.errors import Refused
 from mmpeft.formats import peft_experts, peft_others, peft_prompts
-from mmpeft.formats.content import Content, dump_tensors
-from mmpeft.formats.peft import CONFIG, PREFIX, SHIFT, WEIGHTS, exact_targets, lora_tensors
+from mmpeft.formats.content import Content
+from mmpeft.formats.peft import PREFIX, SHIFT, exact_targets, folder_of, lora_tensors
 from mmpeft.formats.peft_experts import StackTensors
 from mmpeft.hosting.host import original_class
 from mmpeft.types import Json
@@ -72,24 +71,14 @@ def folder_files(content: Content, modules: Collection[str] = (), base: Json | N
     """
     if 0 < sum(layer.magnitude is not None for layer in content.layers) < len(content.layers):
         raise Refused("there are both LoRA and DoRA layers; a PEFT folder holds one of them. Use tuning.save()")
-    config: Json = {
-        "auto_mapping": None,
-        "base_model_name_or_path": None,
-        "inference_mode": True,
-        "modules_to_save": sorted(content.whole) or None,
-        "task_type": None,
-        **(base or {}),
-    }
     if content.learned is not None:
         tensors = {f"{peft_prompts.WRAPPED}{m}.{n}": t for m, own in content.whole.items() for n, t in own.items()}
         tensors[peft_prompts.KEY] = content.learned.tensor
-        config |= {**peft_prompts.fields(content.learned), "auto_mapping": None}  # the task says the class
+        fields: Json = {**peft_prompts.fields(content.learned), "auto_mapping": None}  # the task says the class
     else:
         kind = "IA3" if content.scalings else "LORA" if content.layers or content.stacks else ""
         fields, tensors = WRITERS[kind](content, modules)
-        config |= fields
-    text = json.dumps(config, indent=2, sort_keys=True) + "\n"
-    return {WEIGHTS: dump_tensors(tensors, {"format": "pt"}), CONFIG: text.encode()}
+    return folder_of(tensors, {"modules_to_save": sorted(content.whole) or None, **fields}, base)
 
 
 Written = tuple[Json, dict[str, Tensor]]

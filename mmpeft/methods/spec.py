@@ -13,6 +13,12 @@ from mmpeft.methods.shared.statistics import BatchStatistics
 from mmpeft.types import Facts, Json, Kwargs, Leaf
 
 
+def by_name() -> dict[str, type[Method]]:
+    """Every class that a file may name: the registered methods, and those that are made of methods."""
+    unlisted = (Frozen, Union, Restricted, Gated, BatchStatistics)
+    return {**METHODS, **{cls.__name__: cls for cls in unlisted}}
+
+
 def to_spec(method: Method) -> Json:
     """A method as JSON-ready data: its class name and every field.
 
@@ -43,8 +49,7 @@ def from_spec(spec: Facts) -> Method:
     Raises:
         ConfigError: an unknown method or field.
     """
-    unlisted = (Frozen, Union, Restricted, Gated, BatchStatistics)
-    classes: dict[str, type[Method]] = {**METHODS, **{c.__name__: c for c in unlisted}}
+    classes = by_name()
     name = spec.get("name")
     if not isinstance(name, str) or name not in classes:
         raise ConfigError(

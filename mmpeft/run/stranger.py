@@ -11,21 +11,22 @@ import importlib.machinery
 import site
 import sys
 import sysconfig
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.abc import MetaPathFinder
 from pathlib import Path
 from types import ModuleType
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import lightning
 import yaml
+from jsonargparse import Namespace
 from torch import nn
 
 from mmpeft.errors import ConfigError
 from mmpeft.files import read_file, reading_only
-from mmpeft.methods import METHODS
 from mmpeft.methods.base import Method
+from mmpeft.methods.spec import by_name
 from mmpeft.run.domains import classes
 from mmpeft.types import Config, Json
 
@@ -67,12 +68,10 @@ def arguments_of(run: Json, key: str) -> Json:
 
 
 def _values(content: object, path: Path) -> Iterator[tuple[object, object]]:
-    """Every key and value of a mapping, those inside others too."""
+    """Every key and value of a configuration, as it was written or as it was parsed, those inside others too."""
     waiting, seen = [content], 0
     while waiting:
-        one = waiting.pop()
-        pairs = one.items() if isinstance(one, dict) else enumerate(one) if isinstance(one, list) else ()
-        for key, value in pairs:
+        for key, value in _pairs(waiting.pop()):
             yield key, value
             waiting.append(value)
             seen += 1
@@ -80,11 +79,19 @@ def _values(content: object, path: Path) -> Iterator[tuple[object, object]]:
                 raise ConfigError(f"{path} has more than {MOST_VALUES:,} values; no run has so many")
 
 
+def _pairs(content: object) -> Iterable[tuple[object, object]]:
+    if isinstance(content, Namespace):
+        return vars(content).items()
+    if isinstance(content, dict):
+        return content.items()
+    return enumerate(content) if isinstance(content, list | tuple) else ()
+
+
 def _may_be_named(name: str, known: dict[str, str]) -> bool:
     module, _, last = name.rpartition(".")
     if module in sys.modules or name.startswith(PLAIN):
         return True
-    if last in METHODS or last in ("Union", "Restricted", "Gated", "Frozen", "BatchStatistics"):
+    if last in by_name():
         return module == "" or module.split(".")[0] == "mmpeft"
     return last in known and (module == "" or module.split(".")[0] in ("mmpeft", known[last]))
 
@@ -114,8 +121,8 @@ def guarded(where: Path) -> Iterator[Callable[[Config], None]]:
 
 def _check(run: Config, where: Path, before: set[str]) -> None:
     registered = {target.replace(":", ".") for _, target in classes().values()}
-    own = {f"{cls.__module__}.{cls.__qualname__}" for cls in METHODS.values()}
-    for key, value in vars_of(run):
+    own = {f"{cls.__module__}.{cls.__qualname__}" for cls in by_name().values()}
+    for key, value in _values(run, where):
         named = value
         if key == CLASS:
             module, _, last = str(value).rpartition(".")
@@ -129,21 +136,6 @@ def _check(run: Config, where: Path, before: set[str]) -> None:
         own_kind = isinstance(named, type) and issubclass(named, KINDS) and named.__module__ in before
         if not fits and not own_kind:
             _refuse(where, name)
-
-
-def vars_of(run: object) -> Iterator[tuple[str, Any]]:
-    """Every name and value of a parsed configuration, those inside others too."""
-    waiting: list[tuple[str, Any]] = [("", run)]
-    while waiting:
-        key, value = waiting.pop()
-        if isinstance(value, dict):
-            waiting += [(str(name), inner) for name, inner in value.items()]
-        elif isinstance(value, list | tuple):
-            waiting += [(key, inner) for inner in value]
-        elif hasattr(value, "__dict__") and not isinstance(value, type) and type(value).__name__ == "Namespace":
-            waiting += list(vars(value).items())
-        else:
-            yield key, value
 
 
 class _OnlyInstalled(MetaPathFinder):

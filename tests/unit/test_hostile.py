@@ -20,7 +20,7 @@ import mmpeft
 from mmpeft.bank import Bank, LinearHead
 from mmpeft.errors import AdapterFileError, ConfigError, MMPEFTError
 from mmpeft.formats.exchange import inspect
-from mmpeft.formats.patterns import first_for, matches
+from mmpeft.formats.patterns import matches, value_for
 from mmpeft.methods.shared.plan_file import unpack
 from mmpeft.sites import sites
 from mmpeft.sites.selector import select
@@ -100,9 +100,9 @@ def test_selectors_as_people_write_them() -> None:
 def test_patterns_that_never_end(tmp_path: Path) -> None:
     with pytest.raises(AdapterFileError, match="takes more than"):
         matches(SLOW, "a" * 200)
-    assert first_for(["x", "q"], "blocks.0.q") == "q"
-    assert first_for(["^blocks.0.q"], "blocks.0.q") == "^blocks.0.q"
-    assert first_for(["q"], "blocks.0.qq") is None
+    assert value_for({"x": 1, "q": 2}, "blocks.0.q", 3) == 2
+    assert value_for({"^blocks.0.q": 1}, "blocks.0.q", 3) == 1
+    assert value_for({"q": 1}, "blocks.0.qq", 3) == 3
     folder = mmpeft.attach(Toy(), mmpeft.LoRA(rank=2)).export(tmp_path / "peft", verify=False).path
     path = folder / "adapter_config.json"
     for field, value in (("target_modules", SLOW), ("rank_pattern", {SLOW: 2}), ("rank_pattern", {"(": 2})):

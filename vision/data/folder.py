@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Unpack
 
 from mmpeft.data.captioned import listed
-from mmpeft.data.folders import Search, split_folders, subfolders
+from mmpeft.data.folders import Search, identity, split_folders, subfolders
 from mmpeft.data.images import ImageData, Renamed
 from mmpeft.data.options import ImageOptions
 from mmpeft.errors import ConfigError, DataError
@@ -149,7 +149,7 @@ class FolderData(ImageData):
         owner: dict[tuple[int, int], tuple[str, Path]] = {}
         for name, paths in files.items():
             for path in paths:
-                first, other = owner.setdefault(_file(path), (name, path))
+                first, other = owner.setdefault(identity(path), (name, path))
                 if first != name:
                     raise DataError(f"{other} and {path} are one file in two classes; remove one of them")
         good = set(readable([path for paths in files.values() for path in paths], self.skip_unreadable))
@@ -220,14 +220,9 @@ def _named(folder: Path) -> str:
     return unicodedata.normalize("NFC", folder.name)
 
 
-def _file(path: Path) -> tuple[int, int]:
-    facts = path.stat()
-    return facts.st_dev, facts.st_ino
-
-
 def _warn_shared(samples: Mapping[str, Samples]) -> None:
     """Say which files are in two splits, so that what is measured was trained on."""
-    train = {_file(path) for path, _ in samples["train"]}
-    shared = [path for split in ("val", "test") for path, _ in samples[split] if _file(path) in train]
+    train = {identity(path) for path, _ in samples["train"]}
+    shared = [path for split in ("val", "test") for path, _ in samples[split] if identity(path) in train]
     if shared:
         LOG.warning("%d files of validation and test are also trained on: %s", len(shared), listed(shared))

@@ -86,12 +86,11 @@ class HubData(ImageData):
         def labelled(role: str) -> HubRows:
             where = f"{self.path}, split {self.splits[role]!r}, column {label!r}"
             values = train if role == "train" else _values(tables[role], label)
-            names = _names(tables[role], label)
+            names, own = _names(tables[role], label), {name: number for number, name in enumerate(self.classes)}
             if role != "train" and names is not None:  # numbers of another split's list mean that list's names
                 values = [names[v] if isinstance(v, int) and 0 <= v < len(names) else v for v in values]
-                own = {name: number for number, name in enumerate(self.classes)}
                 return HubRows(tables[role], image, _numbered(values, own, len(self.classes), where), where)
-            by_name = known or ({name: n for n, name in enumerate(self.classes)} if _are_texts(values) else None)
+            by_name = known or (own if _are_texts(values) else None)
             return HubRows(tables[role], image, _numbered(values, by_name, len(self.classes), where), where)
 
         if self.train_set is None:

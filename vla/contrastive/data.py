@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from copy import copy
 from typing import Unpack
 
 import torch
@@ -50,7 +51,9 @@ class CaptionData(AugmentedImages):
         for name, source in self.sources.items():
             if source is not None:
                 opened[source] = opened.get(source) or open_captions(source, *self.columns)
-                setattr(self, f"{name}_set", opened[source])
+                found = copy(opened[source])
+                found.by_pixels = name != "train"
+                setattr(self, f"{name}_set", found)
 
     def check_texts(self, tokens: Callable[[Sequence[str]], Tensor]) -> None:
         """Raise DataError for a text that a tokenizer would cut."""
