@@ -9,11 +9,11 @@ SHARE := $(if $(SEED),--share-seed $(SEED))
 .PHONY: demo demo-style test test-all faults lint docs zoo bench clean
 
 demo: $(STAMP)  ## adapt a pretrained ViT to a drawing style it never saw, by six methods; a table and a plot
-	$(BIN)/mmpeft compare -c configs/vision/demo.yaml --out runs/demo
+	$(BIN)/mmpeft compare -c vision/demo --out runs/demo
 
 demo-style: $(STAMP)  ## tune a pretrained text-to-image UNet to OpenMoji from 64 drawings; grids before and after
-	$(BIN)/mmpeft fit -c configs/diffusion/demo_style.yaml
-	$(BIN)/mmpeft test -c configs/diffusion/demo_style.yaml --ckpt_path last
+	$(BIN)/mmpeft fit -c diffusion/demo_style
+	$(BIN)/mmpeft test -c diffusion/demo_style --ckpt_path last
 
 test: lint  ## everything that CI checks: of the matrix the share of the day, which SEED=<number> repeats
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -q -m "not slow and not gpu" $(SHARE)

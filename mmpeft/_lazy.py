@@ -7,6 +7,8 @@ from collections.abc import Callable, Collection, Mapping
 from importlib import import_module
 from typing import Any
 
+from mmpeft._extras import needed_by
+
 
 class Exports:
     """The public names of one package, and the place of each: `module:name`, or `module:` for a module itself."""
@@ -30,7 +32,9 @@ class Exports:
         if place is None:
             raise AttributeError(f"module {self.package!r} has no attribute {name!r}{self._hint(name)}", name=name)
         module, _, attribute = place.partition(":")
-        return getattr(import_module(module), attribute) if attribute else import_module(module)
+        with needed_by(f"{self.package}.{name}", module):
+            found = import_module(module)
+        return getattr(found, attribute) if attribute else found
 
     def names(self) -> list[str]:
         """The package's `__dir__`: the names here, and constants of its own."""

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from importlib import import_module
 
 from mmpeft import __version__
+from mmpeft._extras import needed_by
 from mmpeft.errors import MMPEFTError, nearest
 from mmpeft.run import domains
 from mmpeft.run.domains import Command
@@ -24,6 +25,8 @@ COMMANDS: dict[str, Command] = {
     "sites": Command(
         "mmpeft.bench.anatomy.command:main", "show where a model can be tuned, and where a method would sit"
     ),
+    "configs": Command("mmpeft.run.shipped:configs", "list the configurations that ship, or print one"),
+    "init": Command("mmpeft.run.shipped:init", "write a configuration to edit: mmpeft init vision/folder"),
     "methods": Command("mmpeft.cli:methods", "list the methods, or those a wildcard names: mmpeft methods '*lora*'"),
 }
 """Commands of the core; those of domains stand in each domain's own table."""
@@ -35,10 +38,10 @@ Parameter-efficient fine-tuning. Commands:
   --version  print the version
 
 Examples:
-  mmpeft fit -c configs/vision/emoji.yaml -c configs/method/lora.yaml --method.rank 16
-  mmpeft fit -c configs/vision/emoji.yaml --method BitFit --trainer.max_epochs 3
-  mmpeft fit -c configs/vision/emoji.yaml -c configs/method/lora.yaml --ckpt_path last
-  mmpeft predict -c configs/vision/emoji.yaml -c configs/method/lora.yaml --ckpt_path last
+  mmpeft fit -c vision/emoji -c method/lora --method.rank 16
+  mmpeft fit -c vision/emoji --method BitFit --trainer.max_epochs 3
+  mmpeft fit -c vision/emoji -c method/lora --ckpt_path last
+  mmpeft predict -c vision/emoji -c method/lora --ckpt_path last
   mmpeft inspect adapter_folder pytorch_lora_weights.safetensors
   mmpeft sites vit_base_patch16_224 --method 'LoRA(rank=8)' --picture sites.png
 
@@ -61,7 +64,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if name not in known:
             raise MMPEFTError(f"unknown command {name!r}; commands: {', '.join(known)}.{nearest(name, known)}")
         module, _, function = known[name].target.partition(":")
-        code = getattr(import_module(module), function)(None if argv is None else arguments)
+        with needed_by(f"`mmpeft {name}`", module):
+            code = getattr(import_module(module), function)(None if argv is None else arguments)
         return int(code or 0)
     except MMPEFTError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -24,6 +24,17 @@ class ConfigError(MMPEFTError):
     """An option, name or selector is wrong."""
 
 
+class MissingExtraError(ConfigError, ModuleNotFoundError):
+    """A library is not installed; the message says by which extra it is.
+
+    It is a ModuleNotFoundError too, so that `pytest.importorskip` and `except ImportError` see what they look for.
+    """
+
+    def __init__(self, message: str, name: str | None = None) -> None:
+        super().__init__(message)
+        self.name = name
+
+
 class StateError(ConfigError):
     """A call comes at the wrong time: before what it needs, or in a state in which it would do harm.
 

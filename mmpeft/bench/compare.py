@@ -40,7 +40,9 @@ Setting = Json
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a comparison; `argv` starts with the sub-command."""
     parser = argparse.ArgumentParser("mmpeft compare", description=__doc__)
-    parser.add_argument("-c", "--config", type=Path, required=True)
+    parser.add_argument(
+        "-c", "--config", type=Path, required=True, help="a file, or a shipped configuration by name (`mmpeft configs`)"
+    )
     parser.add_argument("--methods", help="names of entries, comma-separated; default: all")
     parser.add_argument(
         "--seeds", help="a number n for 0 … n - 1, or comma-separated seeds; default: the configuration's"

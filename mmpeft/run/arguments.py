@@ -10,6 +10,7 @@ import yaml
 
 from mmpeft.errors import ConfigError
 from mmpeft.methods import METHODS
+from mmpeft.run.shipped import find_config
 from mmpeft.run.written import as_class, is_call, read_method
 from mmpeft.types import Leaf
 
@@ -64,6 +65,20 @@ def options_of(arguments: Sequence[str]) -> Iterator[tuple[str, str]]:
     for before, argument in zip(["", *arguments], arguments):
         flag, _, value = argument.partition("=")
         yield (flag, value) if flag.startswith("-") else (before, argument)
+
+
+def with_found_configs(arguments: Sequence[str]) -> list[str]:
+    """The arguments, with the file in place of the name of each shipped configuration: `-c vision/demo`.
+
+    Raises:
+        ConfigError: a name is neither a file nor a shipped configuration.
+    """
+    found = []
+    for argument, (flag, value) in zip(arguments, options_of(arguments)):
+        if flag in CONFIG and value:
+            argument = argument.removesuffix(value) + str(find_config(value))
+        found.append(argument)
+    return found
 
 
 def configuration(name: str) -> Leaf:

@@ -21,7 +21,7 @@ from mmpeft.errors import ConfigError, MMPEFTError, nearest
 from mmpeft.files import make_folder
 from mmpeft.methods import METHODS
 from mmpeft.methods.base import Method
-from mmpeft.run.arguments import class_names, reset_changed_methods
+from mmpeft.run.arguments import class_names, reset_changed_methods, with_found_configs
 from mmpeft.run.checkpoint import LAST, LastCheckpoint
 from mmpeft.run.domains import classes, import_named
 from mmpeft.run.experiment import reporting_callbacks, run_callbacks
@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Parse, build and run; `argv` starts with the sub-command."""
     for said in UNWANTED:
         warnings.filterwarnings("ignore", said)
-    arguments = reset_changed_methods(sys.argv[1:] if argv is None else argv)
+    arguments = reset_changed_methods(with_found_configs(sys.argv[1:] if argv is None else argv))
     import_named(class_names(arguments))
     if argv is None:
         sys.argv[1:] = arguments  # from where Lightning reads them, in the processes it starts as well

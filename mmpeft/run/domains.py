@@ -14,6 +14,7 @@ from importlib import import_module
 from typing import Any, NamedTuple
 
 from mmpeft._domains import domain_entries
+from mmpeft._extras import needed_by
 from mmpeft.errors import ConfigError
 from mmpeft.types import Facts
 
@@ -55,14 +56,10 @@ def import_named(names: Iterable[str]) -> None:
     """Import the modules of the tasks and data modules that are named, so that a parser resolves the names alone.
 
     Raises:
-        ConfigError: the library of that domain is not installed.
+        MissingExtraError: the library of that domain is not installed.
     """
     known = classes()
     for name in sorted(set(names) & set(known)):
         domain, target = known[name]
-        try:
+        with needed_by(name, domain):
             import_module(target.partition(":")[0])
-        except ModuleNotFoundError as error:
-            if (error.name or "").startswith("mmpeft"):
-                raise
-            raise ConfigError(f"{name} needs {error.name}: pip install 'mmpeft[{domain}]'") from error

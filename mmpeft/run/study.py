@@ -16,20 +16,19 @@ from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from mmpeft.errors import ConfigError, nearest
+from mmpeft.run.shipped import find_config
 from mmpeft.types import Argument, Facts, Json
 
 Mappings = Json
 
 
 def read_file(path: Path, keys: Collection[str], needed: Sequence[str]) -> Mappings:
-    """A study's configuration file, checked as `read_text` does.
+    """A study's configuration, a file or a shipped one by name, checked as `read_text` does.
 
     Raises:
-        ConfigError: there is no such file, or its content is wrong.
+        ConfigError: there is no such configuration, or its content is wrong.
     """
-    if not path.is_file():
-        raise ConfigError(f"no configuration {path}")
-    return read_text(path.read_text("utf-8"), keys, needed)
+    return read_text(find_config(str(path)).read_text("utf-8"), keys, needed)
 
 
 def read_text(text: str, keys: Collection[str], needed: Sequence[str]) -> Mappings:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import ast
 from collections.abc import Mapping
 from dataclasses import fields
-from pathlib import Path
 
 import yaml
 
 from mmpeft.errors import ConfigError, nearest
 from mmpeft.methods import METHODS, Method
 from mmpeft.methods.spec import from_spec
+from mmpeft.run.shipped import SUFFIXES, find_config
 from mmpeft.types import Json, Leaf
 
 KEYS = ("method", "text_method")
@@ -26,12 +26,9 @@ def read_method(text: str) -> Method:
     Raises:
         ConfigError: it is no method, or an unknown one, or a field is wrong.
     """
-    path = Path(text)
-    if path.suffix in (".yaml", ".yml", ".json"):
-        if not path.is_file():
-            raise ConfigError(f"there is no file {text}; {FORM}")
+    if text.endswith(SUFFIXES):
         try:
-            return from_spec(_spec(yaml.safe_load(path.read_text("utf-8")), text))
+            return from_spec(_spec(yaml.safe_load(find_config(text).read_text("utf-8")), text))
         except yaml.YAMLError as error:
             raise ConfigError(f"{text} is no YAML: {' '.join(str(error).split())}") from error
     try:

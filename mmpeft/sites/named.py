@@ -13,7 +13,8 @@ from importlib.util import find_spec
 import torch
 from torch import nn
 
-from mmpeft.errors import ConfigError, nearest
+from mmpeft._extras import remedy
+from mmpeft.errors import ConfigError, MissingExtraError, nearest
 from mmpeft.sites.site import load_domains
 from mmpeft.types import AnyFunc, Batch
 
@@ -40,7 +41,9 @@ class Library:
     def build(self, name: str) -> nn.Module | tuple[nn.Module, Batch]:
         """The model on random weights, alone or with an example; a ConfigError where there is none of that name."""
         if not self.is_installed:
-            raise ConfigError(f"{self.name}:{name} needs {self.name}: pip install 'mmpeft[{self.domain}]'")
+            raise MissingExtraError(
+                f"{self.name}:{name} needs {self.name}: {remedy(self.package or self.name, self.domain)}"
+            )
         built: nn.Module | tuple[nn.Module, Batch] = self._call("build")(name)
         return built
 

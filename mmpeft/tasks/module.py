@@ -78,7 +78,7 @@ class TuningModule(lightning.LightningModule):
         if not isinstance(method, Method):
             raise ConfigError(
                 f"{type(self).__name__} expects a method such as mmpeft.LoRA(rank=8), got {method!r}; on the command "
-                "line: --method LoRA, or -c configs/method/lora.yaml"
+                "line: --method LoRA, or -c method/lora"
             )
         if not 0 <= warmup < 1:
             raise ConfigError(f"warmup is a share of all steps in [0, 1), got {warmup}")

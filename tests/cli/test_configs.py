@@ -45,7 +45,7 @@ def of(name: str) -> pytest.MarkDecorator:
 def test_names_its_own_command(path: Path) -> None:
     if kind(path) != "method":
         head = path.read_text("utf-8").splitlines()[:8]
-        assert any(f"mmpeft {kind(path)} -c {path.relative_to(CONFIGS.parent)}" in line for line in head)
+        assert any(f"mmpeft {kind(path)} -c {path.relative_to(CONFIGS).with_suffix('')}" in line for line in head)
 
 
 @of("method")

@@ -35,7 +35,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the sequence by every method and seed; `argv` starts with the sub-command."""
     summary = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser("mmpeft continual", description=__doc__, formatter_class=summary)
-    parser.add_argument("-c", "--config", type=Path, required=True)
+    parser.add_argument(
+        "-c", "--config", type=Path, required=True, help="a file, or a shipped configuration by name (`mmpeft configs`)"
+    )
     parser.add_argument("--methods", help="names of entries, comma-separated; default: all")
     parser.add_argument("--seeds", help="comma-separated integers; default: those of the configuration")
     parser.add_argument("--out", type=Path, default=Path("runs/continual"))

@@ -58,7 +58,7 @@ class ContrastiveTuner(PairTask):
         if method is None and not tune_scale:
             raise ConfigError(
                 "ContrastiveTuner trains nothing beside the pair: give a method such as mmpeft.LoRA(rank=8); on the "
-                "command line: --method LoRA, or -c configs/method/lora.yaml"
+                "command line: --method LoRA, or -c method/lora"
             )
         super().__init__(backbone, method, **options)
         if micro_batch is not None and micro_batch < 1:

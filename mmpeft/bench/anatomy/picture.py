@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from mmpeft._extras import needed_by
 from mmpeft.bench.anatomy.fit import Fit
 from mmpeft.bench.anatomy.layout import (
     BETWEEN,
@@ -24,7 +25,6 @@ from mmpeft.bench.anatomy.layout import (
 )
 from mmpeft.bench.anatomy.overview import Line, Overview
 from mmpeft.bench.anatomy.table import shape_text
-from mmpeft.errors import ConfigError
 from mmpeft.files import png_of
 from mmpeft.types import Untyped
 
@@ -36,17 +36,15 @@ def draw(found: Overview, fitted: Fit | None = None) -> bytes:
     """A PNG of a model's anatomy; with a method, its sites with how many parameters each trains in all.
 
     Raises:
-        ConfigError: matplotlib is not installed.
+        MissingExtraError: matplotlib is not installed.
     """
     return png_of(figure_of(found, fitted), dpi=130, facecolor="white")
 
 
 def figure_of(found: Overview, fitted: Fit | None = None) -> Figure:
     """The same as a figure of matplotlib."""
-    try:
+    with needed_by("drawing a model"):
         from matplotlib.figure import Figure
-    except ModuleNotFoundError as error:
-        raise ConfigError("drawing a model needs matplotlib (pip install matplotlib)") from error
     layout = Layout(found, fitted)
     width = 0.3 + len(layout.columns) * (WIDE + STRIP + BETWEEN)
     height = max(column.height for column in layout.columns) + TOP + 0.75

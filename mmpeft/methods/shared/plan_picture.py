@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from mmpeft._extras import needed_by
 from mmpeft.errors import ConfigError
 from mmpeft.files import png_of
 from mmpeft.types import Facts
@@ -22,15 +23,14 @@ def draw_plan(units: Sequence[Facts], title: str) -> bytes:
     `M` marks a module in place of entries, `W` a vector trained whole.
 
     Raises:
-        ConfigError: matplotlib is not installed, or the plan holds no account of its units.
+        MissingExtraError: matplotlib is not installed.
+        ConfigError: the plan holds no account of its units.
     """
     if not units:
         raise ConfigError("this plan holds no account of what was chosen where; it was written by hand")
-    try:
+    with needed_by("drawing a plan"):
         from matplotlib.colors import LogNorm
         from matplotlib.figure import Figure
-    except ModuleNotFoundError as error:
-        raise ConfigError("drawing a plan needs matplotlib (pip install matplotlib)") from error
     rows = _rows(units)
     depths = sorted({unit["depth"] for unit in units})
     share = [[0.0] * len(depths) for _ in rows]
