@@ -17,7 +17,7 @@ DATA = {
     "EmojiStyle": "mmpeft.diffusion.data.emoji:EmojiStyle",
 }
 COMMANDS = {
-    "sample": ("mmpeft.diffusion.style.command:sample", "draw by a pipeline with adapters, at any strength"),
+    "sample": ("mmpeft.diffusion.commands:sample", "draw by a pipeline with adapters, at any strength"),
     "mix": ("mmpeft.diffusion.style.mix:mix", "write several LoRAs of a pipeline as one: a sum, or ZipLoRA"),
     "export-pipeline": (
         "mmpeft.diffusion.style.command:export_pipeline",

@@ -17,7 +17,7 @@ COMMANDS: dict[str, Command] = {
     "validate": Command("mmpeft.run.cli:main", "evaluate on the validation data"),
     "test": Command("mmpeft.run.cli:main", "evaluate on the test data"),
     "predict": Command("mmpeft.run.cli:main", "write predictions to a file"),
-    "compare": Command("mmpeft.bench.compare:main", "train by several methods and put them into one table"),
+    "compare": Command("mmpeft.bench.command:compare", "train by several methods and put them into one table"),
     "inspect": Command("mmpeft.formats.commands:inspect_command", "describe adapter files of any known format"),
     "export": Command("mmpeft.formats.commands:export_command", "write an adapter in another tool's format, verified"),
     "convert": Command("mmpeft.formats.commands:convert_command", "rewrite an adapter file in another format"),

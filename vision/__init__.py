@@ -36,7 +36,7 @@ PARTS = {
     "SimpleCIL": "mmpeft.vision.continual.methods.simple_cil:SimpleCIL",
 }
 COMMANDS = {
-    "continual": ("mmpeft.vision.continual.command:main", "learn a sequence of tasks by several methods"),
+    "continual": ("mmpeft.vision.commands:continual", "learn a sequence of tasks by several methods"),
 }
 
 

@@ -36,14 +36,14 @@ PARTS = {
 }
 COMMANDS = {
     "classify": (
-        "mmpeft.vla.fewshot.command:main",
+        "mmpeft.vla.commands:classify",
         "name what is in your pictures, zero-shot or by a few-shot run",
     ),
     "segment": (
-        "mmpeft.vla.segmentation.command:main",
+        "mmpeft.vla.commands:segment",
         "find things of any names in a picture by a segmentation run",
     ),
-    "ask": ("mmpeft.vla.vqa.command:main", "ask a trained run about a picture"),
+    "ask": ("mmpeft.vla.commands:ask", "ask a trained run about a picture"),
     "export-clip": ("mmpeft.vla.export:main", "write a tuned image-text pair as open_clip reads it"),
 }
 

@@ -26,9 +26,9 @@ from mmpeft.diffusion.style.grid import labelled_grid
 from mmpeft.diffusion.style.words import FOLDER, load_words
 from mmpeft.errors import ConfigError, MMPEFTWarning
 from mmpeft.files import put_files, scratch_folder, write_atomic
-from mmpeft.formats.commands import add_forms
 from mmpeft.formats.exchange import Format, export, load_parts
 from mmpeft.formats.exchange import export_pipeline as write_pipeline
+from mmpeft.formats.forms import add_forms
 from mmpeft.formats.merged import merged_copy
 from mmpeft.formats.native import MANIFEST
 from mmpeft.run.stranger import arguments_of, read_config
@@ -40,29 +40,8 @@ from mmpeft.types import Facts, Untyped
 PIPELINE = "a hub repository, a folder, or embedded:<name> (default: what the adapter's run was tuned on)"
 
 
-def sample(argv: Sequence[str] | None = None) -> int:
-    """Draw prompts by a pipeline with any number of adapters; one picture with all images."""
-    parser = argparse.ArgumentParser("mmpeft sample", description=sample.__doc__)
-    parser.add_argument("--prompt", nargs="+", required=True, help="one text or several")
-    parser.add_argument(
-        "--adapter", type=Path, nargs="*", default=[], help="adapters of any known format, run as a weighted sum"
-    )
-    parser.add_argument("--weights", type=float, nargs="*", help="one for each adapter (default: 1 each)")
-    parser.add_argument("--strength", type=float, default=1.0, help="of all adapters together (default: %(default)s)")
-    parser.add_argument("--compare", action="store_true", help="draw the base, half and full strength side by side")
-    parser.add_argument("--words", type=Path, nargs="*", default=[], help="textual inversions, or folders of them")
-    parser.add_argument("--pipeline", help=PIPELINE)
-    parser.add_argument("--dtype", choices=tuple(DTYPES), help="of the pipeline (default: that of the adapter's run)")
-    parser.add_argument("--count", type=positive, default=1, help="images a prompt (default: %(default)s)")
-    parser.add_argument("--steps", type=positive, default=20, help="denoising steps (default: %(default)s)")
-    parser.add_argument("--guidance", type=float, default=3.0, help="guidance scale (default: %(default)s)")
-    parser.add_argument("--negative", default="", help="what guidance leads away from")
-    parser.add_argument(
-        "--size", type=positive, help="height and width in pixels (default: the run's or the pipeline's)"
-    )
-    parser.add_argument("--seed", type=int, default=0, help="of the noise (default: %(default)s)")
-    parser.add_argument("--out", type=Path, default=Path("sample.png"), help="picture to write (default: %(default)s)")
-    options = parser.parse_args(arguments(argv))
+def run(options: argparse.Namespace) -> int:
+    """Draw prompts by a pipeline with adapters."""
     base = base_of(options.pipeline, options.adapter)
     family = family_of(create(base.pipeline, DTYPES[options.dtype or base.dtype], base.quantization))
     size = options.size or base.size or family.size

@@ -1,11 +1,4 @@
-"""`mmpeft compare`: the same task by several methods and seeds, in one table and one plot.
-
-The configuration is that of `mmpeft fit` (`model`, `data`, `trainer`) with more keys: `methods` (a name for each
-entry, its `method`, and whatever of the rest it overrides; `lr` for short), `seeds`, `metric`, further metrics to show
-as `columns`, and `axes`: names for settings to go through, each the dotted path of what it sets, such as `{shots:
-data.init_args.shots}` for `--shots 1,2,4`. A finished run is a line in `results.jsonl`; an interrupted comparison goes
-on where it stopped.
-"""
+"""The same task by several methods and seeds, in one table and one plot; the configuration is told of in `command`."""
 
 from __future__ import annotations
 
@@ -13,7 +6,6 @@ import argparse
 import csv
 import io
 import json
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from itertools import zip_longest
@@ -37,23 +29,12 @@ NEEDED = ("model", "data", "methods", "metric")
 Setting = Json
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run a comparison; `argv` starts with the sub-command."""
-    parser = argparse.ArgumentParser("mmpeft compare", description=__doc__)
-    parser.add_argument(
-        "-c", "--config", type=Path, required=True, help="a file, or a shipped configuration by name (`mmpeft configs`)"
-    )
-    parser.add_argument("--methods", help="names of entries, comma-separated; default: all")
-    parser.add_argument(
-        "--seeds", help="a number n for 0 … n - 1, or comma-separated seeds; default: the configuration's"
-    )
-    parser.add_argument("--out", type=Path, default=Path("runs/compare"))
-    parser.epilog = "An axis of the configuration is an option too: --shots 1,2,4"
-    args, rest = parser.parse_known_args(list(sys.argv[1:] if argv is None else argv)[1:])
-    config = read_file(args.config, KEYS, NEEDED)
-    chosen = choose_entries(config["methods"], args.methods)
-    seeds = _seeds(args.seeds) if args.seeds else list(config.get("seeds", [0]))
-    compare(config, chosen, seeds, args.out, settings(config.get("axes") or {}, rest))
+def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
+    """Run a comparison; `rest` are values for its axes, and for keys of the configuration."""
+    config = read_file(options.config, KEYS, NEEDED)
+    chosen = choose_entries(config["methods"], options.methods)
+    seeds = _seeds(options.seeds) if options.seeds else list(config.get("seeds", [0]))
+    compare(config, chosen, seeds, options.out, settings(config.get("axes") or {}, rest))
     return 0
 
 

@@ -16,8 +16,8 @@ from torch import nn
 
 from mmpeft.errors import ConfigError, shown
 from mmpeft.formats import native
-from mmpeft.formats.dora_out import FORMS
-from mmpeft.formats.exchange import FORMATS, Exported, convert, export, inspect, load_foreign
+from mmpeft.formats.exchange import Exported, convert, export, inspect, load_foreign
+from mmpeft.formats.forms import FORMATS, add_forms
 from mmpeft.formats.inspection import FileInfo
 from mmpeft.formats.merged import save_merged
 from mmpeft.types import AnyFunc
@@ -74,17 +74,6 @@ def export_command(argv: Sequence[str] | None = None) -> int:
     forms = {"encoders": options.encoders, "dora": options.dora, "rank": options.rank}
     _say(export(native.load(model, options.src), options.dst, options.to, prefix=options.prefix, **forms))
     return 0
-
-
-def add_forms(parser: argparse.ArgumentParser) -> None:
-    """Options of a command that exports: how DoRA is written."""
-    parser.add_argument(
-        "--dora",
-        default="",
-        choices=[form for form in FORMS if form],
-        help="write DoRA with ComfyUI's lengths, as full differences, or as LoRA (default: as it trained)",
-    )
-    parser.add_argument("--rank", type=int, default=0, help="of --dora low_rank (default: four times the trained one)")
 
 
 def merge_command(argv: Sequence[str] | None = None) -> int:

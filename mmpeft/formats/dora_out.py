@@ -12,21 +12,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
 from mmpeft.errors import ConfigError, Refused
 from mmpeft.formats.content import Layer
+from mmpeft.formats.forms import FORMS
 from mmpeft.formats.low_rank import delta_weights
 from mmpeft.formats.lycoris import multiplied
 from mmpeft.hosting.host import base_value
 from mmpeft.hosting.modules import module_at
-
-Form = Literal["", "comfy", "difference", "low_rank"]
-"""How DoRA is written; as it trained by default."""
-FORMS: tuple[str, ...] = get_args(Form)
 
 
 def written(

@@ -15,15 +15,14 @@ from mmpeft.errors import AdapterFileError, MMPEFTWarning, Refused, nearest
 from mmpeft.formats import diffusers, native, peft_out
 from mmpeft.formats.bridge import attach_content, content_of
 from mmpeft.formats.content import Content
-from mmpeft.formats.dora_out import Form, written
+from mmpeft.formats.dora_out import written
+from mmpeft.formats.forms import FORMATS, Form, Format
 from mmpeft.formats.inspection import FileInfo, inspect, read, refusal
 from mmpeft.formats.names import aliases_of, assigned, component_for, is_original, resolved
 from mmpeft.formats.verify import Check, by_peft, by_peft_answers, compare
 from mmpeft.formats.verify_diffusers import by_diffusers, unread_by_diffusers
 from mmpeft.formats.writing import (
-    FORMATS,
     Exported,
-    Format,
     acting,
     by_own_reader,
     files_of,

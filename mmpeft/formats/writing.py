@@ -8,7 +8,6 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
 
 from torch import Tensor, nn
 
@@ -17,15 +16,11 @@ from mmpeft.files import only_writer, write_atomic
 from mmpeft.formats import diffusers, kohya, lycoris_out, original, peft_out
 from mmpeft.formats.based import FOR_COMFY
 from mmpeft.formats.content import Content
-from mmpeft.formats.dora_out import Form
+from mmpeft.formats.forms import FORMATS, Form
 from mmpeft.formats.inspection import read
 from mmpeft.formats.names import DOTTED, resolved
 from mmpeft.formats.verify import Check, compare, expected
 from mmpeft.types import Json
-
-Format = Literal["peft", "diffusers", "kohya", "comfy"]
-FORMATS: tuple[Format, ...] = ("peft", "diffusers", "kohya", "comfy")
-
 
 OTHER_DORA = (
     "of such files LyCORIS and SD.Next read DoRA as it trained; ComfyUI, Forge, A1111 and InvokeAI have other formulas,"

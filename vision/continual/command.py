@@ -1,16 +1,10 @@
-"""`mmpeft continual`: a sequence of tasks by several methods and seeds, in one table and one heat map of each matrix.
-
-The configuration has `run` (arguments of ContinualClassifier), `data`, `seeds`, and `methods`: a name for each entry,
-its `learner`, and whatever of `run` and `data` it overrides. The seed of a run is also the seed of its class order
-unless `run` has `order`. Each run is a folder below --out; an interrupted one goes on after its last finished task.
-"""
+"""Learning a sequence of tasks by several methods and seeds; a finished run is not made twice."""
 
 from __future__ import annotations
 
 import argparse
 import copy
 import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -31,20 +25,11 @@ KEYS = {"run", "data", "methods", "seeds", "title"}
 NEEDED = ("run", "data", "methods")
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the sequence by every method and seed; `argv` starts with the sub-command."""
-    summary = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser("mmpeft continual", description=__doc__, formatter_class=summary)
-    parser.add_argument(
-        "-c", "--config", type=Path, required=True, help="a file, or a shipped configuration by name (`mmpeft configs`)"
-    )
-    parser.add_argument("--methods", help="names of entries, comma-separated; default: all")
-    parser.add_argument("--seeds", help="comma-separated integers; default: those of the configuration")
-    parser.add_argument("--out", type=Path, default=Path("runs/continual"))
-    args = parser.parse_args(list(sys.argv[1:] if argv is None else argv)[1:])
-    config = read_file(args.config, KEYS, NEEDED)
-    seeds = [int(seed) for seed in args.seeds.split(",")] if args.seeds else list(config.get("seeds", [1993]))
-    sequence(config, choose_entries(config["methods"], args.methods), seeds, args.out)
+def run(options: argparse.Namespace) -> int:
+    """Run the sequence by every method and seed."""
+    config = read_file(options.config, KEYS, NEEDED)
+    seeds = [int(seed) for seed in options.seeds.split(",")] if options.seeds else list(config.get("seeds", [1993]))
+    sequence(config, choose_entries(config["methods"], options.methods), seeds, options.out)
     return 0
 
 

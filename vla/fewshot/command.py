@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 from PIL import Image
@@ -25,24 +23,8 @@ from mmpeft.vla.fewshot.draw import labelled
 from mmpeft.vla.fewshot.task import FewShot
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def run(options: argparse.Namespace) -> int:
     """Print the best classes of each picture; write the pictures with their scores."""
-    parser = argparse.ArgumentParser("mmpeft classify", description=__doc__)
-    parser.add_argument("--image", type=Path, nargs="+", required=True, help="picture files")
-    source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--checkpoint", type=Path, help="a few-shot run: its folder or a .ckpt file")
-    source.add_argument("--classes", help="comma-separated class names, for zero-shot classification")
-    parser.add_argument(
-        "--backbone", default="embedded:clip_emoji", help="the pair for --classes (default: %(default)s)"
-    )
-    parser.add_argument("--template", default="a photo of a {}.", help="what is said around a name, for --classes")
-    parser.add_argument("--top", type=int, default=3, help="classes to show (default: %(default)s)")
-    parser.add_argument(
-        "--out", type=Path, default=Path("classified.png"), help="picture to write (default: %(default)s)"
-    )
-    options = parser.parse_args((sys.argv[1:] if argv is None else list(argv))[1:])
-    if options.top < 1:
-        raise ConfigError(f"--top is a number of classes >= 1, got {options.top}")
     pictures = [read(path) for path in options.image]
     if options.checkpoint:
         task, data = load_run(options.checkpoint)

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
-from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 from PIL import Image
@@ -23,16 +20,8 @@ from mmpeft.vla.segmentation.masks import pixels
 from mmpeft.vla.segmentation.task import Segmenter
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def run(options: argparse.Namespace) -> int:
     """Write the picture with its segments, and class numbers as a PNG beside it; print how much each name covers."""
-    parser = argparse.ArgumentParser("mmpeft segment", description=__doc__)
-    parser.add_argument("--checkpoint", type=Path, required=True, help="a segmentation run: its folder or a .ckpt file")
-    parser.add_argument("--image", type=Path, required=True, help="the picture")
-    parser.add_argument("--classes", help="comma-separated names, any; default: those of the run")
-    parser.add_argument(
-        "--out", type=Path, default=Path("segmented.png"), help="picture to write (default: %(default)s)"
-    )
-    options = parser.parse_args((sys.argv[1:] if argv is None else list(argv))[1:])
     picture = read(options.image)
     task, _ = load_run(options.checkpoint)
     if not isinstance(task, Segmenter):

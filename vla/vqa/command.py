@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -25,21 +23,8 @@ from mmpeft.vla.vqa.draw import answered
 from mmpeft.vla.vqa.task import VisualQuestions
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def run(options: argparse.Namespace) -> int:
     """Print the likeliest answers to each question; write the picture with its questions and answers."""
-    parser = argparse.ArgumentParser("mmpeft ask", description=__doc__)
-    parser.add_argument(
-        "--checkpoint", type=Path, required=True, help="a run of VisualQuestions: its folder or a .ckpt file"
-    )
-    parser.add_argument("--image", type=Path, required=True, help="the picture")
-    parser.add_argument("--question", nargs="+", required=True, help="what to ask, each question in quotes")
-    parser.add_argument("--top", type=int, default=3, help="answers to print (default: %(default)s)")
-    parser.add_argument(
-        "--out", type=Path, default=Path("answered.png"), help="picture to write (default: %(default)s)"
-    )
-    options = parser.parse_args((sys.argv[1:] if argv is None else list(argv))[1:])
-    if options.top < 1:
-        raise ConfigError(f"--top is a number of answers >= 1, got {options.top}")
     picture = read(options.image)
     task, data = load_run(options.checkpoint)
     if not isinstance(task, VisualQuestions):
