@@ -28,6 +28,7 @@ MOVED = {
     "mmpeft.training.arguments": "mmpeft.run.arguments",
     "mmpeft.training.run": "mmpeft.run.reload",
     "mmpeft.bench.written": "mmpeft.run.written",
+    "mmpeft.vision.data.files": "mmpeft.data.files",
     "mmpeft.vision.board": "mmpeft.vision.classification.draw",
     "mmpeft.vision.predict": "mmpeft.tasks.predictions",
     "mmpeft.vision.pretraining": "mmpeft.vision.pretrain",

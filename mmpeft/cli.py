@@ -13,10 +13,11 @@ from mmpeft.run import domains
 from mmpeft.run.domains import Command
 
 COMMANDS: dict[str, Command] = {
-    "fit": Command("mmpeft.run.cli:main", "train a model by a method"),
-    "validate": Command("mmpeft.run.cli:main", "evaluate on the validation data"),
-    "test": Command("mmpeft.run.cli:main", "evaluate on the test data"),
-    "predict": Command("mmpeft.run.cli:main", "write predictions to a file"),
+    "fit": Command("mmpeft.run.command:main", "train a model by a method"),
+    "resume": Command("mmpeft.run.command:main", "go on with a run: mmpeft resume RUN"),
+    "validate": Command("mmpeft.run.command:main", "evaluate a run on its validation data"),
+    "test": Command("mmpeft.run.command:main", "evaluate a run on its test data"),
+    "predict": Command("mmpeft.run.command:main", "predict pictures or texts by a run: mmpeft predict RUN PATH …"),
     "compare": Command("mmpeft.bench.command:compare", "train by several methods and put them into one table"),
     "inspect": Command("mmpeft.formats.commands:inspect_command", "describe adapter files of any known format"),
     "export": Command("mmpeft.formats.commands:export_command", "write an adapter in another tool's format, verified"),
@@ -40,12 +41,12 @@ Parameter-efficient fine-tuning. Commands:
 Examples:
   mmpeft fit -c vision/emoji -c method/lora --method.rank 16
   mmpeft fit -c vision/emoji --method BitFit --trainer.max_epochs 3
-  mmpeft fit -c vision/emoji -c method/lora --ckpt_path last
-  mmpeft predict -c vision/emoji -c method/lora --ckpt_path last
+  mmpeft resume runs/EmojiData-LoRA
+  mmpeft predict runs/EmojiData-LoRA my_pictures --out predictions.csv
   mmpeft inspect adapter_folder pytorch_lora_weights.safetensors
   mmpeft sites vit_base_patch16_224 --method 'LoRA(rank=8)' --picture sites.png
 
-`mmpeft <command> --help` lists a command's options; `--method.help LoRA` those of a method."""
+`mmpeft <command> --help` lists a command's options; `mmpeft fit --method.help LoRA` those of a method."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:

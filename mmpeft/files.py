@@ -294,6 +294,15 @@ def may_write() -> bool:
     return not _reading.get()
 
 
+def free_path(path: Path) -> Path:
+    """The path, or where something is there the first of `name_2`, `name_3`, … where nothing is."""
+    found, number = path, 1
+    while found.exists():
+        number += 1
+        found = path.with_name(f"{path.stem}_{number}{path.suffix}")
+    return found
+
+
 def png_of(figure: Untyped, **options: Argument) -> bytes:
     """A matplotlib figure as the content of a PNG file; options as for `savefig`."""
     out = io.BytesIO()

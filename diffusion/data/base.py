@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Subset
 
+from mmpeft.data.inputs import Inputs, file_names
 from mmpeft.data.loading import DataModule
 from mmpeft.data.options import LoadingOptions
 from mmpeft.data.sampling import ResumableLoader
@@ -102,6 +103,14 @@ class TextToImageData(DataModule):
         super().setup(stage)
         if self.resolution is not None and self.multiple is not None:
             self.cut(self.resolution, self.multiple)
+
+    def take(self, inputs: Inputs) -> None:
+        """Draw the texts that were given."""
+        prompts = [*inputs.given, *inputs.texts]
+        self.predict_set = [
+            {"prompt": prompt, "name": name, "seed": seed}
+            for seed, (prompt, name) in enumerate(zip(prompts, file_names(prompts)))
+        ]
 
     def cut(self, resolution: int, multiple: int) -> None:
         """Make the sets for a resolution, where the images are open."""

@@ -11,10 +11,12 @@ from rich.console import Console
 from torch import Tensor
 from torch.utils.data import default_collate
 
+from mmpeft.data.pixels import png_of_pixels
 from mmpeft.diffusion.style.grid import Show, labelled_grid
 from mmpeft.diffusion.style.judge import Judge, judged
 from mmpeft.files import write_atomic
 from mmpeft.run.callbacks import draw, rows_before, to_csv
+from mmpeft.tasks.predictions import PredictionFolder
 from mmpeft.tasks.publish import folder_of
 from mmpeft.types import AnyModule, Batch, Fields, Output, Untyped
 
@@ -22,6 +24,15 @@ ROWS = 8
 """Prompts in the picture."""
 TITLES = {"base": "base", "test": "tuned", "real": "drawn by hand"}
 SCORES = "scores.csv"
+
+
+def predicted() -> PredictionFolder:
+    """Writes what a task draws for prompts of one's own."""
+    return PredictionFolder(
+        "drawings",
+        lambda outputs: ((f"{n}.png", png_of_pixels(image)) for n, image in zip(outputs["name"], outputs["images"])),
+        lambda: "",
+    )
 
 
 class Drawn:

@@ -20,7 +20,7 @@ from mmpeft.diffusion.families import family_of
 from mmpeft.diffusion.family import FACTS, Condition, Family
 from mmpeft.diffusion.objective import Levels, Objective, objective_of
 from mmpeft.diffusion.style.cache import Cache, latent_facts, text_facts
-from mmpeft.diffusion.style.evaluation import StyleScores, StyleTest
+from mmpeft.diffusion.style.evaluation import StyleScores, StyleTest, predicted
 from mmpeft.diffusion.style.grid import Show, StrengthGrid
 from mmpeft.errors import ConfigError
 from mmpeft.methods.base import Method
@@ -39,6 +39,8 @@ class StyleTuner(TuningModule):
     the encoders stay frozen. Noise and timesteps depend on `(seed, epoch, batch, rank)` alone: a resumed run goes on
     bit for bit. What trains is fp32 on a base of any type.
     """
+
+    monitor = ("val/loss", "min")
 
     def __init__(
         self,
@@ -144,7 +146,8 @@ class StyleTuner(TuningModule):
         return found
 
     def configure_callbacks(self) -> list[Callback]:
-        return [*super().configure_callbacks(), StrengthGrid(self.show), StyleScores(self.show), StyleTest()]
+        own = (StrengthGrid(self.show), StyleScores(self.show), StyleTest(), predicted())
+        return [*super().configure_callbacks(), *own]
 
     # -- features -------------------------------------------------------------------------------------------
 
@@ -270,6 +273,10 @@ class StyleTuner(TuningModule):
             images = self.family.draw(prompts, generators, self.show.steps, self.show.guidance, self.size)
         self.train(training)
         return images.float().cpu()
+
+    def predict_step(self, batch: Fields, index: int) -> Fields:
+        """A drawing for each prompt, which become files."""
+        return {"name": batch["name"], "images": self.draw(batch["prompt"], seeds=batch["seed"].tolist())}
 
     def test_step(self, batch: Fields, index: int) -> dict[str, Tensor]:
         """Images in [0, 1] by kind, for the test's prompts: drawn by hand, by the base, by the tuned model."""

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from mmpeft.data.contract import Preprocessed, Preprocessing, Resize, Resizing
+from mmpeft.data.files import ImageFiles
+from mmpeft.data.inputs import Inputs
 from mmpeft.data.loading import DataModule
 from mmpeft.data.options import Augment, ImageOptions
 from mmpeft.data.sampling import SizedDataset
@@ -97,6 +99,11 @@ class AugmentedImages(Preprocessed, DataModule):
         """Lightning's hook: fill the sets, then build the transforms for what is known of the backbone."""
         super().setup(stage)
         self._set_transforms()
+
+    def take(self, inputs: Inputs) -> None:
+        """Predict pictures, each by its path."""
+        paths = inputs.pictures()
+        self.predict_set = ImageFiles(paths, [str(path) for path in paths])
 
     def _set_transforms(self) -> None:
         mean, std = self.mean or FALLBACK.mean, self.std or FALLBACK.std

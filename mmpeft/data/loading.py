@@ -10,6 +10,7 @@ import torch
 from torch import distributed
 from torch.utils.data import DataLoader
 
+from mmpeft.data.inputs import Inputs
 from mmpeft.data.options import inherit_options
 from mmpeft.data.sampling import EpochSampler, ResumableLoader, Seeded, SizedDataset
 from mmpeft.errors import ConfigError, DataError
@@ -23,6 +24,9 @@ class DataModule(lightning.LightningDataModule):
     (map-style) and of `train_transform`, `eval_transform`, `predict_transform` (a function of one sample), and may set
     `collate`.
     """
+
+    inputs: Inputs | None = None
+    """What is to be predicted in place of the data's own."""
 
     small_batch: ClassVar[int | None] = None
     """Samples in an evaluation step by default, for data whose samples are small."""
@@ -74,6 +78,17 @@ class DataModule(lightning.LightningDataModule):
         """Lightning's hook: fill the data sets."""
         self.lend(None)
         self.datasets(stage)
+        if self.inputs is not None and stage in ("predict", None):
+            self.take(self.inputs)
+
+    def take(self, inputs: Inputs) -> None:
+        """Set `predict_set` to what a user gave.
+
+        Raises:
+            ConfigError: these data have no place for inputs of somebody's own.
+            DataError: an input is missing or cannot be read.
+        """
+        raise ConfigError(f"{type(self).__name__} predicts its own samples alone; it has no `take` for inputs of yours")
 
     def lend(self, samples: SizedDataset | None) -> None:
         """Train on these samples, as they are, in the place of `train_set`: until the next `setup`, or None."""

@@ -150,6 +150,9 @@ class Outcome(Callback):
         for key, value in sorted(trainer.callback_metrics.items()):
             if value.numel() == 1 and not key.endswith("_step"):
                 rows[key] = f"{float(value):.4f}"
+        for best in trainer.checkpoint_callbacks:
+            if best.monitor and best.best_model_score is not None:
+                rows["best"] = f"{best.monitor} {float(best.best_model_score):.4f}: {best.best_model_path}"
         if self._adapter:
             rows |= {"adapter": str(self._adapter), "run": str(self._adapter.parent)}
         table = Table(title="Outcome", show_header=False)

@@ -10,9 +10,9 @@ from lightning.fabric.utilities.seed import _collect_rng_states, _set_rng_states
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from torch import distributed
 
+from mmpeft.run.place import BEST, LAST
+from mmpeft.tasks.module import TuningModule
 from mmpeft.types import Batch, Output, StateDict
-
-LAST = "last.ckpt"
 
 
 class LastCheckpoint(ModelCheckpoint):
@@ -46,6 +46,42 @@ class LastCheckpoint(ModelCheckpoint):
     def _save(self, trainer: Trainer) -> None:
         if not getattr(trainer, "fast_dev_run", False):
             self._save_topk_checkpoint(trainer, self._monitor_candidates(trainer))
+
+
+class BestCheckpoint(ModelCheckpoint):
+    """Keeps `checkpoints/best.ckpt`: of the validation that was the best by the task's `monitor`.
+
+    There is none where a task has no monitor, or nothing is validated.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(
+            filename=Path(BEST).stem, save_top_k=1, save_on_train_epoch_end=False, enable_version_counter=False
+        )
+
+    @property
+    def state_key(self) -> str:
+        return type(self).__qualname__
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
+        wanted = pl_module.monitor if isinstance(pl_module, TuningModule) else None
+        if wanted is not None and self.monitor is None:
+            self.monitor, self.mode = wanted
+            self.kth_value = torch.tensor(float("inf" if self.mode == "min" else "-inf"))
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.monitor is not None and self.monitor in trainer.callback_metrics:
+            super().on_validation_end(trainer, pl_module)
+
+    def on_train_batch_end(self, *told: object) -> None:
+        """Nothing: only a validation tells which is the best."""
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Nothing, as above."""
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Nothing, as above."""
 
 
 def end_once(trainer: Trainer) -> None:

@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import NoReturn
 
 import lightning
@@ -17,21 +18,28 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 
+from mmpeft.data.inputs import Inputs
 from mmpeft.errors import ConfigError, MMPEFTError, nearest
-from mmpeft.files import make_folder
+from mmpeft.files import free_path, make_folder
 from mmpeft.methods import METHODS
 from mmpeft.methods.base import Method
 from mmpeft.run.arguments import class_names, reset_changed_methods, with_found_configs
-from mmpeft.run.checkpoint import LAST, LastCheckpoint
+from mmpeft.run.checkpoint import LastCheckpoint
 from mmpeft.run.domains import classes, import_named
 from mmpeft.run.experiment import reporting_callbacks, run_callbacks
+from mmpeft.run.place import BEST, LAST, Given, find_run, newest_checkpoint
+from mmpeft.run.stranger import KEYS, read_config
 from mmpeft.run.written import spelled_out
 from mmpeft.tasks.checkpoint import AtomicCheckpointIO
 from mmpeft.tasks.module import TuningModule
-from mmpeft.types import Argument, Config, Kwargs, Leaf, Untyped
+from mmpeft.types import Argument, Config, Json, Kwargs, Leaf, Untyped
 
 ROOT = "runs"
-UNWANTED = ("Total length of .* across ranks is zero", ".*isinstance\\(treespec, LeafSpec\\)")
+UNWANTED = (
+    "LightningCLI's args parameter",
+    "Total length of .* across ranks is zero",
+    ".*isinstance\\(treespec, LeafSpec\\)",
+)
 """Warnings of Lightning's about a validation set that was left out on purpose, and about its own code."""
 
 set_parsing_settings(subclasses_enabled=[Method])
@@ -41,6 +49,32 @@ set_loader("yaml", lambda text: spelled_out(_read_yaml(text)), exceptions=(yaml.
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse, build and run; `argv` starts with the sub-command."""
+    _run(argv)
+    return 0
+
+
+def of_run(given: Given) -> int:
+    """Go on with a finished run, or evaluate it, by its own configuration."""
+    place = find_run(given.run, BEST if given.best else LAST)
+    facts = read_config(place.config, (*KEYS, "trainer", "name", "checkpoint"))
+    if given.verb != "resume":
+        facts = {key: facts[key] for key in KEYS} | {"trainer": _plain(facts["trainer"])}
+    if given.has_inputs and given.out is None:
+        given = given._replace(out=free_path(place.folder / "predictions"))
+    with TemporaryDirectory() as folder:
+        config = Path(folder) / "config.yaml"
+        config.write_text(yaml.safe_dump({key: value for key, value in facts.items() if value is not None}), "utf-8")
+        verb = "fit" if given.verb == "resume" else given.verb
+        _run([verb, "-c", str(config), "--ckpt_path", str(place.checkpoint), *given.options], given)
+    return 0
+
+
+def _plain(trainer: Json | None) -> Json:
+    """The trainer's options that are numbers and words: devices, precision, limits; no callbacks, loggers, plugins."""
+    return {key: value for key, value in (trainer or {}).items() if isinstance(value, str | int | float | bool)}
+
+
+def _run(argv: Sequence[str] | None, given: Given | None = None) -> None:
     for said in UNWANTED:
         warnings.filterwarnings("ignore", said)
     arguments = reset_changed_methods(with_found_configs(sys.argv[1:] if argv is None else argv))
@@ -48,6 +82,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if argv is None:
         sys.argv[1:] = arguments  # from where Lightning reads them, in the processes it starts as well
     TuningCLI(
+        given,
         TuningModule,
         lightning.LightningDataModule,
         subclass_mode_model=True,
@@ -61,7 +96,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         load_from_checkpoint_support=False,
         args=None if argv is None else arguments,
     )
-    return 0
 
 
 class Parser(LightningArgumentParser):
@@ -81,6 +115,10 @@ class Parser(LightningArgumentParser):
 
 class TuningCLI(LightningCLI):
     """Adds `method`, `name` and `checkpoint`, and keeps all a run writes in one folder."""
+
+    def __init__(self, given: Given | None, *args: Argument, **kwargs: Argument) -> None:
+        self.given = given
+        super().__init__(*args, **kwargs)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_subclass_arguments(
@@ -104,7 +142,7 @@ class TuningCLI(LightningCLI):
         wanted = config.get("ckpt_path")
         fitting = self.config["subcommand"] == "fit"
         if wanted == "last":
-            found = last_checkpoint(self.folder)
+            found = newest_checkpoint(self.folder)
             if found is None and not fitting:
                 raise ConfigError(f"--ckpt_path last: no {LAST} in {self.folder}/*/checkpoints; run `mmpeft fit` first")
             if found is None:
@@ -135,6 +173,9 @@ class TuningCLI(LightningCLI):
             while cause is not None and not isinstance(cause, MMPEFTError):
                 cause = cause.__cause__
             raise cause or error from None
+        given = self.given
+        if given is not None and given.has_inputs:
+            self.datamodule.inputs, self.model.output = Inputs(given.paths, given.texts), given.out
 
     def instantiate_trainer(self, **kwargs: Argument) -> lightning.Trainer:
         config = self._get(self.config_init, "trainer")
@@ -178,11 +219,6 @@ def new_version(folder: Path, reserve: bool = True) -> int:
     while reserve and getattr(rank_zero_only, "rank", 0) == 0 and not make_folder(folder / f"version_{version}"):
         version += 1
     return version
-
-
-def last_checkpoint(folder: Path) -> Path | None:
-    """The newest `checkpoints/last.ckpt` of all versions of a run."""
-    return max(folder.glob(f"*/checkpoints/{LAST}"), key=lambda path: path.stat().st_mtime, default=None)
 
 
 # -- errors -------------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from lightning.pytorch.callbacks import Callback
 from mmpeft.errors import ConfigError
 from mmpeft.run.arguments import named_in
 from mmpeft.run.callbacks import LearningCurves, Outcome
-from mmpeft.run.checkpoint import RandomState
+from mmpeft.run.checkpoint import BestCheckpoint, RandomState
 from mmpeft.run.domains import import_named
 from mmpeft.run.written import spelled_out
 from mmpeft.tasks.checkpoint import AtomicCheckpointIO
@@ -26,8 +26,8 @@ def run_callbacks() -> list[Callback]:
 
 
 def reporting_callbacks() -> list[Callback]:
-    """What a run has that is looked at by itself: learning curves, the adapter, and a table at the end."""
-    return [LearningCurves(), Outcome()]
+    """What a run has that is looked at by itself: curves, the best checkpoint, the adapter, and a table at the end."""
+    return [LearningCurves(), BestCheckpoint(), Outcome()]
 
 
 def parsed(parser: ArgumentParser, run: Facts, where: str = "the configuration of a run") -> Namespace:

@@ -7,35 +7,26 @@ from pathlib import Path
 
 from lightning.pytorch.utilities.seed import isolate_rng
 
-from mmpeft.errors import ConfigError
-from mmpeft.run.cli import last_checkpoint
 from mmpeft.run.experiment import Experiment
+from mmpeft.run.place import LAST, find_run
 from mmpeft.run.stranger import guarded, read_config
 from mmpeft.tasks.checkpoint import AtomicCheckpointIO
 from mmpeft.tasks.module import TuningModule
 from mmpeft.types import Untyped
 
 
-def load_run(path: str | Path) -> tuple[TuningModule, Untyped]:
+def load_run(path: str | Path, name: str = LAST) -> tuple[TuningModule, Untyped]:
     """The trained task in evaluation mode, and its data module with all sets filled.
 
     Args:
         path: a `.ckpt` file in a run's folder, that folder, or the folder above it (the newest run is taken).
+        name: which checkpoint of a folder: `last.ckpt` or `best.ckpt`.
 
     Raises:
         ConfigError: there is no checkpoint, or no `config.yaml` beside it, or that names classes that nobody registers:
             a run may come from somebody else, and is data.
     """
-    path = Path(path)
-    runs = [path / "checkpoints" / "last.ckpt", last_checkpoint(path)] if path.is_dir() else [path]
-    checkpoint = next((file for file in runs if file is not None and file.is_file()), None)
-    if checkpoint is None:
-        raise ConfigError(
-            f"no checkpoint at {path}; expected a .ckpt file, or the folder of a run with checkpoints/last.ckpt"
-        )
-    config = checkpoint.parent.parent / "config.yaml"
-    if not config.is_file():
-        raise ConfigError(f"{checkpoint} has no {config}; `mmpeft fit` writes both")
+    _, config, checkpoint = find_run(path, name)
     facts = read_config(config)
     quiet = {**Experiment.quiet, "accelerator": "cpu"}
     with isolate_rng(), guarded(config) as check:

@@ -32,16 +32,24 @@ from mmpeft.types import Config, Json
 
 MOST_BYTES, MOST_VALUES = 2**22, 100_000
 """Of a configuration; aliases make a few lines of YAML a million values."""
+KEYS = ("model", "data", "method", "seed_everything", "seed")
+"""What is read of a configuration to build a task and its data."""
 PLAIN = ("torch.optim.", "lightning.pytorch.cli.")
 """Where optimisers and schedulers come from."""
+TRAINER = ("lightning.pytorch.callbacks.", "lightning.pytorch.loggers.", "mmpeft.")
+"""Where callbacks and loggers come from."""
 CLASS = "class_path"
 KINDS = (nn.Module, lightning.LightningDataModule, Method)
 """What a program may have imported of its own."""
 REMEDY = "register it in an installed domain (docs/extend.md), or import its module before the run is read"
 
 
-def read_config(path: Path) -> Json:
+def read_config(path: Path, keys: Sequence[str] = KEYS) -> Json:
     """The configuration of a run, every class in it one that may be built.
+
+    Args:
+        path: of the file.
+        keys: what is read of it; nothing else is looked at.
 
     Raises:
         ConfigError: no YAML, no mapping, more than any run has, or a class that nobody registers.
@@ -52,11 +60,13 @@ def read_config(path: Path) -> Json:
         raise ConfigError(f"{path} is no configuration of a run: {' '.join(str(error).split())}") from error
     if not isinstance(found, dict):
         raise ConfigError(f"{path} is no configuration of a run: it holds a {type(found).__name__}")
-    run = {key: found.get(key) for key in ("model", "data", "method", "seed_everything", "seed")}
+    run = {key: found.get(key) for key in keys}
     known = {name: target.partition(":")[0].partition(".")[0] for name, (_, target) in classes().items()}
-    for key, value in _values(run, path):
-        if key == CLASS and not _may_be_named(str(value), known):
-            _refuse(path, str(value))
+    for part in run:
+        for key, value in _values(run[part], path):
+            plain = part == "trainer" and str(value).startswith(TRAINER)
+            if key == CLASS and not plain and not _may_be_named(str(value), known):
+                _refuse(path, str(value))
     return run
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterator
-from typing import Any, Self, TypeVar
+from pathlib import Path
+from typing import Any, ClassVar, Self, TypeVar
 
 import lightning
 import torch
@@ -46,6 +47,12 @@ class TuningModule(lightning.LightningModule):
     norms, scalings: (IA)³ must decay to 1, not to 0). Checkpoints hold only what trains, and loading one is strict.
     `train_head` adds the sites of role `head` unless the method trains them already.
     """
+
+    output: Path | None = None
+    """Where predictions go; None for the run's folder."""
+
+    monitor: ClassVar[tuple[str, str] | None] = None
+    """The validation metric by which `best.ckpt` is chosen, and whether the best is the `max` or the `min`."""
 
     resave_after_fit = False
     """Whether the task has chosen something after the last step, so that checkpoints are to be written again."""
@@ -124,6 +131,11 @@ class TuningModule(lightning.LightningModule):
         if found is not None:
             expected(found, contract, type(self).__name__)
         return found
+
+    def asked_texts(self) -> list[str]:
+        """Texts that were given with what is to be predicted: `mmpeft predict RUN PATH… --text a b`."""
+        inputs = getattr(self.datamodule, "inputs", None)
+        return list(inputs.texts) if inputs is not None else []
 
     def training_step(self, batch: Batch, index: int) -> Tensor | None:
         """The task's loss and the terms that the method's controllers add; None where nothing trains."""

@@ -15,13 +15,17 @@ import torch
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
 
-from mmpeft.errors import ConfigError
-from mmpeft.files import explained, write_atomic
+from mmpeft.errors import ConfigError, shown
+from mmpeft.files import explained, free_path, write_atomic
 from mmpeft.tasks.publish import run_folder
 from mmpeft.types import Batch, Facts, Json, Output
 
 SUFFIXES = (".csv", ".jsonl")
+SHOWN = 10
+"""Lines that are printed where a user gave the inputs."""
 Line = Facts
 
 
@@ -53,7 +57,8 @@ class PredictionFile(Callback):
         return self._target.with_name(f".{self._target.name}.{rank}.tmp")
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._target = run_folder(trainer) / self.path
+        self._target = target_of(trainer, pl_module, self.path, SUFFIXES)
+        self._shown: list[Line] = []
         with explained(self._target):
             self._target.parent.mkdir(parents=True, exist_ok=True)
             self._file = self._part(trainer.global_rank).open(
@@ -73,6 +78,8 @@ class PredictionFile(Callback):
         suffix = self._target.suffix
         with explained(self._target):
             for line in self.lines(outputs, suffix):
+                if len(self._shown) < SHOWN:
+                    self._shown.append(line)
                 self._write(json.dumps(line, ensure_ascii=False) + "\n" if suffix == ".jsonl" else self._row(line))
 
     def _write(self, text: str) -> None:
@@ -105,6 +112,8 @@ class PredictionFile(Callback):
                     file.write(part.read_bytes())
                     part.unlink()
             os.replace(first, self._target)
+        if getattr(pl_module, "output", None) is not None:
+            Console().print(table_of(self._shown))
         Console().print(f"{self._target.stem}: {self._target}", soft_wrap=True)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
@@ -132,7 +141,7 @@ class PredictionFolder(Callback):
         self._folder = Path(name)
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._folder = run_folder(trainer) / self.name
+        self._folder = target_of(trainer, pl_module, self.name)
 
     def on_predict_batch_end(
         self,
@@ -149,6 +158,28 @@ class PredictionFolder(Callback):
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.is_global_zero:
             Console().print(f"{self.name}: {self._folder} {self.note()}".rstrip(), soft_wrap=True)
+
+
+def target_of(trainer: Trainer, module: LightningModule, name: str, suffixes: Sequence[str] = ()) -> Path:
+    """Where predictions go: where the task was told, or in the run's folder. All processes must ask.
+
+    What a user named is a file if it has one of the suffixes, else a folder. In the run's folder nothing is written
+    over: a second `predictions.csv` is `predictions_2.csv`.
+    """
+    told: Path | None = getattr(module, "output", None)
+    if told is not None:
+        return told / name if suffixes and told.suffix not in suffixes else told
+    path = run_folder(trainer) / name
+    return Path(trainer.strategy.broadcast(free_path(path) if trainer.is_global_zero else path))
+
+
+def table_of(lines: Sequence[Line]) -> Table:
+    """The first lines of a file for a terminal: without columns of single probabilities."""
+    columns = [name for name in (lines[0] if lines else ()) if not name.startswith("p(") and name != "probabilities"]
+    table = Table(*map(escape, columns))
+    for line in lines:
+        table.add_row(*(escape(shown(str(line.get(name, "")))) for name in columns))
+    return table
 
 
 def class_file(path: str, classes: Callable[[], Sequence[str]]) -> PredictionFile:

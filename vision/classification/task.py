@@ -39,6 +39,7 @@ class ImageClassifier(Task):
     Batches are `(images float [B, 3, H, W], labels int64 [B])`; to predict, `(images, identifiers)`.
     """
 
+    monitor = ("val/accuracy", "max")
     headline = ("loss", "accuracy")
 
     def __init__(

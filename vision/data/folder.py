@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Unpack
 
 from mmpeft.data.captioned import listed
+from mmpeft.data.files import ImageFiles, readable
 from mmpeft.data.folders import Search, identity, split_folders, subfolders
 from mmpeft.data.images import ImageData, Renamed
+from mmpeft.data.inputs import picture_files
 from mmpeft.data.options import ImageOptions
 from mmpeft.errors import ConfigError, DataError
-from mmpeft.vision.data.files import ImageFiles, readable
 
 LOG = logging.getLogger(__name__)
 Samples = list[tuple[Path, int]]
@@ -161,18 +162,7 @@ class FolderData(ImageData):
         return [(path, self.classes.index(name)) for name, paths in files.items() for path in paths if path in good]
 
     def _to_predict(self, inputs: Sequence[str]) -> ImageFiles:
-        paths: list[Path] = []
-        search = Search()
-        for name in inputs:
-            path = Path(name)
-            found = search.below(path) if path.is_dir() else [path] if path.is_file() else []
-            if not found:
-                what = "holds no image files" if path.is_dir() else "does not exist"
-                left = f" (left out: {search.listed()})" if search.left else ""
-                raise DataError(f"predict: {path} {what}{left}; give image files or folders of them")
-            paths += found
-        search.tell("what is to be predicted")
-        paths = readable(paths, self.skip_unreadable)
+        paths = picture_files(inputs, self.skip_unreadable)
         return ImageFiles(paths, [str(path) for path in paths])
 
 

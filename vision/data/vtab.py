@@ -14,11 +14,11 @@ from typing import Literal, Unpack
 from rich.progress import track
 
 from mmpeft.data.contract import Resize
+from mmpeft.data.files import WORTH_A_BAR, ImageFiles
 from mmpeft.data.images import ImageData, Renamed, check_label_column
 from mmpeft.data.options import Augment, LoadingOptions, SizeOptions
 from mmpeft.data.texts import cleaned, read_text
 from mmpeft.errors import ConfigError, DataError, nearest
-from mmpeft.vision.data.files import WORTH_A_BAR, ImageFiles
 
 LOG = logging.getLogger(__name__)
 Subset = Literal["train800", "train800val200"]

@@ -9,10 +9,13 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.transforms import v2
 
-from mmpeft.data.contract import Preprocessed, Preprocessing
+from mmpeft.data.contract import Preprocessed, Preprocessing, Resizing
+from mmpeft.data.files import ImageFiles
+from mmpeft.data.inputs import Inputs
 from mmpeft.data.loading import DataModule
 from mmpeft.data.options import LoaderOptions
 from mmpeft.data.sampling import hash_seed
+from mmpeft.data.transforms import OfImage, evaluation
 from mmpeft.embedded import emoji
 from mmpeft.embedded.emoji import EmojiSet
 from mmpeft.embedded.scenes import compose
@@ -89,6 +92,13 @@ class SceneDepthData(Preprocessed, DataModule):
             return normalise(sample[0]), sample[1]
 
         self.train_transform = self.eval_transform = prepared
+        self.of_pictures = OfImage(evaluation(wanted.size, wanted.mean, wanted.std, Resizing()))
+
+    def take(self, inputs: Inputs) -> None:
+        """Predict pictures, resized to the scenes' size."""
+        named = inputs.named()
+        self.predict_set = ImageFiles(list(named.values()), list(named))
+        self.predict_transform = self.of_pictures
 
     def datasets(self, stage: str | None = None) -> None:
         train, val, test = (emoji(self.style, split) for split in ("train", "val", "test"))

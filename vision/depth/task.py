@@ -38,6 +38,7 @@ class DepthEstimator(Task):
     with `max(d / d*, d* / d) < 1.25`. Batches are `(images float [B, 3, H, W], depth float [B, 1, H, W])`.
     """
 
+    monitor = ("val/rel", "min")
     headline = ("rel", "delta1")
 
     def __init__(

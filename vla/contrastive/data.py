@@ -7,12 +7,17 @@ from copy import copy
 from typing import Unpack
 
 import torch
+from PIL import Image
 from torch import Tensor
+from torch.utils.data import Dataset
 
 from mmpeft.data.caption_sources import open_captions
 from mmpeft.data.captioned import Captioned
+from mmpeft.data.files import ImageFiles
 from mmpeft.data.images import AugmentedImages
+from mmpeft.data.inputs import Inputs
 from mmpeft.data.options import ImageOptions
+from mmpeft.errors import DataError
 from mmpeft.vla.backbone import check_length
 
 
@@ -55,11 +60,37 @@ class CaptionData(AugmentedImages):
                 found.by_pixels = name != "train"
                 setattr(self, f"{name}_set", found)
 
+    def take(self, inputs: Inputs) -> None:
+        """Predict pictures: which of the texts fits each.
+
+        Raises:
+            DataError: there are fewer than two texts.
+        """
+        if len(inputs.texts) < 2:
+            raise DataError("which texts may fit? mmpeft predict RUN PICTURE… --text 'a cat' 'a dog'")
+        paths = inputs.pictures()
+        self.predict_set = Numbered(ImageFiles(paths, [str(path) for path in paths]))
+
     def check_texts(self, tokens: Callable[[Sequence[str]], Tensor]) -> None:
         """Raise DataError for a text that a tokenizer would cut."""
         for found in (self.train_set, self.val_set, self.test_set):
             if isinstance(found, Captioned):
                 check_length(found.texts, tokens)
+
+
+class Numbered(Dataset[tuple[Image.Image, str, int]]):
+    """Pictures with their paths, and their places for rows."""
+
+    def __init__(self, files: ImageFiles) -> None:
+        self.files = files
+
+    def __len__(self) -> int:
+        """Return the number of pictures."""
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, str, int]:
+        """Return one picture, its path and its row."""
+        return (*self.files[index], index)
 
 
 def collate(samples: Sequence[tuple[Tensor, str, int]]) -> tuple[Tensor, list[str], Tensor]:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import ClassVar, Literal, Unpack
 
 import torch
+from lightning.pytorch.callbacks import Callback
 from open_clip.loss import ClipLoss, SigLipLoss
 from torch import Tensor, distributed, nn
 from torch.nn.modules.module import _IncompatibleKeys
@@ -15,7 +16,8 @@ from mmpeft.errors import ConfigError
 from mmpeft.hosting.modules import CHILD
 from mmpeft.methods import Full
 from mmpeft.methods.base import Method
-from mmpeft.types import Batch, Facts
+from mmpeft.tasks.predictions import class_file
+from mmpeft.types import Batch, Facts, Fields
 from mmpeft.vla.backbone import ImageTextPair, towers_of
 from mmpeft.vla.pair import PairOptions, PairTask
 
@@ -33,6 +35,7 @@ class ContrastiveTuner(PairTask):
     that several captions of one image all count as right in retrieval.
     """
 
+    monitor = ("val/image_to_text@1", "max")
     headline: ClassVar[Sequence[str] | None] = ("image_to_text@1", "text_to_image@1")
 
     def __init__(
@@ -120,6 +123,25 @@ class ContrastiveTuner(PairTask):
         loss = self.contrast(images, self.tokens(texts))
         self.log("train/loss", loss, prog_bar=True, on_step=True, on_epoch=True, batch_size=len(images))
         return loss
+
+    def predict_step(self, batch: tuple[Tensor, Sequence[str], Tensor], index: int) -> Fields:
+        """Paths of pictures, and how well each of the texts that were given fits: `softmax(s · f tᵀ)`.
+
+        Raises:
+            ConfigError: there are no texts to choose among.
+        """
+        images, paths, _ = batch
+        texts = self.asked_texts()
+        if not texts:
+            raise ConfigError(
+                "a pair predicts which of some texts fits: mmpeft predict RUN PICTURE… --text 'a cat' 'a dog'"
+            )
+        image, text = self.encode(images, self.tokens(texts))
+        scores = self.towers.logit_scale.exp() * image @ text.T
+        return {"id": list(paths), "probabilities": scores.float().softmax(-1).cpu()}
+
+    def configure_callbacks(self) -> list[Callback]:
+        return [*super().configure_callbacks(), class_file("predictions.csv", self.asked_texts)]
 
     def evaluate(self, batch: Batch, stage: str) -> None:
         images, texts, rows = batch

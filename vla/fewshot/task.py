@@ -36,6 +36,7 @@ class FewShot(PairTask):
     harmonic mean.
     """
 
+    monitor = ("val/base", "max")
     headline = ("base", "new", "harmonic")
 
     def __init__(

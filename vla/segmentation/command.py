@@ -10,13 +10,13 @@ from rich.console import Console
 from rich.table import Table
 
 from mmpeft.data.pictures import read
+from mmpeft.data.pixels import pixels
 from mmpeft.errors import ConfigError
 from mmpeft.files import write_atomic
 from mmpeft.run.reload import load_run
 from mmpeft.vla.backbone import preprocessing
 from mmpeft.vla.segmentation.data import Prepared
 from mmpeft.vla.segmentation.draw import index_png, overlays
-from mmpeft.vla.segmentation.masks import pixels
 from mmpeft.vla.segmentation.task import Segmenter
 
 

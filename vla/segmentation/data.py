@@ -12,8 +12,11 @@ from torchvision import tv_tensors
 from torchvision.transforms import InterpolationMode, v2
 
 from mmpeft.data.contract import HasClasses, Preprocessed, Preprocessing
+from mmpeft.data.inputs import Inputs
 from mmpeft.data.loading import DataModule
 from mmpeft.data.options import LoaderOptions, LoadingOptions
+from mmpeft.data.pictures import read
+from mmpeft.data.pixels import pixels
 from mmpeft.data.sampling import hash_seed
 from mmpeft.data.transforms import OF_TENSORS
 from mmpeft.embedded import emoji, spoken
@@ -62,6 +65,12 @@ class SegmentationData(Preprocessed, DataModule):
         self.train_transform = Prepared(wanted, self.mirror)
         self.eval_transform = Prepared(wanted)
         self.predict_transform = self.eval_transform.alone
+
+    def take(self, inputs: Inputs) -> None:
+        """Predict pictures, each at its own size."""
+        named = inputs.named()
+        paths = list(named.values())
+        self.predict_set = NamedPictures(lambda i: pixels(read(paths[i])), list(named))
 
 
 class Prepared:

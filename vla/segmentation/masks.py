@@ -18,6 +18,7 @@ from mmpeft.data.captioned import listed
 from mmpeft.data.folders import pictures_below, split_folders
 from mmpeft.data.options import LoaderOptions
 from mmpeft.data.pictures import contents, measured, opened, read, turned
+from mmpeft.data.pixels import pixels
 from mmpeft.data.texts import cleaned, read_text
 from mmpeft.embedded import spoken
 from mmpeft.errors import DataError
@@ -209,8 +210,3 @@ def _by_name(folder: Path) -> dict[str, Path]:
             raise DataError(f"{found[name]} and {path} have one name, by which pictures and masks are matched")
         found[name] = path
     return found
-
-
-def pixels(image: Image.Image) -> Tensor:
-    """An RGB image as uint8 [3, H, W]."""
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1)

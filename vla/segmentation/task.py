@@ -41,6 +41,8 @@ class Segmenter(PairTask):
 
     text: Tensor
 
+    monitor = ("val/mIoU", "max")
+
     def __init__(
         self,
         backbone: str,
@@ -148,26 +150,33 @@ class Segmenter(PairTask):
     def meaning(self) -> Facts:
         return {"classes": self.classes}
 
+    @property
+    def names(self) -> Sequence[str]:
+        """What predictions look for: the texts that were given with the pictures, else the data's classes."""
+        return self.asked_texts() or self.classes
+
     def predict_step(self, batch: tuple[Tensor, Sequence[str], Tensor], index: int) -> Fields:
         """Identifiers, pictures in [0, 1] and class numbers at each picture's own size, which become files."""
         images, names, sizes = batch
         whole = [tuple(size) for size in sizes.tolist()]
-        found, pictures = self(images).float(), self.preprocessing.restore(images)
+        asked = self.names != self.classes
+        scores = self(images, self.encode(self.names) if asked else None).float()
+        pictures = self.preprocessing.restore(images)
         return {
             "id": list(names),
             "pictures": [F.interpolate(p[None], s, mode="bilinear").cpu() for p, s in zip(pictures, whole)],
-            "masks": [self.segment(F.interpolate(f[None], s, mode="bilinear")).cpu() for f, s in zip(found, whole)],
+            "masks": [self.segment(F.interpolate(f[None], s, mode="bilinear")).cpu() for f, s in zip(scores, whole)],
         }
 
     def files(self, outputs: Facts) -> Iterator[tuple[str, bytes]]:
         """The picture with its segments, and the class numbers, for each prediction."""
         for name, picture, mask in zip(outputs["id"], outputs["pictures"], outputs["masks"]):
-            yield f"{name}.png", overlays(picture, [mask], self.classes)
+            yield f"{name}.png", overlays(picture, [mask], self.names)
             yield f"{name}_classes.png", index_png(mask[0])
 
     def note(self) -> str:
         """What is said beside the folder of predictions."""
-        return f"(number {len(self.classes)}: none)"
+        return f"(number {len(self.names)}: none)"
 
     def configure_callbacks(self) -> list[Callback]:
         return [

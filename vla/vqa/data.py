@@ -15,6 +15,7 @@ from torch.utils.data import Dataset
 
 from mmpeft.data.contract import Preprocessed, Preprocessing, Resize, Resizing
 from mmpeft.data.folders import split_folders
+from mmpeft.data.inputs import Inputs
 from mmpeft.data.loading import DataModule
 from mmpeft.data.options import LoaderOptions, LoadingOptions
 from mmpeft.data.pictures import read
@@ -72,8 +73,40 @@ class QuestionData(Preprocessed, DataModule):
             evaluation(wanted.size, wanted.mean, wanted.std, resizing)
         )
 
+    def take(self, inputs: Inputs) -> None:
+        """Ask every text about every picture.
+
+        Raises:
+            DataError: there are no texts.
+        """
+        questions = list(inputs.texts)
+        if not questions:
+            raise DataError("what is to be asked? mmpeft predict RUN PICTURE… --text 'is there a cat?'")
+        none = torch.zeros(len(questions), dtype=torch.long)
+        scores = torch.zeros(len(questions), len(self.answers))
+        named = inputs.named()
+        self.predict_set = Questioned(
+            list(named.values()),
+            [Asked(None, questions, none, scores, none, [name] * len(questions)) for name in named],
+        )
+
     def check_texts(self, tokens: Callable[[Sequence[str]], Tensor]) -> None:
         """Raise DataError for a question that a tokenizer would cut."""
+
+
+class Questioned(Dataset[Asked]):
+    """Questions about picture files, which are read when they are asked for."""
+
+    def __init__(self, paths: Sequence[Path], asked: Sequence[Asked]) -> None:
+        self.paths, self.asked = paths, asked
+
+    def __len__(self) -> int:
+        """Return the number of pictures."""
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> Asked:
+        """Return one picture with its questions."""
+        return self.asked[index]._replace(images=read(self.paths[index]))
 
 
 class OfQuestions:

@@ -43,6 +43,7 @@ class VisualQuestions(PairTask):
     `Σ_a BCE(σ(z_a), s_a)`. Reported is the mean score of the answers given, over all questions and by type.
     """
 
+    monitor = ("val/accuracy", "max")
     headline = ("accuracy",)
 
     def __init__(
