@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 
 import yaml
@@ -78,6 +78,18 @@ def with_found_configs(arguments: Sequence[str]) -> list[str]:
         if flag in CONFIG and value:
             argument = argument.removesuffix(value) + str(find_config(value))
         found.append(argument)
+    return found
+
+
+def with_short_loggers(arguments: Sequence[str], names: Collection[str]) -> list[str]:
+    """The arguments, with `--logger wandb` for `--trainer.logger wandb`: the trainer's own takes classes alone."""
+    found = list(arguments)
+    for place, (argument, (flag, value)) in enumerate(zip(arguments, options_of(arguments))):
+        if flag == "--trainer.logger" and value and set(value.split(",")) <= set(names):
+            if argument == value:
+                found[place - 1] = "--logger"
+            else:
+                found[place] = f"--logger={value}"
     return found
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 from lightning import LightningModule, Trainer
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from rich.console import Console
 from rich.table import Table
 
@@ -151,7 +151,7 @@ class Outcome(Callback):
             if value.numel() == 1 and not key.endswith("_step"):
                 rows[key] = f"{float(value):.4f}"
         for best in trainer.checkpoint_callbacks:
-            if best.monitor and best.best_model_score is not None:
+            if isinstance(best, ModelCheckpoint) and best.monitor and best.best_model_score is not None:
                 rows["best"] = f"{best.monitor} {float(best.best_model_score):.4f}: {best.best_model_path}"
         if self._adapter:
             rows |= {"adapter": str(self._adapter), "run": str(self._adapter.parent)}
@@ -161,6 +161,9 @@ class Outcome(Callback):
         for name, text in rows.items():
             table.add_row(name, text)
         Console().print(table)
+        if self._adapter:
+            run = self._adapter.parent
+            Console().print(f"next: mmpeft test {run}   or predict, resume, export: `mmpeft --help`", soft_wrap=True)
 
 
 def plans(method: Method) -> list[Plan]:

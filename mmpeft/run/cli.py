@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
-import warnings
 from collections.abc import Iterable, Iterator, Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import NoReturn
@@ -14,34 +12,32 @@ from typing import NoReturn
 import lightning
 import yaml
 from jsonargparse import get_loader, set_loader, set_parsing_settings
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 
+from mmpeft._arguments import comma_separated
 from mmpeft.data.inputs import Inputs
 from mmpeft.errors import ConfigError, MMPEFTError, nearest
 from mmpeft.files import free_path, make_folder
 from mmpeft.methods import METHODS
 from mmpeft.methods.base import Method
-from mmpeft.run.arguments import class_names, reset_changed_methods, with_found_configs
+from mmpeft.run.arguments import class_names, reset_changed_methods, with_found_configs, with_short_loggers
+from mmpeft.run.bar import RunBar
 from mmpeft.run.checkpoint import LastCheckpoint
 from mmpeft.run.domains import classes, import_named
 from mmpeft.run.experiment import reporting_callbacks, run_callbacks
+from mmpeft.run.loggers import NEEDS, loggers
 from mmpeft.run.place import BEST, LAST, Given, find_run, newest_checkpoint
+from mmpeft.run.quiet import quieten
 from mmpeft.run.stranger import KEYS, read_config
 from mmpeft.run.written import spelled_out
 from mmpeft.tasks.checkpoint import AtomicCheckpointIO
 from mmpeft.tasks.module import TuningModule
-from mmpeft.types import Argument, Config, Json, Kwargs, Leaf, Untyped
+from mmpeft.types import Argument, Config, Json, Leaf, Untyped
 
 ROOT = "runs"
-UNWANTED = (
-    "LightningCLI's args parameter",
-    "Total length of .* across ranks is zero",
-    ".*isinstance\\(treespec, LeafSpec\\)",
-)
-"""Warnings of Lightning's about a validation set that was left out on purpose, and about its own code."""
-
 set_parsing_settings(subclasses_enabled=[Method])
 _read_yaml = get_loader("yaml")
 set_loader("yaml", lambda text: spelled_out(_read_yaml(text)), exceptions=(yaml.YAMLError,))
@@ -75,9 +71,10 @@ def _plain(trainer: Json | None) -> Json:
 
 
 def _run(argv: Sequence[str] | None, given: Given | None = None) -> None:
-    for said in UNWANTED:
-        warnings.filterwarnings("ignore", said)
-    arguments = reset_changed_methods(with_found_configs(sys.argv[1:] if argv is None else argv))
+    quieten()
+    arguments = reset_changed_methods(
+        with_short_loggers(with_found_configs(sys.argv[1:] if argv is None else argv), NEEDS)
+    )
     import_named(class_names(arguments))
     if argv is None:
         sys.argv[1:] = arguments  # from where Lightning reads them, in the processes it starts as well
@@ -131,6 +128,12 @@ class TuningCLI(LightningCLI):
             default=None,
             help=f"Folder of the run under {ROOT}/. Default: data and method, such as EmojiData-LoRA.",
         )
+        parser.add_argument(
+            "--logger",
+            type=str | None,
+            default=None,
+            help=f"{', '.join(NEEDS)}, with commas between; `--trainer.logger wandb` is the same.",
+        )
         parser.add_lightning_class_args(LastCheckpoint, "checkpoint")
 
     def _parse_ckpt_path(self) -> None:
@@ -156,7 +159,8 @@ class TuningCLI(LightningCLI):
                 raise ConfigError(f"--ckpt_path: no file {wanted}; give a .ckpt file or `last`")
             if path.parent.name == "checkpoints":
                 run = path.parent.parent
-                self.folder, self.version = run.parent, run.name
+                number = re.fullmatch(r"version_(\d+)", run.name)
+                self.folder, self.version = run.parent, int(number[1]) if number else run.name
         elif not fitting:
             rank_zero_warn("no --ckpt_path given: the method and the head are evaluated untrained")
 
@@ -182,23 +186,33 @@ class TuningCLI(LightningCLI):
         if config.get("logger") in (None, True):
             if self.version is None:
                 self.version = new_version(self.folder, reserve=not config.get("fast_dev_run"))
-            kwargs["logger"] = logger(self.folder, self.version)
+            kwargs["logger"] = loggers(self._wanted_loggers(), self.folder, self.version)
+        if config.get("enable_progress_bar") is not False and not any(
+            isinstance(one, ProgressBar) for one in as_list(self._get(self.config_init, "trainer.callbacks"))
+        ):
+            self.trainer_defaults["callbacks"] = [*self.trainer_defaults["callbacks"], RunBar()]
         kwargs["plugins"] = [*as_list(config.get("plugins")), AtomicCheckpointIO()]
         kwargs["default_root_dir"] = config.get("default_root_dir") or ROOT
-        return super().instantiate_trainer(**kwargs)
+        try:
+            return super().instantiate_trainer(**kwargs)
+        except MisconfigurationException as error:
+            raise ConfigError(_of_trainer(str(error), str(config.get("accelerator")))) from error
+
+    def _wanted_loggers(self) -> list[str]:
+        names = self._get(self.config_init, "logger") or ""
+        return comma_separated(str(names))
+
+
+def _of_trainer(said: str, accelerator: str) -> str:
+    """A trainer's complaint in one line."""
+    if "No supported gpu backend" in said or "accelerator can not run on your system" in said:
+        return f"--trainer.accelerator {accelerator}: there is none here that PyTorch sees; leave it out, or give cpu"
+    return " ".join(said.split())
 
 
 def as_list(value: Leaf) -> list[Leaf]:
     """A list of what was given: nothing, one, or several."""
     return [] if value is None else list(value) if isinstance(value, list | tuple) else [value]
-
-
-def logger(folder: Path, version: int | str) -> Logger:
-    """TensorBoard where it is installed, CSV elsewhere."""
-    place: Kwargs = {"save_dir": folder.parent, "name": folder.name, "version": version}
-    if find_spec("tensorboard"):
-        return TensorBoardLogger(**place, default_hp_metric=False)
-    return CSVLogger(**place)
 
 
 def default_name(config: Config) -> str:

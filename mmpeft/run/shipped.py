@@ -43,7 +43,7 @@ def find_config(name: str) -> Path:
     if short in known:
         return known[short]
     what = "is a folder" if path.is_dir() else "is neither a file nor a shipped configuration"
-    raise ConfigError(f"-c {name}: {name} {what}.{_hint(short)} `mmpeft configs` lists those that ship")
+    raise ConfigError(f"{name} {what}.{_hint(short)} `mmpeft configs` lists those that ship")
 
 
 def _hint(short: str) -> str:

@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import os
+import re
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -27,6 +28,7 @@ SUFFIXES = (".csv", ".jsonl")
 SHOWN = 10
 """Lines that are printed where a user gave the inputs."""
 Line = Facts
+_RUNNER_UP = re.compile(r"^p\(|_\d+$")
 
 
 class PredictionFile(Callback):
@@ -175,7 +177,8 @@ def target_of(trainer: Trainer, module: LightningModule, name: str, suffixes: Se
 
 def table_of(lines: Sequence[Line]) -> Table:
     """The first lines of a file for a terminal: without columns of single probabilities."""
-    columns = [name for name in (lines[0] if lines else ()) if not name.startswith("p(") and name != "probabilities"]
+    first = lines[0] if lines else {}
+    columns = [name for name, value in first.items() if not (_RUNNER_UP.search(name) or isinstance(value, list | dict))]
     table = Table(*map(escape, columns))
     for line in lines:
         table.add_row(*(escape(shown(str(line.get(name, "")))) for name in columns))

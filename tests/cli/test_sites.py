@@ -209,7 +209,7 @@ def test_a_call_of_the_users_own(capsys):
         ([TINY, "--method", "LoRAA"], "Did you mean 'LoRA'"),
         ([TINY, "--method", "LoRA(rnk=3)"], "Did you mean 'rank'"),
         ([TINY, "--method", "LoRA("], "cannot read the method 'LoRA('"),
-        ([TINY, "--method", "missing.yaml"], "there is no file missing.yaml"),
+        ([TINY, "--method", "missing.yaml"], "missing.yaml is neither a file nor a shipped"),
         ([TINY, "--method", "LoRA(rank=open('x'))"], "unknown method 'open'"),
         ([TINY, "--at", "attn.qq"], "Did you mean 'attn.q'"),
         ([f"{__name__}:nothing"], "expected module:function"),
