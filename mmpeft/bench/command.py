@@ -32,6 +32,7 @@ def compare(argv: Sequence[str] | None = None) -> int:
         "--seeds", help="a number n for 0 … n - 1, or comma-separated seeds; default: the configuration's"
     )
     parser.add_argument("--out", type=Path, default=Path("runs/compare"), help="default: %(default)s")
+    parser.add_argument("--no-adapters", action="store_true", help="do not keep what each run trained, in OUT/adapters")
     options, rest = parser.parse_known_args(own_arguments(argv))
     from mmpeft.bench.compare import run
 

@@ -7,7 +7,7 @@ import csv
 import io
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import zip_longest
 from pathlib import Path
 
@@ -17,14 +17,16 @@ from rich.console import Console
 
 from mmpeft.bench.memory import MemoryMeter
 from mmpeft.bench.report import Result, plot, table, to_markdown
+from mmpeft.data.inputs import file_name
 from mmpeft.errors import ConfigError, DivergedError, nearest
 from mmpeft.files import only_writer, write_atomic
 from mmpeft.run.experiment import Experiment
 from mmpeft.run.study import choose_entries, key_of, override, quiet_progress, read_file
 from mmpeft.sites import sites
-from mmpeft.types import Facts, Json
+from mmpeft.types import Facts, Json, Leaf
 
 KEYS = {"model", "data", "trainer", "methods", "seeds", "metric", "title", "columns", "axes"}
+RUN = ("model", "data", "trainer")
 NEEDED = ("model", "data", "methods", "metric")
 Setting = Json
 
@@ -34,8 +36,29 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
     config = read_file(options.config, KEYS, NEEDED)
     chosen = choose_entries(config["methods"], options.methods)
     seeds = _seeds(options.seeds) if options.seeds else list(config.get("seeds", [0]))
-    compare(config, chosen, seeds, options.out, settings(config.get("axes") or {}, rest))
+    axes, overrides = split_options(rest)
+    every = settings(config.get("axes") or {}, axes)
+    compare(config, chosen, seeds, options.out, every, overrides, keep=not options.no_adapters)
     return 0
+
+
+def split_options(arguments: Sequence[str]) -> tuple[list[str], list[tuple[list[str], Leaf]]]:
+    """Options for axes, and those that set a key of every run: `--trainer.max_epochs 3`.
+
+    `--data.batch_size 8` is `--data.init_args.batch_size 8`, as for `mmpeft fit`.
+    """
+    axes: list[str] = []
+    overrides: list[tuple[list[str], Leaf]] = []
+    words = [part for argument in arguments for part in argument.split("=", 1)]
+    for flag, value in zip_longest(words[::2], words[1::2]):
+        path = flag.removeprefix("--").split(".")
+        if path[0] not in RUN or len(path) < 2 or value is None:
+            axes += [flag] if value is None else [flag, value]
+            continue
+        if path[0] != "trainer" and path[1] not in ("class_path", "init_args"):
+            path.insert(1, "init_args")
+        overrides.append((path, yaml.safe_load(value)))
+    return axes, overrides
 
 
 def _seeds(text: str) -> list[int]:
@@ -69,13 +92,16 @@ def compare(
     seeds: Sequence[int],
     out: Path,
     every: Sequence[Setting] = ({},),
+    overrides: Sequence[tuple[Sequence[str], Leaf]] = (),
+    keep: bool = False,
 ) -> list[Result]:
     """Run every method with every seed in every setting of the axes.
 
-    Writes `results.jsonl`, `results.csv`, `table.md` and `plot.png` into `out`.
+    Writes `results.jsonl`, `results.csv`, `table.md` and `plot.png` into `out`, and with `keep` what each run trained
+    into `adapters`. `overrides` set keys of every run, over what entries say.
     """
     runs = [
-        (name, seed, setting, merged(config, entry, seed, setting))
+        (name, seed, setting, with_values(merged(config, entry, seed, setting), overrides))
         for name, entry in methods.items()
         for setting in every
         for seed in seeds
@@ -93,7 +119,8 @@ def compare(
             move(description=label)
             if key not in known:
                 try:
-                    known[key] = one(experiment, name, seed, key, str(config["metric"]), setting)
+                    folder = out / "adapters" / file_name(label) if keep else None
+                    known[key] = one(experiment, name, seed, key, str(config["metric"]), setting, folder)
                 except DivergedError as error:  # the others are still worth comparing
                     diverged[label] = str(error).partition(". ")[0]
                     console.print(f"{label}: {diverged[label]}", markup=False)
@@ -116,12 +143,14 @@ def compare(
     write_atomic(out / "results.csv", _csv(results).encode())
     write_atomic(out / "plot.png", plot(results, title, columns, str(config["metric"])))
     console.print(f"table: {out / 'table.md'}\nplot:  {out / 'plot.png'}\nruns:  {out / 'results.csv'}")
+    if keep:
+        console.print(f"adapters: {out / 'adapters'}")
     return results
 
 
 def merged(config: Facts, entry: Facts, seed: int, setting: Mapping[str, object] = {}) -> Json:
     """The configuration of one run: the common part under an entry's own, with a setting of the axes."""
-    run = {key: config.get(key, {}) for key in ("model", "data", "trainer")}
+    run = {key: config.get(key, {}) for key in RUN}
     over = {key: value for key, value in entry.items() if key not in ("method", "lr")}
     for key in over:
         if key not in run:
@@ -135,20 +164,31 @@ def merged(config: Facts, entry: Facts, seed: int, setting: Mapping[str, object]
             entry["lr"]
         )
     run["data"].setdefault("init_args", {})["seed"] = seed
-    for axis, value in setting.items():
-        place = run
-        *above, last = str(config["axes"][axis]).split(".")
-        for part in above:
-            place = place.setdefault(part, {})
-        place[last] = value
+    run = with_values(run, [(str(config["axes"][axis]).split("."), value) for axis, value in setting.items()])
     run["trainer"] = {**Experiment.quiet, **run["trainer"]}
     return run | {"seed": seed}
 
 
+def with_values(run: Json, values: Iterable[tuple[Sequence[str], Leaf]]) -> Json:
+    """The configuration of a run with values set at paths, in place."""
+    for (*above, last), value in values:
+        place = run
+        for part in above:
+            place = place.setdefault(part, {})
+        place[last] = value
+    return run
+
+
 def one(
-    experiment: Experiment, name: str, seed: int, key: str, metric: str, setting: Mapping[str, object] = {}
+    experiment: Experiment,
+    name: str,
+    seed: int,
+    key: str,
+    metric: str,
+    setting: Mapping[str, object] = {},
+    folder: Path | None = None,
 ) -> Result:
-    """Train and test one method with one seed."""
+    """Train and test one method with one seed; what was trained goes into a folder."""
     task, data, trainer = experiment.build()
     meter = MemoryMeter()
     trainer.callbacks.append(meter)  # type: ignore[attr-defined]  # Lightning's Trainer has it, undeclared
@@ -162,6 +202,8 @@ def one(
             f"the task reports no metric {metric!r}; it has {', '.join(sorted(values))}.{nearest(metric, values)}"
         )
     tuning = task.prepare()
+    if folder is not None:
+        tuning.save(folder, bake=True)
     trainable = sum(p.numel() for _, p in task.trainable())
     beside = trainable - sum(p.numel() for p in tuning.parameters())
     heads = {site.path for site in sites(tuning.model) if site.role == "head"}

@@ -63,8 +63,13 @@ def file_names(texts: Sequence[str]) -> list[str]:
     """A name for a file from each text, all different."""
     found: dict[str, None] = {}
     for text in texts:
-        found[_free(re.sub(r"[^\w-]+", "_", text).strip("_")[:60] or "text", found)] = None
+        found[_free(file_name(text), found)] = None
     return list(found)
+
+
+def file_name(text: str) -> str:
+    """A text as the name of a file."""
+    return re.sub(r"[^\w-]+", "_", text).strip("_")[:60] or "text"
 
 
 def _free(name: str, known: object) -> str:
