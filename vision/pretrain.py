@@ -66,7 +66,9 @@ def default_optimizer(groups: Iterable[Kwargs]) -> torch.optim.Optimizer:
 
 
 class EmojiPairs(DataModule):
-    """Batches of identities, each drawn in every pretraining style: `(rgba uint8 [B, styles, 4, 64, 64], index)`.
+    """Emoji in every pretraining style, to pretrain the embedded ViT.
+
+    Batches of identities, each drawn in every pretraining style: `(rgba uint8 [B, styles, 4, 64, 64], index)`.
 
     Validation gives `(rgba, category)` of identities outside pretraining, in the seen styles and in OpenMoji.
     """

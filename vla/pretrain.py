@@ -93,7 +93,10 @@ class CaptionedEmoji(Dataset[tuple[Tensor, str, Tensor]]):
 
 
 class CaptionedEmojiData(DataModule):
-    """Batches `(rgba uint8 [B, 4, 64, 64], captions, labels)`; validation `(rgba, kind, category, row, style)`."""
+    """Emoji with captions, to pretrain the embedded pair.
+
+    Batches are `(rgba uint8 [B, 4, 64, 64], captions, labels)`; validation `(rgba, kind, category, row, style)`.
+    """
 
     def __init__(self, batch_size: int = 128, num_workers: int = 0, seed: int = 0) -> None:
         super().__init__(batch_size, num_workers, seed, eval_batch_size=256)

@@ -14,7 +14,9 @@ from mmpeft.types import Argument, Fields
 
 
 class SliderTuner(StyleTuner):
-    """`f(x_t, t, c) ← f₀(x_t, t, c) + η mean_p (f₀(x_t, t, c⁺ p) − f₀(x_t, t, c⁻ p))`, f₀ with the tuning off.
+    """Teaches a text-to-image pipeline a property that is turned up and down: smiling, age, light.
+
+    `f(x_t, t, c) ← f₀(x_t, t, c) + η mean_p (f₀(x_t, t, c⁺ p) − f₀(x_t, t, c⁻ p))`, f₀ with the tuning off.
 
     The images only say where on the way from noise the concept is taught; no pairs of images are needed. Afterwards
     `mmpeft sample --strength` turns the property: up above 0, down below.

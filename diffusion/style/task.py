@@ -33,7 +33,9 @@ from mmpeft.types import Fields, Json
 
 
 class StyleTuner(TuningModule):
-    """`mean_b w_b ‖f(x_t, t, c) − target‖²`, f the pipeline's denoiser under a method, on images with captions.
+    """Tunes a text-to-image pipeline to the style or the subject of images with captions.
+
+    `mean_b w_b ‖f(x_t, t, c) − target‖²`, f the pipeline's denoiser under a method, on images with captions.
 
     The objective is the pipeline's own (ε, v, x₀ or flow matching). Latents and text features are computed once where
     the encoders stay frozen. Noise and timesteps depend on `(seed, epoch, batch, rank)` alone: a resumed run goes on

@@ -87,10 +87,13 @@ def draw(rows: list[dict[str, float]]) -> bytes:
     figure = Figure(figsize=(4 * max(1, len(panels)), 3), layout="constrained")
     for number, (metric, keys) in enumerate(panels.items(), 1):
         axes = figure.add_subplot(1, len(panels), number)
-        for key in keys:
+        for key in keys:  # `train/loss` and `train/loss_epoch` are of one colour, and told apart
             points = [(row["step"], row[key]) for row in rows if key in row]
             kind = key.partition("/")[0]
-            axes.plot(*zip(*points), marker=".", label=kind, color=f"C{kinds.index(kind) % 10}")
+            alone = sum(key.partition("/")[0] == kind for key in keys) == 1
+            label = kind if alone else key
+            style = "-" if key == next(other for other in keys if other.startswith(f"{kind}/")) else "--"
+            axes.plot(*zip(*points), style, marker=".", label=label, color=f"C{kinds.index(kind) % 10}")
         axes.set(title=metric, xlabel="step")
         axes.legend()
     return png_of(figure, dpi=120)

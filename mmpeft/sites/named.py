@@ -82,6 +82,12 @@ class Named:
         return model.eval(), example
 
 
+def libraries() -> list[Library]:
+    """The libraries that are asked for names."""
+    load_domains()
+    return list(_LIBRARIES.values())
+
+
 def find_named(text: str) -> Named:
     """The library that knows a name, which a prefix such as `timm:` decides.
 

@@ -49,7 +49,9 @@ class DepthScenes(Dataset[tuple[Tensor, Tensor]]):
 
 
 class SceneDepthData(Preprocessed, DataModule):
-    """Batches `(images float [B, 3, S, S] normalised, depth float [B, 1, S, S])`; to predict, `(images, names)`.
+    """Composed scenes of emoji with the depth of each pixel.
+
+    Batches are `(images float [B, 3, S, S] normalised, depth float [B, 1, S, S])`; to predict, `(images, names)`.
 
     Training scenes are of the training identities, those for validation and the test of their own.
     """

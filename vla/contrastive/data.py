@@ -22,7 +22,9 @@ from mmpeft.vla.backbone import check_length
 
 
 class CaptionData(AugmentedImages):
-    """Batches `(images float [B, 3, S, S], texts: B strings)`; to evaluate, with their rows int64 [B] as well."""
+    """Images with captions, from a table, a folder, tar shards or `datasets`.
+
+    Batches are `(images float [B, 3, S, S], texts: B strings)`; to evaluate, with their rows int64 [B] as well."""
 
     small_batch = 256
 

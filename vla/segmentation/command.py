@@ -33,7 +33,7 @@ def run(options: argparse.Namespace) -> int:
     image = pixels(picture)[None] / 255
     write_atomic(options.out, overlays(image, [numbers[None]], names))
     mask = options.out.with_name(f"{options.out.stem}_classes.png")
-    write_atomic(mask, index_png(numbers))
+    write_atomic(mask, index_png(numbers, len(names)))
     table = Table("number", "class", "share of the picture")
     for number, name in enumerate(names):
         table.add_row(str(number), name, f"{float((numbers == number).float().mean()):.1%}")

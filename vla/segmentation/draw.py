@@ -22,11 +22,10 @@ def overlays(images: Tensor, masks: Sequence[Tensor], classes: Sequence[str]) ->
         masks: class numbers [B, H, W] each; from len(classes) on no class.
         classes: names.
     """
-    from matplotlib import colormaps
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
 
-    colours = torch.tensor([colormaps["tab20"](i % 20)[:3] for i in range(len(classes))])
+    colours = colours_of(len(classes))
     titles = TITLES if len(masks) == 2 else ("image", "segments")
     side = 2.3 if len(images) > 1 else 4.5
     figure = Figure(figsize=(side * len(titles) + 1.8, side * len(images)), dpi=100, layout="constrained")
@@ -52,8 +51,17 @@ def overlays(images: Tensor, masks: Sequence[Tensor], classes: Sequence[str]) ->
     return png_of(figure)
 
 
-def index_png(mask: Tensor) -> bytes:
-    """Class numbers [H, W] below 256 as a grey PNG."""
+def index_png(mask: Tensor, classes: int) -> bytes:
+    """Class numbers [H, W] below 256 as a PNG with a palette: the overlay's colours, black on no class."""
+    image = Image.fromarray(mask.to(torch.uint8).cpu().numpy()).convert("P")
+    image.putpalette([round(255 * value) for colour in colours_of(classes).tolist() for value in colour])
     out = io.BytesIO()
-    Image.fromarray(mask.to(torch.uint8).cpu().numpy()).save(out, format="PNG")
+    image.save(out, format="PNG")
     return out.getvalue()
+
+
+def colours_of(classes: int) -> Tensor:
+    """A colour in [0, 1] for each class, [C, 3]."""
+    from matplotlib import colormaps
+
+    return torch.tensor([colormaps["tab20"](i % 20)[:3] for i in range(classes)]).reshape(-1, 3)

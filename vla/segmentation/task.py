@@ -172,7 +172,7 @@ class Segmenter(PairTask):
         """The picture with its segments, and the class numbers, for each prediction."""
         for name, picture, mask in zip(outputs["id"], outputs["pictures"], outputs["masks"]):
             yield f"{name}.png", overlays(picture, [mask], self.names)
-            yield f"{name}_classes.png", index_png(mask[0])
+            yield f"{name}_classes.png", index_png(mask[0], len(self.names))
 
     def note(self) -> str:
         """What is said beside the folder of predictions."""

@@ -225,7 +225,9 @@ class Annotated(Dataset[Asked]):
 
 
 class VQAData(QuestionData):
-    """VQAv2's layout: a folder with `train`, `val`, `test` and `predict`, or some of them, each with `questions.json`,
+    """Questions about images in VQAv2's layout.
+
+    A folder with `train`, `val`, `test` and `predict`, or some of them, each with `questions.json`,
     `annotations.json` (not for `predict`) and images.
 
     Answers are the most frequent ones of training. Training leaves out questions that none of them answers; validation
