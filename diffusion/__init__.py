@@ -19,11 +19,11 @@ DATA = {
 COMMANDS = {
     "sample": ("mmpeft.diffusion.commands:sample", "draw by a pipeline with adapters, at any strength"),
     "mix": ("mmpeft.diffusion.style.mix:mix", "write several LoRAs of a pipeline as one: a sum, or ZipLoRA"),
-    "export-pipeline": (
-        "mmpeft.diffusion.style.command:export_pipeline",
-        "write a pipeline's adapter for other tools, or merged in",
-    ),
 }
+
+
+EXPORTS = dict.fromkeys(("peft", "diffusers", "kohya", "comfy", "merged"), "mmpeft.diffusion.style.export:of_run")
+PIPELINE_EXPORTS = dict.fromkeys(EXPORTS, "mmpeft.diffusion.style.export:of_adapter")
 
 
 def register() -> None:

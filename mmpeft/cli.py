@@ -9,7 +9,8 @@ from importlib import import_module
 from mmpeft import __version__
 from mmpeft._extras import needed_by
 from mmpeft.errors import MMPEFTError, nearest
-from mmpeft.run.commands import COMMANDS, all_commands
+from mmpeft.run.commands import COMMANDS, FORMER, all_commands
+from mmpeft.run.quiet import quieten
 
 USAGE = """usage: mmpeft <command> [options]
 
@@ -35,8 +36,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"mmpeft {__version__}")
         return 0
     name = arguments[0] if arguments else "--help"
+    quieten()
     try:
-        known = COMMANDS if name in COMMANDS else all_commands()
+        known = {**COMMANDS, **FORMER} if name in COMMANDS or name in FORMER else all_commands()
         if name in ("-h", "--help", "help"):
             width = max(map(len, known)) + 2
             print(USAGE.format(commands="\n".join(f"  {name:<{width}} {c.help}" for name, c in known.items())))

@@ -40,6 +40,9 @@ COMMANDS = {
 }
 
 
+EXPORTS = {"timm": "mmpeft.vision.export:to_timm", "onnx": "mmpeft.vision.export:to_onnx"}
+
+
 def register() -> None:
     """Tell the core where models of timm and torchvision can be tuned, and by what names they are known."""
     from mmpeft.sites.named import Library, add_library

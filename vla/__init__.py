@@ -44,8 +44,10 @@ COMMANDS = {
         "find things of any names in a picture by a segmentation run",
     ),
     "ask": ("mmpeft.vla.commands:ask", "ask a trained run about a picture"),
-    "export-clip": ("mmpeft.vla.export:main", "write a tuned image-text pair as open_clip reads it"),
 }
+
+
+EXPORTS = {"open_clip": "mmpeft.vla.export:to_open_clip", "onnx": "mmpeft.vla.export:to_onnx"}
 
 
 def register() -> None:

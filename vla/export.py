@@ -5,8 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
-import sys
-from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -14,12 +12,13 @@ import open_clip
 import torch
 from safetensors.torch import load_file, save
 from timm.layers import to_2tuple
-from torch import Tensor
+from torch import Tensor, nn
 
 from mmpeft.errors import AdapterFileError, ConfigError, Refused
 from mmpeft.files import write_atomic
 from mmpeft.formats.merged import merged_copy
-from mmpeft.run.reload import load_run
+from mmpeft.formats.onnx_out import plain_or_tuned, save_onnx
+from mmpeft.run.exports import task_of
 from mmpeft.tuning import Tuning
 from mmpeft.types import AnyModule
 from mmpeft.vla.backbone import CONFIG, MODEL, described, folder_of, preprocessing
@@ -123,15 +122,9 @@ def save_classifier(task: FewShot, folder: str | Path) -> float:
     return float((scores - task(probe.to(task.device)).cpu()).abs().max())
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """`mmpeft export-clip`: write a run's merged pair, and its class names as weights where it has some."""
-    parser = argparse.ArgumentParser("mmpeft export-clip", description=__doc__)
-    parser.add_argument("--checkpoint", type=Path, required=True, help="a run's folder or a .ckpt file")
-    parser.add_argument("--out", type=Path, required=True, help="the folder to write")
-    options = parser.parse_args((sys.argv[1:] if argv is None else list(argv))[1:])
-    task: AnyModule = load_run(options.checkpoint)[0]
-    if not hasattr(task, "backbone") or not hasattr(task.model, "encode_text"):
-        raise ConfigError(f"{options.checkpoint} is a run of {type(task).__name__}, which tunes no image-text pair")
+def to_open_clip(options: argparse.Namespace) -> None:
+    """A run's merged pair, and its class names as weights where it has some."""
+    task = _pair_of(options)
     if task.method.mergeable:
         difference = save_pair(task.tuning, task.backbone, options.out)
         print(f"{options.out / MODEL}: read back by open_clip, features differ by {difference:.1e}")
@@ -144,4 +137,34 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"no {WEIGHTS}: {reason}")
         else:
             print(f"{options.out / WEIGHTS}: {len(task.classes)} classes, scores differ by {difference:.1e}")
-    return 0
+
+
+def to_onnx(options: argparse.Namespace) -> None:
+    """Both towers for onnxruntime: unit features of images, and of token numbers."""
+    pair: AnyModule = plain_or_tuned(_pair_of(options).prepare())
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(2, 3, *preprocessing(pair)[0], generator=generator)
+    words = torch.randint(1, pair.vocab_size - 1, (2, pair.context_length), generator=generator)
+    for name, given in (("image", images), ("text", words)):
+        path = options.out / f"{name}.onnx"
+        difference = save_onnx(_Tower(pair, name), given, path, inputs="images" if name == "image" else "tokens")
+        print(f"{path}: unit features [B, d]; onnxruntime's differ by {difference:.1e}")
+
+
+class _Tower(nn.Module):
+    """One tower of a pair as a module of one input."""
+
+    def __init__(self, pair: AnyModule, name: str) -> None:
+        super().__init__()
+        self.pair, self.name = pair, name
+
+    def forward(self, given: Tensor) -> Tensor:
+        features: Tensor = getattr(self.pair, f"encode_{self.name}")(given, normalize=True)
+        return features
+
+
+def _pair_of(options: argparse.Namespace) -> AnyModule:
+    task: AnyModule = task_of(options)
+    if not hasattr(task, "backbone") or not hasattr(task.model, "encode_text"):
+        raise ConfigError(f"{options.source} is a run of {type(task).__name__}, which tunes no image-text pair")
+    return task

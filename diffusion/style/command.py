@@ -1,15 +1,14 @@
-"""`mmpeft sample` and `mmpeft export-pipeline`: draw with adapters, and write them for other tools."""
+"""Adapters opened on a pipeline, and what `mmpeft sample` draws with them."""
 
 from __future__ import annotations
 
 import argparse
 import io
-import sys
 import warnings
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import NamedTuple, get_args
+from typing import NamedTuple
 
 import torch
 from rich.console import Console
@@ -25,19 +24,14 @@ from mmpeft.diffusion.family import Family
 from mmpeft.diffusion.style.grid import labelled_grid
 from mmpeft.diffusion.style.words import FOLDER, load_words
 from mmpeft.errors import ConfigError, MMPEFTWarning
-from mmpeft.files import put_files, scratch_folder, write_atomic
-from mmpeft.formats.exchange import Format, export, load_parts
-from mmpeft.formats.exchange import export_pipeline as write_pipeline
-from mmpeft.formats.forms import add_forms
-from mmpeft.formats.merged import merged_copy
+from mmpeft.files import write_atomic
+from mmpeft.formats.exchange import load_parts
 from mmpeft.formats.native import MANIFEST
 from mmpeft.run.stranger import arguments_of, read_config
 from mmpeft.surgery.choice import use
 from mmpeft.surgery.together import Together
 from mmpeft.tuning import Tuning, load
 from mmpeft.types import Facts, Untyped
-
-PIPELINE = "a hub repository, a folder, or embedded:<name> (default: what the adapter's run was tuned on)"
 
 
 def run(options: argparse.Namespace) -> int:
@@ -70,38 +64,6 @@ def run(options: argparse.Namespace) -> int:
     else:
         save_grid(drawn(options.strength), options.out, options.count)
     Console().print(f"picture: {options.out}", soft_wrap=True)
-    return 0
-
-
-def export_pipeline(argv: Sequence[str] | None = None) -> int:
-    """Write an adapter for another tool, read back by it, or a whole pipeline with the adapter merged in."""
-    formats = (*get_args(Format), "pipeline")
-    parser = argparse.ArgumentParser("mmpeft export-pipeline", description=export_pipeline.__doc__)
-    parser.add_argument("--adapter", type=Path, required=True, help="an adapter of any known format")
-    parser.add_argument("--pipeline", help=PIPELINE)
-    parser.add_argument("--to", choices=formats, default="diffusers", help="format (default: %(default)s)")
-    parser.add_argument("--out", type=Path, required=True, help="the file or folder to write")
-    add_forms(parser)
-    options = parser.parse_args(arguments(argv))
-    family = family_of(create(base_of(options.pipeline, [options.adapter]).pipeline))
-    tunings = open_adapters(family, [options.adapter])[0]
-    if options.to == "pipeline":
-        save_pipeline(family, tunings, options.out)
-        print(f"{options.out}: the pipeline with {tunings[0].method} merged in")
-        return 0
-    parts = {name: tuning for tuning in tunings for name in _names(family, tuning)}
-    forms = {"dora": options.dora, "rank": options.rank}
-    if options.to in ("diffusers", "kohya"):
-        written = write_pipeline(parts, options.out, options.to, encoders=len(family.places), **forms)
-    elif len(parts) > 1:
-        raise ConfigError(f"the text encoders are tuned as well, and a {options.to} file is for one model")
-    else:
-        written = export(tunings[0], options.out, options.to, prefix=next(iter(parts)), **forms)
-    by = " and ".join(dict.fromkeys(written.verified_by)) or "nobody"
-    print(f"{written.path}: {written.format}, {written.layers} layers, {written.bytes:,} bytes; read back by {by}")
-    print(f"largest relative difference {written.difference:.1e}")
-    for note in written.notes:
-        print(f"note: {note}")
     return 0
 
 
@@ -193,25 +155,6 @@ def running(tunings: Sequence[Sequence[Tuning]], weights: Sequence[float]) -> It
         yield
 
 
-def _names(family: Family, tuning: Tuning) -> list[str]:
-    """What the pipeline calls the model of a tuning."""
-    return [name for name, part in family.pipeline.components.items() if part is tuning.model]
-
-
-def save_pipeline(family: Family, tunings: Sequence[Tuning], folder: Path) -> None:
-    """Write the pipeline with its tunings merged in, as diffusers reads it.
-
-    Raises:
-        Refused: a part is no change of weights.
-    """
-    pipeline = family.pipeline
-    parts = {id(part): name for name, part in pipeline.components.items()}
-    merged = {parts[id(tuning.model)]: merged_copy(tuning) for tuning in tunings}
-    with scratch_folder(folder) as scratch:
-        type(pipeline)(**{**pipeline.components, **merged}).save_pretrained(scratch)
-        put_files(scratch, folder, last="model_index.json")
-
-
 def save_grid(images: Tensor, path: Path, columns: int) -> None:
     """A PNG of images [B, 3, H, W] in [0, 1]; small ones are enlarged without smoothing."""
     grid = make_grid(images, nrow=columns if columns > 1 else min(len(images), 4), padding=2, pad_value=1.0)
@@ -220,8 +163,3 @@ def save_grid(images: Tensor, path: Path, columns: int) -> None:
     data = io.BytesIO()
     picture.resize((picture.width * times, picture.height * times), 0).save(data, "PNG")
     write_atomic(path, data.getvalue())
-
-
-def arguments(argv: Sequence[str] | None) -> list[str]:
-    """What follows the name of the sub-command."""
-    return (sys.argv[1:] if argv is None else list(argv))[1:]

@@ -13,13 +13,16 @@ from rich.console import Console
 from rich.progress import track
 from torch import Generator, Tensor
 
+from mmpeft._arguments import own_arguments as arguments
+from mmpeft._arguments import positive
 from mmpeft.combine.zip import penalty, zip_lora
 from mmpeft.data.sampling import hash_seed
 from mmpeft.diffusion.backbone import create
+from mmpeft.diffusion.commands import PIPELINE
 from mmpeft.diffusion.families import family_of
 from mmpeft.diffusion.family import Condition, Family
 from mmpeft.diffusion.objective import Objective, objective_of
-from mmpeft.diffusion.style.command import PIPELINE, arguments, base_of, open_adapters, positive
+from mmpeft.diffusion.style.command import base_of, open_adapters
 from mmpeft.errors import ConfigError
 from mmpeft.formats.exchange import Format, export
 from mmpeft.surgery.choice import use

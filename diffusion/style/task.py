@@ -248,11 +248,12 @@ class StyleTuner(TuningModule):
     def _base(self) -> Iterator[None]:
         """With every tuning off."""
         with ExitStack() as stack:
-            for tuning in self._tunings():
+            for tuning in self.all_tunings():
                 stack.enter_context(use(tuning.model, None))
             yield
 
-    def _tunings(self) -> list[Tuning]:
+    def all_tunings(self) -> list[Tuning]:
+        """That of the denoiser, then those of the text encoders."""
         return [self.prepare(), *self.text_tunings.values()]
 
     @torch.no_grad()
@@ -270,7 +271,7 @@ class StyleTuner(TuningModule):
             if share == 0:
                 stack.enter_context(self._base())
             elif share != 1:
-                for tuning in self._tunings():
+                for tuning in self.all_tunings():
                     stack.enter_context(strength(tuning, share))
             images = self.family.draw(prompts, generators, self.show.steps, self.show.guidance, self.size)
         self.train(training)

@@ -1,4 +1,4 @@
-"""The shell's way to adapter files: `mmpeft inspect`, `convert`, `export`, `merge`."""
+"""The shell's way to adapter files: `mmpeft inspect` and `mmpeft convert`."""
 
 from __future__ import annotations
 
@@ -15,11 +15,9 @@ from rich.text import Text
 from torch import nn
 
 from mmpeft.errors import ConfigError, shown
-from mmpeft.formats import native
-from mmpeft.formats.exchange import Exported, convert, export, inspect, load_foreign
-from mmpeft.formats.forms import FORMATS, add_forms
+from mmpeft.formats.exchange import Exported, convert, inspect
+from mmpeft.formats.forms import FORMATS
 from mmpeft.formats.inspection import FileInfo
-from mmpeft.formats.merged import save_merged
 from mmpeft.types import AnyFunc
 
 MODEL_HELP = "a Python call that returns the base model, as module:function, e.g. my_project.models:unet"
@@ -33,7 +31,7 @@ def inspect_command(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--model", default="", help=f"match the layers against {MODEL_HELP}")
     options = parser.parse_args(_arguments(argv))
-    model = _model(options.model)
+    model = model_of(options.model) if options.model else None
     found = [inspect(file, model) for file in options.files]
     for info in found:
         Console().print(table_of(info))
@@ -51,47 +49,8 @@ def convert_command(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--prefix", default="", help="the model's name in a pipeline: unet, transformer, text_encoder")
     parser.add_argument("--model", default="", help=f"needed to read kohya files: {MODEL_HELP}")
     options = parser.parse_args(_arguments(argv))
-    model = _model(options.model)
-    _say(convert(options.src, options.dst, options.to, model=model, prefix=options.prefix))
-    return 0
-
-
-def export_command(argv: Sequence[str] | None = None) -> int:
-    """Write an adapter folder of this suite in a format that other tools read."""
-    parser = argparse.ArgumentParser(
-        "mmpeft export", description="Write a folder that tuning.save() made in another tool's format, verified."
-    )
-    parser.add_argument("src", type=Path, metavar="SRC", help="a folder of this suite")
-    parser.add_argument("dst", type=Path, metavar="DST", help="the file or folder to write")
-    parser.add_argument("--to", default="peft", choices=FORMATS, help="format to write (default: peft)")
-    parser.add_argument("--prefix", default="", help="the model's name in a pipeline: unet, transformer, text_encoder")
-    parser.add_argument("--model", required=True, help=MODEL_HELP)
-    parser.add_argument("--encoders", type=int, default=0, help="text encoders of the pipeline, where this is one")
-    add_forms(parser)
-    options = parser.parse_args(_arguments(argv))
-    model = _model(options.model)
-    assert model is not None
-    forms = {"encoders": options.encoders, "dora": options.dora, "rank": options.rank}
-    _say(export(native.load(model, options.src), options.dst, options.to, prefix=options.prefix, **forms))
-    return 0
-
-
-def merge_command(argv: Sequence[str] | None = None) -> int:
-    """Write the whole model with an adapter merged in, as its own library reads it."""
-    parser = argparse.ArgumentParser(
-        "mmpeft merge", description="Write a whole model with an adapter merged in, as its own library reads it."
-    )
-    parser.add_argument("src", type=Path, metavar="SRC", help="an adapter of any known format")
-    parser.add_argument("dst", type=Path, metavar="DST", help="the folder (transformers, diffusers) or file to write")
-    parser.add_argument("--component", default="", help="the layers of one model in a pipeline's file, e.g. unet")
-    parser.add_argument("--model", required=True, help=MODEL_HELP)
-    options = parser.parse_args(_arguments(argv))
-    model = _model(options.model)
-    assert model is not None
-    written = save_merged(load_foreign(model, options.src, component=options.component), options.dst)
-    print(f"{written.path}: {written.bytes:,} bytes; {written.library} read back {written.tensors} tensors, all equal")
-    for name in written.untied:
-        print(f"note: {name} is a tensor of its own now")
+    model = model_of(options.model) if options.model else None
+    say(convert(options.src, options.dst, options.to, model=model, prefix=options.prefix))
     return 0
 
 
@@ -137,9 +96,12 @@ def _arguments(argv: Sequence[str] | None) -> list[str]:
     return (sys.argv[1:] if argv is None else list(argv))[1:]
 
 
-def _model(target: str) -> nn.Module | None:
-    if not target:
-        return None
+def model_of(target: str) -> nn.Module:
+    """The model that a Python call returns.
+
+    Raises:
+        ConfigError: there is no such call, or it returns something else.
+    """
     module, _, function = target.partition(":")
     try:
         build: AnyFunc = getattr(import_module(module), function)
@@ -151,7 +113,8 @@ def _model(target: str) -> nn.Module | None:
     return model
 
 
-def _say(written: Exported) -> None:
+def say(written: Exported) -> None:
+    """Print what was written, and who has read it back."""
     by = " and ".join(written.verified_by) or "nobody"
     print(f"{written.path}: {written.format}, {written.layers} layers, {written.bytes:,} bytes; read back by {by}")
     print(f"largest relative difference {written.difference:.1e}")

@@ -30,7 +30,6 @@ from mmpeft.run.domains import classes, import_named
 from mmpeft.run.experiment import reporting_callbacks, run_callbacks
 from mmpeft.run.loggers import NEEDS, loggers
 from mmpeft.run.place import BEST, LAST, Given, find_run, newest_checkpoint
-from mmpeft.run.quiet import quieten
 from mmpeft.run.stranger import KEYS, read_config
 from mmpeft.run.written import spelled_out
 from mmpeft.tasks.checkpoint import AtomicCheckpointIO
@@ -71,7 +70,6 @@ def _plain(trainer: Json | None) -> Json:
 
 
 def _run(argv: Sequence[str] | None, given: Given | None = None) -> None:
-    quieten()
     arguments = reset_changed_methods(
         with_short_loggers(with_found_configs(sys.argv[1:] if argv is None else argv), NEEDS)
     )

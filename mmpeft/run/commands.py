@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mmpeft.run import domains
+from mmpeft.run import domains, export
 from mmpeft.run.domains import Command
 
 COMMANDS: dict[str, Command] = {
@@ -13,9 +13,8 @@ COMMANDS: dict[str, Command] = {
     "predict": Command("mmpeft.run.command:main", "predict pictures or texts by a run: mmpeft predict RUN PATH …"),
     "compare": Command("mmpeft.bench.command:compare", "train by several methods and put them into one table"),
     "inspect": Command("mmpeft.formats.commands:inspect_command", "describe adapter files of any known format"),
-    "export": Command("mmpeft.formats.commands:export_command", "write an adapter in another tool's format, verified"),
+    "export": Command("mmpeft.run.export:main", "write a run or an adapter for other programs"),
     "convert": Command("mmpeft.formats.commands:convert_command", "rewrite an adapter file in another format"),
-    "merge": Command("mmpeft.formats.commands:merge_command", "write a whole model with an adapter merged in"),
     "sites": Command(
         "mmpeft.bench.anatomy.command:main", "show where a model can be tuned, and where a method would sit"
     ),
@@ -26,6 +25,10 @@ COMMANDS: dict[str, Command] = {
     "methods": Command("mmpeft.run.listing:methods", "list methods: mmpeft methods '*lora*'"),
     "completion": Command("mmpeft.run.completion:main", "print a script that completes commands in your shell"),
 }
+
+
+FORMER = {name: Command("mmpeft.run.export:main", "now `mmpeft export`") for name in export.FORMER}
+"""Sub-commands that others have replaced: they go on working, with a note."""
 
 
 def all_commands() -> dict[str, Command]:

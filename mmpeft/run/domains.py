@@ -4,7 +4,9 @@ A domain is a package with an entry point in the group `mmpeft.domains`. Its `__
 
 - `TASKS` and `DATA`: class name → `module:Class`;
 - `PARTS`: the same of further classes that a configuration names, such as heads, learners and callbacks;
-- `COMMANDS`: name of a sub-command → `Command`, or (`module:function`, help).
+- `COMMANDS`: name of a sub-command → `Command`, or (`module:function`, help);
+- `EXPORTS`: format → `module:function`, what `mmpeft export` makes of the domain's runs, called with its options;
+- `PIPELINE_EXPORTS`: the same for adapters whose `--pipeline` is given.
 """
 
 from __future__ import annotations
@@ -40,6 +42,11 @@ def table(name: str) -> dict[str, tuple[str, Any]]:
                 raise ConfigError(f"{key!r} is in {name} of {found[key][0]} and of {entry.name}: one must be renamed")
             found[key] = (entry.name, value)
     return found
+
+
+def own_table(domain: str, name: str) -> dict[str, Any]:
+    """A table of one domain."""
+    return next((dict(getattr(entry.load(), name, {})) for entry in domain_entries() if entry.name == domain), {})
 
 
 def classes() -> dict[str, tuple[str, str]]:

@@ -7,6 +7,7 @@ import ast
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
+from importlib.resources import files
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -32,9 +33,8 @@ def models(argv: Sequence[str] | None = None) -> int:
     if pattern:
         return _names(pattern)
     _show("--model", ("task", "extra", "what it does"), _classes("TASKS"))
-    from mmpeft.embedded.store import WEIGHTS
-
-    shipped = sorted({path.stem for path in WEIGHTS.glob("*.json")} | {p.name for p in WEIGHTS.iterdir() if p.is_dir()})
+    weights = Path(str(files("mmpeft"))) / "embedded" / "weights"
+    shipped = sorted({path.stem for path in weights.glob("*.json")} | {p.name for p in weights.iterdir() if p.is_dir()})
     _show("backbones and pipelines that ship", ("name",), [(f"embedded:{name}",) for name in shipped])
     print("`mmpeft models 'vit_*'` lists what timm, torchvision, open_clip, diffusers and transformers know.")
     return 0

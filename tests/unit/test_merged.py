@@ -14,9 +14,9 @@ from safetensors.torch import load_file
 from torch import nn
 
 import mmpeft
+from mmpeft.cli import main as merge_command
 from mmpeft.errors import AdapterFileError, ConfigError, Refused
 from mmpeft.formats import merged
-from mmpeft.formats.commands import merge_command
 from mmpeft.formats.merged import save_merged
 from tests.matrix.families import FAMILIES
 from tests.matrix.families import timm as timm_families
