@@ -93,7 +93,9 @@ def load_parts(
     with ExitStack() as stack:
         for owner in fitting:
             stack.enter_context(unchanged_on_error(models[owner]))
-        return {owner: attach_content(models[owner], part, name, path) for owner, part in fitting.items()}
+        return {
+            owner: attach_content(models[owner], part, name, path, strict=strict) for owner, part in fitting.items()
+        }
 
 
 def _readable(path: Path, strict: bool) -> Content:

@@ -93,7 +93,7 @@ def read_folder(folder: Path) -> Content:
         return Content("peft", learned=learned, whole=whole, modules=_modules(config) if whole else (), base=others)
     _check_options(config, folder / CONFIG)
     if kind in peft_others.TYPES:
-        return _with_rest(peft_others.read(kind, config, _short(tensors), folder), config, folder)
+        return with_rest(peft_others.read(kind, config, _short(tensors), folder), config, folder)
     words = peft_others.take_words(config, tensors, folder)
     shifts = {key.removesuffix(SHIFT): tensors.pop(key) for key in list(tensors) if key.endswith(SHIFT)}
     slots, rest = split(tensors, folder / WEIGHTS)
@@ -105,7 +105,7 @@ def read_folder(folder: Path) -> Content:
     _check_slots(slots, kind, folder, stacked=stacks is not None)
     if kind == "IA3":
         scalings = [_scaling(path, own["gamma"], config, folder) for path, own in slots.items()]
-        return _with_rest((Content("peft", scalings=scalings, **told), rest), config, folder)
+        return with_rest((Content("peft", scalings=scalings, **told), rest), config, folder)
     layers = [scaled(assemble(own, path, folder), config, folder / CONFIG) for path, own in slots.items()]
     layers = [replace(x, lookup=True, transposed=True) if x.path in lookups else x for x in layers]
     _check_dora(layers, config, folder)
@@ -114,7 +114,7 @@ def read_folder(folder: Path) -> Content:
         Shift(path.removeprefix(PREFIX), "bias", bias.float() * scales.get(path, 1)) for path, bias in shifts.items()
     ]
     layers = [layer.trimmed() for layer in layers]
-    return _with_rest(
+    return with_rest(
         (Content("peft", layers, dropout=float(config.get("lora_dropout") or 0.0), **told), rest), config, folder
     )
 
@@ -123,7 +123,7 @@ def _short(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {key.removeprefix(PREFIX): tensor for key, tensor in tensors.items()}
 
 
-def _with_rest(found: tuple[Content, Mapping[str, Tensor]], config: Facts, folder: Path) -> Content:
+def with_rest(found: tuple[Content, Mapping[str, Tensor]], config: Facts, folder: Path) -> Content:
     """Content with what is no part of an update: modules saved whole, and tensors of the base.
 
     Raises:

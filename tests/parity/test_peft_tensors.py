@@ -45,6 +45,10 @@ def bert() -> nn.Module:
     return transformers.BertForSequenceClassification(transformers.BertConfig(**SIZES, num_labels=3))
 
 
+def mlm() -> nn.Module:
+    return transformers.BertForMaskedLM(transformers.BertConfig(**SIZES))
+
+
 def t5() -> nn.Module:
     sizes = {"vocab_size": 40, "d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 1, "num_heads": 2}
     return transformers.T5ForConditionalGeneration(transformers.T5Config(**sizes, decoder_start_token_id=0))
@@ -68,6 +72,7 @@ FAMILIES: dict[str, Callable[[], nn.Module]] = {
     "tied": partial(llama, tie_word_embeddings=True),
     "opt": opt,
     "bert": bert,
+    "mlm": mlm,
     "t5": t5,
     "gpt2": gpt2,
 }
@@ -129,6 +134,39 @@ FILES: dict[str, tuple[str, Any, dict[str, Any]]] = {
     "words of table and head": (
         "llama",
         partial(LORA, trainable_token_indices={"embed_tokens": [1, 4], "lm_head": [2]}),
+        {},
+    ),
+    "words of the head alone, tied": ("tied", partial(LORA, trainable_token_indices={"lm_head": [1, 4]}), {}),
+    "other words of table and head, tied": (
+        "tied",
+        partial(LORA, trainable_token_indices={"embed_tokens": [1, 4], "lm_head": [7]}),
+        {},
+    ),
+    "words alone, of the head, tied": (
+        "tied",
+        partial(peft.TrainableTokensConfig, token_indices=[4, 1], target_modules=["lm_head"]),
+        {},
+    ),
+    "a module saved whole around a target": (
+        "llama",
+        partial(LORA, target_modules=["q_proj", "down_proj"], modules_to_save=["mlp"]),
+        {},
+    ),
+    "a head saved whole, with two names of its bias": (
+        "mlm",
+        partial(LORA, target_modules=["query"], modules_to_save=["cls"]),
+        {},
+    ),
+    "LoHa beside a head": ("llama", partial(peft.LoHaConfig, target_modules=QV, modules_to_save=["lm_head"]), {}),
+    "LoKr of the head": ("gpt2", partial(peft.LoKrConfig, r=2, target_modules=["lm_head"]), {}),
+    "matrices by parameter": (
+        "llama",
+        partial(LORA, target_modules=["v_proj"], target_parameters=["q_proj.weight"]),
+        {},
+    ),
+    "matrices by parameter, turned": (
+        "gpt2",
+        partial(LORA, target_modules=[], target_parameters=["c_attn.weight"]),
         {},
     ),
     "words alone, tied": ("tied", partial(peft.TrainableTokensConfig, token_indices=[4, 1, 7]), {}),
