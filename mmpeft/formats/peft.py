@@ -66,6 +66,8 @@ FOREIGN_OPTIONS = {
 """Options of a LoRA config that change what its tensors mean, and how."""
 BASE_CHANGING = ("pissa", "olora", "corda", "loftq", "lora_ga")
 """Initialisations that subtract from the base: the adapter alone means nothing on the published one."""
+NAMED = re.compile(r"(\.(?:lora_[ABE]|lora_embedding_[AB]|lora_magnitude_vector|ia3_l))\.default(\.weight|\.bias)?$")
+"""Keys of a model's state dict, in which an adapter has a name; PEFT reads those of its usual one, too."""
 FOREIGN_KEY = re.compile(r"(^|[._])(lora|loha|hada|lokr|oft|boft|vera|ia3|hra|miss|road|shira|randlora|c3a|glora)_")
 """Keys of an adapter: what has one and is not read is a layer that would be lost, and no stranger beside the layers."""
 
@@ -86,6 +88,7 @@ def read_folder(folder: Path) -> Content:
         )
     _check_weights(folder)
     tensors, _ = read_tensors(folder / WEIGHTS)
+    tensors = {NAMED.sub(r"\1\2", key): tensor for key, tensor in tensors.items()}
     if kind in peft_prompts.TYPES:
         learned = peft_prompts.read(config, tensors, folder / WEIGHTS)
         rest = {k.removeprefix(peft_prompts.WRAPPED): t for k, t in tensors.items() if k != peft_prompts.KEY}

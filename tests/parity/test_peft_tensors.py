@@ -10,10 +10,11 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import mmpeft
-from mmpeft.errors import AdapterFileError, Refused
+from mmpeft.errors import AdapterFileError, MMPEFTWarning, Refused
 from mmpeft.formats.exchange import export, load_foreign
 from tests.support.moved import add_noise
 
@@ -213,6 +214,19 @@ def test_what_peft_reloads(name: str, tmp_path: Path) -> None:
     torch.testing.assert_close(back, wanted, atol=1e-5, rtol=1e-5)
 
 
+def test_keys_of_a_state_dict(tmp_path: Path) -> None:
+    """They have the adapter's name in them, as a checkpoint of a wrapped model has; PEFT reads its usual one."""
+    wrapped = peft.get_peft_model(build("llama"), LORA()).eval()
+    add_noise(p for p in wrapped.parameters() if p.requires_grad)
+    wrapped.save_pretrained(str(tmp_path))
+    kept = {name: tensor.clone() for name, tensor in wrapped.state_dict().items() if ".lora_" in name}
+    assert all(".default." in name for name in kept)
+    save_file(kept, tmp_path / "adapter_model.safetensors")
+    model = build("llama")
+    load_foreign(model, tmp_path, strict=True)
+    torch.testing.assert_close(run(model), run(wrapped), atol=1e-5, rtol=1e-5)
+
+
 def test_a_saved_vocabulary_does_not_train(tmp_path: Path) -> None:
     """It is the base that the file brings along, as it is in PEFT."""
     wrapped = peft.get_peft_model(build("grown5"), LORA())
@@ -269,6 +283,17 @@ def test_ours_in_peft(name: str, tmp_path: Path) -> None:
     torch.testing.assert_close(run(other), wanted, atol=1e-5, rtol=1e-5)
 
 
+def test_a_bias_beside_rows_of_its_head_stays_and_is_said(tmp_path: Path) -> None:
+    """PEFT's layer of trained rows has no bias; its merged model has."""
+    config = LORA(target_modules=["query"], trainable_token_indices={"decoder": [1, 4]})
+    peft.get_peft_model(build("mlm"), config).save_pretrained(str(tmp_path))
+    model = build("mlm")
+    plain = run(model)
+    with pytest.warns(MMPEFTWarning, match="cls.predictions.decoder has rows of its own and a bias"):
+        load_foreign(model, tmp_path)
+    torch.testing.assert_close(run(model), plain, atol=1e-5, rtol=1e-5)
+
+
 def test_a_new_bias_needs_an_update_to_be_in(tmp_path: Path) -> None:
     tuning = mmpeft.attach(build("llama"), mmpeft.BitFit(at="attn.q"))
     with pytest.raises(Refused, match="has got a bias, for which PEFT has a place in a low-rank update only"):
@@ -295,8 +320,6 @@ def test_one_name_of_a_tied_tensor_in_part(tmp_path: Path) -> None:
 def test_written_folders_have_one_rank_and_one_scale(tmp_path: Path) -> None:
     """llama.cpp divides one alpha by each tensor's rank, SGLang knows no patterns and no regular expressions."""
     import json
-
-    from safetensors.torch import load_file
 
     torch.manual_seed(0)
     config = transformers.Phi3Config(**SIZES, pad_token_id=0, eos_token_id=1, bos_token_id=2)
