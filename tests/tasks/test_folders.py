@@ -108,7 +108,9 @@ def test_what_may_be_read_in_two_ways_is_refused(tmp_path: Path) -> None:
 )
 def test_splits_by_other_names_do_not_become_classes(names: tuple[str, str], tmp_path: Path) -> None:
     root = pictures(tmp_path, {f"{name}/{kind}": 4 for name in names for kind in ("cat", "dog")})
-    with pytest.raises(DataError, match=r"and cat; dog in each of them: .* say which: splits: \{\} if they are classes"):
+    with pytest.raises(
+        DataError, match=r"and cat; dog in each of them: .* say which: splits: \{\} if they are classes"
+    ):
         FolderData(str(root))
     assert opened(root, splits={}).classes == sorted(names)
     assert opened(root, splits={"train": names[0], "val": names[1]}).classes == ["cat", "dog"]
