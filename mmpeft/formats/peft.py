@@ -47,6 +47,9 @@ SLOTS = {
     ".ia3_l": "gamma",
 }
 SHIFT = ".lora_B.bias"
+LENGTHS = ".lora_magnitude_vector"
+LENGTHS_FOR_ALL = f"{LENGTHS}.weight"
+"""PEFT writes the first and reads both; transformers' own loader finds the second alone."""
 NOT_YET = {
     ".base_layer.out_proj.lora_A.weight": "an update of nn.MultiheadAttention, of whose out_proj PEFT adds ΔW twice",
     ".lora_A.bias": "a bias inside the update (lora_bias=True)",
@@ -306,22 +309,25 @@ def rank_fields(ranks: Mapping[str, int]) -> Json:
     return {"r": rank, "lora_alpha": rank, "rank_pattern": others, "alpha_pattern": dict(others)}
 
 
-def lora_tensors(layers: Collection[Layer], prefix: str) -> dict[str, Tensor]:
-    """Baked layers under PEFT's key names; a convolution's `up` is [o, r, 1, 1], its magnitude [1, o, 1, 1]."""
+def lora_tensors(layers: Collection[Layer], prefix: str, lengths: str = LENGTHS) -> dict[str, Tensor]:
+    """Baked layers under PEFT's key names; a convolution's `up` is [o, r, 1, 1], its magnitude [1, o, 1, 1].
+
+    `lengths` ends the magnitudes' names.
+    """
     tensors = {}
     for layer in layers:
         if layer.lookup:
             tensors[f"{prefix}{layer.path}.lora_embedding_A"] = layer.down
             tensors[f"{prefix}{layer.path}.lora_embedding_B"] = layer.up
             if layer.magnitude is not None:
-                tensors[f"{prefix}{layer.path}.lora_magnitude_vector"] = layer.magnitude
+                tensors[f"{prefix}{layer.path}{lengths}"] = layer.magnitude
             continue
         ones = [1] * (layer.down.dim() - 2)
         tensors[f"{prefix}{layer.path}.lora_A.weight"] = layer.down
         tensors[f"{prefix}{layer.path}.lora_B.weight"] = layer.up.reshape(*layer.up.shape, *ones)
         if layer.magnitude is not None:
             length = layer.magnitude
-            tensors[f"{prefix}{layer.path}.lora_magnitude_vector"] = length.view(1, -1, *ones) if ones else length
+            tensors[f"{prefix}{layer.path}{lengths}"] = length.view(1, -1, *ones) if ones else length
     return tensors
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from mmpeft.errors import Refused
 from mmpeft.formats import peft_experts, peft_others, peft_prompts
 from mmpeft.formats.content import Content
-from mmpeft.formats.peft import PREFIX, SHIFT, exact_targets, folder_of, lora_tensors
+from mmpeft.formats.peft import LENGTHS_FOR_ALL, PREFIX, SHIFT, exact_targets, folder_of, lora_tensors
 from mmpeft.formats.peft_experts import StackTensors
 from mmpeft.hosting.host import original_class
 from mmpeft.types import Json
@@ -89,7 +89,7 @@ def _lora(content: Content, modules: Collection[str]) -> Written:
     layers = [layer.baked() for layer in content.layers]
     rank = max([*(layer.rank for layer in layers), *(_ranks(content.stacks).values())])
     layers = [layer.padded(rank) for layer in layers]
-    tensors = lora_tensors(layers, PREFIX) | beside(content, {layer.path for layer in layers})
+    tensors = lora_tensors(layers, PREFIX, LENGTHS_FOR_ALL) | beside(content, {layer.path for layer in layers})
     if content.shifts:
         biases = {shift.path: shift.value for shift in content.shifts}
         linears = [layer for layer in layers if not layer.lookup]
