@@ -113,6 +113,8 @@ def _readable(path: Path, strict: bool) -> Content:
         if strict:
             raise AdapterFileError(f"{said}; with strict=False the rest is loaded")
         warnings.warn(f"{said}; they are left out", MMPEFTWarning, stacklevel=3)
+    for doubt in content.doubts:
+        warnings.warn(f"{path}: {doubt}", MMPEFTWarning, stacklevel=3)
     return content
 
 

@@ -217,7 +217,9 @@ def fit_tensors(model: nn.Module, content: Content, where: object) -> Fit:
         found.frozen.discard(name)
     created: list[str] = []
     for shift in content.shifts:
-        if content.format == "peft" and f"{shift.path}.{shift.tensor}" not in known:  # PEFT's has one of its own
+        if (
+            content.format in ("peft", "diffusers") and f"{shift.path}.{shift.tensor}" not in known
+        ):  # the update has one of its own
             created.append(_new_bias(model, found, shift, where))
         else:
             _add(model, found, shift, known, where)

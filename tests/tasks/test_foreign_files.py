@@ -80,6 +80,20 @@ def test_tensors_of_no_model_are_refused_on_request(tmp_path: Path) -> None:
         assert list(load_parts({"unet": unet}, tmp_path)) == ["unet"]
 
 
+def test_a_bias_inside_an_update_where_the_layer_has_none(tmp_path: Path) -> None:
+    """As PEFT's `lora_bias=True` leaves it in a pipeline's file; diffusers reads it."""
+    name = "unet.down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q"
+    save_file(
+        halves(name, 16, 16, "diffusers") | {f"{name}.lora_B.bias": torch.full((16,), 50.0)}, tmp_path / "a.safetensors"
+    )
+    made, theirs = pipeline("sd"), pipeline("sd")
+    assert dict(made.unet.named_modules())[name.removeprefix("unet.")].bias is None
+    open_adapters(family_of(made), [tmp_path / "a.safetensors"])
+    theirs.load_lora_weights(str(tmp_path), weight_name="a.safetensors")
+    torch.testing.assert_close(drawn(made, "sd"), drawn(theirs, "sd"), **CLOSE)
+    assert (drawn(made, "sd") - drawn(pipeline("sd"), "sd")).abs().max() > 1e-2
+
+
 def test_a_file_of_a_text_encoder_alone(tmp_path: Path) -> None:
     save_file(halves("lora_te_text_model_encoder_layers_0_self_attn_q_proj", 16, 16), tmp_path / "a.safetensors")
     made = pipeline("sd")
