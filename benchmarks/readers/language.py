@@ -1,10 +1,11 @@
 """PEFT folders of language models in the hands of those that read them, as a table.
 
     python -m benchmarks.readers.language [--llama-cpp DIR [--llama-cpp-library DIR]] [--vllm DIR] [--sglang DIR]
+        [--models Llama Phi-3 Qwen2] [--write docs/readers.md]
 
 PEFT and transformers are the installed ones; of the others DIR is a checkout (of vLLM and SGLang the folder that holds
-their package), without which their columns are left out. Every reader runs on a base without the adapter and says what
-it changes there; that is compared with what merging it here changes, as ‖theirs - ours‖ / ‖ours‖.
+their package). Rows and columns that are not run stay in the page as they were. Every reader runs on a base without the
+adapter and says what it changes there; that is compared with what merging it here changes, as ‖theirs - ours‖ / ‖ours‖.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import mmpeft
+from benchmarks.readers.page import put
 from mmpeft.errors import MMPEFTError
 
 SIZES: dict[str, Any] = {
@@ -50,6 +53,10 @@ METHODS: dict[str, mmpeft.Method] = {
     "biases alone": mmpeft.BitFit(create=False),
 }
 Changes = dict[str, Tensor]
+START, END = "<!-- language: python -m benchmarks.readers.language -->", "<!-- end of language -->"
+LEGEND = """\
+Random weights of tiny models; each reader runs on a base without the adapter and says what it changes there. vLLM and
+SGLang run the files that read adapters, without their kernels. A number is the relative error of the change."""
 
 
 def llama() -> nn.Module:
@@ -148,27 +155,57 @@ def judged(wanted: Changes, got: Changes) -> str:
     whole = sum(float(t.double().square().sum()) for t in wanted.values())
     error = (off / whole) ** 0.5
     lost = [k for k, t in wanted.items() if t.any() and (k not in got or not got[k].any())]
-    return "exact" if error < 1e-3 else f"**off by {error:.2g}**" + (f", without {len(lost)} tensors" if lost else "")
+    return "exact" if error < 1e-3 else f"{error:.2g}" + (f", *partly*: {len(lost)} tensors left out" if lost else "")
+
+
+Cells = dict[tuple[str, str], dict[str, str]]
+"""By model and method, what each reader made of it."""
+
+
+def known(page: str) -> Cells:
+    """The rows of a section of a page that was written before."""
+    _, _, section = page.partition(START)
+    lines = [line.strip("|").split("|") for line in section.partition(END)[0].splitlines() if line.startswith("|")]
+    found: Cells = {}
+    for line in lines[2:]:
+        found[line[0], line[1]] = dict(zip(lines[0][2:], line[2:]))
+    return found
+
+
+def section(rows: Cells) -> str:
+    """A section of a page: a column for each reader of any row."""
+    columns = dict.fromkeys(column for cells in rows.values() for column in cells)
+    lines = [START, "", LEGEND, "", f"|model|method|{'|'.join(columns)}|", "|---" * (2 + len(columns)) + "|"]
+    order = [(kind, method) for kind in MODELS for method in METHODS if (kind, method) in rows]
+    lines += [f"|{k}|{m}|{'|'.join(rows[k, m].get(column, 'not run') for column in columns)}|" for k, m in order]
+    return "\n".join([*lines, "", END]) + "\n"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Print the table, or write it into a page."""
     parser = argparse.ArgumentParser("python -m benchmarks.readers.language", description=__doc__)
     for name in ("llama-cpp", "llama-cpp-library", "vllm", "sglang"):
         parser.add_argument(f"--{name}", type=Path)
+    parser.add_argument("--models", nargs="*", choices=MODELS, default=list(MODELS))
+    parser.add_argument("--write", type=Path, help="page to put the table into, between its marks")
     options = parser.parse_args(argv)
     readers: dict[str, Callable[[Path, Path], tuple[Changes, Changes]]] = {}
-    readers |= {"PEFT": by_peft, "transformers": by_transformers}
+    readers |= {f"PEFT {version('peft')}": by_peft, f"transformers {version('transformers')}": by_transformers}
     if options.llama_cpp:
         readers["llama.cpp"] = by_llama_cpp(options.llama_cpp, options.llama_cpp_library)
     readers |= {n: by_server(n, getattr(options, n)) for n in ("vllm", "sglang") if getattr(options, n)}
-    print(f"| model | method | {' | '.join(readers)} |")
-    print("|---" * (2 + len(readers)) + "|")
-    for kind in MODELS:
+    rows = known(options.write.read_text("utf-8")) if options.write and options.write.exists() else {}
+    for kind in options.models:
         for method in METHODS:
             with tempfile.TemporaryDirectory() as scratch:
                 cells = _row(kind, method, readers, Path(scratch))
             if cells:
-                print(f"| {kind} | {method} | {' | '.join(cells)} |", flush=True)
+                print(kind, method, *cells, sep=" | ", file=sys.stderr, flush=True)
+                rows.setdefault((kind, method), {}).update(zip(readers, cells))
+    if options.write:
+        put(section(rows), options.write)
+    else:
+        print(section(rows))
     return 0
 
 
@@ -189,14 +226,16 @@ def _row(kind: str, method: str, readers: dict[str, Any], folder: Path) -> list[
     try:
         tuning.export(folder / "adapter")
     except MMPEFTError as error:
-        return [f"not written: {error}"] + [""] * (len(readers) - 1)
+        print(f"{kind}, {method}: not written: {error}", file=sys.stderr)
+        return ["not written"] * len(readers)
     tuning.save_merged(folder / "base" / "merged")
     cells = []
     for read in readers.values():
         try:
             cells.append(judged(*read(folder / "base", folder / "adapter")))
         except Unread as error:
-            cells.append(f"refused: {str(error).replace('|', '/')[:110]}")
+            print(f"{kind}, {method}: refused: {str(error)[:300]}", file=sys.stderr)
+            cells.append("refused")
     return cells
 
 

@@ -73,11 +73,12 @@ def _cell(result: str) -> str:
 
 
 def put(text: str, file: Path) -> None:
-    """Put the section into a page between its marks; what others wrote there stays."""
+    """Put a section into a page between its marks, which are its own first and last line; the rest stays."""
+    lines = text.splitlines()
     before = file.read_text("utf-8") if file.exists() else ""
-    if START in before:
-        head, _, rest = before.partition(START)
-        text = head + text + rest.partition(f"{END}\n")[2]
+    if lines[0] in before:
+        head, _, rest = before.partition(lines[0])
+        text = head + text + rest.partition(f"{lines[-1]}\n")[2]
     else:
         text = before + "\n" + text
     file.write_text(text, "utf-8")

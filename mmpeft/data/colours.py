@@ -14,6 +14,7 @@ from mmpeft.errors import DataError
 
 LOG = logging.getLogger(__name__)
 BITS = 258  # TIFF's tag of bits a sample
+WRITTEN = 339  # TIFF's tag of how numbers are written; 2 for whole ones with a sign
 WHITE_IS = 262  # TIFF's tag of how numbers become grey; 0 for white
 SPACES = {"RGB": "RGB", "GRAY": "L", "CMYK": "CMYK", "Lab": "LAB"}  # a profile's colour space: mode of its pictures
 GREYS = ("1", "L", "LA", "La")
@@ -34,7 +35,7 @@ def rgb(image: Image.Image, where: str, background: str | None = "white", exact:
     """A decoded picture in sRGB, on a background where it is transparent.
 
     Deep pictures are scaled by what their mode holds, never by the values that are found: 0 … 65535 in 16 bits (4095
-    in TIFF's 12), 0 … 1 in floating point.
+    in TIFF's 12, 32767 with a sign), 0 … 1 in floating point.
 
     Args:
         image: as it was decoded.
@@ -88,7 +89,8 @@ def _narrowed(image: Image.Image, where: str) -> Image.Image:
     """A picture of one deep channel with eight bits."""
     values = np.asarray(image).astype(np.float64)
     tags = getattr(image, "tag_v2", {})
-    bits = min((*tags.get(BITS, (16,)), 16))
+    depth = min(tags.get(BITS, (16,)))
+    bits = depth - 1 if depth <= 16 and 2 in tags.get(WRITTEN, ()) else min(depth, 16)
     top = 1.0 if image.mode == "F" else float(2**bits - 1)
     low, high = float(values.min()), float(values.max())
     if not (low >= 0 and high <= top):

@@ -134,6 +134,17 @@ def role_of(name: str) -> str | None:
     return next((role for role, names in ROLES.items() if match and match[1] in names), None)
 
 
+def mentions_split(name: str) -> bool:
+    """Whether one of the words in a folder's name is a split: `asl_alphabet_train`, `train-256`, `stage1_test`."""
+    return any(role_of(word) for word in re.findall(r"[^\W\d_]+", name))
+
+
+def pictures_in(folder: Path) -> bool:
+    """Whether a picture lies in a folder itself."""
+    known = suffixes()
+    return any(child.suffix.lower() in known and not hidden(child.name) for child in folder.iterdir())
+
+
 def split_folders(root: Path, given: Mapping[str, str] | None = None) -> dict[str, Path]:
     """The folders of `train`, `val` and `test` in a folder, as they are named or `given`; `{}` for none.
 

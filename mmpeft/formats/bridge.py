@@ -23,10 +23,10 @@ from mmpeft.formats.low_rank import (
     tunable_sites,
 )
 from mmpeft.formats.peft import targeted
-from mmpeft.formats.tensors import differences, fit_tensors, held, own_parameters
+from mmpeft.formats.tensors import differences, fit_tensors, held
 from mmpeft.functional.rows import put_rows, take_rows
 from mmpeft.hosting.host import base_value
-from mmpeft.hosting.modules import module_at
+from mmpeft.hosting.modules import module_at, own_parameters
 from mmpeft.methods.additive.ia3 import IA3
 from mmpeft.methods.base import Method
 from mmpeft.methods.compose import Union
@@ -198,13 +198,11 @@ def _check_complete(model: nn.Module, content: Content, where: object) -> None:
     have = (
         {layer.path for layer in content.layers} | {scaling.path for scaling in content.scalings} | set(content.whole)
     )
-    lacking = [
-        p
-        for p in tunable_sites(model, ("linear", "conv", "embedding"))
-        if targeted(content.targets, p) and p not in have
-    ]
+    inside = tuple(f"{path}." for path in content.whole)
+    known = tunable_sites(model, ("linear", "conv", "embedding"))
+    lacking = [p for p in known if targeted(content.targets, p) and p not in have and not p.startswith(inside)]
     named = [(path, module) for path, module in model.named_modules() if targeted(content.modules, path)]
-    lacking += [path for path, module in named if path not in have and own_parameters(module)]
+    lacking += [path for path, module in named if path not in have and any(own_parameters(module))]
     if lacking:
         raise AdapterFileError(
             f"{where}: {len(lacking)} modules that its config names have no tensors in it, first {lacking[0]!r}; the "

@@ -138,6 +138,8 @@ class Content:
     """Module path → its tensors by name."""
     dropout: float = 0.0
     notes: tuple[str, ...] = ()
+    doubts: tuple[str, ...] = ()
+    """Those of the notes on which readers differ: they are said when the file is loaded."""
     targets: str | tuple[str, ...] = ()
     """The modules that the file says it is for, as PEFT names them; empty where it does not say."""
     modules: tuple[str, ...] = ()

@@ -92,7 +92,9 @@ def load_parts(
     with ExitStack() as stack:
         for owner in fitting:
             stack.enter_context(unchanged_on_error(models[owner]))
-        return {owner: attach_content(models[owner], part, name, path) for owner, part in fitting.items()}
+        return {
+            owner: attach_content(models[owner], part, name, path, strict=strict) for owner, part in fitting.items()
+        }
 
 
 def _readable(path: Path, strict: bool) -> Content:
@@ -110,6 +112,8 @@ def _readable(path: Path, strict: bool) -> Content:
         if strict:
             raise AdapterFileError(f"{said}; with strict=False the rest is loaded")
         warnings.warn(f"{said}; they are left out", MMPEFTWarning, stacklevel=3)
+    for doubt in content.doubts:
+        warnings.warn(f"{path}: {doubt}", MMPEFTWarning, stacklevel=3)
     return content
 
 

@@ -183,7 +183,7 @@ def _moves(layer: Layer) -> bool:
 
 
 def fit_stacks(model: nn.Module, found: peft_experts.StackTensors, where: object) -> list[Piece]:
-    """Cut updates of experts to the sites of a model.
+    """Cut updates of parameters to the sites of a model: of experts, and of single matrices.
 
     Raises:
         AdapterFileError: a parameter without a site, or of another shape.
@@ -193,7 +193,11 @@ def fit_stacks(model: nn.Module, found: peft_experts.StackTensors, where: object
         if site.kind == "experts" and not site.refuse:
             known.setdefault((site.path, site.tensor), []).append(site)
     pieces = []
+    single: list[Layer] = []
     for layer in peft_experts.fit(model, found, where):
+        if layer.tensor == "weight" and base_value(module_at(model, layer.path), layer.tensor).dim() == 2:
+            single.append(_single(model, layer))
+            continue
         own = known.get((layer.path, layer.tensor), [])
         if not own:
             raise AdapterFileError(f"{where}: {layer.name} is no stack of experts in {type(model).__name__}")
@@ -205,7 +209,15 @@ def fit_stacks(model: nn.Module, found: peft_experts.StackTensors, where: object
             if keep.any():
                 rank = int(keep.sum())
                 pieces.append(Piece(site, down[:, keep], rows[:, :, keep], layer.scale * rank, None))
-    return pieces
+    return pieces + fit_layers(model, single, where)
+
+
+def _single(model: nn.Module, layer: peft_experts.StackLayer) -> Layer:
+    """The update of one matrix, which is as it is stored, as that of the module that has it as its weight."""
+    down, up = layer.down[0], layer.up[0]
+    if any(site.transposed for site in tunable_sites(model, ("linear",)).get(layer.path, [])):
+        down, up = up.mT, down.mT
+    return Layer(layer.path, down, up, layer.scale * len(down))
 
 
 def tunable_sites(model: nn.Module, kinds: tuple[str, ...]) -> dict[str, list[Site]]:

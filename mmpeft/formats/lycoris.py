@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from mmpeft.errors import AdapterFileError
 from mmpeft.formats.content import Content, Layer, read_json, read_tensors
 from mmpeft.formats.patterns import value_for
-from mmpeft.formats.peft import CONFIG, PREFIX, WEIGHTS
+from mmpeft.formats.peft import CONFIG, PREFIX, WEIGHTS, with_rest
 from mmpeft.functional.hadamard import khatri_rao
 from mmpeft.hosting.host import base_value
 from mmpeft.types import Facts, Leaf
@@ -199,21 +199,23 @@ def read_folder(folder: Path) -> Content:
             f"no {WEIGHTS} in {folder}; it holds {sorted(p.name for p in folder.iterdir())}, and pickled files are "
             "never read, because unpickling runs code"
         )
-    if config.get("modules_to_save"):
-        raise AdapterFileError(f"{folder}: modules saved whole beside {config['peft_type']} layers are not read")
     tensors, _ = read_tensors(folder / WEIGHTS)
     found: dict[str, dict[str, Tensor]] = {}
+    rest: dict[str, Tensor] = {}
     for key, tensor in sorted(tensors.items()):
         path, _, name = key.removeprefix(PREFIX).rpartition(".")
-        if KINDS.get(name) != TYPES[config["peft_type"]]:
-            raise AdapterFileError(f"{folder / WEIGHTS}: unknown key {key!r} in a {config['peft_type']} adapter")
-        found.setdefault(path, {})[name] = tensor
+        if KINDS.get(name) == TYPES[config["peft_type"]]:
+            found.setdefault(path, {})[name] = tensor
+        else:
+            rest[key.removeprefix(PREFIX)] = tensor
+    if not found:
+        raise AdapterFileError(f"{folder / WEIGHTS} holds no layer of a {config['peft_type']} adapter")
     layers = [layer_of(own, path, folder, _configured(path, own, config, folder)) for path, own in found.items()]
     layers = [replace(layer, flat=layer.down.dim() == 2) for layer in layers]
     targets = config.get("target_modules")
     partial = any(config.get(name) for name in ("layers_to_transform", "exclude_modules"))
     listed = tuple(targets) if isinstance(targets, list) and not partial else ()
-    return Content("peft", layers, targets=listed)
+    return with_rest((Content("peft", layers, targets=listed), rest), config, folder)
 
 
 def _configured(path: str, own: Mapping[str, Tensor], config: Facts, where: Path) -> float:

@@ -15,6 +15,7 @@ from mmpeft.errors import Refused
 from mmpeft.formats.content import Content, Layer
 from mmpeft.formats.lycoris import TYPES, layer_of
 from mmpeft.formats.peft import PREFIX, exact_targets, folder_of
+from mmpeft.formats.peft_out import beside
 from mmpeft.parts import Hadamard, Kron, LowRankKron
 from mmpeft.parts.factors import Factor
 from mmpeft.types import Json
@@ -63,12 +64,12 @@ def folder_files(content: Content, modules: Collection[str], base: Json | None) 
     """Names and bytes of a PEFT folder of type LOHA or LOKR.
 
     Raises:
-        Refused: there are other layers, or whole modules, beside those of one such factor.
+        Refused: there are other layers, or rows of tables, beside those of one such factor.
     """
     kinds = {layer.factor if layer.tensors else "LoRA" for layer in content.layers}
-    if len(kinds) > 1 or content.whole:
-        beside = "modules saved whole" if content.whole else " and ".join(sorted(kinds))
-        raise Refused(f"a PEFT folder holds one kind of layer; here are {beside}. Use format='kohya' or tuning.save()")
+    if len(kinds) > 1 or content.words or content.shifts:
+        what = " and ".join(sorted(kinds)) if len(kinds) > 1 else "rows of tables or new biases"
+        raise Refused(f"a PEFT folder holds one kind of layer; here are {what}. Use format='kohya' or tuning.save()")
     (kind,) = kinds
     (name,) = (name for name, known in TYPES.items() if known == kind)
     tensors = {
@@ -78,7 +79,15 @@ def folder_files(content: Content, modules: Collection[str], base: Json | None) 
         if key != "alpha"
     }
     targets = exact_targets([layer.path for layer in content.layers], modules)
-    fields = {"peft_type": name, "target_modules": targets, **_ranks(content.layers), **OPTIONS[kind]}
+    tensors |= beside(content, {layer.path for layer in content.layers})
+    saved = sorted(content.whole) or None
+    fields = {
+        "peft_type": name,
+        "target_modules": targets,
+        "modules_to_save": saved,
+        **_ranks(content.layers),
+        **OPTIONS[kind],
+    }
     return folder_of(tensors, fields, base)
 
 

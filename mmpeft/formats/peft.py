@@ -47,6 +47,9 @@ SLOTS = {
     ".ia3_l": "gamma",
 }
 SHIFT = ".lora_B.bias"
+LENGTHS = ".lora_magnitude_vector"
+LENGTHS_FOR_ALL = f"{LENGTHS}.weight"
+"""PEFT writes the first and reads both; transformers' own loader finds the second alone."""
 NOT_YET = {
     ".base_layer.out_proj.lora_A.weight": "an update of nn.MultiheadAttention, of whose out_proj PEFT adds ΔW twice",
     ".lora_A.bias": "a bias inside the update (lora_bias=True)",
@@ -66,6 +69,8 @@ FOREIGN_OPTIONS = {
 """Options of a LoRA config that change what its tensors mean, and how."""
 BASE_CHANGING = ("pissa", "olora", "corda", "loftq", "lora_ga")
 """Initialisations that subtract from the base: the adapter alone means nothing on the published one."""
+NAMED = re.compile(r"(\.(?:lora_[ABE]|lora_embedding_[AB]|lora_magnitude_vector|ia3_l))\.default(\.weight|\.bias)?$")
+"""Keys of a model's state dict, in which an adapter has a name; PEFT reads those of its usual one, too."""
 FOREIGN_KEY = re.compile(r"(^|[._])(lora|loha|hada|lokr|oft|boft|vera|ia3|hra|miss|road|shira|randlora|c3a|glora)_")
 """Keys of an adapter: what has one and is not read is a layer that would be lost, and no stranger beside the layers."""
 
@@ -86,6 +91,7 @@ def read_folder(folder: Path) -> Content:
         )
     _check_weights(folder)
     tensors, _ = read_tensors(folder / WEIGHTS)
+    tensors = {NAMED.sub(r"\1\2", key): tensor for key, tensor in tensors.items()}
     if kind in peft_prompts.TYPES:
         learned = peft_prompts.read(config, tensors, folder / WEIGHTS)
         rest = {k.removeprefix(peft_prompts.WRAPPED): t for k, t in tensors.items() if k != peft_prompts.KEY}
@@ -93,7 +99,7 @@ def read_folder(folder: Path) -> Content:
         return Content("peft", learned=learned, whole=whole, modules=_modules(config) if whole else (), base=others)
     _check_options(config, folder / CONFIG)
     if kind in peft_others.TYPES:
-        return _with_rest(peft_others.read(kind, config, _short(tensors), folder), config, folder)
+        return with_rest(peft_others.read(kind, config, _short(tensors), folder), config, folder)
     words = peft_others.take_words(config, tensors, folder)
     shifts = {key.removesuffix(SHIFT): tensors.pop(key) for key in list(tensors) if key.endswith(SHIFT)}
     slots, rest = split(tensors, folder / WEIGHTS)
@@ -105,7 +111,7 @@ def read_folder(folder: Path) -> Content:
     _check_slots(slots, kind, folder, stacked=stacks is not None)
     if kind == "IA3":
         scalings = [_scaling(path, own["gamma"], config, folder) for path, own in slots.items()]
-        return _with_rest((Content("peft", scalings=scalings, **told), rest), config, folder)
+        return with_rest((Content("peft", scalings=scalings, **told), rest), config, folder)
     layers = [scaled(assemble(own, path, folder), config, folder / CONFIG) for path, own in slots.items()]
     layers = [replace(x, lookup=True, transposed=True) if x.path in lookups else x for x in layers]
     _check_dora(layers, config, folder)
@@ -114,7 +120,7 @@ def read_folder(folder: Path) -> Content:
         Shift(path.removeprefix(PREFIX), "bias", bias.float() * scales.get(path, 1)) for path, bias in shifts.items()
     ]
     layers = [layer.trimmed() for layer in layers]
-    return _with_rest(
+    return with_rest(
         (Content("peft", layers, dropout=float(config.get("lora_dropout") or 0.0), **told), rest), config, folder
     )
 
@@ -123,7 +129,7 @@ def _short(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {key.removeprefix(PREFIX): tensor for key, tensor in tensors.items()}
 
 
-def _with_rest(found: tuple[Content, Mapping[str, Tensor]], config: Facts, folder: Path) -> Content:
+def with_rest(found: tuple[Content, Mapping[str, Tensor]], config: Facts, folder: Path) -> Content:
     """Content with what is no part of an update: modules saved whole, and tensors of the base.
 
     Raises:
@@ -303,22 +309,25 @@ def rank_fields(ranks: Mapping[str, int]) -> Json:
     return {"r": rank, "lora_alpha": rank, "rank_pattern": others, "alpha_pattern": dict(others)}
 
 
-def lora_tensors(layers: Collection[Layer], prefix: str) -> dict[str, Tensor]:
-    """Baked layers under PEFT's key names; a convolution's `up` is [o, r, 1, 1], its magnitude [1, o, 1, 1]."""
+def lora_tensors(layers: Collection[Layer], prefix: str, lengths: str = LENGTHS) -> dict[str, Tensor]:
+    """Baked layers under PEFT's key names; a convolution's `up` is [o, r, 1, 1], its magnitude [1, o, 1, 1].
+
+    `lengths` ends the magnitudes' names.
+    """
     tensors = {}
     for layer in layers:
         if layer.lookup:
             tensors[f"{prefix}{layer.path}.lora_embedding_A"] = layer.down
             tensors[f"{prefix}{layer.path}.lora_embedding_B"] = layer.up
             if layer.magnitude is not None:
-                tensors[f"{prefix}{layer.path}.lora_magnitude_vector"] = layer.magnitude
+                tensors[f"{prefix}{layer.path}{lengths}"] = layer.magnitude
             continue
         ones = [1] * (layer.down.dim() - 2)
         tensors[f"{prefix}{layer.path}.lora_A.weight"] = layer.down
         tensors[f"{prefix}{layer.path}.lora_B.weight"] = layer.up.reshape(*layer.up.shape, *ones)
         if layer.magnitude is not None:
             length = layer.magnitude
-            tensors[f"{prefix}{layer.path}.lora_magnitude_vector"] = length.view(1, -1, *ones) if ones else length
+            tensors[f"{prefix}{layer.path}{lengths}"] = length.view(1, -1, *ones) if ones else length
     return tensors
 
 

@@ -2,6 +2,7 @@
 
 `lora_A` [E r, ·] has the pairs expert by expert, `lora_B` [·, r E] has the experts innermost. A module with several
 such parameters is wrapped once for each: the first of them lies deepest, under as many `base_layer` as come after it.
+A parameter that is one matrix (a router's, a linear's) has the pair of one expert.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ WRAP = ".base_layer"
 
 @dataclass(frozen=True)
 class StackLayer:
-    """An update `s up[e] down[e]` of each stored matrix of a stack: `down` [E, r, columns], `up` [E, rows, r]."""
+    """An update `s up[e] down[e]` of each stored matrix: `down` [E, r, columns], `up` [E, rows, r]; E is 1 of one."""
 
     path: str
     tensor: str
@@ -124,13 +125,16 @@ def _named(path: str, module: nn.Module, targets: Collection[str]) -> list[str]:
 
 def _layer(module: nn.Module, path: str, name: str, a: Tensor, b: Tensor, config: Facts, where: object) -> StackLayer:
     shape = tuple(base_value(module, name).shape)
-    inputs, outputs = (shape[-1], shape[-2]) if _swaps(module) else (shape[-2], shape[-1])
-    if len(shape) != 3 or a.shape != (len(a), inputs) or b.shape != (outputs, len(a)) or len(a) % shape[0]:
+    if len(shape) not in (2, 3):
+        raise AdapterFileError(f"{where}: {path}.{name} is {list(shape)}, no matrix and no stack of matrices")
+    count, swaps = (shape[0], _swaps(module)) if len(shape) == 3 else (1, True)
+    inputs, outputs = (shape[-1], shape[-2]) if swaps else (shape[-2], shape[-1])
+    if a.shape != (len(a), inputs) or b.shape != (outputs, len(a)) or len(a) % count:
         raise AdapterFileError(
-            f"{where}: {path}.{name} has lora_A {tuple(a.shape)} and lora_B {tuple(b.shape)}; a stack {list(shape)} "
-            f"has [experts · r, {inputs}] and [{outputs}, r · experts], and other parameters cannot be loaded"
+            f"{where}: {path}.{name} has lora_A {tuple(a.shape)} and lora_B {tuple(b.shape)}; for {list(shape)} it is "
+            f"[{count} · r, {inputs}] and [{outputs}, r · {count}]"
         )
-    rank = len(a) // shape[0]
+    rank = len(a) // count
     known = value_for(config.get("rank_pattern"), f"{path}.{name}", config.get("r"))
     if known != rank:
         raise AdapterFileError(
@@ -139,11 +143,11 @@ def _layer(module: nn.Module, path: str, name: str, a: Tensor, b: Tensor, config
         )
     alpha = value_for(config.get("alpha_pattern"), f"{path}.{name}", config.get("lora_alpha"))
     scale = alpha / (rank**0.5 if config.get("use_rslora") else rank)
-    down, up = a.view(shape[0], rank, inputs), b.view(outputs, rank, shape[0]).permute(2, 0, 1)
+    down, up = a.view(count, rank, inputs), b.view(outputs, rank, count).permute(2, 0, 1)
     keep = (down != 0).any(-1).any(0) | (up != 0).any(0).any(0)  # the rest is padding
     keep[0] |= not keep.any()
     down, up = down[:, keep], up[..., keep]
-    return StackLayer(path, name, *((down, up) if _swaps(module) else (up.mT, down.mT)), scale)
+    return StackLayer(path, name, *((down, up) if swaps else (up.mT, down.mT)), scale)
 
 
 def _swaps(module: nn.Module) -> bool:

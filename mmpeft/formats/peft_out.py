@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from mmpeft.errors import Refused
 from mmpeft.formats import peft_experts, peft_others, peft_prompts
 from mmpeft.formats.content import Content
-from mmpeft.formats.peft import PREFIX, SHIFT, exact_targets, folder_of, lora_tensors
+from mmpeft.formats.peft import LENGTHS_FOR_ALL, PREFIX, SHIFT, exact_targets, folder_of, lora_tensors
 from mmpeft.formats.peft_experts import StackTensors
 from mmpeft.hosting.host import original_class
 from mmpeft.types import Json
@@ -89,7 +89,7 @@ def _lora(content: Content, modules: Collection[str]) -> Written:
     layers = [layer.baked() for layer in content.layers]
     rank = max([*(layer.rank for layer in layers), *(_ranks(content.stacks).values())])
     layers = [layer.padded(rank) for layer in layers]
-    tensors = lora_tensors(layers, PREFIX) | _beside(content, {layer.path for layer in layers})
+    tensors = lora_tensors(layers, PREFIX, LENGTHS_FOR_ALL) | beside(content, {layer.path for layer in layers})
     if content.shifts:
         biases = {shift.path: shift.value for shift in content.shifts}
         linears = [layer for layer in layers if not layer.lookup]
@@ -126,7 +126,7 @@ def _ranks(stacks: StackTensors | None) -> Mapping[str, int]:
 
 def _ia3(content: Content, modules: Collection[str]) -> Written:
     inputs = [scaling.path for scaling in content.scalings if scaling.side == "input"]
-    tensors = _beside(content, {scaling.path for scaling in content.scalings})
+    tensors = beside(content, {scaling.path for scaling in content.scalings})
     for scaling in content.scalings:
         gamma = scaling.gamma[None] if scaling.side == "input" else scaling.gamma[:, None]
         tensors[f"{PREFIX}{scaling.path}.ia3_l"] = gamma
@@ -161,7 +161,7 @@ def _alone(content: Content, modules: Collection[str]) -> Written:
     return {"peft_type": peft_others.NORMS, "target_modules": targets, "modules_to_save": None}, tensors
 
 
-def _beside(content: Content, adapted: Collection[str]) -> dict[str, Tensor]:
+def beside(content: Content, adapted: Collection[str]) -> dict[str, Tensor]:
     """Whole modules and tensors of the base, under the names they have beside an update."""
     found = {f"{PREFIX}{m}.{n}": tensor for m, own in content.whole.items() for n, tensor in own.items()}
     for name, tensor in content.base.items():

@@ -190,6 +190,9 @@ def _check_alike(model: nn.Module, attentions: Sequence[Site]) -> None:
             "PEFT's prefix of an encoder-decoder acts in the decoder's self-attention alone, under biases by distance; "
             "here a prefix acts in every attention and has no position"
         )
+    refused = next((site for site in attentions if site.refuse), None)
+    if refused is not None:
+        raise Refused(f"{refused}: {refused.refuse}")
     if len({(site.heads, site.width) for site in attentions}) != 1:
         raise Refused("its attentions have heads of several sizes (or it has none); PEFT knows one size")
 

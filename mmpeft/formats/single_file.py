@@ -23,10 +23,11 @@ from mmpeft.formats.content import Based, Content, Layer, Shift, assemble, parse
 from mmpeft.formats.names import DOTTED, placed
 from mmpeft.formats.peft import scaled
 from mmpeft.formats.single_keys import Keys, sorted_keys
-from mmpeft.types import Facts, Json
+from mmpeft.types import Facts, Json, Kwargs
 
 METADATA = "lora_adapter_metadata"
 SCALE = "scale 1, as every reader takes it"
+MIXED = "scale 1, as ComfyUI and sd-scripts take it; diffusers gives them the alpha of the others"
 
 Reader = Callable[[Mapping[str, Tensor], str, Path], Layer]
 
@@ -53,11 +54,13 @@ def read_file(path: Path) -> Content:
     style = keys.style or ("lycoris" if keys.others or keys.factored or keys.shifts or based else "diffusers")
     if style == "diffusers" and all(name.startswith(original.PREFIX) for name in keys.slots):
         style = "comfy"
+    doubts = tuple(note for note in notes if note.endswith(MIXED))
     if keys.unread:
         notes += (f"{len(keys.unread)} keys are of no known kind and are left out, first {keys.unread[0]!r}",)
     others = {placed(name)[1]: kind for name, kind in keys.others.items()}
     unread = tuple(keys.unread)
-    return Content(style, layers, notes=notes, others=others, shifts=shifts, based=based, unread=unread)
+    told: Kwargs = {"notes": notes, "doubts": doubts, "unread": unread}
+    return Content(style, layers, others=others, shifts=shifts, based=based, **told)
 
 
 def _updates(
@@ -87,8 +90,8 @@ def _with_alpha(layers: list[Layer], configs: Mapping[str, Facts], path: Path) -
         return [_configured(layer, configs, path) for layer in layers], ()
     if len(with_alpha) == len(layers):
         return layers, ()
-    some = f"{len(layers) - len(with_alpha)} of {len(layers)} layers carry no alpha" if with_alpha else ""
-    return layers, (f"{some or 'the file carries no alpha'}: {SCALE}",)
+    some = f"{len(layers) - len(with_alpha)} of {len(layers)} layers carry no alpha: {MIXED}"
+    return layers, (some if with_alpha else f"the file carries no alpha: {SCALE}",)
 
 
 def _layer(name: str, own: Mapping[str, Tensor], where: Path, read: Reader = assemble) -> Layer:

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
-from mmpeft.errors import AdapterFileError, Refused, nearest
+from mmpeft.errors import AdapterFileError, MMPEFTWarning, Refused, nearest
 from mmpeft.formats.content import Content, Layer, Shift
 from mmpeft.formats.lycoris import multiplied
 from mmpeft.functional.rows import put_rows, take_rows
 from mmpeft.hosting.host import base_value
-from mmpeft.hosting.modules import CHILD, module_at
+from mmpeft.hosting.modules import module_at, own_parameters
 from mmpeft.methods.base import Method
 from mmpeft.methods.recipe import identity
 from mmpeft.methods.selective.bitfit import BitFit
@@ -45,7 +46,7 @@ def held(model: nn.Module, placements: Sequence[Placement], adapted: Collection[
     """
     tensors: dict[str, dict[str, Tensor]] = {}
     found = Held()
-    tables: dict[str, dict[int, Tensor]] = {}
+    tables: dict[tuple[str, ...], dict[int, Tensor]] = {}
     shared = _tied(model)
     for placement in placements:
         part = placement.part
@@ -53,9 +54,7 @@ def held(model: nn.Module, placements: Sequence[Placement], adapted: Collection[
         names = [f"{hook.path}.{hook.name}".lstrip(".") for hook in placement.hooks]
         if placement.key.startswith(WORDS):
             assert part.rows is not None
-            if set(names) != set(shared[identity(model, names[0])]):
-                raise Refused(f"{names} are trained in part; {shared[identity(model, names[0])]} are one tensor")
-            rows = tables.setdefault(placement.hooks[0].path, {})
+            rows = tables.setdefault(tuple(sorted(names)), {})
             rows.update(zip(range(part.rows[0], part.rows[1]), part.value.detach()))
             continue
         for hook in placement.hooks:
@@ -68,7 +67,7 @@ def held(model: nn.Module, placements: Sequence[Placement], adapted: Collection[
             value = put_rows(start, part.value.detach(), part.rows, part.dim)
             own[hook.name] = value if hook == placement.hooks[0] else value.clone()  # files have no shared tensors
     for path, own in tensors.items():
-        if path and set(own_parameters(module_at(model, path))) == set(own) and path not in adapted:
+        if path and {name for name, _ in own_parameters(module_at(model, path))} == set(own) and path not in adapted:
             found.whole[path] = own
             continue
         for name, value in own.items():
@@ -78,9 +77,37 @@ def held(model: nn.Module, placements: Sequence[Placement], adapted: Collection[
             if apart:
                 raise Refused(f"{full} is trained and {apart[0]}, the same tensor, is not: readers would change both")
             found.base[full] = value
-    for path, rows in tables.items():
+    for changed, rows in tables.items():
+        path = _table(model, changed, shared, tables)
         found.words[path] = tuple(sorted(rows)), torch.stack([rows[index] for index in sorted(rows)])
     return found
+
+
+def _table(
+    model: nn.Module,
+    names: tuple[str, ...],
+    shared: Mapping[Hashable, Sequence[str]],
+    tables: Mapping[tuple[str, ...], Mapping[int, Tensor]],
+) -> str:
+    """The module whose rows in a file change a tensor under exactly these of its names.
+
+    Raises:
+        Refused: there is none.
+    """
+    others = shared[identity(model, names[0])]
+    for name in names:
+        path = name.rpartition(".")[0]
+        apart = [rows for own, rows in tables.items() if own != names and set(own) < set(others)]
+        alone = bool(apart) and all(set(rows) != set(tables[names]) for rows in apart)
+        if set(names) == ({name} if alone else set(_reached(model, path, others))):
+            return path
+    raise Refused(f"{list(names)} are trained in part; {list(others)} are one tensor, and PEFT changes them together")
+
+
+def _reached(model: nn.Module, path: str, names: Sequence[str]) -> Sequence[str]:
+    """The names of a tensor under which PEFT puts the trained rows of a table: all for the table that reads words."""
+    read = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
+    return names if module_at(model, path) is read else [n for n in names if n.rpartition(".")[0] == path]
 
 
 def differences(model: nn.Module, placements: Sequence[Placement]) -> tuple[list[Layer], list[Shift]]:
@@ -122,11 +149,6 @@ def _alike(tensors: Mapping[str, Mapping[str, Tensor]], name: str, value: Tensor
     path, _, own = name.rpartition(".")
     other = tensors.get(path, {}).get(own)
     return other is not None and torch.equal(other, value)
-
-
-def own_parameters(module: nn.Module) -> dict[str, Tensor]:
-    """The parameters of the backbone under a module, those of tunings left out."""
-    return {n: p for n, p in module.named_parameters() if CHILD not in n.split(".")}
 
 
 def _tied(model: nn.Module) -> dict[Hashable, list[str]]:
@@ -195,7 +217,9 @@ def fit_tensors(model: nn.Module, content: Content, where: object) -> Fit:
         found.frozen.discard(name)
     created: list[str] = []
     for shift in content.shifts:
-        if content.format == "peft" and f"{shift.path}.{shift.tensor}" not in known:  # PEFT's has one of its own
+        if (
+            content.format in ("peft", "diffusers") and f"{shift.path}.{shift.tensor}" not in known
+        ):  # the update has one of its own
             created.append(_new_bias(model, found, shift, where))
         else:
             _add(model, found, shift, known, where)
@@ -235,11 +259,12 @@ def _whole(model: nn.Module, whole: Mapping[str, Mapping[str, Tensor]], where: o
             raise AdapterFileError(
                 f"{where}: {type(model).__name__} has no module {path!r}, which the file saves whole"
             )
-        names = own_parameters(modules[path])
-        for what, keys in (
-            ("not a parameter of it", set(own) - set(names)),
-            ("not in the file", set(names) - set(own)),
-        ):
+        names = dict(own_parameters(modules[path]))
+        tied: dict[int, list[str]] = {}
+        for name, parameter in names.items():
+            tied.setdefault(id(parameter), []).append(name)
+        missing = [same[0] for same in tied.values() if not set(same) & set(own)]
+        for what, keys in (("not a parameter of it", set(own) - set(names)), ("not in the file", missing)):
             if keys:
                 raise AdapterFileError(f"{where}: the module {path!r} is saved whole, but {min(keys)!r} is {what}")
         for name, tensor in own.items():
@@ -248,7 +273,9 @@ def _whole(model: nn.Module, whole: Mapping[str, Mapping[str, Tensor]], where: o
                     f"{where}: {path}.{name} has shape {tuple(tensor.shape)}, the model's has "
                     f"{tuple(names[name].shape)}; build the model with as many outputs"
                 )
-            found[f"{path}.{name}"] = tensor
+        for same in tied.values():  # of several names of one tensor the last wins
+            value = own[[name for name in same if name in own][-1]]
+            found |= {f"{path}.{name}": value for name in same}
     return found
 
 
@@ -335,14 +362,25 @@ def _words(
         )
     last = {index: place for place, index in enumerate(indices)}
     kept = tuple(last), rows[list(last.values())]
-    names = []
-    for name in tied[identity(model, f"{path}.weight")]:
-        other = name.rpartition(".")[0]
-        same = other in words and words[other][0] == indices and torch.equal(words[other][1], rows)
-        if other in found.rows and other != path and same:
-            return  # it is there already
-        if other == path or other not in words or same:
-            names.append(name)
+    own = f"{path}.weight"
+    shared = tied[identity(model, own)]
+    same = {o for o in words if words[o][0] == indices and torch.equal(words[o][1], rows)}
+    if any(o != path and f"{o}.weight" in shared and own in _reached(model, o, shared) for o in same):
+        return  # the table that reads words brings it
+    reached = {name: name.rpartition(".")[0] for name in _reached(model, path, shared)}
+    names = [name for name, other in reached.items() if other in same or other not in words]
+    _say_lost_biases(model, names, where)
     found.rows |= {name.rpartition(".")[0]: kept for name in names}
     at = "|".join(f"param & path={name}" for name in names)
     found.methods.append(TextualInversion(at=at, rows=tuple(sorted(last))))
+
+
+def _say_lost_biases(model: nn.Module, names: Sequence[str], where: object) -> None:
+    for path in (name.rpartition(".")[0] for name in names):
+        if getattr(module_at(model, path), "bias", None) is not None:
+            warnings.warn(
+                f"{where}: {path} has rows of its own and a bias, which PEFT leaves out where it runs such rows; here "
+                "it stays, as it does in a merged model",
+                MMPEFTWarning,
+                stacklevel=2,
+            )

@@ -66,6 +66,18 @@ def test_ranks_of_their_own_and_rslora(tmp_path: Path) -> None:
     assert torch.allclose(answer(model), expected, atol=1e-4)
 
 
+def test_a_router_is_a_matrix_among_the_parameters(tmp_path: Path) -> None:
+    """PEFT makes `gate.weight` of it in "all-linear", which names it for every mixture of transformers."""
+    config = peft.LoraConfig(r=4, target_modules="all-linear")
+    theirs_model = peft.get_peft_model(mixture("mixtral"), config).eval()
+    add_noise(p for p in theirs_model.parameters() if p.requires_grad)
+    theirs_model.save_pretrained(tmp_path)
+    assert "gate.weight" in theirs_model.peft_config["default"].target_parameters
+    model = mixture("mixtral")
+    mmpeft.load_foreign(model, tmp_path)
+    assert torch.allclose(answer(model), answer(theirs_model), atol=1e-4)
+
+
 @pytest.mark.parametrize("experts", ["each", "shared"])
 @pytest.mark.parametrize("model_type", TYPES)
 def test_our_folder_gives_our_answers(model_type: str, experts: str, tmp_path: Path) -> None:

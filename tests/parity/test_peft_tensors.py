@@ -10,10 +10,11 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import mmpeft
-from mmpeft.errors import AdapterFileError, Refused
+from mmpeft.errors import AdapterFileError, MMPEFTWarning, Refused
 from mmpeft.formats.exchange import export, load_foreign
 from tests.support.moved import add_noise
 
@@ -45,6 +46,10 @@ def bert() -> nn.Module:
     return transformers.BertForSequenceClassification(transformers.BertConfig(**SIZES, num_labels=3))
 
 
+def mlm() -> nn.Module:
+    return transformers.BertForMaskedLM(transformers.BertConfig(**SIZES))
+
+
 def t5() -> nn.Module:
     sizes = {"vocab_size": 40, "d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 1, "num_heads": 2}
     return transformers.T5ForConditionalGeneration(transformers.T5Config(**sizes, decoder_start_token_id=0))
@@ -68,6 +73,7 @@ FAMILIES: dict[str, Callable[[], nn.Module]] = {
     "tied": partial(llama, tie_word_embeddings=True),
     "opt": opt,
     "bert": bert,
+    "mlm": mlm,
     "t5": t5,
     "gpt2": gpt2,
 }
@@ -131,6 +137,39 @@ FILES: dict[str, tuple[str, Any, dict[str, Any]]] = {
         partial(LORA, trainable_token_indices={"embed_tokens": [1, 4], "lm_head": [2]}),
         {},
     ),
+    "words of the head alone, tied": ("tied", partial(LORA, trainable_token_indices={"lm_head": [1, 4]}), {}),
+    "other words of table and head, tied": (
+        "tied",
+        partial(LORA, trainable_token_indices={"embed_tokens": [1, 4], "lm_head": [7]}),
+        {},
+    ),
+    "words alone, of the head, tied": (
+        "tied",
+        partial(peft.TrainableTokensConfig, token_indices=[4, 1], target_modules=["lm_head"]),
+        {},
+    ),
+    "a module saved whole around a target": (
+        "llama",
+        partial(LORA, target_modules=["q_proj", "down_proj"], modules_to_save=["mlp"]),
+        {},
+    ),
+    "a head saved whole, with two names of its bias": (
+        "mlm",
+        partial(LORA, target_modules=["query"], modules_to_save=["cls"]),
+        {},
+    ),
+    "LoHa beside a head": ("llama", partial(peft.LoHaConfig, target_modules=QV, modules_to_save=["lm_head"]), {}),
+    "LoKr of the head": ("gpt2", partial(peft.LoKrConfig, r=2, target_modules=["lm_head"]), {}),
+    "matrices by parameter": (
+        "llama",
+        partial(LORA, target_modules=["v_proj"], target_parameters=["q_proj.weight"]),
+        {},
+    ),
+    "matrices by parameter, turned": (
+        "gpt2",
+        partial(LORA, target_modules=[], target_parameters=["c_attn.weight"]),
+        {},
+    ),
     "words alone, tied": ("tied", partial(peft.TrainableTokensConfig, token_indices=[4, 1, 7]), {}),
     "T5": ("t5", partial(LORA, target_modules=["q", "wo", "lm_head"]), {}),
     "IA3 of BERT": ("bert", partial(peft.IA3Config, task_type="SEQ_CLS"), {}),
@@ -173,6 +212,19 @@ def test_what_peft_reloads(name: str, tmp_path: Path) -> None:
     assert [reader.split()[0] for reader in written.verified_by] == ["mmpeft", "peft"]
     back = run(peft.PeftModel.from_pretrained(build(onto), str(tmp_path / "ours")).eval())
     torch.testing.assert_close(back, wanted, atol=1e-5, rtol=1e-5)
+
+
+def test_keys_of_a_state_dict(tmp_path: Path) -> None:
+    """They have the adapter's name in them, as a checkpoint of a wrapped model has; PEFT reads its usual one."""
+    wrapped = peft.get_peft_model(build("llama"), LORA()).eval()
+    add_noise(p for p in wrapped.parameters() if p.requires_grad)
+    wrapped.save_pretrained(str(tmp_path))
+    kept = {name: tensor.clone() for name, tensor in wrapped.state_dict().items() if ".lora_" in name}
+    assert all(".default." in name for name in kept)
+    save_file(kept, tmp_path / "adapter_model.safetensors")
+    model = build("llama")
+    load_foreign(model, tmp_path, strict=True)
+    torch.testing.assert_close(run(model), run(wrapped), atol=1e-5, rtol=1e-5)
 
 
 def test_a_saved_vocabulary_does_not_train(tmp_path: Path) -> None:
@@ -231,6 +283,17 @@ def test_ours_in_peft(name: str, tmp_path: Path) -> None:
     torch.testing.assert_close(run(other), wanted, atol=1e-5, rtol=1e-5)
 
 
+def test_a_bias_beside_rows_of_its_head_stays_and_is_said(tmp_path: Path) -> None:
+    """PEFT's layer of trained rows has no bias; its merged model has."""
+    config = LORA(target_modules=["query"], trainable_token_indices={"decoder": [1, 4]})
+    peft.get_peft_model(build("mlm"), config).save_pretrained(str(tmp_path))
+    model = build("mlm")
+    plain = run(model)
+    with pytest.warns(MMPEFTWarning, match="cls.predictions.decoder has rows of its own and a bias"):
+        load_foreign(model, tmp_path)
+    torch.testing.assert_close(run(model), plain, atol=1e-5, rtol=1e-5)
+
+
 def test_a_new_bias_needs_an_update_to_be_in(tmp_path: Path) -> None:
     tuning = mmpeft.attach(build("llama"), mmpeft.BitFit(at="attn.q"))
     with pytest.raises(Refused, match="has got a bias, for which PEFT has a place in a low-rank update only"):
@@ -257,8 +320,6 @@ def test_one_name_of_a_tied_tensor_in_part(tmp_path: Path) -> None:
 def test_written_folders_have_one_rank_and_one_scale(tmp_path: Path) -> None:
     """llama.cpp divides one alpha by each tensor's rank, SGLang knows no patterns and no regular expressions."""
     import json
-
-    from safetensors.torch import load_file
 
     torch.manual_seed(0)
     config = transformers.Phi3Config(**SIZES, pad_token_id=0, eos_token_id=1, bos_token_id=2)

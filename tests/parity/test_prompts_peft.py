@@ -243,6 +243,13 @@ def test_what_peft_would_compute_otherwise_is_refused(family: str, kind: str, wh
         export(tuning, tmp_path / "ours")
 
 
+def test_a_model_whose_attention_takes_no_prefix_is_named(tmp_path: Path) -> None:
+    config = hf.BloomConfig(vocab_size=WORDS, hidden_size=32, n_layer=1, n_head=2)
+    peft.get_peft_model(hf.BloomForCausalLM(config), CONFIGS["prefix"]("CAUSAL_LM")).save_pretrained(str(tmp_path))
+    with pytest.raises(AdapterFileError, match="learned keys have no way in"):
+        load_foreign(hf.BloomForCausalLM(config).eval(), tmp_path)
+
+
 def test_unfit_folders(tmp_path: Path) -> None:
     theirs, _ = wrapped("llama", "prefix")
     theirs.save_pretrained(str(tmp_path / "prefix"))

@@ -103,6 +103,21 @@ def test_what_may_be_read_in_two_ways_is_refused(tmp_path: Path) -> None:
         FolderData(str(tmp_path / "d"))
 
 
+@pytest.mark.parametrize(
+    "names", [("asl_train", "asl_test"), ("train-256", "val-256"), ("stage1_train", "stage1_test"), ("fold1", "fold2")]
+)
+def test_splits_by_other_names_do_not_become_classes(names: tuple[str, str], tmp_path: Path) -> None:
+    root = pictures(tmp_path, {f"{name}/{kind}": 4 for name in names for kind in ("cat", "dog")})
+    with pytest.raises(
+        DataError, match=r"and cat; dog in each of them: .* say which: splits: \{\} if they are classes"
+    ):
+        FolderData(str(root))
+    assert opened(root, splits={}).classes == sorted(names)
+    assert opened(root, splits={"train": names[0], "val": names[1]}).classes == ["cat", "dog"]
+    other = pictures(tmp_path / "kinds", {"cat/young": 4, "cat/old": 4, "dog/old": 4})
+    assert opened(other).classes == ["cat", "dog"]  # folders inside classes
+
+
 def test_folders_beside_the_splits_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     root = pictures(tmp_path, {"seg_train/x": 2, "seg_train/y": 2, "seg_test/x": 1, "seg_pred": 3})
     assert counted(opened(root, val_fraction=0)) == (4, 0, 1)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -13,8 +15,8 @@ from torch import Tensor
 import mmpeft
 from mmpeft.diffusion.families import family_of
 from mmpeft.diffusion.style.command import open_adapters
-from mmpeft.errors import AdapterFileError, MMPEFTWarning, Refused
-from mmpeft.formats.exchange import export_pipeline, load_foreign
+from mmpeft.errors import AdapterFileError, MMPEFTWarning, Refused, UnusedTensorsWarning
+from mmpeft.formats.exchange import export_pipeline, load_foreign, load_parts
 from mmpeft.formats.ldm import names_of
 from tests.support.moved import attach_moved
 from tests.tasks.saved_pipelines import LORA, drawn
@@ -62,6 +64,34 @@ def test_an_encoder_that_was_left_out_of_the_pipeline_is_said(tmp_path: Path) ->
     with pytest.warns(MMPEFTWarning, match="1 layers of text_encoder_3 are left out"):
         ((tuning,),) = open_adapters(family_of(made), [tmp_path / "a.safetensors"])
     assert tuning.model is made.transformer
+
+
+def test_tensors_of_no_model_are_refused_on_request(tmp_path: Path) -> None:
+    """Beside layers that fit: left with a warning, or `strict`."""
+    unet = pipeline("sd").unet
+    theirs = peft.get_peft_model(copy.deepcopy(unet), peft.LoraConfig(r=2, target_modules=["to_q"]))
+    theirs.save_pretrained(str(tmp_path))
+    file = tmp_path / "adapter_model.safetensors"
+    save_file(load_file(file) | {"bundle_emb.0": torch.ones(1)}, file)
+    with pytest.raises(AdapterFileError, match=r"'bundle_emb.0'; strict=False loads the rest"):
+        load_parts({"unet": unet}, tmp_path, strict=True)
+    assert not mmpeft.tunings(unet)
+    with pytest.warns(UnusedTensorsWarning, match="bundle_emb"):
+        assert list(load_parts({"unet": unet}, tmp_path)) == ["unet"]
+
+
+def test_a_bias_inside_an_update_where_the_layer_has_none(tmp_path: Path) -> None:
+    """As PEFT's `lora_bias=True` leaves it in a pipeline's file; diffusers reads it."""
+    name = "unet.down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q"
+    save_file(
+        halves(name, 16, 16, "diffusers") | {f"{name}.lora_B.bias": torch.full((16,), 50.0)}, tmp_path / "a.safetensors"
+    )
+    made, theirs = pipeline("sd"), pipeline("sd")
+    assert dict(made.unet.named_modules())[name.removeprefix("unet.")].bias is None
+    open_adapters(family_of(made), [tmp_path / "a.safetensors"])
+    theirs.load_lora_weights(str(tmp_path), weight_name="a.safetensors")
+    torch.testing.assert_close(drawn(made, "sd"), drawn(theirs, "sd"), **CLOSE)
+    assert (drawn(made, "sd") - drawn(pipeline("sd"), "sd")).abs().max() > 1e-2
 
 
 def test_a_file_of_a_text_encoder_alone(tmp_path: Path) -> None:

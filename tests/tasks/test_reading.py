@@ -80,6 +80,12 @@ def twelve_bits() -> bytes:
     return _tiff(tags, packed.astype(np.uint8).tobytes())
 
 
+def with_sign() -> bytes:
+    """A TIFF of 16 bits a sample, one of which is the sign: half of 32767 and zero."""
+    body = (HALF * 32767).round().astype("<i2").tobytes()
+    return _tiff({256: WIDTH, 257: HEIGHT, 258: 16, 259: 1, 262: 1, 277: 1, 278: HEIGHT, 279: len(body), 339: 2}, body)
+
+
 def _tiff(tags: dict[int, int], body: bytes) -> bytes:
     start = 8 + 2 + 12 * (len(tags) + 1) + 4
     entries = sorted({**tags, 273: start}.items())
@@ -112,6 +118,7 @@ ROWS: dict[str, Row] = {
         lambda: encoded(deep((1 - HALF) * 65535), "TIFF", tiffinfo={262: 0}), ".tif", lambda: GREY
     ),
     "I;12": (twelve_bits, ".tif", lambda: GREY),
+    "I;16S": (with_sign, ".tif", lambda: GREY),
     "I": (lambda: encoded(Image.fromarray((HALF * 65535).astype(np.int32)), "TIFF"), ".tif", lambda: GREY),
     "PGM": (lambda: b"P5 48 32 65535\n" + (HALF * 65535).astype(">u2").tobytes(), ".pgm", lambda: GREY),
     "PGM 12": (lambda: b"P5 48 32 4095\n" + (HALF * 4095).round().astype(">u2").tobytes(), ".pgm", lambda: GREY),

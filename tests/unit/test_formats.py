@@ -129,7 +129,7 @@ def _rename(tensors: Tensors, old: str, new: str) -> None:
 
 BAD: dict[str, tuple[Callable[[Tensors, Config], Any], str]] = {
     "type": (lambda t, c: c.update(peft_type="OFT"), "peft_type 'OFT' is not read; supported: LORA, IA3"),
-    "LoHa": (lambda t, c: c.update(peft_type="LOHA", modules_to_save=[]), "unknown key .* in a LOHA adapter"),
+    "LoHa": (lambda t, c: c.update(peft_type="LOHA", modules_to_save=[]), "holds no layer of a LOHA adapter"),
     "no alpha": (lambda t, c: c.pop("lora_alpha"), "no lora_alpha, so the scale"),
     "alpha 0": (lambda t, c: c.update(lora_alpha=0), "alpha 0"),
     "rank": (lambda t, c: c.update(r=7), "rank 7 for .* its tensors have rank 4"),

@@ -68,9 +68,11 @@ def test_timm_creates_it(tmp_path: Path) -> None:
     tuning = attach_moved(model, mmpeft.LoRA(at="attn.*|mlp.*|embed") + mmpeft.BitFit(at="norm") + mmpeft.LinearProbe())
     written = tuning.save_merged(tmp_path / "vit.safetensors")
     assert (written.path.name, written.library) == ("vit.safetensors", "timm")
-    plain = timm.create_model("vit_tiny_patch16_224", **size, checkpoint_path=str(written.path)).eval()
+    overlay = {"file": str(written.path), "num_classes": 5}
     x = torch.randn(2, 3, 32, 32)
-    torch.testing.assert_close(plain(x), model(x), **CLOSE)
+    for read in ({"checkpoint_path": str(written.path)}, {"pretrained": True, "pretrained_cfg_overlay": overlay}):
+        plain = timm.create_model("vit_tiny_patch16_224", **size, **read).eval()
+        torch.testing.assert_close(plain(x), model(x), **CLOSE)
 
 
 def test_open_clip_creates_it(tmp_path: Path) -> None:

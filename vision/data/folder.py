@@ -12,7 +12,7 @@ from typing import Unpack
 
 from mmpeft.data.captioned import listed
 from mmpeft.data.files import ImageFiles, readable
-from mmpeft.data.folders import Search, identity, split_folders, subfolders
+from mmpeft.data.folders import Search, identity, mentions_split, pictures_in, split_folders, subfolders
 from mmpeft.data.images import ImageData, Renamed
 from mmpeft.data.inputs import picture_files
 from mmpeft.data.options import ImageOptions
@@ -174,6 +174,8 @@ def layout(root: Path, given: Mapping[str, str] | None) -> dict[str, Path]:
     """
     splits = split_folders(root, given)
     inside = subfolders(root)
+    if given is None and not splits:
+        _check_classes(root, inside)
     if given is None and splits:
         others = [child.name for child in inside if child not in _roots(splits, root)]
         direct = {role: _direct(folder) for role, folder in splits.items()}
@@ -193,6 +195,21 @@ def layout(root: Path, given: Mapping[str, str] | None) -> dict[str, Path]:
             "splits: {train: …}, or splits: {} if these are classes"
         )
     return splits
+
+
+def _check_classes(root: Path, folders: Sequence[Path]) -> None:
+    """Raise DataError where folders of no known split look like splits all the same: the same folders are in each."""
+    kinds = [{_named(child) for child in subfolders(folder)} for folder in folders]
+    if len(kinds) < 2 or not all(kinds) or any(map(pictures_in, folders)):
+        return
+    shared = set.intersection(*kinds)
+    same = len(shared) > 1 and all(own == shared for own in kinds)
+    if same or (shared and any(map(mentions_split, (folder.name for folder in folders)))):
+        raise DataError(
+            f"{root} has {listed([folder.name for folder in folders])}, and {listed(sorted(shared))} in each of them: "
+            "these may be splits or classes; say which: splits: {} if they are classes, else the folders, such as "
+            f"splits: {{train: {folders[-1].name}, test: {folders[0].name}}}"
+        )
 
 
 def _roots(splits: Mapping[str, Path], root: Path) -> set[Path]:
