@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +11,7 @@ from typing import Literal
 
 from torch import nn
 
-from mmpeft.errors import AdapterFileError, MMPEFTWarning, Refused, nearest
+from mmpeft.errors import AdapterFileError, ConfigError, MMPEFTWarning, Refused, nearest
 from mmpeft.formats import diffusers, native, peft_out
 from mmpeft.formats.bridge import attach_content, content_of
 from mmpeft.formats.content import Content
@@ -19,6 +19,7 @@ from mmpeft.formats.dora_out import written
 from mmpeft.formats.forms import FORMATS, Form, Format
 from mmpeft.formats.inspection import FileInfo, inspect, read, refusal
 from mmpeft.formats.names import aliases_of, assigned, component_for, is_original, resolved
+from mmpeft.formats.summed import weighted_sum
 from mmpeft.formats.verify import Check, by_peft, by_peft_answers, compare
 from mmpeft.formats.verify_diffusers import by_diffusers, unread_by_diffusers
 from mmpeft.formats.writing import (
@@ -34,7 +35,8 @@ from mmpeft.hosting.modules import CHILD
 from mmpeft.surgery.attached import Attached
 from mmpeft.surgery.transaction import unchanged_on_error
 
-__all__ = ["FORMATS", "Exported", "FileInfo", "Format", "convert", "export", "inspect", "load_foreign", "read"]
+__all__ = ["FORMATS", "Exported", "FileInfo", "Format"]
+__all__ += ["convert", "export", "inspect", "load_foreign", "mix_files", "needs_model", "read"]
 
 
 def load_foreign(
@@ -237,8 +239,52 @@ def convert(
         AdapterFileError, Refused: unreadable, inexpressible, or a model is needed.
     """
     known_format(format, prefix)
-    src, dst = Path(src), Path(dst)
+    src = Path(src)
     content = resolved(_readable(src, strict=False), model, src)
+    return _rewritten(content, src, Path(dst), format, model, prefix, encoders)
+
+
+def mix_files(
+    files: Sequence[str | Path],
+    dst: str | Path,
+    format: Format = "diffusers",
+    *,
+    weights: Sequence[float] | None = None,
+    model: nn.Module | None = None,
+    prefix: str = "",
+) -> Exported:
+    """Write the weighted sum `Σ_k w_k ΔW_k` of several LoRA files as one LoRA, of the sum of their ranks.
+
+    `model` and `prefix` as for `convert`; weights are 1 by default.
+
+    Raises:
+        ConfigError: fewer than two files, or not a weight for each.
+        AdapterFileError, Refused: a file is unreadable, holds more than low-rank updates, or a model is needed.
+    """
+    known_format(format, prefix)
+    factors = [1.0] * len(files) if weights is None else list(weights)
+    if len(files) < 2 or len(factors) != len(files):
+        raise ConfigError(f"expected two files or more and a weight each, got {len(files)} and {len(factors)}")
+    contents = {Path(file): resolved(_readable(Path(file), strict=False), model, Path(file)) for file in files}
+    if len(contents) < len(files):
+        raise ConfigError(f"a file is named twice in {[str(file) for file in files]}")
+    summed = weighted_sum(contents, factors)
+    return _rewritten(summed, Path(files[0]), Path(dst), format, model, prefix, 0)
+
+
+def needs_model(path: str | Path) -> bool:
+    """Whether an adapter is read with its model only: this suite's folders, kohya's names, updates of base values."""
+    path = Path(path)
+    if (path / native.MANIFEST).exists():
+        return True
+    content = read(path)
+    return bool(content.based) or any(item.flat or is_original(item.path) for item in content.named)
+
+
+def _rewritten(
+    content: Content, src: Path, dst: Path, format: Format, model: nn.Module | None, prefix: str, encoders: int
+) -> Exported:
+    """Content of a file as a file of another format; raises what `convert` says."""
     layers = content.layers
     if any(layer.flat for layer in layers):
         raise AdapterFileError(f"{src}: {next(x.path for x in layers if x.flat)!r} names no module of the model given")
