@@ -29,9 +29,17 @@ def weighted_sum(contents: Mapping[Path, Content], weights: Sequence[float]) -> 
 
 def _plain(content: Content, path: Path) -> list[Layer]:
     """The layers of a file that holds low-rank updates alone."""
-    more = {"(IA)³ or modules saved whole": content.beside, "differences": content.shifts, "experts": content.stacks}
-    more |= {"learned tokens": content.learned, "updates that depend on the base": content.based}
-    strange = [name for name, held in more.items() if held]
+    strange = [
+        name
+        for name, held in (
+            (content.beside, content.beside),
+            ("differences", content.shifts),
+            ("updates of experts", content.stacks),
+            ("learned tokens", content.learned),
+            ("updates that depend on the base", content.based),
+        )
+        if held
+    ]
     if any(layer.magnitude is not None for layer in content.layers):
         strange.append("DoRA magnitudes")
     if strange or not content.layers:
