@@ -29,24 +29,27 @@ LIGHTNING = {"fit", "validate", "test", "predict"}
 PROGRAM = [page for page in pages() if any(block.language in ("python", "bash") for block in blocks(page))]
 
 
+OWN = "docs_"
+"""How modules are called that pages are run as."""
+
+
 class Parsed(BaseException):
     """A command's options were read; nothing was done with them."""
 
 
 @pytest.fixture
 def clean(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A folder of its own, and registries, modules and threads as they were."""
+    """A folder of its own; what a page registers is gone afterwards."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(notes, "_NOTES", dict(notes._NOTES))
-    methods, modules, handlers = dict(METHODS), set(sys.modules), warnings.filters[:]
+    said = warnings.filters[:]
     torch.manual_seed(0)
     yield tmp_path
-    METHODS.clear()
-    METHODS.update(methods)
-    warnings.filters[:] = handlers
-    for name in set(sys.modules) - modules:
-        if name.startswith("docs_"):
-            del sys.modules[name]
+    warnings.filters[:] = said
+    for name in [name for name, cls in METHODS.items() if cls.__module__.startswith(OWN)]:
+        del METHODS[name]
+    for known in (notes._NOTES, sys.modules):
+        for name in [name for name in known if name.startswith(OWN)]:
+            del known[name]
 
 
 @pytest.mark.parametrize("page", pages(), ids=lambda page: str(page.relative_to(ROOT)))
@@ -65,7 +68,7 @@ def test_a_page_is_a_program(
     page: Path, clean: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """In the order of the page; what `print(…)  # text` prints is that text."""
-    module = ModuleType("docs_" + re.sub(r"\W", "_", str(page.relative_to(ROOT))))
+    module = ModuleType(OWN + re.sub(r"\W", "_", str(page.relative_to(ROOT))))
     sys.modules[module.__name__] = module
     for block in blocks(page):
         try:
