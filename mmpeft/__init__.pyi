@@ -45,7 +45,11 @@ from mmpeft.methods.additive.vl_adapter import VLAdapter as VLAdapter
 from mmpeft.methods.additive.vpt import VPT as VPT
 from mmpeft.methods.base import METHODS as METHODS
 from mmpeft.methods.base import Method as Method
+from mmpeft.methods.base import MethodInfo as MethodInfo
+from mmpeft.methods.base import Sited as Sited
+from mmpeft.methods.base import SiteMethod as SiteMethod
 from mmpeft.methods.base import list_methods as list_methods
+from mmpeft.methods.base import register as register
 from mmpeft.methods.compose import Frozen as Frozen
 from mmpeft.methods.compose import Restricted as Restricted
 from mmpeft.methods.compose import Union as Union
@@ -89,6 +93,7 @@ from mmpeft.methods.selective.spt import SPT as SPT
 from mmpeft.methods.selective.spt import allocate as allocate
 from mmpeft.methods.selective.textual_inversion import TextualInversion as TextualInversion
 from mmpeft.methods.shared.statistics import BatchStatistics as BatchStatistics
+from mmpeft.methods.shared.tensors import TensorMethod as TensorMethod
 from mmpeft.sites.selector import select as select
 from mmpeft.sites.site import Site as Site
 from mmpeft.surgery.attaching import detach as detach

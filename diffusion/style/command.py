@@ -91,7 +91,10 @@ def base_of(name: str | None, adapters: Sequence[Path]) -> Base:
             if isinstance(model.get("pipeline"), str):
                 size = model.get("resolution") or data.get("resolution")
                 return Base(model["pipeline"], model.get("dtype", "float32"), model.get("quantization"), size)
-    raise ConfigError("--pipeline says what draws; it may be left out for an adapter in the folder of its run")
+    raise ConfigError(
+        "--pipeline is needed: a hub repository, a folder, or embedded:<name>. It may be left out for an adapter "
+        "in the folder of its run"
+    )
 
 
 def positive(text: str) -> int:

@@ -24,7 +24,7 @@ from mmpeft.diffusion.family import Condition, Family
 from mmpeft.diffusion.objective import Objective, objective_of
 from mmpeft.diffusion.style.command import base_of, open_adapters
 from mmpeft.errors import ConfigError
-from mmpeft.formats.exchange import Format, export
+from mmpeft.formats.exchange import Exported, Format, export, mix_files, needs_model
 from mmpeft.surgery.choice import use
 from mmpeft.tuning import Tuning
 
@@ -33,7 +33,10 @@ GUIDANCE = 3.0
 
 
 def mix(argv: Sequence[str] | None = None) -> int:
-    """Write several LoRAs of a pipeline as one: `Σ w_k ΔW_k`, or with weights by input column that are learned."""
+    """Write several LoRAs of a pipeline as one: `Σ w_k ΔW_k`, or with weights by input column that are learned.
+
+    A sum of LoRA files needs neither the pipeline nor its weights.
+    """
     parser = argparse.ArgumentParser("mmpeft mix", description=mix.__doc__)
     parser.add_argument("--adapter", type=Path, nargs="+", required=True, help="two LoRAs or more, of any known format")
     parser.add_argument("--weights", type=float, nargs="*", help="one for each adapter (default: 1 each)")
@@ -44,7 +47,7 @@ def mix(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--images", type=positive, default=8, help="ZipLoRA: images drawn by each (default: %(default)s)"
     )
-    parser.add_argument("--pipeline", help=PIPELINE)
+    parser.add_argument("--pipeline", help=f"{PIPELINE}; a weighted sum of LoRA files needs none")
     parser.add_argument("--to", choices=get_args(Format), default="diffusers", help="format (default: %(default)s)")
     parser.add_argument("--out", type=Path, required=True, help="the file or folder to write")
     parser.add_argument("--seed", type=int, default=0, help="of images and noise (default: %(default)s)")
@@ -54,6 +57,8 @@ def mix(argv: Sequence[str] | None = None) -> int:
         raise ConfigError(f"expected two adapters and a weight each, got {len(options.adapter)} and {len(weights)}")
     if options.prompt and len(options.prompt) != len(options.adapter):
         raise ConfigError(f"expected a prompt for each of {len(options.adapter)} adapters, got {len(options.prompt)}")
+    if not options.prompt and not options.pipeline and not any(map(needs_model, options.adapter)):
+        return _say(mix_files(options.adapter, options.out, options.to, weights=weights))
     family = family_of(create(base_of(options.pipeline, options.adapter).pipeline))
     opened = open_adapters(family, options.adapter)
     if any(tuning.model is not family.denoiser for own in opened for tuning in own):
@@ -66,7 +71,10 @@ def mix(argv: Sequence[str] | None = None) -> int:
         makers = [DrawnAdapter.of(family, t, p, options.images, options.seed) for t, p in zip(tunings, options.prompt)]
         first, last = fit(family, makers, zipped, options.steps, options.lr, options.penalty, options.seed)
         print(f"distance from each adapter's own answers: {first:.2e} as a sum, {last:.2e} after {options.steps} steps")
-    written = export(zipped, options.out, options.to, prefix=family.part)
+    return _say(export(zipped, options.out, options.to, prefix=family.part))
+
+
+def _say(written: Exported) -> int:
     by = " and ".join(written.verified_by) or "nobody"
     Console().print(f"{written.path}: {written.layers} layers, {written.bytes:,} bytes; read back by {by}")
     return 0

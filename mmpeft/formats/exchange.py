@@ -11,14 +11,15 @@ from typing import Literal
 
 from torch import nn
 
-from mmpeft.errors import AdapterFileError, MMPEFTWarning, Refused, nearest
+from mmpeft.errors import AdapterFileError, MMPEFTWarning, nearest
 from mmpeft.formats import diffusers, native, peft_out
 from mmpeft.formats.bridge import attach_content, content_of
 from mmpeft.formats.content import Content
 from mmpeft.formats.dora_out import written
 from mmpeft.formats.forms import FORMATS, Form, Format
-from mmpeft.formats.inspection import FileInfo, inspect, read, refusal
-from mmpeft.formats.names import aliases_of, assigned, component_for, is_original, resolved
+from mmpeft.formats.inspection import FileInfo, inspect, read, readable
+from mmpeft.formats.names import aliases_of, assigned, component_for, resolved
+from mmpeft.formats.rewriting import convert, mix_files, needs_model
 from mmpeft.formats.verify import Check, by_peft, by_peft_answers, compare
 from mmpeft.formats.verify_diffusers import by_diffusers, unread_by_diffusers
 from mmpeft.formats.writing import (
@@ -34,7 +35,8 @@ from mmpeft.hosting.modules import CHILD
 from mmpeft.surgery.attached import Attached
 from mmpeft.surgery.transaction import unchanged_on_error
 
-__all__ = ["FORMATS", "Exported", "FileInfo", "Format", "convert", "export", "inspect", "load_foreign", "read"]
+__all__ = ["FORMATS", "Exported", "FileInfo", "Format"]
+__all__ += ["convert", "export", "inspect", "load_foreign", "mix_files", "needs_model", "read"]
 
 
 def load_foreign(
@@ -44,7 +46,7 @@ def load_foreign(
     path = Path(path)
     if (path / native.MANIFEST).exists():
         return native.load(model, path, name)
-    content = _readable(path, strict)
+    content = readable(path, strict)
     if component:
         if component not in content.components:
             raise AdapterFileError(
@@ -74,7 +76,7 @@ def load_parts(
         AdapterFileError: unreadable, or with layers that are for none of the models. All are left as they were.
     """
     path = Path(path)
-    content = _readable(path, strict)
+    content = readable(path, strict)
     missing = {component for component in content.components if (aliases or {}).get(component, component) in absent}
     if missing and not strict:
         count = len(content.of(missing).named)
@@ -95,26 +97,6 @@ def load_parts(
         return {
             owner: attach_content(models[owner], part, name, path, strict=strict) for owner, part in fitting.items()
         }
-
-
-def _readable(path: Path, strict: bool) -> Content:
-    """A file's content, if it can be loaded; keys that are left out are said.
-
-    Raises:
-        AdapterFileError: it cannot, or with `strict` a key is left out.
-    """
-    content = read(path)
-    refused = refusal(content)
-    if refused:
-        raise AdapterFileError(f"{path}: {refused}")
-    if content.unread:
-        said = f"{path}: {len(content.unread)} keys are of no known kind, first {content.unread[0]!r}"
-        if strict:
-            raise AdapterFileError(f"{said}; with strict=False the rest is loaded")
-        warnings.warn(f"{said}; they are left out", MMPEFTWarning, stacklevel=3)
-    for doubt in content.doubts:
-        warnings.warn(f"{path}: {doubt}", MMPEFTWarning, stacklevel=3)
-    return content
 
 
 def export(
@@ -220,57 +202,3 @@ def export_pipeline(
         return tuple(checks)
 
     return put_proven(files, Path(path), whole, prove if verify else None, notes)
-
-
-def convert(
-    src: str | Path,
-    dst: str | Path,
-    format: Format,
-    *,
-    model: nn.Module | None = None,
-    prefix: str = "",
-    encoders: int = 0,
-) -> Exported:
-    """Rewrite an adapter file in another format, scale baked in; read back and compared.
-
-    A model is needed only where names or values are ambiguous: from kohya files, whose names have lost their dots, and
-    from those with the names of original repositories. `prefix` renames the model of a file that holds one; by default
-    the file's own name for it is kept. `encoders` as for `export`.
-
-    Raises:
-        AdapterFileError, Refused: unreadable, inexpressible, or a model is needed.
-    """
-    known_format(format, prefix)
-    src, dst = Path(src), Path(dst)
-    content = resolved(_readable(src, strict=False), model, src)
-    layers = content.layers
-    if any(layer.flat for layer in layers):
-        raise AdapterFileError(f"{src}: {next(x.path for x in layers if x.flat)!r} names no module of the model given")
-    strange = next((x.path for x in layers if is_original(x.path)), "")
-    if strange:
-        raise AdapterFileError(
-            f"{src}: {strange} is a name of an original repository, which readers of {format} files would not find; "
-            "give the model that the file is for"
-        )
-    if format != "peft" and content.learned is not None:
-        raise Refused(f"{src} holds learned tokens ({content.learned.kind}); {format} has no key for them")
-    if format != "peft" and content.beside:
-        raise Refused(f"{src} holds {content.beside}; {format} has no key for them")
-    if content.shifts and format in ("peft", "diffusers"):
-        first = content.shifts[0]
-        raise Refused(f"{src} holds a difference of {first.path}.{first.tensor}; {format} files have no key for it")
-    if content.stacks:
-        raise Refused(f"{src} holds updates of experts, whose tensors only a model tells: load it and export() that")
-    if format in ("peft", "comfy") and len(content.components) > 1:
-        raise Refused(f"{src} holds layers of {content.components}; a {format} adapter is for one model")
-    if prefix and len(content.components) == 1:
-        layers = [replace(layer, component=prefix) for layer in layers]
-        content = replace(content, shifts=[replace(x, component=prefix) for x in content.shifts])
-    prefix = prefix or ("unet" if model is None else component_for(model))
-    content = replace(content, format=format, layers=[layer.baked() for layer in layers])
-    modules = [n for n, _ in model.named_modules()] if model is not None else []
-    models = {prefix: model} if model is not None else dict.fromkeys(content.components, None)
-    files = files_of(content, models, prefix, modules, None, encoders)
-    return put_proven(
-        files, dst, content, lambda copy: (by_own_reader(model, copy, content, prefix),), written_as(content, format)
-    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -9,7 +10,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from mmpeft.errors import AdapterFileError, MMPEFTError
+from mmpeft.errors import AdapterFileError, MMPEFTError, MMPEFTWarning
 from mmpeft.formats import lycoris, native, peft, single_file
 from mmpeft.formats.content import PICKLED, Content, read_json, read_tensors
 from mmpeft.formats.low_rank import tunable_sites
@@ -162,3 +163,23 @@ def _tensors(content: Content) -> list[Tensor]:
 def _dtypes(tensors: Iterable[Tensor]) -> dict[str, int]:
     """How many tensors are of each type."""
     return dict(Counter(str(tensor.dtype).removeprefix("torch.") for tensor in tensors))
+
+
+def readable(path: Path, strict: bool) -> Content:
+    """A file's content, if it can be loaded; keys that are left out are said.
+
+    Raises:
+        AdapterFileError: it cannot, or with `strict` a key is left out.
+    """
+    content = read(path)
+    refused = refusal(content)
+    if refused:
+        raise AdapterFileError(f"{path}: {refused}")
+    if content.unread:
+        said = f"{path}: {len(content.unread)} keys are of no known kind, first {content.unread[0]!r}"
+        if strict:
+            raise AdapterFileError(f"{said}; with strict=False the rest is loaded")
+        warnings.warn(f"{said}; they are left out", MMPEFTWarning, stacklevel=3)
+    for doubt in content.doubts:
+        warnings.warn(f"{path}: {doubt}", MMPEFTWarning, stacklevel=3)
+    return content

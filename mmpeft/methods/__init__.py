@@ -6,11 +6,12 @@ from importlib import import_module
 from pkgutil import iter_modules
 from typing import Any
 
-from mmpeft.methods.base import METHODS, Method, list_methods
+from mmpeft.methods.base import METHODS, Method, MethodInfo, Sited, SiteMethod, list_methods, register
 from mmpeft.methods.compose import Frozen, Restricted, Union
 from mmpeft.methods.needs import Need, Refusal, at_site
 from mmpeft.methods.placed import Placed, Traits
 from mmpeft.methods.shared.statistics import BatchStatistics
+from mmpeft.methods.shared.tensors import TensorMethod
 
 for _folder in ("additive", "selective", "reparameterized", "hybrid", "efficient"):
     _package = import_module(f"mmpeft.methods.{_folder}")
@@ -19,6 +20,7 @@ for _folder in ("additive", "selective", "reparameterized", "hybrid", "efficient
 
 __all__ = ["METHODS", "BatchStatistics", "Frozen", "Method", "Restricted", "Union", "list_methods", *METHODS]
 __all__ += ["Need", "Placed", "Refusal", "Traits", "at_site"]
+__all__ += ["MethodInfo", "SiteMethod", "Sited", "TensorMethod", "register"]  # what a method of one's own builds on
 
 
 def __getattr__(name: str) -> Any:

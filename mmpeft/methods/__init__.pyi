@@ -21,7 +21,11 @@ from mmpeft.methods.additive.vl_adapter import VLAdapter as VLAdapter
 from mmpeft.methods.additive.vpt import VPT as VPT
 from mmpeft.methods.base import METHODS as METHODS
 from mmpeft.methods.base import Method as Method
+from mmpeft.methods.base import MethodInfo as MethodInfo
+from mmpeft.methods.base import Sited as Sited
+from mmpeft.methods.base import SiteMethod as SiteMethod
 from mmpeft.methods.base import list_methods as list_methods
+from mmpeft.methods.base import register as register
 from mmpeft.methods.compose import Frozen as Frozen
 from mmpeft.methods.compose import Restricted as Restricted
 from mmpeft.methods.compose import Union as Union
@@ -62,3 +66,4 @@ from mmpeft.methods.selective.sam_mask import SAMMask as SAMMask
 from mmpeft.methods.selective.spt import SPT as SPT
 from mmpeft.methods.selective.textual_inversion import TextualInversion as TextualInversion
 from mmpeft.methods.shared.statistics import BatchStatistics as BatchStatistics
+from mmpeft.methods.shared.tensors import TensorMethod as TensorMethod

@@ -15,6 +15,7 @@ from mmpeft.combine.zip import penalty
 from mmpeft.diffusion import backbone
 from mmpeft.diffusion.families import family_of
 from mmpeft.errors import ConfigError, Refused
+from mmpeft.formats.exchange import mix_files
 from tests.matrix.families import FAMILIES
 from tests.support.moved import attach_moved
 from tests.tasks.saved_pipelines import LORA, drawn, saved
@@ -89,6 +90,33 @@ def test_zip_comes_nearer_to_what_each_adapter_does(tmp_path: Path, capsys: pyte
     other = pipeline("pixel-unet")
     tuning = mmpeft.load_foreign(other.unet, file)
     assert all(len(p.part.factor.A) == 4 for p in tuning.placements)
+
+
+def test_a_sum_of_files_needs_no_pipeline(tmp_path: Path) -> None:
+    example, files = FAMILIES["sd_unet"](), []
+    for number, method in enumerate((LORA, OTHER)):
+        files.append(str(tmp_path / f"{number}.safetensors"))
+        attach_moved(example.model, method, f"n{number}", 0.3, number).export(files[-1], format="diffusers")
+    mixed = tmp_path / "both.safetensors"
+    assert main(["mix", "--adapter", *files, "--weights", "0.7", "0.4", "--out", str(mixed)]) == 0
+    with mmpeft.use(example.model, mmpeft.Together(("n0", "n1"), (0.7, 0.4))):
+        wanted = example.answer()
+    mmpeft.load_foreign(example.model, mixed, "mixed")
+    torch.testing.assert_close(example.answer(), wanted, atol=1e-5, rtol=1e-5)
+
+
+def test_a_sum_of_files_that_need_a_model_asks_for_the_pipeline(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "kohya.safetensors"
+    attach_moved(FAMILIES["sd_unet"]().model, LORA, "a", 0.3).export(file, format="kohya")
+    assert main(["mix", "--adapter", str(file), str(file), "--out", str(tmp_path / "x")]) == 2
+    assert "--pipeline is needed" in capsys.readouterr().err
+    dora = tmp_path / "dora.safetensors"
+    attach_moved(FAMILIES["sd_unet"]().model, mmpeft.DoRA(rank=2), "a", 0.3).export(dora, format="diffusers")
+    (tmp_path / "both.safetensors").write_bytes(dora.read_bytes())
+    with pytest.raises(Refused, match="DoRA magnitudes"):
+        mix_files([dora, tmp_path / "both.safetensors"], file)
 
 
 def test_bad_arguments(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,0 +1,44 @@
+"""Notebooks as pages: text as it stands, code as blocks, what they printed and drew below."""
+
+from __future__ import annotations
+
+import base64
+import json
+from pathlib import Path
+from typing import Any
+
+FOLDER = Path(__file__).parents[2] / "docs" / "notebooks"
+ORDER = ()
+
+
+def pages() -> dict[str, str | bytes]:
+    """Path → text, one page a notebook, and the pictures that it shows."""
+    found: dict[str, str | bytes] = {}
+    for name in ORDER:
+        found |= page(name, json.loads((FOLDER / f"{name}.ipynb").read_text("utf-8")))
+    return found
+
+
+def page(name: str, notebook: dict[str, Any]) -> dict[str, str | bytes]:
+    """A notebook's page and its pictures."""
+    lines: list[str] = []
+    pictures: dict[str, str | bytes] = {}
+    for cell in notebook["cells"]:
+        source = "".join(cell["source"]).strip()
+        if cell["cell_type"] == "markdown":
+            lines += [source, ""]
+            continue
+        lines += ["```python", source, "```", ""]
+        for output in cell["outputs"]:
+            text = "".join(output.get("text") or output.get("data", {}).get("text/plain", "")).strip()
+            png = output.get("data", {}).get("image/png")
+            if png:
+                file = f"{name}_{len(pictures)}.png"
+                pictures[f"notebooks/{file}"] = base64.b64decode(png)
+                lines += [f"![output of the cell above]({file})", ""]
+            elif text:
+                lines += ["```text", text, "```", ""]
+    note = f"This page is a notebook, `docs/notebooks/{name}.ipynb`: open it in Jupyter to run and change it."
+    title, *rest = lines
+    first, _, more = title.partition("\n")
+    return {f"notebooks/{name}.md": "\n".join([first, "", f"*{note}*", "", more.strip(), *rest]), **pictures}
