@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from contextlib import nullcontext
 from importlib import import_module
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from diffusers import DiffusionPipeline
 from mmpeft.diffusion.pipeline import PixelPipeline
 from mmpeft.embedded.store import WEIGHTS
 from mmpeft.errors import ConfigError, nearest
+from mmpeft.hub.reach import from_hub, why_not
 from mmpeft.types import Facts, Kwargs, Untyped
 
 INDEX = "model_index.json"
@@ -39,10 +41,11 @@ def create(name: str, dtype: torch.dtype = torch.float32, quantization: Facts | 
         options["torch_dtype"] = dtype
     own = folder is not None and _class_of(folder) == PixelPipeline.__name__
     try:
-        pipeline = (PixelPipeline if own else DiffusionPipeline).from_pretrained(str(folder or name), **options)
+        with from_hub() if folder is None else nullcontext():
+            pipeline = (PixelPipeline if own else DiffusionPipeline).from_pretrained(str(folder or name), **options)
     except (OSError, ValueError, RuntimeError, ImportError) as error:
         remedy = WHERE if quantization is None else "bitsandbytes is loaded on GPUs alone: elsewhere use torchao"
-        raise ConfigError(f"cannot load {name}: {' '.join(str(error).split())[:300]}; {remedy}") from error
+        raise ConfigError(f"cannot load {name}: {reason_of(error, folder is None)}; {remedy}") from error
     if quantization is None:
         pipeline.to(dtype)  # transformers reads weights in the type of their file
     for part in pipeline.components.values():
@@ -50,6 +53,11 @@ def create(name: str, dtype: torch.dtype = torch.float32, quantization: Facts | 
             part.eval().requires_grad_(False)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+def reason_of(error: Exception, from_the_hub: bool) -> str:
+    """Why a pipeline could not be loaded, in one line."""
+    return why_not().strip(" ()") if from_the_hub and why_not() else " ".join(str(error).split())[:300]
 
 
 def quantized(facts: Facts) -> Untyped:

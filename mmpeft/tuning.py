@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Literal
 
@@ -11,6 +11,8 @@ from torch import nn
 from mmpeft.controllers.scores import Loss, default_loss
 from mmpeft.errors import ConfigError
 from mmpeft.formats import exchange, merged, native
+from mmpeft.hub.adapters import local, push
+from mmpeft.hub.card import Card
 from mmpeft.methods.base import Method
 from mmpeft.methods.selective.linear_probe import LinearProbe
 from mmpeft.surgery import attaching
@@ -70,6 +72,7 @@ def load(
 ) -> Tuning:
     """Attach the method of an adapter folder to a model and set its tensors.
 
+    `folder` may be a repository of the Hugging Face hub: `user/repository`, `user/repository@revision`.
     `check_base=False` accepts a base with other weights; shapes must agree all the same. With `run=False`, what is in
     use stays so.
 
@@ -77,7 +80,9 @@ def load(
         AdapterFileError: not an adapter folder of this suite, partial, tampered with, pickled, not finite, or
             made for another base. The model is left as it was.
     """
-    return Tuning(model, native.load(model, folder, name, check_base=check_base, run=run).name)
+    if isinstance(model, str | Path):
+        raise ConfigError(f"the base comes first: mmpeft.load(model, {str(model)!r})")
+    return Tuning(model, native.load(model, local(folder), name, check_base=check_base, run=run).name)
 
 
 def load_foreign(
@@ -132,6 +137,32 @@ class Tuning(Attached):
         """
         check_whole(self)
         return exchange.export(self, path, format, verify=verify, encoders=encoders, dora=dora, rank=rank)
+
+    def push_to_hub(
+        self,
+        repository: str,
+        *,
+        base_model: str = "",
+        data: str = "",
+        scores: Mapping[str, float] = {},
+        license: str = "",
+        private: bool = False,
+    ) -> str:
+        """Upload the adapter with a model card, and its PEFT folder where PEFT has the method; return the address.
+
+        Args:
+            repository: `user/repository`; it is made where it is not there.
+            base_model: name of the base, on the hub or in its library, for the card.
+            data: what it was trained on, for the card.
+            scores: metrics by name, for the card.
+            license: of the adapter, for the card.
+            private: whether a new repository is private.
+
+        Raises:
+            ConfigError: no such name, no right to write there, or no network.
+        """
+        check_whole(self)
+        return push(self, repository, Card.of(self, base_model, data, scores, license), private)
 
     def save_merged(self, path: str | Path) -> merged.Merged:
         """Write the whole model with the tuning merged in, as its own library reads it; the model here stays as it is.

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from tests.support import shares
+from tests.support.hub import hub as hub
 
 torch.set_num_threads(1)
 hypothesis.settings.register_profile("suite", deadline=None, max_examples=25, derandomize=True)

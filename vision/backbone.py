@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 import timm
@@ -29,6 +30,7 @@ from mmpeft.embedded.store import (
     write_weights,
 )
 from mmpeft.errors import ConfigError, nearest
+from mmpeft.hub.reach import from_hub, why_not
 from mmpeft.types import AnyModule, Argument, Facts, Json, Kwargs
 
 log = logging.getLogger(__name__)
@@ -113,7 +115,8 @@ def _registered(name: str, num_classes: int, pretrained: bool, kwargs: Kwargs) -
             name.removesuffix("_in21k"),
         )
     try:
-        model: nn.Module = timm.create_model(name, pretrained=pretrained, num_classes=num_classes, **kwargs)
+        with from_hub() if pretrained else nullcontext():
+            model: nn.Module = timm.create_model(name, pretrained=pretrained, num_classes=num_classes, **kwargs)
         return model
     except TypeError as error:
         raise ConfigError(f"{name} does not take these arguments: {error}") from error
@@ -122,7 +125,7 @@ def _registered(name: str, num_classes: int, pretrained: bool, kwargs: Kwargs) -
         if not pretrained:
             raise
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ConfigError(f"cannot load the pretrained weights of {name}: {reason}; {REMEDY}") from error
+        raise ConfigError(f"cannot load the pretrained weights of {name}: {reason}{why_not()}; {REMEDY}") from error
 
 
 def check_name(name: str) -> None:

@@ -79,4 +79,4 @@ def to_onnx(options: argparse.Namespace) -> None:
     model = plain_or_tuned(task.prepare()) if isinstance(task, ImageClassifier) else task.eval()
     path = options.out if options.out.suffix == ".onnx" else options.out / "model.onnx"
     difference = save_onnx(model, example, path)
-    print(f"{path}: input images [B, 3, {size[0]}, {size[1]}]; onnxruntime's outputs differ by {difference:.1e}")
+    print(f"{path}: input images [B, 3, {size[0]}, {size[1]}]; read by onnxruntime, outputs differ by {difference:.1e}")

@@ -24,6 +24,7 @@ from mmpeft.data.contract import Preprocessing, Resizing
 from mmpeft.embedded.store import REMEDY, WEIGHTS, differences, read_card, read_weights, write_weights
 from mmpeft.errors import ConfigError, DataError, nearest
 from mmpeft.files import write_atomic
+from mmpeft.hub.reach import from_hub, why_not
 from mmpeft.types import AnyModule, Argument, Json, Untyped
 
 CONFIG, MODEL, CARD = "open_clip_config.json", "open_clip_model.safetensors", "card.json"
@@ -84,12 +85,13 @@ def create(name: str, pretrained: bool = True, image_size: int | None = None) ->
     if not hub:
         _check(arch, tag, pretrained)
     try:
-        model: nn.Module = open_clip.create_model(
-            arch, tag or None if pretrained else None, load_weights=pretrained, force_image_size=image_size
-        )
+        with from_hub():
+            model: nn.Module = open_clip.create_model(
+                arch, tag or None if pretrained else None, load_weights=pretrained, force_image_size=image_size
+            )
     except (OSError, RuntimeError, ValueError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ConfigError(f"cannot load {name}: {reason}; {REMEDY}") from error
+        raise ConfigError(f"cannot load {name}: {reason}{why_not()}; {REMEDY}") from error
     return model
 
 
@@ -102,9 +104,10 @@ def tokenizer(name: str) -> Tokenizer:
     local = folder_of(name)
     source = f"local-dir:{local}" if local else name if name.startswith("hf-hub:") else name.partition("/")[0]
     try:
-        found: Tokenizer = open_clip.get_tokenizer(source)
+        with from_hub():
+            found: Tokenizer = open_clip.get_tokenizer(source)
     except (OSError, ValueError) as error:
-        raise ConfigError(f"cannot load the tokenizer of {name}: {str(error).splitlines()[0]}") from error
+        raise ConfigError(f"cannot load the tokenizer of {name}: {str(error).splitlines()[0]}{why_not()}") from error
     return found
 
 
@@ -177,7 +180,8 @@ def described(name: str) -> Json:
     """The architecture of a pair of open_clip's registry or of the hub, as its configuration has it."""
     if name.startswith("hf-hub:"):
         repository, _, revision = name.removeprefix("hf-hub:").partition("@")
-        file = hf_hub_download(repository, CONFIG, revision=revision or None)
+        with from_hub():
+            file = hf_hub_download(repository, CONFIG, revision=revision or None)
         found: Json = read_card(Path(file))["model_cfg"]
         return found
     return open_clip.get_model_config(name.partition("/")[0]) or {}

@@ -148,7 +148,7 @@ def to_onnx(options: argparse.Namespace) -> None:
     for name, given in (("image", images), ("text", words)):
         path = options.out / f"{name}.onnx"
         difference = save_onnx(_Tower(pair, name), given, path, inputs="images" if name == "image" else "tokens")
-        print(f"{path}: unit features [B, d]; onnxruntime's differ by {difference:.1e}")
+        print(f"{path}: unit features [B, d]; read by onnxruntime, they differ by {difference:.1e}")
 
 
 class _Tower(nn.Module):

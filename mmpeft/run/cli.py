@@ -30,7 +30,7 @@ from mmpeft.run.domains import classes, import_named
 from mmpeft.run.experiment import reporting_callbacks, run_callbacks
 from mmpeft.run.loggers import NEEDS, loggers
 from mmpeft.run.place import BEST, LAST, Given, find_run, newest_checkpoint
-from mmpeft.run.stranger import KEYS, read_config
+from mmpeft.run.stranger import KEYS, check_names, read_config
 from mmpeft.run.written import spelled_out
 from mmpeft.tasks.checkpoint import AtomicCheckpointIO
 from mmpeft.tasks.module import TuningModule
@@ -52,6 +52,7 @@ def of_run(given: Given) -> int:
     """Go on with a finished run, or evaluate it, by its own configuration."""
     place = find_run(given.run, BEST if given.best else LAST)
     facts = read_config(place.config, (*KEYS, "trainer", "name", "checkpoint"))
+    check_names(facts, place.config)
     if given.verb != "resume":
         facts = {key: facts[key] for key in KEYS} | {"trainer": _plain(facts["trainer"])}
     if given.has_inputs and given.out is None:

@@ -14,6 +14,7 @@ COMMANDS: dict[str, Command] = {
     "compare": Command("mmpeft.bench.command:compare", "train by several methods and put them into one table"),
     "inspect": Command("mmpeft.formats.commands:inspect_command", "describe adapter files of any known format"),
     "export": Command("mmpeft.run.export:main", "write a run or an adapter for other programs"),
+    "push": Command("mmpeft.run.push:main", "upload a run's adapter to the hub, with a model card"),
     "convert": Command("mmpeft.formats.commands:convert_command", "rewrite an adapter file in another format"),
     "sites": Command(
         "mmpeft.bench.anatomy.command:main", "show where a model can be tuned, and where a method would sit"

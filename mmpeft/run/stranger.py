@@ -70,6 +70,25 @@ def read_config(path: Path, keys: Sequence[str] = KEYS) -> Json:
     return run
 
 
+def check_names(run: Json, path: Path) -> None:
+    """Every class in a run's configuration is registered, torch's or Lightning's, or a program's own by its kind.
+
+    `read_config` lets pass what the program has imported; here a function among it, such as `os.system`, is refused
+    before a parser takes it for something that makes an optimiser.
+
+    Raises:
+        ConfigError: one is not.
+    """
+    for part in run:
+        for key, value in _values(run[part], path):
+            module, _, last = str(value).rpartition(".")
+            if key != CLASS or not module or str(value).startswith((*PLAIN, *TRAINER)):
+                continue
+            named = getattr(sys.modules.get(module), last, None)
+            if not (last in classes() or last in by_name() or (isinstance(named, type) and issubclass(named, KINDS))):
+                _refuse(path, str(value))
+
+
 def arguments_of(run: Json, key: str) -> Json:
     """What a class under `key` of a configuration is given; nothing where none is written there."""
     part = run.get(key)
