@@ -160,7 +160,7 @@ def test_names_of_no_known_model_are_not_written_as_a_unets(format: Any, tmp_pat
     ):
         convert(tmp_path / "bloc.safetensors", tmp_path / "out.safetensors", format)
     assert not (tmp_path / "out.safetensors").exists()
-    assert convert(tmp_path / "bloc.safetensors", tmp_path / "a.safetensors", format, prefix="transformer").layers == 1
+    assert convert(tmp_path / "bloc.safetensors", tmp_path / "a.safetensors", format, prefix="unet").layers == 1
     assert convert(tmp_path / "down.safetensors", tmp_path / "b.safetensors", format).layers == 1
 
 
