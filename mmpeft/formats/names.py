@@ -33,6 +33,9 @@ DENOISERS = ("", "unet", "transformer")
 ORIGINAL = ("input_blocks", "middle_block", "output_blocks", "double_blocks", "single_blocks", "joint_blocks")
 """First modules of the original code bases, which diffusers has none of."""
 
+UNETS = ("down_blocks", "mid_block", "up_blocks", "conv_", "time_embedding", "add_embedding", "class_embedding")
+"""First modules of diffusers' UNets."""
+
 Named = TypeVar("Named", Layer, Shift, Based)
 
 
@@ -49,6 +52,11 @@ def placed(name: str) -> tuple[str, str, bool]:
 def is_original(path: str) -> bool:
     """Whether a module is called as in an original code base."""
     return path.startswith(ORIGINAL)
+
+
+def is_unets(path: str) -> bool:
+    """Whether a module is called as in a UNet of diffusers, which is what files mean that name no model."""
+    return path.startswith(UNETS)
 
 
 def resolved(content: Content, model: nn.Module | None, where: object) -> Content:

@@ -13,7 +13,7 @@ from mmpeft.formats import native
 from mmpeft.formats.content import Content
 from mmpeft.formats.forms import Format
 from mmpeft.formats.inspection import read, readable
-from mmpeft.formats.names import component_for, is_original, resolved
+from mmpeft.formats.names import component_for, is_original, is_unets, resolved
 from mmpeft.formats.summed import weighted_sum
 from mmpeft.formats.writing import Exported, by_own_reader, files_of, known_format, put_proven, written_as
 
@@ -91,6 +91,12 @@ def _rewritten(
         raise AdapterFileError(
             f"{src}: {strange} is a name of an original repository, which readers of {format} files would not find; "
             "give the model that the file is for"
+        )
+    unsaid = next((x.path for x in layers if not x.component and not is_unets(x.path)), "")
+    if unsaid and model is None and not prefix and format in ("diffusers", "kohya"):
+        raise AdapterFileError(
+            f"{src}: {unsaid} is of no named model of a pipeline, and no name in a UNet of diffusers, so that readers "
+            f"of {format} files may not find it; give the model, or prefix= if the names are diffusers' own"
         )
     if format != "peft" and content.learned is not None:
         raise Refused(f"{src} holds learned tokens ({content.learned.kind}); {format} has no key for them")

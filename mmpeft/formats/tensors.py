@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
-from mmpeft.errors import AdapterFileError, MMPEFTWarning, Refused, nearest
+from mmpeft.errors import AdapterFileError, Refused, nearest
 from mmpeft.formats.content import Content, Layer, Shift
 from mmpeft.formats.lycoris import multiplied
+from mmpeft.formats.words import Rows, placed_rows, table_of
 from mmpeft.functional.rows import put_rows, take_rows
 from mmpeft.hosting.host import base_value
 from mmpeft.hosting.modules import module_at, own_parameters
@@ -35,7 +35,7 @@ class Held:
     whole: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     base: dict[str, Tensor] = field(default_factory=dict)
     shifts: list[Shift] = field(default_factory=list)
-    words: dict[str, tuple[tuple[int, ...], Tensor]] = field(default_factory=dict)
+    words: dict[str, Rows] = field(default_factory=dict)
 
 
 def held(model: nn.Module, placements: Sequence[Placement], adapted: Collection[str]) -> Held:
@@ -78,36 +78,9 @@ def held(model: nn.Module, placements: Sequence[Placement], adapted: Collection[
                 raise Refused(f"{full} is trained and {apart[0]}, the same tensor, is not: readers would change both")
             found.base[full] = value
     for changed, rows in tables.items():
-        path = _table(model, changed, shared, tables)
+        path = table_of(model, changed, shared[identity(model, changed[0])], tables)
         found.words[path] = tuple(sorted(rows)), torch.stack([rows[index] for index in sorted(rows)])
     return found
-
-
-def _table(
-    model: nn.Module,
-    names: tuple[str, ...],
-    shared: Mapping[Hashable, Sequence[str]],
-    tables: Mapping[tuple[str, ...], Mapping[int, Tensor]],
-) -> str:
-    """The module whose rows in a file change a tensor under exactly these of its names.
-
-    Raises:
-        Refused: there is none.
-    """
-    others = shared[identity(model, names[0])]
-    for name in names:
-        path = name.rpartition(".")[0]
-        apart = [rows for own, rows in tables.items() if own != names and set(own) < set(others)]
-        alone = bool(apart) and all(set(rows) != set(tables[names]) for rows in apart)
-        if set(names) == ({name} if alone else set(_reached(model, path, others))):
-            return path
-    raise Refused(f"{list(names)} are trained in part; {list(others)} are one tensor, and PEFT changes them together")
-
-
-def _reached(model: nn.Module, path: str, names: Sequence[str]) -> Sequence[str]:
-    """The names of a tensor under which PEFT puts the trained rows of a table: all for the table that reads words."""
-    read = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
-    return names if module_at(model, path) is read else [n for n in names if n.rpartition(".")[0] == path]
 
 
 def differences(model: nn.Module, placements: Sequence[Placement]) -> tuple[list[Layer], list[Shift]]:
@@ -170,7 +143,7 @@ class Fit:
     methods: list[Method] = field(default_factory=list)
     values: dict[str, Tensor] = field(default_factory=dict)
     """By the name of the tensor."""
-    rows: dict[str, tuple[tuple[int, ...], Tensor]] = field(default_factory=dict)
+    rows: dict[str, Rows] = field(default_factory=dict)
     frozen: set[str] = field(default_factory=set)
     unused: list[str] = field(default_factory=list)
 
@@ -225,7 +198,11 @@ def fit_tensors(model: nn.Module, content: Content, where: object) -> Fit:
             _add(model, found, shift, known, where)
     _place(model, found, tied, created, where)
     for path in content.words:
-        _words(model, found, path, content.words, tied, where)
+        names, kept = placed_rows(model, path, content.words, tied, where)
+        if names:
+            found.rows |= {name.rpartition(".")[0]: kept for name in names}
+            at = "|".join(f"param & path={name}" for name in names)
+            found.methods.append(TextualInversion(at=at, rows=tuple(sorted(kept[0]))))
     return found
 
 
@@ -341,46 +318,3 @@ def _place(
             raise AdapterFileError(f"{where}: {min(lacking)} gets a bias by its update, and none can be given to it")
         chosen = dict.fromkeys(f"{site.role} & path={site.path}" for site in available)
         found.methods.append(BitFit(at="|".join(chosen)))
-
-
-def _words(
-    model: nn.Module,
-    found: Fit,
-    path: str,
-    words: Mapping[str, tuple[tuple[int, ...], Tensor]],
-    tied: Mapping[Hashable, Sequence[str]],
-    where: object,
-) -> None:
-    """Rows of a table, under all names that it has but those with rows of their own in the file."""
-    indices, rows = words[path]
-    modules = dict(model.named_modules())
-    weight = base_value(modules[path], "weight") if path in modules else None
-    if weight is None or weight.dim() != 2 or rows.shape[1] != weight.shape[1] or max(indices) >= len(weight):
-        raise AdapterFileError(
-            f"{where}: {path} has rows {list(rows.shape)} up to {max(indices)}, the model's table is "
-            f"{'missing' if weight is None else list(weight.shape)}; build the model with as many words"
-        )
-    last = {index: place for place, index in enumerate(indices)}
-    kept = tuple(last), rows[list(last.values())]
-    own = f"{path}.weight"
-    shared = tied[identity(model, own)]
-    same = {o for o in words if words[o][0] == indices and torch.equal(words[o][1], rows)}
-    if any(o != path and f"{o}.weight" in shared and own in _reached(model, o, shared) for o in same):
-        return  # the table that reads words brings it
-    reached = {name: name.rpartition(".")[0] for name in _reached(model, path, shared)}
-    names = [name for name, other in reached.items() if other in same or other not in words]
-    _say_lost_biases(model, names, where)
-    found.rows |= {name.rpartition(".")[0]: kept for name in names}
-    at = "|".join(f"param & path={name}" for name in names)
-    found.methods.append(TextualInversion(at=at, rows=tuple(sorted(last))))
-
-
-def _say_lost_biases(model: nn.Module, names: Sequence[str], where: object) -> None:
-    for path in (name.rpartition(".")[0] for name in names):
-        if getattr(module_at(model, path), "bias", None) is not None:
-            warnings.warn(
-                f"{where}: {path} has rows of its own and a bias, which PEFT leaves out where it runs such rows; here "
-                "it stays, as it does in a merged model",
-                MMPEFTWarning,
-                stacklevel=2,
-            )

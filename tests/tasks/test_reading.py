@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageCms
+from torch import Tensor
 
 from mmpeft.data import pictures
 from mmpeft.data.colours import rgb

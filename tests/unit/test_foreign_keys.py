@@ -148,6 +148,22 @@ def test_names_of_an_original_repository_are_not_written_without_a_model(tmp_pat
         assert not (tmp_path / format).exists()
 
 
+@pytest.mark.parametrize("format", ["diffusers", "kohya"])
+def test_names_of_no_known_model_are_not_written_as_a_unets(format: Any, tmp_path: Path) -> None:
+    """ComfyUI's `diffusion_model.` stands for any denoiser; most have other names in diffusers."""
+    halves = {"lora_A.weight": DOWN, "lora_B.weight": UP}
+    for place in ("blocks.0.self_attn.q", "down_blocks.1.attentions.0.to_q"):
+        file = tmp_path / f"{place[:4]}.safetensors"
+        save_file({f"diffusion_model.{place}.{name}": tensor for name, tensor in halves.items()}, file)
+    with pytest.raises(
+        AdapterFileError, match=r"blocks\.0\.self_attn\.q is of no named model .* give the model, or prefix="
+    ):
+        convert(tmp_path / "bloc.safetensors", tmp_path / "out.safetensors", format)
+    assert not (tmp_path / "out.safetensors").exists()
+    assert convert(tmp_path / "bloc.safetensors", tmp_path / "a.safetensors", format, prefix="unet").layers == 1
+    assert convert(tmp_path / "down.safetensors", tmp_path / "b.safetensors", format).layers == 1
+
+
 @pytest.mark.parametrize(
     "method",
     [

@@ -18,10 +18,11 @@ import mmpeft
 from mmpeft.errors import AdapterFileError, ConfigError, Refused, UnusedTensorsWarning
 from mmpeft.formats import kohya, verify
 from mmpeft.formats.bridge import attach_layers
-from mmpeft.formats.commands import convert_command, export_command, inspect_command
+from mmpeft.formats.commands import convert_command, inspect_command
 from mmpeft.formats.content import Layer
 from mmpeft.formats.exchange import FORMATS, convert, export, inspect, load_foreign, read
 from mmpeft.formats.low_rank import delta_weights, layers_of
+from mmpeft.run.export import main as export_main
 from tests.unit.toy import Toy
 
 METHODS = {
@@ -307,7 +308,7 @@ def test_the_shell(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert load_foreign(Toy(), tmp_path / "own").method == METHODS["patterns"]
     model = ["--model", "tests.unit.toy:Toy"]
     own, file, folder = str(tmp_path / "own"), str(tmp_path / "k.safetensors"), str(tmp_path / "hf")
-    assert export_command(["export", own, file, "--to", "kohya", "--prefix", "unet", *model]) == 0
+    assert export_main(["export", own, file, "--to", "kohya", "--prefix", "unet", *model]) == 0
     assert convert_command(["convert", file, folder, "--to", "peft", *model]) == 0
     assert "6 layers" in capsys.readouterr().out
     assert inspect_command(["inspect", own, file, folder, *model]) == 0
