@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 WORKERS ?= 2
 SHARE := $(if $(SEED),--share-seed $(SEED))
 
-.PHONY: demo demo-style test test-all faults lint docs zoo bench clean
+.PHONY: demo demo-style test test-all faults lint docs site notebooks zoo bench clean
 
 demo: $(STAMP)  ## adapt a pretrained ViT to a drawing style it never saw, by six methods; a table and a plot
 	$(BIN)/mmpeft compare -c vision/demo --out runs/demo
@@ -35,6 +35,12 @@ docs: $(STAMP)  ## regenerate the tables in docs/, and the stubs of the public n
 	$(BIN)/python -m tests.support.stubs
 	$(BIN)/python -m tests.matrix.table
 	$(BIN)/python -m tests.compat.table
+
+site: $(STAMP)  ## the documentation as a site in build/site; warnings are errors
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
+notebooks: $(STAMP)  ## run the notebooks in docs/notebooks and keep what they print and draw
+	$(BIN)/python -m tests.docs.notebooks
 
 zoo: $(STAMP)  ## judge every model of the libraries, those in outputs/zoo already left out, and write docs/zoo.md
 	$(BIN)/python -m tests.zoo.run --jobs $(WORKERS)

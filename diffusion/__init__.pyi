@@ -17,4 +17,6 @@ from mmpeft.diffusion.style.words import WordTuner as WordTuner
 
 COMMANDS: dict[str, tuple[str, str]]
 DATA: dict[str, str]
+EXPORTS: dict[str, str]
+PIPELINE_EXPORTS: dict[str, str]
 TASKS: dict[str, str]

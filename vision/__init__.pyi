@@ -30,5 +30,6 @@ from mmpeft.vision.pretrain import EmojiPretraining as EmojiPretraining
 
 COMMANDS: dict[str, tuple[str, str]]
 DATA: dict[str, str]
+EXPORTS: dict[str, str]
 PARTS: dict[str, str]
 TASKS: dict[str, str]

@@ -31,5 +31,6 @@ from mmpeft.vla.vqa.task import VisualQuestions as VisualQuestions
 
 COMMANDS: dict[str, tuple[str, str]]
 DATA: dict[str, str]
+EXPORTS: dict[str, str]
 PARTS: dict[str, str]
 TASKS: dict[str, str]

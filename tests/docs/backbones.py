@@ -10,16 +10,19 @@ DOCS = Path(__file__).parents[2] / "docs"
 Marks = dict[str, dict[str, dict[str, str]]]
 HEAD = """# Backbones
 
-A backbone needs no description: [any model](../any_model.md) is tuned by watching one forward pass. These pages list what was
-tried, a library each:
+A backbone needs no description: [any model](../any_model.md) is tuned by watching one forward pass. These pages list
+what was tried, one page for each library:
 
 {links}
 
 Two kinds of entries:
 
 - **Families in the matrix** are tiny models, on which every method is held to every invariant ([matrix](../matrix.md)).
-- **Models in the zoo** are all architectures of the library, small or shallow, tried with eight methods ([zoo](../zoo.md)).
+- **Models in the zoo** are all architectures of the library, small or shallow, tried with eight methods
+  ([zoo](../zoo.md)).
 """
+
+PASSED = "Every method that is listed as working passes the invariants of [`mmpeft.testing`](../api/testing.md)."
 
 
 def pages() -> dict[str, str | bytes]:
@@ -68,12 +71,7 @@ def page(title: str) -> str:
     rows = marks()[title]
     reasons = _reasons(_sections("matrix.md")["Refusals"])
     families = list(dict.fromkeys(family for own in rows.values() for family in own))
-    lines = [
-        f"# {title}",
-        "",
-        "Every method that is listed as working passes the invariants of [`mmpeft.testing`](../api/testing.md).",
-        "",
-    ]
+    lines = [f"# {title}", "", PASSED, ""]
     for family in families:
         own = {method: line[family] for method, line in rows.items() if family in line}
         lines += [f"## {family}", "", "| | methods |", "|---|---|"]
@@ -99,17 +97,7 @@ def _cell(text: str) -> str:
 def _zoo(text: str) -> list[str]:
     """A library's part of the zoo, with the notes that it refers to."""
     notes = _reasons(_sections("zoo.md")["Notes"])
-    used = {
-        number
-        for line in text.splitlines()
-        if line.startswith("| ")
-        for number in re.findall(r"\b\d+\b", " ".join(_cells(line)[3:]))
-    }
-    return [
-        text.strip(),
-        "",
-        "Notes:",
-        "",
-        *[f"- **{n}**: {_cell(note)}" for n, note in notes.items() if n in used],
-        "",
-    ]
+    rows = [" ".join(_cells(line)[3:]) for line in text.splitlines() if line.startswith("| ")]
+    used = {number for row in rows for number in re.findall(r"\b\d+\b", row)}
+    said = [f"- **{number}**: {_cell(note)}" for number, note in notes.items() if number in used]
+    return [text.strip(), "", "Notes:", "", *said, ""]

@@ -5,6 +5,7 @@ mkdocs calls the functions here by their names (`hooks:` in mkdocs.yml).
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,8 @@ def _filled(entry: Any, made: dict[str, dict[str, str | bytes]]) -> Any:
     ((title, below),) = entry.items()
     if isinstance(below, list):
         return {title: [_filled(each, made) for each in below]}
+    if below == "methods":
+        return {title: methods.navigation()}
     return {title: list(filter(_is_page, made[below]))} if below in made else entry
 
 
@@ -49,3 +52,12 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
         for path, content in pages.items():
             files.append(File.generated(config, path, content=content))
     return files
+
+
+def on_page_markdown(markdown: str, **_: Any) -> str:
+    """Bars in the code of a table's cell: GitHub wants them escaped, Python-Markdown shows the backslash."""
+    return re.sub(r"^\|.*\|$", lambda row: re.sub(r"`[^`]+`", _unescaped, row[0]), markdown, flags=re.MULTILINE)
+
+
+def _unescaped(code: re.Match[str]) -> str:
+    return code[0].replace("\\|", "|")

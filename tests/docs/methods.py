@@ -29,6 +29,8 @@ HEAD = """# Methods
 Which backbones a method works on is in the last table of its page, and for all of them in the [matrix](../matrix.md).
 """
 
+OPTIONS = "    options: {members: false, heading: Definition, toc_label: Definition}"
+
 
 def pages() -> dict[str, str | bytes]:
     """Path → text: an index, then one page a method, by kind and name."""
@@ -40,8 +42,14 @@ def pages() -> dict[str, str | bytes]:
     return found
 
 
+def navigation() -> list[object]:
+    """The index, then the pages by kind."""
+    kinds = [{kind.capitalize(): [f"methods/{name.lower()}.md" for name in _of(kind)]} for kind in KINDS]
+    return ["methods/index.md", *kinds]
+
+
 def _of(kind: str) -> list[str]:
-    return sorted(name for name, cls in METHODS.items() if cls.info.taxonomy == kind)
+    return sorted((name for name, cls in METHODS.items() if cls.info.taxonomy == kind), key=str.lower)
 
 
 def index() -> str:
@@ -77,7 +85,7 @@ def page(name: str, configs: list[Path], works: dict[str, dict[str, dict[str, st
     facts = [info.taxonomy, "merges into the base" if info.mergeable else "does not merge"]
     facts.append("identity at the start" if info.identity else "changes the output at the start")
     facts += [f"[paper]({info.paper})"] if info.paper else []
-    lines = [f"# {name}", "", " · ".join(facts), "", f"::: {cls.__module__}.{name}", ""]
+    lines = [f"# {name}", "", " · ".join(facts), "", f"::: {cls.__module__}.{name}", OPTIONS, ""]
     if configs:
         lines += ["## Configuration", ""]
         for file in configs:
@@ -87,12 +95,7 @@ def page(name: str, configs: list[Path], works: dict[str, dict[str, dict[str, st
 
 def _where(name: str, works: dict[str, dict[str, dict[str, str]]]) -> list[str]:
     """The table of backbones, from the matrix."""
-    lines = [
-        "## Backbones",
-        "",
-        "From the [matrix](../matrix.md), where tests hold each of these to the invariants.",
-        "",
-    ]
+    lines = ["## Backbones", "", "From the [matrix](../matrix.md), whose cells are tested.", ""]
     lines += ["| library | works | refused |", "|---|---|---|"]
     for library, rows in works.items():
         own = rows.get(name, {})

@@ -1,14 +1,18 @@
-"""Notebooks as pages: text as it stands, code as blocks, what they printed and drew below."""
+"""Notebooks as pages: text as it stands, code as blocks, what they printed and drew below.
+
+`python -m tests.docs.notebooks [NAME ...]` runs them and stores their outputs.
+"""
 
 from __future__ import annotations
 
 import base64
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
 FOLDER = Path(__file__).parents[2] / "docs" / "notebooks"
-ORDER = ()
+ORDER = ("classify", "clip_few_shot", "diffusion_style", "peft_and_back", "compare_methods")
 
 
 def pages() -> dict[str, str | bytes]:
@@ -42,3 +46,24 @@ def page(name: str, notebook: dict[str, Any]) -> dict[str, str | bytes]:
     title, *rest = lines
     first, _, more = title.partition("\n")
     return {f"notebooks/{name}.md": "\n".join([first, "", f"*{note}*", "", more.strip(), *rest]), **pictures}
+
+
+def run(name: str) -> None:
+    """Run a notebook from top to bottom and store what it printed and drew."""
+    import nbformat
+    from nbclient import NotebookClient
+
+    file = FOLDER / f"{name}.ipynb"
+    notebook = nbformat.read(file, as_version=4)
+    NotebookClient(notebook, timeout=1800, kernel_name="python3").execute()
+    for cell in notebook.cells:
+        cell.metadata.clear()
+        if cell.cell_type == "code":
+            cell.outputs = [out for out in cell.outputs if out.get("name") != "stderr"]
+    nbformat.write(notebook, file)
+
+
+if __name__ == "__main__":
+    for each in sys.argv[1:] or ORDER:
+        print(each)
+        run(each)

@@ -17,7 +17,9 @@ METHODS = "mmpeft.methods"
 CONSTANTS = {
     "COMMANDS": "dict[str, tuple[str, str]]",
     "DATA": "dict[str, str]",
+    "EXPORTS": "dict[str, str]",
     "PARTS": "dict[str, str]",
+    "PIPELINE_EXPORTS": "dict[str, str]",
     "TASKS": "dict[str, str]",
     "__version__": "str",
 }

@@ -44,6 +44,9 @@ def test_every_domain_is_filled() -> None:
         for name, place in {**domain.TASKS, **domain.DATA, **getattr(domain, "PARTS", {})}.items():
             assert place.startswith(f"{package}.")
             assert getattr(domain, name).__name__ == name
+        for target in {**getattr(domain, "EXPORTS", {}), **getattr(domain, "PIPELINE_EXPORTS", {})}.values():
+            module, _, function = target.partition(":")
+            assert callable(getattr(import_module(module), function))
         for target, text in domain.COMMANDS.values():
             module, _, function = target.partition(":")
             assert callable(getattr(import_module(module), function))

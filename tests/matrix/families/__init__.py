@@ -12,8 +12,8 @@ LIBRARIES: dict[str, dict[str, Callable[[], Example]]] = {
     "open_clip": open_clip.FAMILIES,
     "diffusers": diffusers.FAMILIES,
     "transformers": transformers.FAMILIES,
-    "a Llama in few bits": few_bits.FAMILIES,
-    "drawn by lot": lot.FAMILIES,
+    "quantised Llama": few_bits.FAMILIES,
+    "random sample of the zoo": lot.FAMILIES,
 }
 FAMILIES: dict[str, Callable[[], Example]] = {
     name: build for families in LIBRARIES.values() for name, build in families.items()
