@@ -28,6 +28,7 @@ from mmpeft.methods.recipe import own_weight as own_weight
 from mmpeft.methods.recipe import positive as positive
 from mmpeft.methods.recipe import rate as rate
 from mmpeft.methods.recipe import tensor_of as tensor_of
+from mmpeft.methods.targets import with_targets
 from mmpeft.parts.base import Placement
 from mmpeft.sites import Kind, Selector, Site
 from mmpeft.sites.selector import select
@@ -62,6 +63,8 @@ def register(
     def add(cls: M) -> M:
         cls.info = MethodInfo(cls.__name__, paper, taxonomy, mergeable, identity, trains_head)
         METHODS[cls.__name__] = cls
+        if any(field.name == "at" for field in fields(cls)):
+            cls.__init__ = with_targets(cls.__init__)  # type: ignore[method-assign]  # the dataclass's, with one more word
         return cls
 
     return add

@@ -58,6 +58,7 @@ def from_spec(spec: Facts) -> Method:
         )
     cls = classes[name]
     known = {f.name for f in fields(cls)}
+    known |= {"target_modules"} if "at" in known else set()
     values: Kwargs = {key: value for key, value in spec.items() if key != "name"}
     for key in values:
         if key not in known:

@@ -13,7 +13,7 @@ from mmpeft.sites.site import Predicate, Selector, Site
 _OPERATORS = {">=": ge, "<=": le, "==": eq, "!=": ne, ">": gt, "<": lt, "=": eq}
 _BRACES = re.compile(r"\{([^{}]*)\}")
 _CONDITION = re.compile(r"^(\w+)\s*(>=|<=|==|!=|=|>|<)\s*(.+)$")
-_FIELDS = ("depth", "tower", "path", "kind", "role")
+_FIELDS = ("depth", "tower", "path", "module", "kind", "role")
 _MOST, _DEEPEST = 10_000, 20
 """Alternatives of a selector, and braces inside braces: they multiply, and a selector may come from a file."""
 
@@ -72,6 +72,8 @@ def _condition(text: str, selector: str, depths: int) -> Predicate:
         return lambda site: site.depth >= 0 and bool(_OPERATORS[operator](site.depth, bound))
     if operator not in ("=", "==", "!="):
         raise ConfigError(f"selector {selector!r}: {field} takes = or !=, got {operator!r}")
+    if field == "module":  # the end of a path, whole names, as PEFT's target_modules has it
+        return lambda site: f".{site.path}".endswith(f".{value}") == (operator != "!=")
     return lambda site: fnmatchcase(getattr(site, field), value) == (operator != "!=")
 
 

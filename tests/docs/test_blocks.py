@@ -140,7 +140,7 @@ def _stop_after_parsing(patch: pytest.MonkeyPatch) -> None:
             raise Parsed
         return found
 
-    def compared(*args: Any) -> None:
+    def compared(*args: Any, **options: Any) -> None:
         raise Parsed
 
     patch.setattr(argparse.ArgumentParser, "parse_args", stop)
