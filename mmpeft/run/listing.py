@@ -45,7 +45,7 @@ def data(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser("mmpeft data", description="Data modules for --data.")
     parser.parse_args(own_arguments(argv))
     _show("--data", ("data", "extra", "what it reads"), _classes("DATA"))
-    print("`mmpeft fit --data.help NAME` lists the options of one; docs/extend.md writes one of your own.")
+    print("`mmpeft fit --data.help NAME` lists the options of one; docs/extend/data.md writes one of your own.")
     return 0
 
 

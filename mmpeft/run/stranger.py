@@ -41,7 +41,7 @@ TRAINER = ("lightning.pytorch.callbacks.", "lightning.pytorch.loggers.", "mmpeft
 CLASS = "class_path"
 KINDS = (nn.Module, lightning.LightningDataModule, Method)
 """What a program may have imported of its own."""
-REMEDY = "register it in an installed domain (docs/extend.md), or import its module before the run is read"
+REMEDY = "register it in an installed domain (docs/extend/domain.md), or import its module before the run is read"
 
 
 def read_config(path: Path, keys: Sequence[str] = KEYS) -> Json:

@@ -15,18 +15,18 @@ ROOT = Path(__file__).parents[2]
 DOMAINS = ("vision", "vla", "diffusion", "llm")
 CONSTANTS = ("COMMANDS", "DATA", "FORMATS", "INVARIANTS", "METHODS", "PARTS", "PRESETS", "ROLES", "TASKS")
 PACKAGES = {
-    "mmpeft": "the core: attach, load, switch and combine",
-    "mmpeft.vision": "timm and torchvision: backbones, tasks, data",
-    "mmpeft.vla": "vision-language alignment, by open_clip: pairs, heads, tasks, data",
-    "mmpeft.diffusion": "diffusers: pipelines, tasks, data",
-    "mmpeft.llm": "transformers",
-    "mmpeft.sites": "where a model can be tuned",
-    "mmpeft.parts": "what hangs at a site",
-    "mmpeft.methods": "what a method of your own builds on",
-    "mmpeft.bank": "many tunings on one model",
-    "mmpeft.formats.exchange": "files of other tools",
-    "mmpeft.testing": "invariants of your own methods and models",
-    "mmpeft.errors": "errors and warnings",
+    "mmpeft": "The core: attach, load, switch and combine",
+    "mmpeft.vision": "Backbones, tasks and data for timm and torchvision",
+    "mmpeft.vla": "Vision-language alignment with open_clip: pairs, heads, tasks and data",
+    "mmpeft.diffusion": "Pipelines, tasks and data for diffusers",
+    "mmpeft.llm": "Language models of transformers",
+    "mmpeft.sites": "Where a model can be tuned",
+    "mmpeft.parts": "Trainable modules that are placed at sites",
+    "mmpeft.methods": "Base classes for methods of your own",
+    "mmpeft.bank": "Many tunings on one model",
+    "mmpeft.formats.exchange": "Files of other tools",
+    "mmpeft.testing": "Invariants for your own methods and models",
+    "mmpeft.errors": "Errors and warnings",
 }
 OPTIONS = {"Tuning": "    options: {inherited_members: true}\n"}
 INDEX = """# API
@@ -62,7 +62,7 @@ def _slug(package: str) -> str:
 
 def page(package: str) -> str:
     """The page of one package."""
-    lines = [f"# {package}", "", f"{PACKAGES[package].capitalize()}.", ""]
+    lines = [f"# {package}", "", f"{PACKAGES[package]}.", ""]
     return "\n".join([*lines, *(f"::: {place}.{name}\n{OPTIONS.get(name, '')}" for place, name in public(package))])
 
 

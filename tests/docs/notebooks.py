@@ -7,12 +7,16 @@ from __future__ import annotations
 
 import base64
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
 
 FOLDER = Path(__file__).parents[2] / "docs" / "notebooks"
 ORDER = ("classify", "clip_few_shot", "diffusion_style", "peft_and_back", "compare_methods")
+
+COLOURS = re.compile(r"\x1b\[[0-9;]*m")
+"""What rich writes for a terminal."""
 
 
 def pages() -> dict[str, str | bytes]:
@@ -60,6 +64,9 @@ def run(name: str) -> None:
         cell.metadata.clear()
         if cell.cell_type == "code":
             cell.outputs = [out for out in cell.outputs if out.get("name") != "stderr"]
+            for out in cell.outputs:
+                if "text" in out:
+                    out["text"] = COLOURS.sub("", out["text"])
     nbformat.write(notebook, file)
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from PIL import Image
 
 from mmpeft.bench import compare
 from mmpeft.cli import main
@@ -39,8 +40,11 @@ class Parsed(BaseException):
 
 @pytest.fixture
 def clean(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A folder of its own; what a page registers is gone afterwards."""
+    """A folder of its own with pictures in it; what a page registers is gone afterwards."""
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "my_pictures").mkdir()
+    for colour in ("red", "blue"):
+        Image.new("RGB", (64, 48), colour).save(tmp_path / "my_pictures" / f"{colour}.png")
     said = warnings.filters[:]
     torch.manual_seed(0)
     yield tmp_path
@@ -140,7 +144,7 @@ def _stop_after_parsing(patch: pytest.MonkeyPatch) -> None:
             raise Parsed
         return found
 
-    def compared(*args: Any, **options: Any) -> None:
+    def compared(*args: Any, **kwargs: Any) -> None:
         raise Parsed
 
     patch.setattr(argparse.ArgumentParser, "parse_args", stop)
