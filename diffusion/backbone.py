@@ -28,7 +28,7 @@ def create(name: str, dtype: torch.dtype = torch.float32, quantization: Facts | 
     Args:
         name: a hub repository, a folder of diffusers' layout, or `embedded:<name>`.
         dtype: of all its weights; what trains is fp32 whatever it is.
-        quantization: arguments of diffusers' `PipelineQuantizationConfig`, which holds the named parts in few bits.
+        quantization: arguments of diffusers' `PipelineQuantizationConfig`, which quantises the named parts.
 
     Raises:
         ConfigError: no such folder, a folder without safetensors, or weights that cannot be fetched.

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from mmpeft.diffusion.family import Family
 from mmpeft.files import may_write, write_atomic
-from mmpeft.hosting.few_bits import dense
+from mmpeft.hosting.quantized import dense
 from mmpeft.types import Untyped
 
 Entry = dict[str, Tensor]

@@ -77,7 +77,7 @@ class StyleTuner(TuningModule):
             prior_prompt: what the model should go on drawing as before, for the second.
             resolution: side of the images in pixels (of their area, in buckets); None for the pipeline's own.
             dtype: of the frozen base.
-            quantization: arguments of diffusers' PipelineQuantizationConfig, to hold the base in few bits.
+            quantization: arguments of diffusers' PipelineQuantizationConfig, to quantise the base.
             cache_dir: where latents and text features are kept for other runs; None keeps them in memory.
             show: prompts and strengths of the validation grid.
             seed: of noise, timesteps and dropped captions.

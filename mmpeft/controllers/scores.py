@@ -15,7 +15,7 @@ from torch import Tensor, distributed, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from mmpeft.errors import ConfigError, DataError, Refused
-from mmpeft.hosting.few_bits import FewBits
+from mmpeft.hosting.quantized import QuantizedWeight
 from mmpeft.types import Batch, Leaf, Transform
 
 Score = Literal["gradient2", "fisher", "expected_fisher", "taylor", "signed", "magnitude", "small", "random"]
@@ -141,11 +141,11 @@ def summed(tensor: Tensor) -> Tensor:
 
 
 def check_gradients(tensors: Sequence[Tensor]) -> None:
-    """Raise Refused where some tensors are held in few bits, through which no gradient goes."""
-    packed = sum(isinstance(tensor, FewBits) for tensor in tensors)
+    """Raise Refused where some tensors are quantised, through which no gradient goes."""
+    packed = sum(isinstance(tensor, QuantizedWeight) for tensor in tensors)
     if packed:
         raise Refused(
-            f"{packed} of {len(tensors)} tensors are held in few bits, which have no gradient to score: leave them out "
+            f"{packed} of {len(tensors)} tensors are quantised, which have no gradient to score: leave them out "
             "with `at`, or choose by what needs none (random, magnitude)"
         )
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from mmpeft.errors import AdapterFileError
-from mmpeft.hosting.few_bits import FewBits, dense
+from mmpeft.hosting.quantized import QuantizedWeight, dense
 from mmpeft.parts.base import Placement
 from mmpeft.parts.mask import Mask
 from mmpeft.surgery.attaching import base_tensors
@@ -25,7 +25,7 @@ STEP = 2.0**-14
 """Of the numbers in a sketch, which are in (-2, 2)."""
 
 PACKED = -(2**15)
-"""In a sketch, in place of a tensor held in few bits."""
+"""In a sketch, in place of a tensor quantised."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Fingerprint:
                 digest.update(label)
                 digest.update(sample.to(torch.bfloat16).view(torch.int16).numpy().tobytes())
                 layout.update(label)
-                sketch.append(_packed() if isinstance(tensor, FewBits) else _sketch(sample))
+                sketch.append(_packed() if isinstance(tensor, QuantizedWeight) else _sketch(sample))
         numbers = torch.stack(sketch) if sketch else torch.empty(0, dtype=torch.int16)
         held = base64.b64encode(numbers.numpy().tobytes()).decode()
         return cls(digest.hexdigest()[:16], layout.hexdigest()[:16], held)
@@ -86,7 +86,7 @@ class Fingerprint:
     def fits(self, other: Fingerprint) -> bool:
         """Whether both are of one base, whatever types and bits its tensors are held in.
 
-        What either holds in few bits is compared by name and shape alone, all else by the sketch, to a few times what
+        What either holds quantised is compared by name and shape alone, all else by the sketch, to a few times what
         rounding n values to bfloat16 changes.
         """
         if self.digest == other.digest:

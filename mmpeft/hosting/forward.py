@@ -13,11 +13,11 @@ import torch
 from torch import nn
 
 from mmpeft.errors import ConfigError
-from mmpeft.hosting.few_bits import Product, packs
 from mmpeft.hosting.modules import SEAT
 from mmpeft.hosting.offload import looked, take_back
 from mmpeft.hosting.output import first_of, with_first
 from mmpeft.hosting.patched import is_inside
+from mmpeft.hosting.quantized import Product, packs
 from mmpeft.hosting.running import RUNNING, Pinned, Planned, current, remember
 from mmpeft.types import AnyModule, Args, Argument, Attribute, Forward, Kwargs, Output, StateDict
 

@@ -16,11 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from mmpeft.errors import Refused
-from mmpeft.hosting.few_bits import packs, viewed
 from mmpeft.hosting.forward import Seat, forward_of, plan_of
 from mmpeft.hosting.modules import CHILD, SEAT
 from mmpeft.hosting.offload import HOOK, Hooked, fetched
 from mmpeft.hosting.patched import Patched
+from mmpeft.hosting.quantized import packs, viewed
 from mmpeft.hosting.still import MODE, Still
 from mmpeft.types import AnyModule, Argument, Attribute, Forward, Output
 

@@ -53,8 +53,8 @@ class Hooked:
 
 
 NARROW = (
-    "{} is stored in few bits between passes (layerwise casting), and the parts under it would be too, so that their "
-    "values were lost: store the base in the type it computes in, or in bitsandbytes' or torchao's few bits"
+    "{} is quantised between passes (layerwise casting), and the parts under it would be too, so that their "
+    "values were lost: store the base in the type it computes in, or quantise it by bitsandbytes or torchao"
 )
 
 
@@ -137,7 +137,7 @@ def check_values(placements: list[Placement], why: str = MADE) -> None:
 
 
 def check_stored(model: nn.Module) -> None:
-    """Raise Refused for a model whose layers are cast to few bits between passes, and the parts under them with them.
+    """Raise Refused for a model whose layers are cast to 8 bits between passes, and the parts under them with them.
 
     accelerate's hook is the module's attribute; diffusers keeps its hooks by name.
     """

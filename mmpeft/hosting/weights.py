@@ -1,6 +1,6 @@
 """Weights that answer: known by what they do to an input, and by their values only where these are asked for.
 
-A weight that holds few bits, or one that is tuned, is a frozen tensor and a rule. Code that multiplies by it gets the
+A quantised weight, or one that is tuned, is a frozen tensor and a rule. Code that multiplies by it gets the
 rule's own product, whatever function it calls and however it looks at the weight (transposed, cast, some of its rows).
 Anything else gets the values, formed for the occasion and differentiable.
 """

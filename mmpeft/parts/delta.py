@@ -12,8 +12,8 @@ from mmpeft.errors import ConfigError
 from mmpeft.functional.fused import Update
 from mmpeft.functional.low_rank import low_rank_row_norms, squared_row_norms
 from mmpeft.functional.rows import Rows, cut_rows, put_rows, take_rows, turned
-from mmpeft.hosting.few_bits import FewBits, dense
 from mmpeft.hosting.host import original_class
+from mmpeft.hosting.quantized import QuantizedWeight, dense
 from mmpeft.hosting.unchanged import Kept
 from mmpeft.parts.base import Call, Hook, HookKind, Part, cast, trainable_dtype
 from mmpeft.parts.factors import Factor, Hadamard, LowRank
@@ -241,7 +241,7 @@ def hook_kind(kind: Kind, factor: Factor) -> HookKind:
 
 def stored_in(weight: Tensor) -> tuple[Tensor, ...]:
     """The tensors that tell whether a weight has changed."""
-    return weight.stored() if isinstance(weight, FewBits) else (weight,)
+    return weight.stored() if isinstance(weight, QuantizedWeight) else (weight,)
 
 
 def _lookup(host: nn.Module, x: Tensor, table: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmpeft.functional.fused import Update, low_rank_composed, low_rank_linear
-from mmpeft.hosting.few_bits import FewBits, dense
+from mmpeft.hosting.quantized import QuantizedWeight, dense
 from mmpeft.parts.base import Call, cast
 from mmpeft.parts.factors import LowRank
 from mmpeft.parts.product import FUSED_FROM, WeightProduct, fusible, host_weight, like
@@ -102,7 +102,7 @@ class _GainedCall:
 class _FormedCall:
     """The forward with updates that are formed: added to the weight, for one pass of the input and not two.
 
-    A weight held in few bits has no sum: there the updates are added to the output.
+    A weight quantised has no sum: there the updates are added to the output.
     """
 
     def __init__(self, deltas: tuple[Delta, ...]) -> None:
@@ -113,7 +113,7 @@ class _FormedCall:
         layer: AnyModule = host
         bias: Tensor | None = layer.bias
         if type(weight) not in (Tensor, nn.Parameter) or any(delta.dropping for delta in self.deltas):
-            packed = isinstance(weight, FewBits)
+            packed = isinstance(weight, QuantizedWeight)
             y: Tensor = F.linear(x, weight, bias) if packed else layer.mmpeft_base.forward(host, x)
             for delta in self.deltas:
                 y = delta.exit(host, x, y)

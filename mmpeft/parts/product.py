@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from mmpeft.hosting.few_bits import viewed
+from mmpeft.hosting.quantized import viewed
 
 if TYPE_CHECKING:
     from mmpeft.parts.base import Part
@@ -83,7 +83,7 @@ def fusible(x: Tensor, weight: Tensor) -> bool:
 
 
 def like(weight: Tensor, x: Tensor) -> Tensor:
-    """A plain weight in the type of what it multiplies; autocast and few bits see to that themselves."""
+    """A plain weight in the type of what it multiplies; autocast and quantised ones see to that themselves."""
     if type(weight) not in (Tensor, nn.Parameter) or torch.is_autocast_enabled(x.device.type):
         return weight
     return weight if weight.dtype == x.dtype else weight.to(x.dtype)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import Function
 
-from mmpeft.hosting.few_bits import FewBits
+from mmpeft.hosting.quantized import QuantizedWeight
 from mmpeft.hosting.weights import Answer, Seen, Weight, Wrapper
 from mmpeft.parts.base import Part, cast
 from mmpeft.parts.delta import Delta, stored_in
@@ -83,7 +83,7 @@ class Tuned(TunedWeight, Wrapper):
     @classmethod
     def read(cls, host: nn.Module, attribute: str, base: Tensor, parts: tuple[Part, ...]) -> Tensor:
         turned = bool(getattr(parts[0], "transposed", False))
-        shape, dtype = (base.full, base.seen.dtype) if isinstance(base, FewBits) else (base.shape, base.dtype)
+        shape, dtype = (base.full, base.seen.dtype) if isinstance(base, QuantizedWeight) else (base.shape, base.dtype)
         full = shape[::-1] if turned else shape
         facts = {"host": host, "attribute": attribute, "base": base, "parts": parts, "turned": turned}
         return in_graph(_Made(cls, full, Seen(0, full[0], dtype, turned), base.device, facts))

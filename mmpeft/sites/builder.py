@@ -125,7 +125,7 @@ class Builder:
 
 
 def weight_shape(module: AnyModule) -> torch.Size:
-    """The true shape of a module's weight, whatever parts read it and however few bits hold it."""
+    """The true shape of a module's weight, whatever parts read it quantised or not."""
     shape: torch.Size = base_value(module, "weight").shape
     return shape
 

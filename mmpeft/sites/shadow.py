@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from mmpeft.hosting.few_bits import FewBits, packs
 from mmpeft.hosting.host import base_value, is_host, original_class, unmake_host
 from mmpeft.hosting.modules import own_modules
+from mmpeft.hosting.quantized import QuantizedWeight, packs
 from mmpeft.types import Untyped
 
 
@@ -24,7 +24,7 @@ def shadow_of(model: nn.Module, fake: FakeTensorMode | None) -> nn.Module:
     """
     memo: dict[int, object] = {}
     for module in model.modules():
-        if packs(type(module)) or _holds_few_bits(module):
+        if packs(type(module)) or _holds_quantized(module):
             memo[id(module)] = _unpacked(module, fake)
         for tensor in (*module._parameters.values(), *module._buffers.values()):
             if tensor is not None and (fake or isinstance(tensor, nn.Parameter)):
@@ -67,12 +67,12 @@ def faked(tensor: Tensor, fake: FakeTensorMode) -> Tensor:
         return nn.Parameter(made, requires_grad=False) if isinstance(tensor, nn.Parameter) else made
 
 
-def _holds_few_bits(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear) and isinstance(base_value(module, "weight"), FewBits)
+def _holds_quantized(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear) and isinstance(base_value(module, "weight"), QuantizedWeight)
 
 
 def _unpacked(module: nn.Module, fake: FakeTensorMode | None) -> nn.Module:
-    """A linear in place of one whose weight is held in few bits."""
+    """A linear in place of one whose weight is quantised."""
     rows, columns = base_value(module, "weight").shape
     bias = module._parameters.get("bias")
     with fake or nullcontext():

@@ -19,12 +19,12 @@ from mmpeft.errors import (
     StateError,
     noted,
 )
-from mmpeft.hosting.few_bits import guard, packs
 from mmpeft.hosting.forward import Seat
 from mmpeft.hosting.fused_layers import close_layers, open_layers
 from mmpeft.hosting.host import base_value, make_host, unmake_host
 from mmpeft.hosting.modules import CHILD, module_at, own_modules, own_parameters
 from mmpeft.hosting.offload import check_stored, check_values, know
+from mmpeft.hosting.quantized import guard, packs
 from mmpeft.hosting.running import CHOICES, ChosenRoute, choose
 from mmpeft.hosting.still import MODE, frozen_statistics
 from mmpeft.methods.base import Method
@@ -154,7 +154,7 @@ def base_parameters(model: nn.Module) -> Iterable[tuple[str, nn.Parameter]]:
 
 
 def base_tensors(model: nn.Module) -> Iterable[tuple[str, Tensor]]:
-    """The same, those held in few bits in their true shape."""
+    """The same, those quantised in their true shape."""
     for name, _ in base_parameters(model):
         owner, _, own = name.rpartition(".")
         yield name, base_value(module_at(model, owner), own)

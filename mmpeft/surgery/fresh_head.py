@@ -6,9 +6,9 @@ from collections.abc import Iterable, Sequence
 
 from torch import Tensor, nn
 
-from mmpeft.hosting.few_bits import FewBits
 from mmpeft.hosting.host import base_value, original_class
 from mmpeft.hosting.modules import CHILD, module_at, own_modules
+from mmpeft.hosting.quantized import QuantizedWeight
 from mmpeft.methods.base import Method
 from mmpeft.parts.base import Placement
 from mmpeft.sites import Site
@@ -72,7 +72,7 @@ def _untrained(model: nn.Module, path: str) -> str:
 
 
 def _plain(weight: Tensor) -> bool:
-    known = isinstance(weight, FewBits) or weight.is_meta or not weight.is_floating_point()
+    known = isinstance(weight, QuantizedWeight) or weight.is_meta or not weight.is_floating_point()
     return weight.dim() > 1 and not known
 
 

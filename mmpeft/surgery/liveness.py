@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from mmpeft.errors import SiteError
-from mmpeft.hosting.few_bits import dense
 from mmpeft.hosting.modules import own_modules
+from mmpeft.hosting.quantized import dense
 from mmpeft.types import Batch, Output
 
 if TYPE_CHECKING:

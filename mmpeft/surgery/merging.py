@@ -9,10 +9,10 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from mmpeft.errors import ConfigError, Refused, StateError
-from mmpeft.hosting.few_bits import FewBits
 from mmpeft.hosting.host import base_value, is_sharded
 from mmpeft.hosting.modules import own_modules
 from mmpeft.hosting.offload import check_writable
+from mmpeft.hosting.quantized import QuantizedWeight
 from mmpeft.surgery.transaction import unchanged_on_error
 from mmpeft.types import Leaf
 
@@ -51,10 +51,10 @@ def _fold(tuning: Attached) -> None:
             part.fold(host, hook, params)
         for name, tensor in params.items():
             before = wide.get(name)
-            if tensor is not before and isinstance(base.get(name), FewBits):
+            if tensor is not before and isinstance(base.get(name), QuantizedWeight):
                 raise Refused(
-                    f"{path}.{name} is held in few bits, which have no room for an update: save the adapter, load "
-                    "it on the base in full (mmpeft.load takes it there), and merge that"
+                    f"{path}.{name} is quantised, which have no room for an update: save the adapter, load "
+                    "it on the base without quantisation (mmpeft.load takes it there), and merge that"
                 )
             if tensor is not None and (before is None or not torch.equal(tensor, before)):
                 check_writable(host, name, path)
@@ -114,8 +114,8 @@ def check_whole(tuning: Attached) -> None:
 
 
 def _wide(tensor: Leaf) -> Leaf:
-    """In at least 32 bits, as sums are made; what is held in few bits as it is."""
-    plain = isinstance(tensor, Tensor) and not isinstance(tensor, FewBits)
+    """In at least 32 bits, as sums are made; what is quantised as it is."""
+    plain = isinstance(tensor, Tensor) and not isinstance(tensor, QuantizedWeight)
     return tensor.float() if plain and tensor.element_size() < 4 else tensor
 
 

@@ -16,7 +16,7 @@ from torch import nn
 from mmpeft.combine.interpolate import interpolate
 from mmpeft.combine.strength import strength
 from mmpeft.errors import Refused
-from mmpeft.hosting.few_bits import dense
+from mmpeft.hosting.quantized import dense
 from mmpeft.parts.rescale import Rescale
 from mmpeft.surgery.attaching import base_parameters
 from mmpeft.surgery.choice import use

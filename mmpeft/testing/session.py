@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from mmpeft.hosting.few_bits import dense
+from mmpeft.hosting.quantized import dense
 from mmpeft.methods.base import Method
 from mmpeft.sites import sites
 from mmpeft.surgery.choice import use

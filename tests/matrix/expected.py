@@ -23,14 +23,14 @@ def refusal(method: Method, model: nn.Module, available: list[Site]) -> MMPEFTEr
     return None
 
 
-FEW_BITS = "llama_*"
+QUANTIZED = "llama_*"
 NO_ROOM = "no room for an update"
 UNMERGEABLE = {
     **{("SSF", family): "no state dict" for family in ("beit", "eva", "eva02", "rope_vit", "swinv2")},
     **{("SSF", family): "reads no bias" for family in ("llama", "gemma2", "phi3", "t5", "sd3", "flux", "helios")},
-    ("LoRA+BitFit+Houlsby", FEW_BITS): "no linear map",
-    **{(method, FEW_BITS): NO_ROOM for method in ("*oRA*", "DiffFit", "IA3", "KronA", "Lo?*", "PaFi", "RandomMask")},
-    ("SSF", FEW_BITS): NO_ROOM,
+    ("LoRA+BitFit+Houlsby", QUANTIZED): "no linear map",
+    **{(method, QUANTIZED): NO_ROOM for method in ("*oRA*", "DiffFit", "IA3", "KronA", "Lo?*", "PaFi", "RandomMask")},
+    ("SSF", QUANTIZED): NO_ROOM,
 }
 """(method pattern, family pattern) of cells that cannot be merged, beyond methods that never can, and why.
 

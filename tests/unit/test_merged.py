@@ -21,7 +21,7 @@ from mmpeft.formats.merged import save_merged
 from tests.matrix.families import FAMILIES
 from tests.matrix.families import timm as timm_families
 from tests.matrix.families.diffusers import FAMILIES as DIFFUSERS
-from tests.matrix.families.few_bits import FAMILIES as FEW_BITS
+from tests.matrix.families.quantized import FAMILIES as QUANTIZED
 from tests.matrix.families.transformers import GQA
 from tests.support.moved import attach_moved
 from tests.unit.toy import Toy
@@ -41,7 +41,7 @@ def logits(model: nn.Module) -> torch.Tensor:
     return model(WORDS).logits
 
 
-@pytest.mark.parametrize("family", [family for family in FAMILIES if family not in FEW_BITS])
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family not in QUANTIZED])
 def test_every_family_is_read_back(family: str, tmp_path: Path) -> None:
     example = FAMILIES[family]()
     tuning = attach_moved(example.model, mmpeft.LoRA(at="mlp.up" if family == "convnext" else "attn.{q,v}", rank=2))

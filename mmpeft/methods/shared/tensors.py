@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from mmpeft.errors import ConfigError, Refused, SiteError
 from mmpeft.functional.rows import Rows, take_rows
-from mmpeft.hosting.few_bits import FewBits
+from mmpeft.hosting.quantized import QuantizedWeight
 from mmpeft.methods.base import Method
 from mmpeft.methods.needs import lacking
 from mmpeft.methods.placed import Placed
@@ -33,7 +33,7 @@ class TensorMethod(Method):
     at: Selector = ""
 
     trains_base: ClassVar[bool] = True
-    """Whether the tensors train as they are, which those held in few bits cannot."""
+    """Whether the tensors train as they are, which those quantised cannot."""
 
     def check(self, model: nn.Module, available: list[Site]) -> None:
         chosen = self.chosen(model, available)
@@ -104,11 +104,11 @@ def _train(method: str, model: nn.Module, group: list[Site], make: Callable[...,
 
 
 def check_bits(model: nn.Module, chosen: Iterable[Site]) -> None:
-    """Raise Refused for a tensor that is held in few bits, which cannot be trained as it is."""
+    """Raise Refused for a tensor that is quantised, which cannot be trained as it is."""
     for site in chosen:
-        if isinstance(tensor_of(model, site.path), FewBits):
+        if isinstance(tensor_of(model, site.path), QuantizedWeight):
             raise Refused(
-                f"{site.path} is held in few bits and cannot be trained as a whole: leave it out with `at`, or tune it "
+                f"{site.path} is quantised and cannot be trained as a whole: leave it out with `at`, or tune it "
                 "by a method that adds to it, such as LoRA"
             )
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from tests.matrix.example import Example
-from tests.matrix.families import diffusers, few_bits, lot, open_clip, timm, transformers
+from tests.matrix.families import diffusers, lot, open_clip, quantized, timm, transformers
 
 LIBRARIES: dict[str, dict[str, Callable[[], Example]]] = {
     "timm": timm.FAMILIES,
     "open_clip": open_clip.FAMILIES,
     "diffusers": diffusers.FAMILIES,
     "transformers": transformers.FAMILIES,
-    "quantised Llama": few_bits.FAMILIES,
+    "quantised Llama": quantized.FAMILIES,
     "random sample of the zoo": lot.FAMILIES,
 }
 FAMILIES: dict[str, Callable[[], Example]] = {

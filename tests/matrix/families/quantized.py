@@ -1,4 +1,4 @@
-"""A tiny Llama whose linears are held in few bits, by each library that holds them."""
+"""A tiny Llama whose linears are quantised, by each library that holds them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Weights that torchao and bitsandbytes hold in few bits, behind one interface: a frozen tensor of their true shape."""
+"""Weights that torchao and bitsandbytes hold quantised, behind one interface: a frozen tensor of their true shape."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def packs(cls: type) -> bool:
 
 
 def viewed(module: nn.Module, value: Attribute) -> Attribute:
-    """The weight of a module as `FewBits` if it is held so, the same one each time; any other value itself.
+    """The weight of a module as `QuantizedWeight` if it is held so, the same one each time; any other value itself.
 
     What bitsandbytes has not packed yet, which it does on the way to a device, is what it seems to be.
     """
@@ -40,8 +40,8 @@ def viewed(module: nn.Module, value: Attribute) -> Attribute:
 
 
 def dense(tensor: Tensor) -> Tensor:
-    """The values of a tensor held in few bits; any other tensor itself."""
-    if isinstance(tensor, FewBits) or Torchao.holds(tensor):
+    """The values of a tensor quantised; any other tensor itself."""
+    if isinstance(tensor, QuantizedWeight) or Torchao.holds(tensor):
         values: Tensor = tensor.dequantize()
         return values
     return tensor
@@ -74,8 +74,8 @@ def _rearranged(module: nn.Module) -> bool:
     return bool(getattr(state, "packing_format_for_cpu", False))
 
 
-class FewBits(Wrapper):
-    """The weight of a module that holds it in few bits; the module keeps its own parameter.
+class QuantizedWeight(Wrapper):
+    """The weight of a module that holds it quantised; the module keeps its own parameter.
 
     `F.linear(x, W, b)` is the product of the library that packed it, which keeps no dense weight for the backward
     pass. `dequantize()` gives the values, and any other operation works on these.
@@ -84,7 +84,7 @@ class FewBits(Wrapper):
     layer: ref[nn.Module]
 
     @classmethod
-    def held(cls, layer: nn.Module, packed: Tensor) -> FewBits:
+    def held(cls, layer: nn.Module, packed: Tensor) -> QuantizedWeight:
         shape, dtype = cls.facts(packed)
         return cls.of(shape, Seen(0, shape[0], dtype), packed.device, layer=ref(layer))
 
@@ -124,7 +124,7 @@ class FewBits(Wrapper):
         return (self.parts()[1],)
 
 
-class FourBits(FewBits):
+class FourBits(QuantizedWeight):
     """bitsandbytes' `Params4bit`: NF4 or FP4 in blocks, stored as a column of bytes."""
 
     @staticmethod
@@ -147,7 +147,7 @@ class FourBits(FewBits):
         return found.to(x.dtype)
 
 
-class EightBits(FewBits):
+class EightBits(QuantizedWeight):
     """bitsandbytes' `Int8Params`: bytes with a scale for each row; outlying inputs are multiplied apart."""
 
     @staticmethod
@@ -174,7 +174,7 @@ class EightBits(FewBits):
         return found.to(x.dtype)
 
 
-class Torchao(FewBits):
+class Torchao(QuantizedWeight):
     """One of torchao's tensors, which know `F.linear` and little else."""
 
     @staticmethod
@@ -201,4 +201,4 @@ class Product:
         return F.linear(x, viewed(host, host.weight), host.bias)
 
 
-_VIEWS: WeakKeyDictionary[nn.Module, FewBits] = WeakKeyDictionary()
+_VIEWS: WeakKeyDictionary[nn.Module, QuantizedWeight] = WeakKeyDictionary()

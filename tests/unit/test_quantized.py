@@ -1,4 +1,4 @@
-"""Bases held in few bits: what a weight of theirs can do, and adapters that go to the base in full and back."""
+"""Quantised bases: what their weights do, and adapters that move between a quantised base and the plain one."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from torch import nn
 import mmpeft
 from mmpeft.errors import AdapterFileError, Refused
 from mmpeft.formats.fingerprint import Fingerprint
-from mmpeft.hosting.few_bits import FewBits, dense, guard
 from mmpeft.hosting.host import base_value
-from tests.matrix.families.few_bits import pack, torchao
+from mmpeft.hosting.quantized import QuantizedWeight, dense, guard
+from tests.matrix.families.quantized import pack, torchao
 from tests.unit.toy import Toy
 
 HOLD: dict[str, Callable[[nn.Module], None]] = {
@@ -63,7 +63,7 @@ def test_a_weight_has_its_true_shape_its_values_and_the_product_of_its_library(
     full, model = _model(), _held(hold)
     layer = model.blocks[0].up
     weight = base_value(layer, "weight")
-    assert isinstance(weight, FewBits)
+    assert isinstance(weight, QuantizedWeight)
     assert weight is base_value(layer, "weight")
     assert weight.shape == full.blocks[0].up.weight.shape
     assert 0 < (dense(weight) - full.blocks[0].up.weight).norm() < 0.15 * full.blocks[0].up.weight.norm()
@@ -79,8 +79,8 @@ def test_a_weight_has_its_true_shape_its_values_and_the_product_of_its_library(
 def test_an_adapter_goes_to_the_base_in_full_and_back(hold: Callable[[nn.Module], None], tmp_path: Path) -> None:
     x = torch.randn(4, 5, WIDTH)
     held, full = _held(hold), _model()
-    _adapter(held, tmp_path / "from few bits")
-    tuning = mmpeft.load(full, tmp_path / "from few bits")
+    _adapter(held, tmp_path / "from quantised")
+    tuning = mmpeft.load(full, tmp_path / "from quantised")
     few, whole = held(x), full(x)
     assert (few - whole).norm() < 0.2 * (whole - _model()(x)).norm()
     tuning.merge()
@@ -93,7 +93,7 @@ def test_an_adapter_goes_to_the_base_in_full_and_back(hold: Callable[[nn.Module]
 
 
 @holders
-def test_another_base_is_another_in_few_bits(hold: Callable[[nn.Module], None], tmp_path: Path) -> None:
+def test_another_base_is_another_in_quantized(hold: Callable[[nn.Module], None], tmp_path: Path) -> None:
     _adapter(_held(hold), tmp_path)
     for other in (_model(seed=1), _held(hold, seed=1)):
         with pytest.raises(AdapterFileError, match="another base"):
@@ -108,7 +108,7 @@ def test_merging_and_training_whole_tensors_are_refused_with_the_way_out(hold: C
         for parameter in tuning.parameters():
             parameter.normal_()
     before = model(torch.ones(1, 2, WIDTH))
-    with pytest.raises(Refused, match=r"blocks.0.q.weight is held in few bits.*load it on the base in full"):
+    with pytest.raises(Refused, match=r"blocks.0.q.weight is quantised.*load it on the base without quantisation"):
         tuning.merge()
     assert torch.equal(model(torch.ones(1, 2, WIDTH)), before)
     with pytest.raises(Refused, match="leave it out with `at`"):
