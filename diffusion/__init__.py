@@ -43,6 +43,7 @@ __getattr__, __dir__ = _lazy.exports(
         "PRESETS": "anatomy",
         "Show": "style.grid",
         "Levels": "objective",
+        "TimestepSampling": "objective",
         **TASKS,
         **DATA,
     },

@@ -8,6 +8,7 @@ from mmpeft.diffusion.data.images import CaptionedImages as CaptionedImages
 from mmpeft.diffusion.families import family_of as family_of
 from mmpeft.diffusion.family import Family as Family
 from mmpeft.diffusion.objective import Levels as Levels
+from mmpeft.diffusion.objective import TimestepSampling as TimestepSampling
 from mmpeft.diffusion.pretrain import DrawnCaptionsData as DrawnCaptionsData
 from mmpeft.diffusion.pretrain import PipelinePretraining as PipelinePretraining
 from mmpeft.diffusion.style.grid import Show as Show

@@ -20,11 +20,12 @@ Sampling = Literal["uniform", "logit_normal"]
 
 
 @dataclass(frozen=True)
-class Levels:
+class TimestepSampling:
     """How noisy training samples are, as a share σ of the way from image to noise.
 
     `uniform`, or `logit_normal`: `σ = sigmoid(mean + std z)`, most often half-way (arXiv:2403.03206). Then
-    `σ ← k σ / (1 + (k − 1) σ)` with `shift` k > 1 towards noise, as larger images want it.
+    `σ ← k σ / (1 + (k − 1) σ)` with `shift` k > 1 towards noise, as larger images want it: diffusers' `shift` of
+    flow matching, `discrete_flow_shift` of other trainers.
     """
 
     sampling: Sampling = "uniform"
@@ -47,13 +48,17 @@ class Levels:
         return self.shift * sigma / (1 + (self.shift - 1) * sigma)
 
 
+Levels = TimestepSampling
+"""Deprecated name of `TimestepSampling`."""
+
+
 class Objective(ABC):
     """Draws timesteps, makes a noisy sample of each latent, and weighs the squared error of the prediction.
 
     Shapes: latents, noise and predictions [B, ...]; timesteps [B].
     """
 
-    levels: Levels
+    timesteps: TimestepSampling
 
     @abstractmethod
     def draw(self, count: int, generator: Generator | None = None) -> Tensor:
@@ -84,14 +89,16 @@ class Denoising(Objective):
     `min(SNR, γ) / SNR` for ε, `min(SNR, γ) / (SNR + 1)` for v and `min(SNR, γ)` for x₀, `SNR = ᾱ / (1 − ᾱ)`.
     """
 
-    def __init__(self, scheduler: Untyped, snr_gamma: float | None = None, levels: Levels | None = None) -> None:
+    def __init__(
+        self, scheduler: Untyped, snr_gamma: float | None = None, timesteps: TimestepSampling | None = None
+    ) -> None:
         """
         Args:
             scheduler: diffusers' DDPM or DDIM scheduler of the pipeline, which says what is predicted.
             snr_gamma: γ, usually 5; None for equal weights.
-            levels: which timesteps are drawn; None for all alike.
+            timesteps: which are drawn; None for all alike.
         """
-        self.scheduler, self.snr_gamma, self.levels = scheduler, snr_gamma, levels or Levels()
+        self.scheduler, self.snr_gamma, self.timesteps = scheduler, snr_gamma, timesteps or TimestepSampling()
         self.prediction: Prediction = scheduler.config.prediction_type
         if self.prediction not in ("epsilon", "v_prediction", "sample"):
             raise ConfigError(f"the scheduler predicts {self.prediction!r}; expected epsilon, v_prediction or sample")
@@ -99,7 +106,7 @@ class Denoising(Objective):
             raise ConfigError(f"snr_gamma must be positive, got {snr_gamma}; leave it out for equal weights")
 
     def draw(self, count: int, generator: Generator | None = None) -> Tensor:
-        drawn: Tensor = self.levels.draw(count, generator) * self.scheduler.config.num_train_timesteps
+        drawn: Tensor = self.timesteps.draw(count, generator) * self.scheduler.config.num_train_timesteps
         return drawn.long()
 
     def noisy(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
@@ -127,11 +134,11 @@ class FlowMatching(Objective):
 
     steps = 1000
 
-    def __init__(self, levels: Levels | None = None) -> None:
-        self.levels = levels or Levels("logit_normal")
+    def __init__(self, timesteps: TimestepSampling | None = None) -> None:
+        self.timesteps = timesteps or TimestepSampling("logit_normal")
 
     def draw(self, count: int, generator: Generator | None = None) -> Tensor:
-        return self.levels.draw(count, generator) * self.steps
+        return self.timesteps.draw(count, generator) * self.steps
 
     def noisy(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         sigma = (timesteps / self.steps).reshape(-1, *[1] * (latents.dim() - 1)).to(latents)
@@ -148,20 +155,20 @@ class EDM(Objective):
     model is told `ln(σ) / 4`. The paper's weights are those under which every σ's error of F counts alike.
     """
 
-    def __init__(self, scheduler: Untyped, levels: Levels | None = None) -> None:
+    def __init__(self, scheduler: Untyped, timesteps: TimestepSampling | None = None) -> None:
         """
         Args:
             scheduler: diffusers' EDM scheduler of the pipeline.
             levels: which of its noise levels are drawn, from the least (0) to the greatest (1); None for all alike.
         """
         facts = scheduler.config
-        self.levels, self.data = levels or Levels(), float(facts.sigma_data)
+        self.timesteps, self.data = timesteps or TimestepSampling(), float(facts.sigma_data)
         self.least, self.most, self.rho = float(facts.sigma_min), float(facts.sigma_max), float(facts.rho)
         self.exponential = facts.sigma_schedule == "exponential"
         self.sign = -1.0 if facts.prediction_type == "v_prediction" else 1.0
 
     def draw(self, count: int, generator: Generator | None = None) -> Tensor:
-        share = self.levels.draw(count, generator)
+        share = self.timesteps.draw(count, generator)
         if self.exponential:
             return (math.log(self.least) + share * (math.log(self.most) - math.log(self.least))) / 4
         low, high = self.least ** (1 / self.rho), self.most ** (1 / self.rho)
@@ -182,7 +189,9 @@ class EDM(Objective):
         return (timesteps.float() * 4).exp().reshape(-1, *[1] * (like.dim() - 1)).to(like)
 
 
-def objective_of(scheduler: Untyped, snr_gamma: float | None = None, levels: Levels | None = None) -> Objective:
+def objective_of(
+    scheduler: Untyped, snr_gamma: float | None = None, timesteps: TimestepSampling | None = None
+) -> Objective:
     """What a pipeline's denoiser was trained for, by the pipeline's scheduler.
 
     Flow matching draws logit-normal levels with the scheduler's own shift unless told otherwise.
@@ -199,12 +208,13 @@ def objective_of(scheduler: Untyped, snr_gamma: float | None = None, levels: Lev
                 f"it is not known what a model under a {name} was trained for; expected a scheduler of discrete steps "
                 "by betas (DDPM, DDIM, Euler, …), of flow matching, or of EDM"
             )
-        return Denoising(DDPMScheduler.from_config(facts), snr_gamma, levels)
+        return Denoising(DDPMScheduler.from_config(facts), snr_gamma, timesteps)
     if snr_gamma is not None:
         raise ConfigError(
-            "snr_gamma weighs the errors of ε, v and x₀ models; for flow matching and EDM set `levels` instead"
+            "snr_gamma weighs the errors of ε, v and x₀ models; for flow matching and EDM set `timestep_sampling` "
+            "instead"
         )
     if edm:
-        return EDM(scheduler, levels)
+        return EDM(scheduler, timesteps)
     moving = facts.get("use_dynamic_shifting", False)
-    return FlowMatching(levels or Levels("logit_normal", shift=1.0 if moving else facts.get("shift", 1.0)))
+    return FlowMatching(timesteps or TimestepSampling("logit_normal", shift=1.0 if moving else facts.get("shift", 1.0)))

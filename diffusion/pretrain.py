@@ -18,7 +18,7 @@ from torchvision.transforms.v2 import functional as tf
 from torchvision.utils import make_grid
 
 from mmpeft.data.loading import DataModule
-from mmpeft.diffusion.objective import FlowMatching, Levels
+from mmpeft.diffusion.objective import FlowMatching, TimestepSampling
 from mmpeft.diffusion.pipeline import PixelPipeline
 from mmpeft.diffusion.text import text_encoder
 from mmpeft.embedded import emoji
@@ -112,7 +112,7 @@ class PipelinePretraining(WritesWeights):
         if denoiser not in ("UNet2DConditionModel", "PixArtTransformer2DModel"):
             raise ConfigError(f"denoiser is UNet2DConditionModel or PixArtTransformer2DModel, got {denoiser!r}")
         self.denoiser, self.config, self.no_caption = denoiser, dict(config), no_caption
-        self.objective = FlowMatching(Levels("logit_normal", shift=shift))
+        self.objective = FlowMatching(TimestepSampling("logit_normal", shift=shift))
         self.generator = torch.Generator().manual_seed(seed)
         self.name, self.folder = name, folder
         self.pipeline: PixelPipeline | None = None
@@ -121,7 +121,7 @@ class PipelinePretraining(WritesWeights):
         model: nn.Module = getattr(diffusers, self.denoiser)(**self.config)
         encoder, tokenizer = text_encoder(WEIGHTS / "clip_emoji")
         part = "unet" if self.denoiser.startswith("UNet") else "transformer"
-        scheduler = FlowMatchEulerDiscreteScheduler(shift=self.objective.levels.shift)
+        scheduler = FlowMatchEulerDiscreteScheduler(shift=self.objective.timesteps.shift)
         pipeline = self.__dict__["pipeline"] = PixelPipeline(scheduler, encoder, tokenizer, **{part: model})
         pipeline.set_progress_bar_config(disable=True)
         return model

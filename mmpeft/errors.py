@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from difflib import get_close_matches
@@ -94,6 +95,11 @@ def expect(holds: bool, owner: object, name: str, value: object, wanted: str) ->
     if not holds:
         said = owner if isinstance(owner, str) else type(owner).__name__
         raise ConfigError(f"{said}: {name} must be {wanted}, got {value!r}")
+
+
+def renamed(old: str, new: str) -> None:
+    """Warn that a name has another now; the old one goes on working."""
+    warnings.warn(f"{old} is now {new}; the old name goes on working for a while", DeprecationWarning, stacklevel=3)
 
 
 @contextmanager

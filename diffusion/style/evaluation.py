@@ -105,13 +105,17 @@ class StyleScores(Callback):
         self._last, self._fixed = -1, dict[str, Tensor]()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self.show.judged:
+        if self.show.num_validation_images:
             folder = folder_of(trainer)
             self.rows = rows_before(folder / SCORES, trainer.global_step) if folder and trainer.global_step else []
             self._judge = judge_of(trainer) if folder else None
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *rest: object) -> None:
-        if trainer.global_step % self.show.every == 0 and trainer.global_step != self._last and self.show.judged:
+        if (
+            trainer.global_step % self.show.every == 0
+            and trainer.global_step != self._last
+            and self.show.num_validation_images
+        ):
             self._last = trainer.global_step
             folder = folder_of(trainer)
             with torch.random.fork_rng():
@@ -125,7 +129,7 @@ class StyleScores(Callback):
         known = module.datamodule.val_set
         if self._judge is None or not known:
             return {}
-        count = min(self.show.judged, len(known))
+        count = min(self.show.num_validation_images, len(known))
         batch = default_collate([known[i * len(known) // count] for i in range(count)])
         drawn = Drawn()
         images = module.drawings(batch, range(count), base=not self._fixed)

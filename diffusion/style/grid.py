@@ -15,7 +15,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from PIL import Image
 from torch import Tensor
 
-from mmpeft.errors import ConfigError, Refused
+from mmpeft.errors import ConfigError, Refused, renamed
 from mmpeft.files import png_of, write_atomic
 from mmpeft.tasks.publish import folder_of
 from mmpeft.types import AnyModule
@@ -35,8 +35,9 @@ class Show:
         steps: denoising steps.
         guidance: guidance scale.
         seed: of the noise, the same in each grid.
-        judged: prompts of the validation set that are drawn with each grid to be judged by the data's evaluator; 0 for
-            none, and where the data have none.
+        num_validation_images: prompts of the validation set that are drawn with each grid and scored by the data's
+            evaluator; 0 for none, and where the data have none.
+        judged: deprecated name of `num_validation_images`.
     """
 
     prompts: Sequence[str] = field(default_factory=tuple)
@@ -45,13 +46,19 @@ class Show:
     steps: int = 20
     guidance: float = 3.0
     seed: int = 0
-    judged: int = 0
+    num_validation_images: int = 0
+    judged: int | None = None
 
     def __post_init__(self) -> None:
         if self.every < 1 or self.steps < 1:
             raise ConfigError(f"every and steps are numbers >= 1, got {self.every} and {self.steps}")
-        if self.judged < 0 or 0 < self.judged < 4:
-            raise ConfigError(f"judged is a number of prompts, 4 or more, or 0 for none, got {self.judged}")
+        if self.judged is not None:
+            renamed("Show.judged", "num_validation_images")
+            object.__setattr__(self, "num_validation_images", self.judged)
+            object.__setattr__(self, "judged", None)
+        count = self.num_validation_images
+        if count < 0 or 0 < count < 4:
+            raise ConfigError(f"num_validation_images is a number of prompts, 4 or more, or 0 for none, got {count}")
 
 
 class StrengthGrid(Callback):

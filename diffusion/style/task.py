@@ -18,11 +18,11 @@ from mmpeft.diffusion.backbone import DTYPES, create
 from mmpeft.diffusion.data.base import HasPrompts
 from mmpeft.diffusion.families import family_of
 from mmpeft.diffusion.family import FACTS, Condition, Family
-from mmpeft.diffusion.objective import Levels, Objective, objective_of
+from mmpeft.diffusion.objective import Objective, TimestepSampling, objective_of
 from mmpeft.diffusion.style.cache import Cache, latent_facts, text_facts
 from mmpeft.diffusion.style.evaluation import StyleScores, StyleTest, predicted
 from mmpeft.diffusion.style.grid import Show, StrengthGrid
-from mmpeft.errors import ConfigError
+from mmpeft.errors import ConfigError, renamed
 from mmpeft.methods.base import Method
 from mmpeft.surgery.choice import use
 from mmpeft.tasks.module import TuningModule
@@ -51,7 +51,7 @@ class StyleTuner(TuningModule):
         text_method: Method | None = None,
         warmup: float = 0.05,
         snr_gamma: float | None = None,
-        levels: Levels | None = None,
+        timestep_sampling: TimestepSampling | None = None,
         no_caption: float = 0.0,
         prior_weight: float = 0.0,
         prior_prompt: str | None = None,
@@ -61,6 +61,7 @@ class StyleTuner(TuningModule):
         cache_dir: str | None = None,
         show: Show | None = None,
         seed: int = 0,
+        levels: TimestepSampling | None = None,
         **options: Unpack[SteppingOptions],
     ) -> None:
         """
@@ -70,7 +71,7 @@ class StyleTuner(TuningModule):
             text_method: what is trained in every text encoder; None leaves them frozen.
             warmup: share of all steps with a linear rise of the learning rate; cosine decay to zero follows.
             snr_gamma: γ of min-SNR weights for ε, v and x₀ models, usually 5; None for equal weights.
-            levels: which noise levels are drawn; None for those the pipeline was made with.
+            timestep_sampling: which timesteps are drawn; None for those the pipeline was made with.
             no_caption: share of captions left empty.
             prior_weight: of what keeps the model's prior: the data's prior images where they have some, else the
                 prediction of the model with the tuning off, for `prior_prompt`, which needs no images.
@@ -81,6 +82,7 @@ class StyleTuner(TuningModule):
             cache_dir: where latents and text features are kept for other runs; None keeps them in memory.
             show: prompts and strengths of the validation grid.
             seed: of noise, timesteps and dropped captions.
+            levels: deprecated name of `timestep_sampling`.
             options: those of `TuningModule`.
         """
         super().__init__(method, warmup=warmup, train_head=False, **options)
@@ -90,7 +92,10 @@ class StyleTuner(TuningModule):
             raise ConfigError(f"prior_weight is not negative, got {prior_weight}")
         if dtype not in DTYPES:
             raise ConfigError(f"dtype is one of {', '.join(DTYPES)}, got {dtype!r}")
-        self.source, self.text_method, self.snr_gamma, self.levels = pipeline, text_method, snr_gamma, levels
+        if levels is not None:
+            renamed(f"{type(self).__name__}(levels=…)", "timestep_sampling")
+        self.timestep_sampling = timestep_sampling or levels
+        self.source, self.text_method, self.snr_gamma = pipeline, text_method, snr_gamma
         self.no_caption, self.prior_weight, self.prior_prompt = no_caption, prior_weight, prior_prompt
         self.resolution, self.dtype_name, self.quantization = resolution, dtype, quantization
         self.cache_dir = Path(cache_dir) if cache_dir else None
@@ -108,7 +113,7 @@ class StyleTuner(TuningModule):
         family = self.open()
         # Not registered as sub-modules: only what is tuned belongs to the module, moves with it and is checkpointed.
         self.__dict__["family"] = family
-        self.objective: Objective = objective_of(family.pipeline.scheduler, self.snr_gamma, self.levels)
+        self.objective: Objective = objective_of(family.pipeline.scheduler, self.snr_gamma, self.timestep_sampling)
         self._check(family)
         denoiser: nn.Module = family.denoiser
         return denoiser

@@ -55,7 +55,7 @@ def test_a_test_run_judges_what_is_drawn(tmp_path: Path, monkeypatch: pytest.Mon
     module = StyleTuner(
         str(tmp_path / "unet"),
         method,
-        show=Show(every=2, steps=2, judged=8),
+        show=Show(every=2, steps=2, num_validation_images=8),
         optimizer=partial(torch.optim.AdamW, lr=1e-2),
     )
     data = EmojiStyle(images=40, template="{}, outlined", test_images=18, batch_size=4)
@@ -95,7 +95,7 @@ def test_ones_own_images_are_judged_by_an_image_text_pair(tmp_path: Path) -> Non
 
     def run(name: str, judged: int) -> tuple[StyleTuner, Trainer]:
         torch.manual_seed(0)
-        show = Show(every=2, steps=2, judged=judged)
+        show = Show(every=2, steps=2, num_validation_images=judged)
         module = StyleTuner(str(tmp_path / "unet"), mmpeft.LoRA(rank=2), show=show)
         fit = trainer(tmp_path, max_steps=4, max_epochs=-1, logger=CSVLogger(tmp_path, name=name, version=""))
         fit.fit(module, data)

@@ -213,7 +213,7 @@ def test_bad_input(folders: dict[str, Path], tmp_path: Path) -> None:
         trainer(tmp_path, 1).fit(task(folders["pixel-unet"]), data(folders, resolution=32))
     with pytest.raises(DataError, match="no test samples"):
         trainer(tmp_path, 1).test(task(folders["sd"]), data(folders))
-    with pytest.raises(ConfigError, match="set `levels` instead"):
+    with pytest.raises(ConfigError, match="set `timestep_sampling` instead"):
         trainer(tmp_path, 1).fit(task(folders["sd3"], snr_gamma=5.0), data(folders))
     for options in ({"no_caption": 1.0}, {"prior_weight": -1.0}, {"dtype": "int8"}):
         with pytest.raises(ConfigError):

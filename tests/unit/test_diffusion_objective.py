@@ -14,7 +14,7 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
 )
 
-from mmpeft.diffusion.objective import EDM, Denoising, FlowMatching, Levels, objective_of
+from mmpeft.diffusion.objective import EDM, Denoising, FlowMatching, TimestepSampling, objective_of
 from mmpeft.errors import ConfigError
 
 LATENTS, NOISE = torch.randn(4, 3, 5, 5), torch.randn(4, 3, 5, 5)
@@ -71,12 +71,12 @@ def test_flow_matching_is_what_the_euler_sampler_integrates() -> None:
 @pytest.mark.parametrize("sampling", ["uniform", "logit_normal"])
 def test_noise_levels_are_drawn_as_said(sampling: Any) -> None:
     generator = torch.Generator().manual_seed(0)
-    plain = FlowMatching(Levels(sampling)).draw(20_000, generator) / 1000
+    plain = FlowMatching(TimestepSampling(sampling)).draw(20_000, generator) / 1000
     assert float(plain.min()) > 0
     assert float(plain.max()) < 1
     assert float(plain.mean()) == pytest.approx(0.5, abs=0.01)
     assert float(plain.std()) == pytest.approx({"uniform": 0.289, "logit_normal": 0.208}[sampling], abs=0.01)
-    shifted = FlowMatching(Levels(sampling, shift=3.0)).draw(20_000, torch.Generator().manual_seed(0)) / 1000
+    shifted = FlowMatching(TimestepSampling(sampling, shift=3.0)).draw(20_000, torch.Generator().manual_seed(0)) / 1000
     torch.testing.assert_close(shifted, 3 * plain / (1 + 2 * plain))
 
 
@@ -112,18 +112,20 @@ def test_bad_settings() -> None:
     with pytest.raises(ConfigError, match="snr_gamma must be positive"):
         Denoising(DDPMScheduler(), snr_gamma=0)
     with pytest.raises(ConfigError, match="must be positive"):
-        Levels(shift=0)
+        TimestepSampling(shift=0)
     with pytest.raises(ConfigError, match="logit_normal"):
-        Levels("cosine")  # type: ignore[arg-type]
+        TimestepSampling("cosine")  # type: ignore[arg-type]
 
 
 def test_the_scheduler_says_what_is_learned() -> None:
     found = objective_of(DDIMScheduler(prediction_type="v_prediction"), snr_gamma=5.0)
     assert isinstance(found, Denoising)
     assert (found.prediction, found.snr_gamma) == ("v_prediction", 5.0)
-    assert objective_of(FlowMatchEulerDiscreteScheduler(shift=3.0)).levels == Levels("logit_normal", shift=3.0)
+    assert objective_of(FlowMatchEulerDiscreteScheduler(shift=3.0)).timesteps == TimestepSampling(
+        "logit_normal", shift=3.0
+    )
     moving = FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True)
-    assert objective_of(moving).levels.shift == 1.0
+    assert objective_of(moving).timesteps.shift == 1.0
     with pytest.raises(ConfigError, match="set `levels` instead"):
         objective_of(FlowMatchEulerDiscreteScheduler(), snr_gamma=5.0)
 
@@ -132,5 +134,5 @@ def test_timesteps_of_a_denoiser_follow_the_levels() -> None:
     scheduler = DDPMScheduler()
     steps = Denoising(scheduler).draw(20_000, torch.Generator().manual_seed(0))
     assert (int(steps.min()), int(steps.max())) == (0, 999)
-    late = Denoising(scheduler, levels=Levels(shift=3.0)).draw(20_000, torch.Generator().manual_seed(0))
+    late = Denoising(scheduler, timesteps=TimestepSampling(shift=3.0)).draw(20_000, torch.Generator().manual_seed(0))
     assert float(late.float().mean()) > float(steps.float().mean()) + 100
