@@ -9,7 +9,7 @@ from typing import Literal
 from torch import nn
 
 from mmpeft.controllers.scores import Loss, default_loss
-from mmpeft.errors import ConfigError
+from mmpeft.errors import ConfigError, renamed
 from mmpeft.formats import exchange, merged, native
 from mmpeft.hub.adapters import local, push
 from mmpeft.hub.card import Card
@@ -111,10 +111,15 @@ class Tuning(Attached):
     Holds no state of its own: everything lives on the model, so copies and pickles of the model carry it.
     """
 
-    def save(self, folder: str | Path, *, bake: bool = False) -> Path:
-        """Write `adapter.safetensors` and `adapter.json`, atomically; with `bake`, what `bake()` would leave."""
+    def save(self, folder: str | Path, *, inference: bool = False, bake: bool | None = None) -> Path:
+        """Write `adapter.safetensors` and `adapter.json`, atomically.
+
+        With `inference`, what `for_inference()` would leave; `bake` is its deprecated name.
+        """
+        if bake is not None:
+            renamed("tuning.save(bake=…)", "inference")
         check_whole(self)
-        return native.save(self, folder, bake=bake)
+        return native.save(self, folder, inference=inference or bool(bake))
 
     def export(
         self,

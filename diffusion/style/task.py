@@ -314,4 +314,4 @@ class StyleTuner(TuningModule):
     def save_texts(self, folder: Path) -> None:
         """What was trained in the text encoders."""
         for name, tuning in self.text_tunings.items():
-            tuning.save(folder / name, bake=True)
+            tuning.save(folder / name, inference=True)

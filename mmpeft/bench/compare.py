@@ -203,7 +203,7 @@ def one(
         )
     tuning = task.prepare()
     if folder is not None:
-        tuning.save(folder, bake=True)
+        tuning.save(folder, inference=True)
     trainable = sum(p.numel() for _, p in task.trainable())
     beside = trainable - sum(p.numel() for p in tuning.parameters())
     heads = {site.path for site in sites(tuning.model) if site.role == "head"}

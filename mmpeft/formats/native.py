@@ -43,10 +43,10 @@ SECTIONS = (("base", "class"), ("base", "fingerprint"), ("tensors", "file"), ("t
 LIBRARIES = ("mmpeft", "torch", "timm", "open_clip_torch", "diffusers", "transformers")
 
 
-def save(tuning: Attached, folder: str | Path, *, bake: bool = False) -> Path:
+def save(tuning: Attached, folder: str | Path, *, inference: bool = False) -> Path:
     """Write a tuning's trainable tensors and its manifest; return the folder.
 
-    With `bake` only what the forward pass needs is written: of AdaLoRA the components that are left.
+    With `inference` only what the forward pass needs is written: of AdaLoRA the components that are left.
 
     Raises:
         ConfigError: the tuning is merged, so the base is not itself; or it holds NaN or infinity.
@@ -55,7 +55,9 @@ def save(tuning: Attached, folder: str | Path, *, bake: bool = False) -> Path:
     folder = Path(folder)
     if tuning._state.merged:
         raise ConfigError(f"unmerge() {list(tuning._state.merged)} before saving: the base holds merged weights")
-    method, found, placements = tuning.compact() if bake else (tuning.method, tuning.state_dict(), tuning.placements)
+    method, found, placements = (
+        tuning.inference_form() if inference else (tuning.method, tuning.state_dict(), tuning.placements)
+    )
     tensors = {name: tensor.cpu().contiguous() for name, tensor in found.items()}
     check_saved(tensors, folder)
     data = dump_tensors(tensors, metadata={"format": "pt"})

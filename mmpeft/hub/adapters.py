@@ -62,7 +62,7 @@ def push(tuning: Attached, repository: str, card: Card, private: bool = False) -
         from huggingface_hub import HfApi
     with TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        native.save(tuning, folder, bake=True)
+        native.save(tuning, folder, inference=True)
         try:
             export(tuning, folder / PEFT, "peft")
         except (Refused, ConfigError, AdapterFileError):  # PEFT has no such method, which the card leaves out then

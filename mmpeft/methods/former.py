@@ -33,7 +33,7 @@ class FormerContract:
         return list(_placed("controllers").controllers)
 
     def compact(self, placements: Sequence[Placement]) -> tuple[Method, Tensors]:
-        """Deprecated: `place` gives it, as `bake`; `tuning.compact()` asks for it."""
+        """Deprecated: `place` gives it, as `bake`; `tuning.inference_form()` asks for it."""
         return _placed("compact").baked() or (self, everything(placements))  # type: ignore[return-value]  # same pair
 
 
@@ -43,7 +43,7 @@ def _placed(name: str) -> Placed:
     except LookupError:
         raise ConfigError(
             f"Method.{name}(placements) is no more: what method.place(model, sites) gives has `controllers` and "
-            "`bake`, an attached tuning has `controllers` and `compact()`"
+            "`bake`, an attached tuning has `controllers` and `inference_form()`"
         ) from None
 
 

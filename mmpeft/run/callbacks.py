@@ -128,7 +128,7 @@ class Outcome(Callback):
         if folder and isinstance(pl_module, TuningModule):
             tuning = pl_module.prepare()
             tuning.controllers.fit_end()
-            self._adapter = tuning.save(folder / "adapter", bake=True)
+            self._adapter = tuning.save(folder / "adapter", inference=True)
             for plan in plans(tuning.method):
                 plan.save(folder / "plan.json")
                 if find_spec("matplotlib"):

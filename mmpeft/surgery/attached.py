@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from mmpeft.controllers import Controllers
 from mmpeft.controllers.layers import rest_below
-from mmpeft.errors import AdapterFileError, ConfigError, Refused, nearest
+from mmpeft.errors import AdapterFileError, ConfigError, Refused, nearest, renamed
 from mmpeft.hosting.recompute import Recompute
 from mmpeft.hosting.values import unfit
 from mmpeft.methods.base import Method, with_depth
@@ -160,16 +160,26 @@ class Attached:
         """
         unmerge(self)
 
-    def bake(self) -> None:
+    def for_inference(self) -> None:
         """Drop what only training needed (the MLP behind a prefix, closed rank components); answers stay the same.
 
         What is left can be trained, saved and loaded: as the method that `tuning.method` then names.
         """
         bake(self)
 
-    def compact(self) -> tuple[Method, dict[str, Tensor], list[Placement]]:
-        """The method, tensors and parts that `bake()` would leave, beside the tuning as it is."""
+    def inference_form(self) -> tuple[Method, dict[str, Tensor], list[Placement]]:
+        """The method, tensors and parts that `for_inference()` would leave, beside the tuning as it is."""
         return compact(self)
+
+    def bake(self) -> None:
+        """Deprecated name of `for_inference`."""
+        renamed("tuning.bake()", "tuning.for_inference()")
+        self.for_inference()
+
+    def compact(self) -> tuple[Method, dict[str, Tensor], list[Placement]]:
+        """Deprecated name of `inference_form`."""
+        renamed("tuning.compact()", "tuning.inference_form()")
+        return self.inference_form()
 
     # -- checks ---------------------------------------------------------------------------------------------
 

@@ -99,7 +99,7 @@ def test_adalora_ends_at_its_target_and_saves_a_lora(tmp_path) -> None:
     loaded = mmpeft.load(model, tmp_path / "adapter")
     module.eval(), model.eval()
     torch.testing.assert_close(model(images), module(images))
-    module.tuning.bake()
+    module.tuning.for_inference()
     torch.testing.assert_close(module(images), model(images))
     assert sum(p.numel() for p in module.tuning.parameters()) == sum(p.numel() for p in loaded.parameters())
 
@@ -155,7 +155,7 @@ def test_every_rank_of_dylora_is_a_lora() -> None:
     mmpeft.at_rank(tuning.placements, 2)
     cut = module(images)
     assert not torch.allclose(cut, whole)
-    tuning.bake()
+    tuning.for_inference()
     torch.testing.assert_close(module(images), cut)
     assert "rank=2" in str(tuning.method)
     with pytest.raises(ConfigError, match="expected a DyLoRA"):
@@ -171,7 +171,7 @@ def test_sora_prunes_what_its_threshold_closes() -> None:
     images = torch.randn(2, 3, 32, 32)
     module.eval()
     y = module(images)
-    tuning.bake()
+    tuning.for_inference()
     torch.testing.assert_close(module(images), y)
     assert sum(len(p.part.factor.A) for p in tuning.placements if hasattr(p.part, "factor")) == before
 

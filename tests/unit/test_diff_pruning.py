@@ -60,7 +60,7 @@ def test_a_run_ends_at_its_density_and_saves_a_plan(method, tmp_path) -> None:
     assert kept == round(method.density * entries)
     assert not any(p.part.w[~p.part.mask].any() for p in tuning.placements)
     tuned = model(x)
-    tuning.save(tmp_path, bake=True)
+    tuning.save(tmp_path, inference=True)
     other = Toy()
     loaded = mmpeft.load(other, tmp_path)
     assert type(loaded.method).__name__ == "Plan"
@@ -74,14 +74,14 @@ def test_a_run_ends_at_its_density_and_saves_a_plan(method, tmp_path) -> None:
     tuning.merge()
     torch.testing.assert_close(model(x), tuned)
     tuning.unmerge()
-    tuning.bake()
+    tuning.for_inference()
     torch.testing.assert_close(model(x), tuned)
 
 
 def test_before_the_choice_the_adapter_is_what_trains() -> None:
     model = Toy()
     tuning = mmpeft.attach(model, METHOD)
-    method, tensors, placements = tuning.compact()
+    method, tensors, placements = tuning.inference_form()
     assert method is tuning.method
     assert placements is tuning.placements
     assert {name.rpartition(".")[2] for name in tensors} == {"w", "a"}
@@ -121,5 +121,5 @@ def test_a_slice_of_a_fused_projection_goes_into_the_plan_of_its_tensor() -> Non
     tuning.controllers.fit_start(1)
     tuning.controllers.fit_end()
     before = example.answer()
-    tuning.bake()
+    tuning.for_inference()
     torch.testing.assert_close(example.answer(), before, atol=1e-5, rtol=1e-5)

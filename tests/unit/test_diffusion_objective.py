@@ -126,7 +126,7 @@ def test_the_scheduler_says_what_is_learned() -> None:
     )
     moving = FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True)
     assert objective_of(moving).timesteps.shift == 1.0
-    with pytest.raises(ConfigError, match="set `levels` instead"):
+    with pytest.raises(ConfigError, match="set `timestep_sampling` instead"):
         objective_of(FlowMatchEulerDiscreteScheduler(), snr_gamma=5.0)
 
 

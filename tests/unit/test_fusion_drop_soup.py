@@ -167,7 +167,7 @@ def test_left_out_layers_run_plain_and_keep_nothing(n: int, tmp_path: Path) -> N
     other = mmpeft.attach(reference, mmpeft.Pfeiffer(bottleneck=8).where(f"depth>={n}"))
     other.load_state_dict({k: v for k, v in tuning.state_dict().items() if int(k.split(".")[1]) >= n})
     assert torch.equal(model(X), reference(X))
-    tuning.save(tmp_path, bake=True)
+    tuning.save(tmp_path, inference=True)
     again = _vit()
     kept = mmpeft.load(again, tmp_path)
     assert sum(p.numel() for p in kept.parameters()) == sum(p.numel() for p in other.parameters())

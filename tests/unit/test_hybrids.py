@@ -152,7 +152,7 @@ def test_baking_keeps_the_answer_and_the_name(method: mmpeft.methods.Method, tmp
     example = FAMILIES["bert"]()
     tuning = stirred(example.model, method)
     before = example.answer()
-    tuning.bake()
+    tuning.for_inference()
     assert torch.equal(example.answer(), before)
     assert type(tuning.method) is type(method)
     assert not any("outer" in name for name, _ in tuning.named_parameters())

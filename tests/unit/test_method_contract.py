@@ -55,7 +55,7 @@ def test_a_list_of_placements_stands_for_parts_that_nothing_drives() -> None:
     tuning = mmpeft.attach(model, Plain(at="block", bottleneck=2))
     assert len(tuning.placements) == 2
     assert not tuning.controllers
-    assert tuning.compact()[0] is tuning.method
+    assert tuning.inference_form()[0] is tuning.method
 
 
 def test_former_functions_count_still_and_may_ask_those_above() -> None:
@@ -103,10 +103,10 @@ def test_what_is_left_is_that_of_the_copy(way) -> None:
             if hasattr(p.part, "factor"):
                 p.part.factor.g.zero_()
                 p.part.factor.g[0] = 1.0
-    method, _, _ = tuning.compact()
+    method, _, _ = tuning.inference_form()
     assert method.methods[0].rank == 1
     (untouched,) = mmpeft.tunings(model).values()
-    assert untouched.compact()[0].methods[0].rank == 4
+    assert untouched.inference_form()[0].methods[0].rank == 4
 
 
 @dataclass(frozen=True)

@@ -66,7 +66,7 @@ def test_baking_drops_the_mlp_and_changes_nothing(tmp_path) -> None:
     example = FAMILIES["t5"]()
     tuning = mmpeft.attach(example.model, mmpeft.PrefixTuning(tokens=P, hidden=16))
     before, size = example.answer(), tuning.report().trainable
-    tuning.bake()
+    tuning.for_inference()
     assert torch.equal(example.answer(), before)
     assert tuning.report().trainable < size
     assert not any("mlp" in name for name, _ in tuning.named_parameters())

@@ -97,7 +97,7 @@ def test_transformers_own_checkpointing() -> None:
 def test_baking_keeps_what_the_encoder_makes(kind: str, tmp_path) -> None:
     model, tuning, ids = _tuned("phi", mmpeft.PTuning(tokens=P, reparameterisation=kind, hidden=8))
     before = model(ids).logits
-    tuning.bake()
+    tuning.for_inference()
     assert [name for name, _ in tuning.named_parameters()] == ["ptuning.tokens"]
     baked = model(ids).logits
     torch.testing.assert_close(baked, before, atol=1e-6, rtol=1e-6)

@@ -126,7 +126,7 @@ def _bank(folder: Path) -> Path:
 
 
 def _bake(model: nn.Module) -> None:
-    mmpeft.tunings(model)["default"].bake()
+    mmpeft.tunings(model)["default"].for_inference()
 
 
 SPT = {"budget": 60, "structured": mmpeft.LoRA(rank=1, at="attn.q")}

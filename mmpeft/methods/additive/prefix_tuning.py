@@ -70,7 +70,7 @@ class PTuningV2(KeyValues):
 class PrefixTuning(KeyValues):
     """`[K; V]_l = MLP(E)_l`: one embedding E [p, d] and one tanh MLP of size `hidden` generate all layers' prefixes.
 
-    The MLP steadies training and is dropped by `tuning.bake()`, which keeps the generated keys and values;
+    The MLP steadies training and is dropped by `tuning.for_inference()`, which keeps the generated keys and values;
     `hidden=0` trains those directly. Parameters: `p d + h (d + 1) + (h + 1) Σ 2 h_l d_l`.
     """
 

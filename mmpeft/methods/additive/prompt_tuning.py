@@ -127,7 +127,7 @@ class PromptTuning(InputPrompt):
 class PTuning(InputPrompt):
     """`[encoder(E); E(x)]`: a two-layer BiLSTM and an MLP (`lstm`), or a three-layer MLP (`mlp`), of size `hidden`.
 
-    `tuning.bake()` drops the encoder and keeps the embeddings it makes; `hidden=0` trains those directly.
+    `tuning.for_inference()` drops the encoder and keeps the embeddings it makes; `hidden=0` trains those directly.
     """
 
     reparameterisation: Literal["lstm", "mlp"] = "lstm"

@@ -18,7 +18,7 @@ from mmpeft.sites import Site
 class Recipe(Method):
     """A method with a name and few fields of its own that stands for a composition of others.
 
-    `hidden` is the MLP behind a prefix, which `tuning.bake()` drops.
+    `hidden` is the MLP behind a prefix, which `tuning.for_inference()` drops.
     """
 
     hidden: int = 512
