@@ -55,9 +55,8 @@ def save(tuning: Attached, folder: str | Path, *, inference: bool = False) -> Pa
     folder = Path(folder)
     if tuning._state.merged:
         raise ConfigError(f"unmerge() {list(tuning._state.merged)} before saving: the base holds merged weights")
-    method, found, placements = (
-        tuning.inference_form() if inference else (tuning.method, tuning.state_dict(), tuning.placements)
-    )
+    whole = (tuning.method, tuning.state_dict(), tuning.placements)
+    method, found, placements = tuning.inference_form() if inference else whole
     tensors = {name: tensor.cpu().contiguous() for name, tensor in found.items()}
     check_saved(tensors, folder)
     data = dump_tensors(tensors, metadata={"format": "pt"})

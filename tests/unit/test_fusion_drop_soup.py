@@ -265,3 +265,10 @@ def test_the_closest_sources_are_those_with_like_data() -> None:
     assert closest(model, batches(patterns["b"]), sources, top=2)[0] == "b"
     assert not model.training
     assert not model.blocks[-1]._forward_hooks
+
+
+def test_the_former_names_go_on_working(tmp_path: Path) -> None:
+    tuning = mmpeft.attach(_vit(), mmpeft.LoRA())
+    for call in (tuning.bake, tuning.compact, lambda: tuning.save(tmp_path, bake=True)):
+        with pytest.warns(DeprecationWarning, match="inference"):
+            call()
