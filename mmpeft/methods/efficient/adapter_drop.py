@@ -26,7 +26,8 @@ class AdapterDrop(Wrapped):
 
     `drop` is by default all blocks but the last. At inference `tuning.leave_out(n)` runs the first n blocks plain:
     no time is spent there, and several tasks can share what those blocks compute; `for_inference()` and
-    `save(inference=True)` then keep the other blocks' parts alone. Below the lowest part that runs nothing needs a gradient. To train with a
+    `save(inference=True)` then keep the other blocks' parts alone. Below the lowest part that runs nothing needs a
+    gradient. To train with a
     fixed n, use `method.where("depth>=n")`.
 
     With DDP the parts that rest have no gradient in a step: `strategy=ddp_find_unused_parameters_true`.
