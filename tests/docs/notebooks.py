@@ -63,7 +63,9 @@ def run(name: str) -> None:
     for cell in notebook.cells:
         cell.metadata.clear()
         if cell.cell_type == "code":
-            cell.outputs = [out for out in cell.outputs if out.get("name") != "stderr"]
+            cell.outputs = [
+                out for out in cell.outputs if out.get("name") == "stdout" or "image/png" in out.get("data", {})
+            ]
             for out in cell.outputs:
                 if "text" in out:
                     out["text"] = COLOURS.sub("", out["text"])
