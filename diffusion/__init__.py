@@ -18,7 +18,7 @@ DATA = {
 }
 COMMANDS = {
     "sample": ("mmpeft.diffusion.commands:sample", "draw by a pipeline with adapters, at any strength"),
-    "mix": ("mmpeft.diffusion.style.mix:mix", "write several LoRAs of a pipeline as one: a sum, or ZipLoRA"),
+    "mix": ("mmpeft.diffusion.commands:mix", "write several LoRAs of a pipeline as one: a sum, or ZipLoRA"),
 }
 
 

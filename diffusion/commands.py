@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mmpeft._arguments import own_arguments, positive
+from mmpeft.formats.forms import FORMATS
 
 PIPELINE = "a hub repository, a folder, or embedded:<name> (default: what the adapter's run was tuned on)"
 DTYPES = ("float32", "bfloat16", "float16")
@@ -36,5 +37,30 @@ def sample(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=Path("sample.png"), help="picture to write (default: %(default)s)")
     options = parser.parse_args(own_arguments(argv))
     from mmpeft.diffusion.style.command import run
+
+    return run(options)
+
+
+def mix(argv: Sequence[str] | None = None) -> int:
+    """Write several LoRAs of a pipeline as one: `Σ w_k ΔW_k`, or with weights by input column that are learned.
+
+    A sum of LoRA files needs neither the pipeline nor its weights.
+    """
+    parser = argparse.ArgumentParser("mmpeft mix", description=mix.__doc__)
+    parser.add_argument("--adapter", type=Path, nargs="+", required=True, help="two LoRAs or more, of any known format")
+    parser.add_argument("--weights", type=float, nargs="*", help="one for each adapter (default: 1 each)")
+    parser.add_argument("--prompt", nargs="*", default=[], help="ZipLoRA: what each adapter is for, one prompt each")
+    parser.add_argument("--steps", type=positive, default=100, help="ZipLoRA: steps (default: %(default)s)")
+    parser.add_argument("--lr", type=float, default=0.01, help="ZipLoRA: learning rate (default: %(default)s)")
+    parser.add_argument("--penalty", type=float, default=0.01, help="ZipLoRA: weight of overlap (default: %(default)s)")
+    parser.add_argument(
+        "--images", type=positive, default=8, help="ZipLoRA: images drawn by each (default: %(default)s)"
+    )
+    parser.add_argument("--pipeline", help=f"{PIPELINE}; a weighted sum of LoRA files needs none")
+    parser.add_argument("--to", choices=FORMATS, default="diffusers", help="format (default: %(default)s)")
+    parser.add_argument("--out", type=Path, required=True, help="the file or folder to write")
+    parser.add_argument("--seed", type=int, default=0, help="of images and noise (default: %(default)s)")
+    options = parser.parse_args(own_arguments(argv))
+    from mmpeft.diffusion.style.mix import run
 
     return run(options)

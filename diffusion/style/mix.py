@@ -5,26 +5,21 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import get_args
 
 import torch
 from rich.console import Console
 from rich.progress import track
 from torch import Generator, Tensor
 
-from mmpeft._arguments import own_arguments as arguments
-from mmpeft._arguments import positive
 from mmpeft.combine.zip import penalty, zip_lora
 from mmpeft.data.sampling import hash_seed
 from mmpeft.diffusion.backbone import create
-from mmpeft.diffusion.commands import PIPELINE
 from mmpeft.diffusion.families import family_of
 from mmpeft.diffusion.family import Condition, Family
 from mmpeft.diffusion.objective import Objective, objective_of
 from mmpeft.diffusion.style.command import base_of, open_adapters
 from mmpeft.errors import ConfigError
-from mmpeft.formats.exchange import Exported, Format, export, mix_files, needs_model
+from mmpeft.formats.exchange import Exported, export, mix_files, needs_model
 from mmpeft.surgery.choice import use
 from mmpeft.tuning import Tuning
 
@@ -32,26 +27,8 @@ STEPS = 20
 GUIDANCE = 3.0
 
 
-def mix(argv: Sequence[str] | None = None) -> int:
-    """Write several LoRAs of a pipeline as one: `Σ w_k ΔW_k`, or with weights by input column that are learned.
-
-    A sum of LoRA files needs neither the pipeline nor its weights.
-    """
-    parser = argparse.ArgumentParser("mmpeft mix", description=mix.__doc__)
-    parser.add_argument("--adapter", type=Path, nargs="+", required=True, help="two LoRAs or more, of any known format")
-    parser.add_argument("--weights", type=float, nargs="*", help="one for each adapter (default: 1 each)")
-    parser.add_argument("--prompt", nargs="*", default=[], help="ZipLoRA: what each adapter is for, one prompt each")
-    parser.add_argument("--steps", type=positive, default=100, help="ZipLoRA: steps (default: %(default)s)")
-    parser.add_argument("--lr", type=float, default=0.01, help="ZipLoRA: learning rate (default: %(default)s)")
-    parser.add_argument("--penalty", type=float, default=0.01, help="ZipLoRA: weight of overlap (default: %(default)s)")
-    parser.add_argument(
-        "--images", type=positive, default=8, help="ZipLoRA: images drawn by each (default: %(default)s)"
-    )
-    parser.add_argument("--pipeline", help=f"{PIPELINE}; a weighted sum of LoRA files needs none")
-    parser.add_argument("--to", choices=get_args(Format), default="diffusers", help="format (default: %(default)s)")
-    parser.add_argument("--out", type=Path, required=True, help="the file or folder to write")
-    parser.add_argument("--seed", type=int, default=0, help="of images and noise (default: %(default)s)")
-    options = parser.parse_args(arguments(argv))
+def run(options: argparse.Namespace) -> int:
+    """Write several LoRAs of a pipeline as one."""
     weights = options.weights if options.weights is not None else [1.0] * len(options.adapter)
     if len(options.adapter) < 2 or len(weights) != len(options.adapter):
         raise ConfigError(f"expected two adapters and a weight each, got {len(options.adapter)} and {len(weights)}")

@@ -111,6 +111,24 @@ def test_help_imports_nothing_heavy():
     assert mmpeft.__version__ in done.stdout
 
 
+def test_help_of_commands_imports_nothing_heavy():
+    """All but three, which read names of models and formats from torch's own modules: those take two seconds."""
+    from mmpeft.run.commands import FORMER, all_commands
+
+    quick = sorted({*all_commands(), *FORMER} - {"inspect", "convert", "sites"})
+    code = (
+        "import sys; from mmpeft.cli import main\n"
+        f"for name in {quick!r}:\n"
+        "    try: assert main([name, '--help']) == 0, name\n"
+        "    except SystemExit as done: assert done.code == 0, name\n"
+        "    heavy = {'torch', 'lightning', 'timm', 'jsonargparse'} & set(sys.modules)\n"
+        "    assert not heavy, (name, heavy)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("usage:") >= len(quick)
+
+
 def needed(field: Field) -> bool:
     """Whether a field of a method has no default."""
     return field.default is MISSING and field.default_factory is MISSING
