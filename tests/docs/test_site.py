@@ -8,17 +8,20 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 from mmpeft.methods import METHODS
 from tests.docs import backbones, names
 from tests.docs.blocks import ROOT
 
 
-@pytest.fixture(scope="module")
-def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def test_the_site_is_built_whole(tmp_path: Path) -> None:
+    """One test, so that two workers do not both build it."""
+    site = built(tmp_path)
+    has_pages_of_methods_backbones_and_names(site)
+    loads_nothing_from_elsewhere(site)
+
+
+def built(folder: Path) -> Path:
     """The built site."""
-    folder = tmp_path_factory.mktemp("site")
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(folder)]
     done = subprocess.run(
         command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "NO_MKDOCS_2_WARNING": "1"}
@@ -27,7 +30,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_pages_of_methods_backbones_and_names(site: Path) -> None:
+def has_pages_of_methods_backbones_and_names(site: Path) -> None:
     for name, cls in METHODS.items():
         if cls.__module__.startswith("mmpeft."):
             text = (site / "methods" / name.lower() / "index.html").read_text("utf-8")
@@ -40,7 +43,7 @@ def test_pages_of_methods_backbones_and_names(site: Path) -> None:
         assert all(f'id="{place}.{name}"' in text for place, name in names.public(package))
 
 
-def test_nothing_is_loaded_from_elsewhere(site: Path) -> None:
+def loads_nothing_from_elsewhere(site: Path) -> None:
     for page in site.rglob("*.html"):
         loaded = re.findall(r'<(?:script|link|img|iframe)[^>]+(?:src|href)="(https?:[^"]+)"', page.read_text("utf-8"))
         assert not loaded, f"{page.relative_to(site)} loads {loaded}"

@@ -144,7 +144,7 @@ def test_bad_input(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         ("--pipeline", str(tmp_path / "sd")): "expected",
         ("--pipeline", str(tmp_path / "pixel-unet"), "--weights", "1", "2"): "one for each of 1 adapters, got 2",
         ("--pipeline", str(tmp_path / "pixel-unet"), "--size", "64"): "draws 16 pixels, asked for 64",
-        (): "--pipeline says what draws",
+        (): "--pipeline is needed",
     }.items():
         assert main([*base, *argv, "--out", str(tmp_path / "x.png")]) == 2
         assert said in capsys.readouterr().err
