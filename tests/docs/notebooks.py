@@ -9,6 +9,8 @@ import base64
 import json
 import re
 import sys
+from collections.abc import Iterator
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -63,13 +65,19 @@ def run(name: str) -> None:
     for cell in notebook.cells:
         cell.metadata.clear()
         if cell.cell_type == "code":
-            cell.outputs = [
-                out for out in cell.outputs if out.get("name") == "stdout" or "image/png" in out.get("data", {})
-            ]
-            for out in cell.outputs:
-                if "text" in out:
-                    out["text"] = COLOURS.sub("", out["text"])
+            cell.outputs = list(_kept(cell.outputs))
     nbformat.write(notebook, file)
+
+
+def _kept(outputs: list[Any]) -> Iterator[Any]:
+    """What was printed, as one text where nothing is drawn in between, and pictures."""
+    for printed, group in groupby(outputs, key=lambda out: out.get("name") == "stdout"):
+        if printed:
+            own = list(group)
+            own[0]["text"] = COLOURS.sub("", "".join(out["text"] for out in own))
+            yield own[0]
+        else:
+            yield from (out for out in group if "image/png" in out.get("data", {}))
 
 
 if __name__ == "__main__":
