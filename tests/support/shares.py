@@ -14,7 +14,7 @@ from typing import TypeVar
 
 T = TypeVar("T", bound=Hashable)
 
-ROUND = 12
+ROUND = 18
 VARIABLE = "MMPEFT_SEED"
 ALL = "all"
 

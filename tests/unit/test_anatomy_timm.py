@@ -27,6 +27,7 @@ import mmpeft
 from mmpeft.sites import ROLES, Site, structure
 from tests.matrix.example import Example
 from tests.matrix.families.timm import FAMILIES, _build
+from tests.support.shares import of_today
 
 VIT = partial(_build, VisionTransformer, img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=2)
 EVA = partial(_build, Eva, img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=2)
@@ -410,7 +411,7 @@ DIRECT = {"eva02_tiny_patch14_224", "eva_giant_patch14_224", "beit_base_patch16_
 DIRECT |= {"vit_medium_patch16_rope_reg1_gap_256"}
 
 
-@pytest.mark.parametrize("name", NAMED)
+@pytest.mark.parametrize("name", of_today(list(NAMED), lambda name: (name in DIRECT,)))
 def test_named_models(name: str) -> None:
     """Models of full size, on the meta device: their structure, without their weight."""
     with torch.device("meta"):
