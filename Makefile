@@ -53,7 +53,7 @@ bench: $(STAMP)  ## step time, memory and call cost beside HF PEFT
 $(STAMP): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q --disable-pip-version-check uv
-	$(BIN)/uv pip install -q --python $(BIN)/python -e ".[all,dev]"
+	$(BIN)/uv pip install -q --compile-bytecode --python $(BIN)/python -e ".[all,dev]"
 	touch $@
 
 clean:
