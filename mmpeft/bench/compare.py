@@ -8,6 +8,7 @@ import io
 import json
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from itertools import zip_longest
 from pathlib import Path
 
@@ -114,7 +115,7 @@ def compare(
     # every configuration error comes out before the first training step
     experiments = [Experiment.read(run, f"the configuration of {name}") for name, *_, run in runs]
     log, metric = out / "results.jsonl", str(config["metric"])
-    known = {r.key: r for r in _past(log)}
+    known = {r.key: replace(r, score=r.metrics[metric]) for r in _past(log) if metric in r.metrics}
     results: list[Result] = []
     diverged: dict[str, str] = {}
     with quiet_progress(Console(), "compare", len(runs)) as (console, move):
@@ -155,7 +156,7 @@ def compare(
         baseline, best = pair
         first = next(e for (name, *_, run), e in zip(runs, experiments) if key_of(run) == baseline[0].key)
         _show_examples(out, first, baseline[0], best[0], console)
-        console.print(in_words(baseline, best, metric), markup=False, highlight=False)
+        console.print(in_words(baseline, best, metric), markup=False, highlight=False, soft_wrap=True)
     return results
 
 

@@ -29,7 +29,6 @@ def picture_grid(
     """
     from matplotlib.figure import Figure
 
-    columns = min(columns, len(images))
     rows = -(-len(images) // columns)
     height = 1.5 * rows + 0.15 * len(below) * rows + (0.35 if heading else 0)
     figure = Figure(figsize=(1.3 * columns, height), dpi=110, layout="constrained")

@@ -17,8 +17,8 @@ import mmpeft
 from mmpeft.errors import AdapterFileError, ConfigError, DataError, SiteError
 from mmpeft.run.callbacks import LearningCurves, Outcome
 from mmpeft.run.checkpoint import LastCheckpoint, RandomState
-from mmpeft.tasks.predictions import PredictionFile
 from mmpeft.tasks.pictures import picture_grid
+from mmpeft.tasks.predictions import PredictionFile
 from tests.tasks.tiny import TinyData, classifier, trainer, weights
 
 LR = {"optimizer": lambda p: torch.optim.AdamW(p, lr=3e-2)}
