@@ -8,7 +8,8 @@ from pathlib import Path
 
 from mmpeft._arguments import own_arguments
 
-ABOUT = """Train the same task by several methods and seeds; one table and one plot. A finished run is kept: an
+ABOUT = """Train the same task by several methods and seeds; one table, one plot and, of
+classes, pictures that the first method gets wrong and the best other one right. A finished run is kept: an
 interrupted comparison goes on where it stopped."""
 KEYS = """The configuration is that of `mmpeft fit` (model, data, trainer) with more keys: methods (a name for each
 entry, its method, and whatever of the rest it overrides; lr for short), seeds, metric, further metrics to show as
@@ -31,6 +32,7 @@ def compare(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--seeds", help="a number n for 0 … n - 1, or comma-separated seeds; default: the configuration's"
     )
+    parser.add_argument("--metric", help="the score, such as val/accuracy; default: the configuration's")
     parser.add_argument("--out", type=Path, default=Path("runs/compare"), help="default: %(default)s")
     parser.add_argument("--no-adapters", action="store_true", help="do not keep what each run trained, in OUT/adapters")
     options, rest = parser.parse_known_args(own_arguments(argv))

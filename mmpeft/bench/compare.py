@@ -8,6 +8,7 @@ import io
 import json
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from itertools import zip_longest
 from pathlib import Path
 
@@ -15,8 +16,9 @@ import torch
 import yaml
 from rich.console import Console
 
+from mmpeft.bench.examples import KeepAnswers, answers_file, examples
 from mmpeft.bench.memory import MemoryMeter
-from mmpeft.bench.report import Result, plot, table, to_markdown
+from mmpeft.bench.report import Result, best_beside, in_words, plot, table, to_markdown
 from mmpeft.data.inputs import file_name
 from mmpeft.errors import ConfigError, DivergedError, nearest
 from mmpeft.files import only_writer, write_atomic
@@ -34,6 +36,8 @@ Setting = Json
 def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
     """Run a comparison; `rest` are values for its axes, and for keys of the configuration."""
     config = read_file(options.config, KEYS, NEEDED)
+    if options.metric:
+        config |= {"metric": options.metric, "columns": [options.metric]}
     chosen = choose_entries(config["methods"], options.methods)
     seeds = _seeds(options.seeds) if options.seeds else list(config.get("seeds", [0]))
     axes, overrides = split_options(rest)
@@ -98,7 +102,9 @@ def compare(
     """Run every method with every seed in every setting of the axes.
 
     Writes `results.jsonl`, `results.csv`, `table.md` and `plot.png` into `out`, and with `keep` what each run trained
-    into `adapters`. `overrides` set keys of every run, over what entries say.
+    into `adapters`. Where test samples have classes, the answers of each run go into `answers`, and `examples.png`
+    shows what the first method gets wrong and the best other one right. `overrides` set keys of every run, over what
+    entries say.
     """
     runs = [
         (name, seed, setting, with_values(merged(config, entry, seed, setting), overrides))
@@ -108,8 +114,8 @@ def compare(
     ]
     # every configuration error comes out before the first training step
     experiments = [Experiment.read(run, f"the configuration of {name}") for name, *_, run in runs]
-    log = out / "results.jsonl"
-    known = {r.key: r for r in _past(log)}
+    log, metric = out / "results.jsonl", str(config["metric"])
+    known = {r.key: replace(r, score=r.metrics[metric]) for r in _past(log) if metric in r.metrics}
     results: list[Result] = []
     diverged: dict[str, str] = {}
     with quiet_progress(Console(), "compare", len(runs)) as (console, move):
@@ -120,7 +126,7 @@ def compare(
             if key not in known:
                 try:
                     folder = out / "adapters" / file_name(label) if keep else None
-                    known[key] = one(experiment, name, seed, key, str(config["metric"]), setting, folder)
+                    known[key] = one(experiment, name, seed, key, metric, setting, folder, answers_file(out, key))
                 except DivergedError as error:  # the others are still worth comparing
                     diverged[label] = str(error).partition(". ")[0]
                     console.print(f"{label}: {diverged[label]}", markup=False)
@@ -137,15 +143,32 @@ def compare(
         raise DivergedError(f"every run diverged; the first: {next(iter(diverged.items()))}")
     for label, why in diverged.items():
         console.print(f"not in the table: {label}, {why}", markup=False)
-    title, columns = str(config.get("title", "comparison")), list(config.get("columns") or [config["metric"]])
+    title, columns = str(config.get("title", "comparison")), list(config.get("columns") or [metric])
     console.print(table(results, title, columns))
     write_atomic(out / "table.md", to_markdown(results, columns).encode())
     write_atomic(out / "results.csv", _csv(results).encode())
-    write_atomic(out / "plot.png", plot(results, title, columns, str(config["metric"])))
+    write_atomic(out / "plot.png", plot(results, title, columns, metric))
     console.print(f"table: {out / 'table.md'}\nplot:  {out / 'plot.png'}\nruns:  {out / 'results.csv'}")
     if keep:
         console.print(f"adapters: {out / 'adapters'}")
+    pair = best_beside(results, next(iter(methods)), metric)
+    if pair is not None:
+        baseline, best = pair
+        first = next(e for (name, *_, run), e in zip(runs, experiments) if key_of(run) == baseline[0].key)
+        _show_examples(out, first, baseline[0], best[0], console)
+        console.print(in_words(baseline, best, metric), markup=False, highlight=False, soft_wrap=True)
     return results
+
+
+def _show_examples(out: Path, experiment: Experiment, baseline: Result, best: Result, console: Console) -> None:
+    """Write `examples.png`, or remove that of an earlier comparison where there are none now."""
+    file = out / "examples.png"
+    png = examples(out, experiment, baseline, best) if baseline.seed == best.seed else None
+    if png is None:
+        file.unlink(missing_ok=True)
+    else:
+        write_atomic(file, png)
+        console.print(f"examples: {file}")
 
 
 def merged(config: Facts, entry: Facts, seed: int, setting: Mapping[str, object] = {}) -> Json:
@@ -187,11 +210,13 @@ def one(
     metric: str,
     setting: Mapping[str, object] = {},
     folder: Path | None = None,
+    answers: Path | None = None,
 ) -> Result:
-    """Train and test one method with one seed; what was trained goes into a folder."""
+    """Train and test one method with one seed; what was trained goes into a folder, what it answered into a file."""
     task, data, trainer = experiment.build()
     meter = MemoryMeter()
-    trainer.callbacks.append(meter)  # type: ignore[attr-defined]  # Lightning's Trainer has it, undeclared
+    kept = [] if answers is None else [KeepAnswers(answers)]
+    trainer.callbacks += [meter, *kept]  # type: ignore[attr-defined]  # Lightning's Trainer has it, undeclared
     start = time.monotonic()
     trainer.fit(task, datamodule=data)
     seconds = time.monotonic() - start
@@ -210,8 +235,9 @@ def one(
     own = (placed for placed in tuning.placements if heads & {placed.home, *(hook.path for hook in placed.hooks)})
     head = sum(p.numel() for placed in own for p in placed.part.parameters())
     memory = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else meter.found.total if meter.found else 0
+    total = sum(p.numel() for p in task.parameters())
     score = values[metric]
-    return Result(key, name, seed, score, trainable, head + beside, seconds, memory, values, dict(setting))
+    return Result(key, name, seed, score, trainable, head + beside, seconds, memory, values, dict(setting), total)
 
 
 def _past(log: Path) -> list[Result]:

@@ -32,6 +32,8 @@ class Result:
     metrics: dict[str, float] = field(default_factory=dict)
     setting: Json = field(default_factory=dict)
     """Values of the axes of the comparison."""
+    total: int = 0
+    """All parameters of the tuned model, trained or not; 0 in results of earlier versions."""
 
 
 def grouped(results: Sequence[Result]) -> dict[tuple[Leaf, ...], list[Result]]:
@@ -52,6 +54,45 @@ def spread(values: Sequence[float]) -> str:
 def values_of(own: Sequence[Result], metric: str) -> list[float]:
     """A metric of each run that has it."""
     return [r.metrics[metric] for r in own if not isnan(r.metrics.get(metric, nan))]
+
+
+def best_beside(results: Sequence[Result], baseline: str, metric: str) -> tuple[list[Result], list[Result]] | None:
+    """Runs of the baseline and of the best other method, in the setting where that is best; None without either.
+
+    Methods that train every parameter stand back where others do not: they are what the others are to come near.
+    """
+    groups = {key: [r for r in own if not isnan(r.score)] for key, own in grouped(results).items()}
+    pairs = [
+        (groups[baseline, *setting], own)
+        for (name, *setting), own in groups.items()
+        if name != baseline and own and groups.get((baseline, *setting))
+    ]
+    pairs = [pair for pair in pairs if pair[1][0].trainable != pair[1][0].total] or pairs
+    sign = -1 if lower_is_better(metric) else 1
+    return max(pairs, key=lambda pair: sign * mean(r.score for r in pair[1]), default=None)
+
+
+def lower_is_better(metric: str) -> bool:
+    """Whether small values of a metric are good: losses and errors."""
+    return metric.rpartition("/")[2].endswith(("loss", "error", "rel", "rmse"))
+
+
+def in_words(baseline: Sequence[Result], best: Sequence[Result], metric: str) -> str:
+    """One line: the best method's score and share of trained parameters, against the baseline's score."""
+    before, after = ([r.score for r in own] for own in (baseline, best))
+    first, setting = best[0], "".join(f", {axis} {value}" for axis, value in best[0].setting.items())
+    share = f", with {_percent(first.trainable / first.total)} % of the parameters" if first.total else ""
+    line = f"{first.method} {spread(after)} against {spread(before)} of {baseline[0].method} ({metric}{setting}){share}"
+    gain = (mean(after) - mean(before)) * (-1 if lower_is_better(metric) else 1)
+    if gain <= 0:
+        return f"no method is better than {baseline[0].method}: {line}"
+    if len(after) > 1 and len(before) > 1 and gain <= stdev(after) + stdev(before):
+        return f"within the spread of the seeds: {line}"
+    return line
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f}" if share >= 0.001 else f"{100 * share:.1g}"
 
 
 def rows(results: Sequence[Result], columns: Sequence[str]) -> tuple[list[str], list[list[str]]]:

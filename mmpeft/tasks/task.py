@@ -19,6 +19,7 @@ class Task(TuningModule):
     - `build`, `start` and `loss`: what is trained (see `TuningModule`);
     - `check`: what no batch may be;
     - `evaluate` and `results`: metrics, updated batch by batch, and their values;
+    - `answers`: where each sample has a class, which one the model names;
     - `draw` and `draw_inputs`: pictures of the first batch of an evaluation, and of training;
     - `meaning`: what its outputs stand for, such as the names of classes (see `TuningModule`).
 
@@ -33,11 +34,19 @@ class Task(TuningModule):
 
     @abstractmethod
     def evaluate(self, batch: Batch, stage: str) -> Output:
-        """Update the metrics of `stage` ("val" or "test") by a batch; what is returned is handed to `draw`."""
+        """Update the metrics of `stage` ("val" or "test") by a batch; what it returns goes to `draw` and `answers`."""
 
     @abstractmethod
     def results(self, stage: str) -> Mapping[str, Tensor]:
         """Values by name since the last call, from metrics that begin anew."""
+
+    def answers(self, batch: Batch, found: Output) -> tuple[Tensor, Tensor] | None:
+        """The class of each sample of an evaluated batch and the class that the model names, both int64 [B].
+
+        `found` is what `evaluate` returned. None where a sample has no single class. A task that has them names its
+        `classes`.
+        """
+        return None
 
     def draw(self, batch: Batch, found: Output, stage: str) -> Mapping[str, bytes]:
         """Pictures of an evaluation's first batch: PNG files by name."""
@@ -67,10 +76,11 @@ class Task(TuningModule):
     def test_step(self, batch: Batch, index: int) -> Output:
         return self._measured(batch, index, "test")
 
-    def _measured(self, batch: Batch, index: int, stage: str) -> None:
+    def _measured(self, batch: Batch, index: int, stage: str) -> Output:
         found = self.evaluate(batch, stage)
         if index == 0:
             self.publish(stage, lambda: self.draw(batch, found, stage))
+        return found
 
     def publish(self, stage: str, draw: Callable[[], Mapping[str, bytes]]) -> None:
         """Put pictures into `<name>/<stage>.png` of the run's folder, of validation each epoch, and on TensorBoard.

@@ -17,8 +17,8 @@ import mmpeft
 from mmpeft.errors import AdapterFileError, ConfigError, DataError, SiteError
 from mmpeft.run.callbacks import LearningCurves, Outcome
 from mmpeft.run.checkpoint import LastCheckpoint, RandomState
+from mmpeft.tasks.pictures import picture_grid
 from mmpeft.tasks.predictions import PredictionFile
-from mmpeft.vision.classification.draw import images_png
 from tests.tasks.tiny import TinyData, classifier, trainer, weights
 
 LR = {"optimizer": lambda p: torch.optim.AdamW(p, lr=3e-2)}
@@ -176,6 +176,6 @@ def test_ema_averages_and_resumes(tmp_path):
 def test_pictures_show_what_they_are_given():
     images = torch.zeros(3, 3, 8, 8)
     images[1] = 1
-    blank, shown = (images_png(own, ["a", "b", "c"]) for own in (torch.ones(3, 3, 8, 8), images))
+    blank, shown = (picture_grid(own, ["a", "b", "c"]) for own in (torch.ones(3, 3, 8, 8), images))
     dark = [(np.asarray(Image.open(io.BytesIO(png)).convert("L")) < 64).sum() for png in (blank, shown)]
     assert dark[1] > dark[0] + 1000

@@ -39,18 +39,3 @@ def confusion_png(matrix: Tensor, classes: Sequence[str]) -> bytes:
         axes.set_xticks(range(len(classes)), classes, rotation=90)
         axes.set_yticks(range(len(classes)), classes)
     return png_of(figure)
-
-
-def images_png(images: Tensor, names: Sequence[str], columns: int = 8) -> bytes:
-    """Images [B, 3, H, W] in [0, 1], each under its name, as a PNG."""
-    from matplotlib.figure import Figure
-
-    rows = -(-len(images) // columns)
-    figure = Figure(figsize=(1.3 * columns, 1.5 * rows), dpi=110, layout="constrained")
-    cells = list(figure.subplots(rows, columns, squeeze=False).flat)
-    for cell in cells:
-        cell.axis("off")
-    for cell, image, name in zip(cells, images.permute(0, 2, 3, 1).cpu().numpy(), names):
-        cell.imshow(image, interpolation="nearest")
-        cell.set_title(name if len(name) < 18 else f"{name[:16]}…", fontsize=7)
-    return png_of(figure)

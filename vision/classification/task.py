@@ -23,12 +23,13 @@ from mmpeft.methods.base import Method
 from mmpeft.tasks.labels import check_labels
 from mmpeft.tasks.metrics import Metrics
 from mmpeft.tasks.options import TrainingOptions
+from mmpeft.tasks.pictures import picture_grid
 from mmpeft.tasks.predictions import class_file
 from mmpeft.tasks.publish import folder_of
 from mmpeft.tasks.task import Task
 from mmpeft.types import Facts, Fields, Kwargs
 from mmpeft.vision.backbone import create, normalisation
-from mmpeft.vision.classification.draw import class_table, confusion_png, images_png
+from mmpeft.vision.classification.draw import class_table, confusion_png
 
 SHOWN = 32
 
@@ -132,11 +133,16 @@ class ImageClassifier(Task):
         self.log("train/loss", loss, on_step=False, on_epoch=True, batch_size=len(images), sync_dist=True)
         return loss
 
-    def evaluate(self, batch: tuple[Tensor, Tensor], stage: str) -> None:
+    def evaluate(self, batch: tuple[Tensor, Tensor], stage: str) -> Tensor:
+        """Update the metrics; class scores, [B, classes]."""
         images, labels = batch
         scores = self(images).float()
         self.metrics[f"{stage}_metrics"].update(scores, labels)
         self.log(f"{stage}/loss", F.cross_entropy(scores, labels), batch_size=len(images), sync_dist=True)
+        return scores
+
+    def answers(self, batch: tuple[Tensor, Tensor], found: Tensor) -> tuple[Tensor, Tensor]:
+        return batch[1], found.argmax(1)
 
     def results(self, stage: str) -> Mapping[str, Tensor]:
         metric = self.metrics[f"{stage}_metrics"]
@@ -157,7 +163,7 @@ class ImageClassifier(Task):
     def draw_inputs(self, batch: tuple[Tensor, Tensor]) -> Mapping[str, bytes]:
         images, labels = batch[0][:SHOWN], batch[1][:SHOWN]
         names = [self.classes[int(label)] for label in labels]
-        return {"images": images_png(self.preprocessing.restore(images), names)}
+        return {"images": picture_grid(self.preprocessing.restore(images), names)}
 
     def predict_step(self, batch: tuple[Tensor, Sequence[str]], index: int) -> Fields:
         """Identifiers and class probabilities of one batch; `PredictionFile` puts them into a file."""
