@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from mmpeft.errors import AdapterFileError, ConfigError, Refused, SiteError, UnusedTensorsWarning
 from mmpeft.formats import peft_experts, peft_prompts
 from mmpeft.formats.content import Content, Layer, Scaling
+from mmpeft.formats.forms import FOLDERS
 from mmpeft.formats.low_rank import (
     check_paths,
     fit_layers,
@@ -65,7 +66,7 @@ def content_of(tuning: Attached, format: str) -> Content:
     stacks = peft_experts.tensors_of(tuning.model, tuning.placements) if format == "peft" else None
     for placement in tuning.placements:
         _check_part(placement, format)
-    if not layers and not scales and stacks is None and not (masks and format in ("peft", "kohya", "comfy")):
+    if not layers and not scales and stacks is None and not (masks and format != "diffusers"):
         raise Refused(
             f"{tuning.method} has no low-rank update or (IA)³ vector, and {format} files hold nothing else alone"
         )
@@ -73,13 +74,13 @@ def content_of(tuning: Attached, format: str) -> Content:
         raise Refused(f"{tuning.method} has both low-rank updates and (IA)³ vectors; a {format} file holds one of them")
     vectors = _scalings(tuning.model, scales)
     told: Kwargs = {}
-    if masks and format != "peft":
+    if masks and format not in FOLDERS:
         full, told["shifts"] = differences(tuning.model, masks)
         layers += full
     elif masks:
         own = held(tuning.model, masks, {layer.path for layer in layers} | {vector.path for vector in vectors})
         lone = sorted({shift.path for shift in own.shifts} - {layer.path for layer in layers if not layer.lookup})
-        if lone:
+        if lone and format == "peft":
             raise Refused(
                 f"{lone[0]} has got a bias, for which PEFT has a place in a low-rank update only; create=False"
             )

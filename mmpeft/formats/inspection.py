@@ -11,7 +11,7 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from mmpeft.errors import AdapterFileError, MMPEFTError, MMPEFTWarning
-from mmpeft.formats import lycoris, native, peft, single_file
+from mmpeft.formats import lycoris, mlx, native, peft, single_file
 from mmpeft.formats.content import PICKLED, Content, read_json, read_tensors
 from mmpeft.formats.low_rank import tunable_sites
 from mmpeft.formats.names import resolved
@@ -61,7 +61,7 @@ def read(path: str | Path) -> Content:
 
 def _read(path: Path) -> Content:
     if path.is_file():
-        beside = path.name == peft.WEIGHTS and (path.parent / peft.CONFIG).exists()
+        beside = path.name in (peft.WEIGHTS, mlx.WEIGHTS) and (path.parent / peft.CONFIG).exists()
         return _read_folder(path.parent) if beside or path.name == peft.CONFIG else single_file.read_file(path)
     if not path.exists():
         raise AdapterFileError(f"{path} does not exist")
@@ -81,8 +81,10 @@ def _read(path: Path) -> Content:
 
 
 def _read_folder(folder: Path) -> Content:
-    factored = read_json(folder / peft.CONFIG).get("peft_type") in lycoris.TYPES
-    return lycoris.read_folder(folder) if factored else peft.read_folder(folder)
+    config = read_json(folder / peft.CONFIG)
+    if mlx.is_config(config):
+        return mlx.read_folder(folder)
+    return lycoris.read_folder(folder) if config.get("peft_type") in lycoris.TYPES else peft.read_folder(folder)
 
 
 def inspect(path: str | Path, model: nn.Module | None = None) -> FileInfo:
