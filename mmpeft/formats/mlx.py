@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from mmpeft.errors import AdapterFileError, nearest
 from mmpeft.formats.content import Content, Layer, assemble, read_json, read_tensors
 from mmpeft.formats.low_rank import tunable_sites
+from mmpeft.formats.tails import module_of
 from mmpeft.formats.tensors import names_of_one
 from mmpeft.hosting.modules import CHILD
 from mmpeft.types import Facts
@@ -64,10 +65,14 @@ def read_folder(folder: Path) -> Content:
         if name not in SLOTS or not path:
             raise AdapterFileError(f"{folder / WEIGHTS}: {key!r} is no part of a {kind} update; mlx_lm refuses it too")
         if tensor.dim() > 2:
-            raise AdapterFileError(f"{folder}: {key} is {list(tensor.shape)}, an update of stacked experts; {OTHERWISE}")
+            raise AdapterFileError(
+                f"{folder}: {key} is {list(tensor.shape)}, an update of stacked experts; {OTHERWISE}"
+            )
         slots.setdefault(path, {})[SLOTS[name]] = tensor if name == "m" else tensor.mT
     scale, rank, dropout = _parameters(config, folder / CONFIG)
-    return Content("mlx", [_layer(own, path, scale, rank, kind, folder) for path, own in slots.items()], dropout=dropout)
+    return Content(
+        "mlx", [_layer(own, path, scale, rank, kind, folder) for path, own in slots.items()], dropout=dropout
+    )
 
 
 OTHERWISE = (
@@ -140,20 +145,3 @@ def named(content: Content, model: nn.Module, where: object) -> Content:
         value = tensor.mT if own == "weight" and path in turned else tensor
         base |= dict.fromkeys(shared.get(f"{path}.{own}", [f"{path}.{own}"]), value)
     return replace(content, layers=layers, base=base)
-
-
-def module_of(path: str, modules: list[str]) -> str:
-    """The module of a model that a path of `mlx_lm` means: of the same name, or the only one that ends as it does.
-
-    What precedes the list of blocks differs among libraries (`model.h.0` is `transformer.h.0` in transformers).
-    """
-    if path in modules:
-        return path
-    parts = path.split(".")
-    number = next((i for i, part in enumerate(parts) if part.isdigit()), len(parts))
-    for start in range(1, max(number, 1)):
-        tail = ".".join(parts[start:])
-        found = [name for name in modules if name == tail or name.endswith(f".{tail}")]
-        if found:
-            return found[0] if len(found) == 1 else path
-    return path

@@ -137,7 +137,9 @@ def _whole(content: Content, model: nn.Module) -> dict[str, Tensor]:
     for name, tensor in content.tensors().items():
         path, _, own = name.rpartition(".")
         if base_value(module_at(model, path), own).dim() > 2:
-            raise Refused(f"{name} is {list(tensor.shape)}, which mlx_lm keeps in another order. Merge, and convert that")
+            raise Refused(
+                f"{name} is {list(tensor.shape)}, which mlx_lm keeps in another order. Merge, and convert that"
+            )
         if name in first:
             found[renamed(name, model)] = tensor.mT if own == "weight" and path in turned else tensor
     return found

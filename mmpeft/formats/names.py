@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from mmpeft.errors import AdapterFileError
-from mmpeft.formats import lycoris, mlx, original
+from mmpeft.formats import hub, lycoris, mlx, original
 from mmpeft.formats.based import on_base
 from mmpeft.formats.content import Based, Content, Layer, Shift
 from mmpeft.formats.kohya import is_t5
@@ -62,6 +62,8 @@ def resolved(content: Content, model: nn.Module | None, where: object) -> Conten
         return _alone(content, where)
     if content.format == "mlx":
         return mlx.named(content, model, where)
+    if content.format == "adapterhub":
+        return hub.named(content, model, where)
     names = _Names(model, where)
     found: list[Layer | Shift] = [on_base(x, names.weight(x), where) for x in content.based]
     layers = original.split([*content.layers, *(x for x in found if isinstance(x, Layer))], model, where)
@@ -76,7 +78,7 @@ def resolved(content: Content, model: nn.Module | None, where: object) -> Conten
 
 def _alone(content: Content, where: object) -> Content:
     """The content as it is, if names and values can be read without a model."""
-    if content.format == "mlx":
+    if content.format in ("mlx", "adapterhub"):
         raise AdapterFileError(
             f"{where}: which modules of a model its names mean, and which of them are tables, only the model tells; give "
             "the model"

@@ -12,6 +12,7 @@ from mmpeft.errors import AdapterFileError, ConfigError, Refused
 from mmpeft.formats import native
 from mmpeft.formats.content import Content
 from mmpeft.formats.forms import FOLDERS, Format
+from mmpeft.formats.hub import branches
 from mmpeft.formats.inspection import read, readable
 from mmpeft.formats.names import component_for, is_original, resolved
 from mmpeft.formats.summed import weighted_sum
@@ -76,7 +77,11 @@ def needs_model(path: str | Path) -> bool:
     if (path / native.MANIFEST).exists():
         return True
     content = read(path)
-    return content.format == "mlx" or bool(content.based) or any(item.flat or is_original(item.path) for item in content.named)
+    return (
+        content.format in ("mlx", "adapterhub")
+        or bool(content.based)
+        or any(item.flat or is_original(item.path) for item in content.named)
+    )
 
 
 def _rewritten(
@@ -99,6 +104,8 @@ def _rewritten(
     if content.shifts and format in (*FOLDERS, "diffusers"):
         first = content.shifts[0]
         raise Refused(f"{src} holds a difference of {first.path}.{first.tensor}; {format} files have no key for it")
+    if branches(content) and format != "adapterhub":
+        raise Refused(f"{src} holds bottlenecks; {format} has no key for them")
     if content.stacks:
         raise Refused(f"{src} holds updates of experts, whose tensors only a model tells: load it and export() that")
     if format in (*FOLDERS, "comfy") and len(content.components) > 1:

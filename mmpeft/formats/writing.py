@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from mmpeft.errors import AdapterFileError, ConfigError, Refused, nearest
 from mmpeft.files import only_writer, write_atomic
-from mmpeft.formats import diffusers, kohya, lycoris_out, mlx_out, original, peft_out
+from mmpeft.formats import diffusers, hub_out, kohya, lycoris_out, mlx_out, original, peft_out
 from mmpeft.formats.based import FOR_COMFY
 from mmpeft.formats.content import Content
 from mmpeft.formats.forms import FOLDERS, FORMATS, Form
@@ -26,6 +26,14 @@ OTHER_DORA = (
     "of such files LyCORIS and SD.Next read DoRA as it trained; ComfyUI, Forge, A1111 and InvokeAI have other formulas,"
     " sd-scripts and diffusers leave it out (docs/readers.md): write dora='comfy' or dora='difference'"
 )
+
+
+NAMED = {
+    "comfy": "the names of the original repository",
+    "mlx": "names and blocks of mlx_lm's models",
+    "adapterhub": "the places of adapters' bottlenecks and its options",
+}
+"""Formats that need a model, and what for."""
 
 
 @dataclass(frozen=True)
@@ -91,13 +99,12 @@ def files_of(
         plain = replace(content, layers=[replace(layer, tensors={}) for layer in content.layers])
         return peft_out.folder_files(plain, modules, base)
     marks = {FOR_COMFY: "ComfyUI"} if dora == "comfy" else {}
-    if content.format in ("comfy", "mlx"):
+    if content.format in NAMED:
         model = models.get(prefix)
         if model is None:
-            what = "of the original repository" if content.format == "comfy" else "and blocks of mlx_lm's models"
-            raise Refused(f"the names {what} are known for a model only; give it")
-        if content.format == "mlx":
-            return mlx_out.folder_files(content, model)
+            raise Refused(f"{NAMED[content.format]} are known for a model only; give it")
+        if content.format != "comfy":
+            return (mlx_out if content.format == "mlx" else hub_out).folder_files(content, model)
         return {diffusers.WEIGHTS: original.comfy_bytes(content.layers, model, content.shifts, marks)}
     if content.format == "diffusers":
         return {diffusers.WEIGHTS: diffusers.diffusers_bytes(content.layers, prefix, modules)}
@@ -141,7 +148,9 @@ def put_proven(
         if os.path.isdir(path):  # unlike those of Path, these say no to every name that cannot be
             raise AdapterFileError(f"expected a file name, {path} is a folder")
     elif os.path.isfile(path) or path.suffix == ".safetensors":
-        raise AdapterFileError(f"an adapter of the format {content.format} is a folder of two files; {path} is the name of one file")
+        raise AdapterFileError(
+            f"an adapter of the format {content.format} is a folder of two files; {path} is the name of one file"
+        )
     checks: tuple[Check, ...] = ()
     if prove:
         with tempfile.TemporaryDirectory(prefix="mmpeft-") as scratch:
