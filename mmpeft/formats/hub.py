@@ -37,13 +37,14 @@ METHODS: dict[str, str] = {"serial": "Houlsby", "stream": "Pfeiffer", "parallel"
 class Layout:
     """How `adapters` calls the two places in a block of a model, and whether a norm follows the residual sums.
 
-    `roles` are the linears of its options `intermediate_lora` and `output_lora`.
+    `roles` are the linears of its options `intermediate_lora` and `output_lora`; `fused` is the linear of q, k and v.
     """
 
     attention: str
     network: str
     post_norm: bool
     roles: tuple[str, str] = ("mlp.up", "mlp.down")
+    fused: str = ""
 
 
 BERT = Layout("attention.output", "output", True)
@@ -51,7 +52,7 @@ GPT = Layout("attention_adapters", "output_adapters", False)
 LLAMA = replace(GPT, roles=("mlp.down", "mlp.up"))  # as the library has it
 LAYOUTS: dict[str, Layout] = {
     **dict.fromkeys(("bert", "roberta", "xlm-roberta", "electra"), BERT),
-    "gpt2": GPT,
+    "gpt2": replace(GPT, fused="c_attn"),
     **dict.fromkeys(("llama", "mistral"), LLAMA),
 }
 """`model_type` → layout of the models whose answers were compared."""
@@ -157,48 +158,76 @@ def _slots(tensors: Mapping[str, Tensor], mark: str, folder: Path) -> dict[str, 
 
 
 def _low_rank(config: Facts, facts: Facts, tensors: Mapping[str, Tensor], folder: Path) -> Content:
-    for option, why in {"use_gating": "a gate", "vera_d": "VeRA", "vera_b": "VeRA", "use_dora": "DoRA"}.items():
+    for option, why in LOW_RANK_OTHERS.items():
         if config.get(option):
-            raise AdapterFileError(f"{folder / CONFIG}: {option} means {why} of another formula than here; not read")
+            raise AdapterFileError(f"{folder / CONFIG}: {option} means {why}; no method here is that")
     r, alpha = config.get("r"), config.get("alpha")
     if not isinstance(r, int) or not isinstance(alpha, int | float) or r < 1:
         raise AdapterFileError(f"{folder / CONFIG}: r {r!r} and alpha {alpha!r}; expected numbers")
-    slots = _slots(tensors, "loras", folder)
-    if config.get("composition_mode") == "scale":
-        if r != 1 or alpha != 1:
-            raise AdapterFileError(f"{folder / CONFIG}: (IA)³ with r {r} and alpha {alpha}; expected 1 and 1")
-        wrong = next((p for p, own in slots.items() if set(own) != {"lora_B"} or own["lora_B"].dim() != 2), "")
-        if wrong:
-            raise AdapterFileError(f"{folder}: {wrong} has {sorted(slots[wrong])}; (IA)³ has one lora_B [o, 1]")
-        return Content("adapterhub", scalings=[Scaling(p, own["lora_B"][:, 0], "output") for p, own in slots.items()])
-    layers = []
-    for path, own in slots.items():
-        halves = {"lora_A": "down", "lora_B": "up"}
-        unknown = set(own) - set(halves)
-        if unknown:
-            raise AdapterFileError(f"{folder}: {path} has {min(unknown)}, which LoRA has not; it would be lost")
-        a, b = own.get("lora_A"), own.get("lora_B")
-        if a is not None and b is not None and a.dim() == b.dim() == 2 and b.shape[1] == r != len(a):
-            layers.append(_merged(path, a, b, alpha / r, r, config, folder))
+    layout = LAYOUTS.get(str(facts["model_type"]))
+    scaled = config.get("composition_mode") == "scale"
+    if scaled and (r != 1 or alpha != 1):
+        raise AdapterFileError(f"{folder / CONFIG}: (IA)³ with r {r} and alpha {alpha}; expected 1 and 1")
+    wanted = {"lora_B"} if scaled else {"lora_A", "lora_B"}
+    layers: list[Layer] = []
+    vectors: list[Scaling] = []
+    for path, own in _slots(tensors, "loras", folder).items():
+        if set(own) != wanted or any(tensor.dim() != 2 for tensor in own.values()):
+            raise AdapterFileError(f"{folder}: {path} has {sorted(own)}, expected {sorted(wanted)}, matrices all")
+        b = own["lora_B"]
+        a = b.new_ones(1, 1) if scaled else own["lora_A"]
+        fused = layout is not None and layout.fused == path.rpartition(".")[2]
+        if scaled:
+            vectors.append(Scaling(path, _thirds(b, 1.0, config, path, folder) if fused else b[:, 0], "output"))
+        elif fused:
+            layers.append(_merged(path, a, b, alpha / r, config, folder))
         else:
-            layers.append(replace(assemble({halves[n]: t for n, t in own.items()}, path, folder), alpha=float(alpha)))
-    return Content("adapterhub", layers, dropout=float(config.get("dropout") or 0.0))
+            layers.append(replace(assemble({"down": a, "up": b}, path, folder), alpha=float(alpha)))
+    return Content("adapterhub", layers, vectors, dropout=float(config.get("dropout") or 0.0))
 
 
-def _merged(path: str, a: Tensor, b: Tensor, scale: float, r: int, config: Facts, folder: Path) -> Layer:
+LOW_RANK_OTHERS = {
+    "use_gating": "a gate",
+    "vera_d": "VeRA, whose random matrices are not in the file",
+    "vera_b": "VeRA, whose random matrices are not in the file",
+    "use_dora": "DoRA that scales biases as well and leaves alpha out of its lengths",
+}
+
+
+def _chosen(config: Facts) -> list[int]:
+    """Which of q, k and v a fused linear has updates of."""
+    return [i for i, name in enumerate("qkv") if name in (config.get("attn_matrices") or ())]
+
+
+def _thirds(b: Tensor, rest: float, config: Facts, path: str, folder: Path) -> Tensor:
+    """A vector on some thirds of the rows as one on all."""
+    chosen = _chosen(config)
+    if not chosen or len(b) % len(chosen) or b.shape[1] != 1:
+        raise _not_merged(b, path, config, folder)
+    rows = len(b) // len(chosen)
+    found = b.new_full((3, rows), rest)
+    found[chosen] = b.view(len(chosen), rows)
+    return found.flatten()
+
+
+def _merged(path: str, a: Tensor, b: Tensor, scale: float, config: Facts, folder: Path) -> Layer:
     """Pairs of some of q, k, v in one linear: `lora_A` [n r, i], `lora_B` [n o, r]; each has its own third of rows."""
-    chosen = [i for i, name in enumerate("qkv") if name in (config.get("attn_matrices") or ())]
+    chosen, r = _chosen(config), b.shape[1]
     count = len(chosen)
     if count == 0 or len(a) != count * r or len(b) % count:
-        raise AdapterFileError(
-            f"{folder}: {path} has lora_A {list(a.shape)} and lora_B {list(b.shape)}, which are no pairs of rank {r} of "
-            f"attn_matrices={config.get('attn_matrices')}"
-        )
+        raise _not_merged(b, path, config, folder)
     rows = len(b) // count
     up = b.new_zeros(3 * rows, count * r)
     for n, i in enumerate(chosen):
         up[i * rows : (i + 1) * rows, n * r : (n + 1) * r] = b[n * rows : (n + 1) * rows]
     return Layer(path, a, up, scale * count * r).trimmed()
+
+
+def _not_merged(b: Tensor, path: str, config: Facts, folder: Path) -> AdapterFileError:
+    return AdapterFileError(
+        f"{folder}: {path} has lora_B {list(b.shape)}, which is not of attn_matrices={config.get('attn_matrices')} of q, "
+        "k and v"
+    )
 
 
 # -- bottlenecks --------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from mmpeft.errors import AdapterFileError, Refused
-from mmpeft.formats.content import Content, Layer, dump_tensors
+from mmpeft.formats.content import Content, Layer, Scaling, dump_tensors
 from mmpeft.formats.hub import ACTIVATIONS, CONFIG, LAYOUTS, WEIGHTS, Bottleneck, Bottlenecks, Layout, Way
 from mmpeft.formats.low_rank import selector
 from mmpeft.functional.rows import take_rows
@@ -245,7 +245,7 @@ def _low_rank(content: Content, model: nn.Module, layout: Layout) -> tuple[Json,
             linears.setdefault(site.path, []).append(site)
     layers = [layer.baked() for layer in content.layers]
     if any(layer.magnitude is not None for layer in layers):
-        raise Refused("there is DoRA, of which adapters has another formula. Use dora='low_rank', or tuning.save()")
+        raise Refused("there is DoRA; that of adapters scales biases as well. Use dora='low_rank', or tuning.save()")
     rank = max((_widest(layer, linears.get(layer.path, [])) for layer in layers), default=1)
     chosen: dict[int, set[str]] = {}
     tensors: dict[str, Tensor] = {}
@@ -255,10 +255,13 @@ def _low_rank(content: Content, model: nn.Module, layout: Layout) -> tuple[Json,
             raise Refused(f"adapters has no option for {item.path}; it has q, k, v and the two linears of the network")
         if isinstance(item, Layer):
             taken, halves = _pairs(item, own, rank)
-        elif item.side == "input" or own[0].rows is not None:
-            raise Refused(f"adapters has vectors on the results of whole linears, none on {item.path}'s {item.side}")
+        elif item.side == "input":
+            raise Refused(
+                f"adapters has (IA)³ on the results of linears, none on what enters {item.path}; "
+                "IA3(at='attn.{k,v}|mlp.up', side='output') is like that"
+            )
         else:
-            taken, halves = own, {"lora_B": item.gamma[:, None]}
+            taken, halves = _vectors(item, own)
         chosen.setdefault(own[0].depth, set()).update(roles[site.role] for site in taken)
         tensors |= {f"{item.path}.loras.{NAME}.{name}": tensor for name, tensor in halves.items()}
     if len({tuple(sorted(names)) for names in chosen.values()}) > 1:
@@ -306,3 +309,11 @@ def _pairs(layer: Layer, own: Sequence[Site], rank: int) -> tuple[list[Site], di
     padded = [Layer("", down, up, float(len(down))).padded(rank) for _, down, up in parts]
     halves = {"lora_A": torch.cat([x.down for x in padded]), "lora_B": torch.cat([x.up for x in padded])}
     return [site for site, _, _ in parts], halves
+
+
+def _vectors(item: Scaling, own: Sequence[Site]) -> tuple[list[Site], dict[str, Tensor]]:
+    """The projections that a vector changes, and its values for those."""
+    order = ("attn.q", "attn.k", "attn.v")
+    parts = sorted(own, key=lambda site: order.index(site.role)) if own[0].rows is not None else list(own)
+    moved = [site for site in parts if (take_rows(item.gamma, site.rows) != 1).any()] or parts
+    return moved, {"lora_B": torch.cat([take_rows(item.gamma, site.rows) for site in moved])[:, None]}
