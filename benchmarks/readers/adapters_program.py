@@ -1,20 +1,15 @@
-"""AdapterHub's own reader and writer, the library `adapters`, in a process of its own with its own interpreter.
-
-python adapters_program.py read BASE FOLDER OUT: what the model of BASE answers alone, and with the adapter of FOLDER.
-python adapters_program.py write BASE FOLDER OUT KIND: the same for an adapter that the library makes, with random
-values, and writes into FOLDER. OUT gets `logits.base` and `logits.tuned` for the words 1 to 8.
-"""
+"""AdapterHub's own reader and writer, the library `adapters`, under its own interpreter; see `folder_jobs`."""
 
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 import adapters
 import torch
 import transformers
+from folder_jobs import answer
 from safetensors.torch import save_file
 
 MADE: dict[str, Any] = {
@@ -43,8 +38,8 @@ def answers(model: Any) -> torch.Tensor:
 
 
 @torch.no_grad()
-def main(verb: str, base: Path, folder: Path, out: Path, kind: str = "") -> None:
-    """Answer one call."""
+def one(verb: str, base: Path, folder: Path, out: Path, kind: str) -> None:
+    """Read a folder, or make one."""
     name = json.loads((base / "config.json").read_text())["architectures"][0]
     model = getattr(transformers, name).from_pretrained(base).eval()
     found = {"logits.base": answers(model)}
@@ -68,7 +63,4 @@ def main(verb: str, base: Path, folder: Path, out: Path, kind: str = "") -> None
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1], *map(Path, sys.argv[2:5]), *sys.argv[5:])
-    except Exception as error:
-        sys.exit(f"refused: {type(error).__name__} {error}".replace("\n", " "))
+    answer(one)

@@ -1,19 +1,14 @@
-"""MLX's own reader and writer of adapters, `mlx_lm`, in a process of its own with its own interpreter.
-
-python mlx_program.py read BASE FOLDER OUT: what the model of BASE answers alone, and with the adapter of FOLDER.
-python mlx_program.py write BASE FOLDER OUT KIND: the same for an adapter that mlx_lm makes, with random values, and
-writes into FOLDER. BASE is a transformers folder; OUT gets `logits.base` and `logits.tuned` for the words 1 to 8.
-"""
+"""MLX's own reader and writer of adapters, `mlx_lm`, under its own interpreter; see `folder_jobs`."""
 
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import numpy
+from folder_jobs import answer
 from mlx.utils import tree_flatten
 from mlx_lm.tuner.utils import linear_to_lora_layers, load_adapters
 from mlx_lm.utils import load_model
@@ -48,8 +43,8 @@ def made(model: Any, kind: str, folder: Path) -> None:
     (folder / "adapter_config.json").write_text(json.dumps(config))
 
 
-def main(verb: str, base: Path, folder: Path, out: Path, kind: str = "") -> None:
-    """Answer one call."""
+def one(verb: str, base: Path, folder: Path, out: Path, kind: str) -> None:
+    """Read a folder, or make one."""
     model, _ = load_model(base)
     model.eval()
     found = {"logits.base": answers(model)}
@@ -62,7 +57,4 @@ def main(verb: str, base: Path, folder: Path, out: Path, kind: str = "") -> None
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1], *map(Path, sys.argv[2:5]), *sys.argv[5:])
-    except Exception as error:
-        sys.exit(f"refused: {type(error).__name__} {error}".replace("\n", " "))
+    answer(one)

@@ -102,12 +102,8 @@ def _check_part(placement: Placement, format: str) -> None:
         return
     if not isinstance(part, Delta | Mask | Rescale) or (isinstance(part, Rescale) and part.beta is not None):
         raise Refused(f"{type(part).__name__} at {where} exists in no exchange format; use tuning.save()")
-    if (
-        isinstance(part, Rescale | Mask)
-        and format != "peft"
-        and (isinstance(part, Rescale) or format == "diffusers")
-        and format != "adapterhub"
-    ):
+    vectors = isinstance(part, Rescale) and format not in ("peft", "adapterhub")
+    if vectors or (isinstance(part, Mask) and format == "diffusers"):
         what = "(IA)³ vectors" if isinstance(part, Rescale) else "whole tensors"
         raise Refused(f"{format} files hold low-rank layers only; this tuning has {what} at {where}")
     read = [hook for hook in placement.hooks if hook.kind == "read"]

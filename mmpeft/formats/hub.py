@@ -224,10 +224,8 @@ def _merged(path: str, a: Tensor, b: Tensor, scale: float, config: Facts, folder
 
 
 def _not_merged(b: Tensor, path: str, config: Facts, folder: Path) -> AdapterFileError:
-    return AdapterFileError(
-        f"{folder}: {path} has lora_B {list(b.shape)}, which is not of attn_matrices={config.get('attn_matrices')} of q, "
-        "k and v"
-    )
+    named = config.get("attn_matrices")
+    return AdapterFileError(f"{folder}: {path} has lora_B {list(b.shape)}, which does not fit attn_matrices={named}")
 
 
 # -- bottlenecks --------------------------------------------------------------------------------------------

@@ -80,8 +80,7 @@ def _alone(content: Content, where: object) -> Content:
     """The content as it is, if names and values can be read without a model."""
     if content.format in ("mlx", "adapterhub"):
         raise AdapterFileError(
-            f"{where}: which modules of a model its names mean, and which of them are tables, only the model tells; give "
-            "the model"
+            f"{where}: which modules its names mean, and which of them are tables, only a model tells; give it"
         )
     flat = next((x for x in content.named if x.flat), None)
     if flat is not None:
