@@ -124,7 +124,7 @@ class Tuning(Attached):
     def export(
         self,
         path: str | Path,
-        format: Literal["peft", "diffusers", "kohya", "comfy"] = "peft",
+        format: Literal["peft", "diffusers", "kohya", "comfy", "mlx", "adapterhub"] = "peft",
         *,
         verify: bool = True,
         encoders: int = 0,

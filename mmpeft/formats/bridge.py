@@ -10,8 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from mmpeft.errors import AdapterFileError, ConfigError, Refused, SiteError, UnusedTensorsWarning
-from mmpeft.formats import peft_experts, peft_prompts
+from mmpeft.formats import hub_out, peft_experts, peft_prompts
 from mmpeft.formats.content import Content, Layer, Scaling
+from mmpeft.formats.forms import FOLDERS
+from mmpeft.formats.hub import Bottleneck, Bottlenecks
 from mmpeft.formats.low_rank import (
     check_paths,
     fit_layers,
@@ -31,7 +33,7 @@ from mmpeft.methods.additive.ia3 import IA3
 from mmpeft.methods.base import Method
 from mmpeft.methods.compose import Union
 from mmpeft.methods.recipe import own_weight
-from mmpeft.parts import Delta, ExpertsDelta, Mask, Rescale
+from mmpeft.parts import Branch, Delta, ExpertsDelta, Mask, Rescale
 from mmpeft.parts.base import Placement
 from mmpeft.sites import Site, sites
 from mmpeft.surgery.attached import Attached
@@ -51,6 +53,8 @@ def content_of(tuning: Attached, format: str) -> Content:
     """
     if tuning._state.merged:
         raise ConfigError(f"unmerge() {list(tuning._state.merged)} before exporting: the base holds merged weights")
+    if format == "adapterhub" and any(isinstance(p.part, Branch) for p in tuning.placements):
+        return hub_out.bottlenecks_of(tuning)
     masks = [p for p in tuning.placements if isinstance(p.part, Mask)]
     scales = [p for p in tuning.placements if isinstance(p.part, Rescale)]
     learned = [p for p in tuning.placements if peft_prompts.is_learned(p)] if format == "peft" else []
@@ -65,7 +69,7 @@ def content_of(tuning: Attached, format: str) -> Content:
     stacks = peft_experts.tensors_of(tuning.model, tuning.placements) if format == "peft" else None
     for placement in tuning.placements:
         _check_part(placement, format)
-    if not layers and not scales and stacks is None and not (masks and format in ("peft", "kohya", "comfy")):
+    if not layers and not scales and stacks is None and not (masks and format != "diffusers"):
         raise Refused(
             f"{tuning.method} has no low-rank update or (IA)³ vector, and {format} files hold nothing else alone"
         )
@@ -73,13 +77,13 @@ def content_of(tuning: Attached, format: str) -> Content:
         raise Refused(f"{tuning.method} has both low-rank updates and (IA)³ vectors; a {format} file holds one of them")
     vectors = _scalings(tuning.model, scales)
     told: Kwargs = {}
-    if masks and format != "peft":
+    if masks and format not in FOLDERS:
         full, told["shifts"] = differences(tuning.model, masks)
         layers += full
     elif masks:
         own = held(tuning.model, masks, {layer.path for layer in layers} | {vector.path for vector in vectors})
         lone = sorted({shift.path for shift in own.shifts} - {layer.path for layer in layers if not layer.lookup})
-        if lone:
+        if lone and format == "peft":
             raise Refused(
                 f"{lone[0]} has got a bias, for which PEFT has a place in a low-rank update only; create=False"
             )
@@ -98,7 +102,8 @@ def _check_part(placement: Placement, format: str) -> None:
         return
     if not isinstance(part, Delta | Mask | Rescale) or (isinstance(part, Rescale) and part.beta is not None):
         raise Refused(f"{type(part).__name__} at {where} exists in no exchange format; use tuning.save()")
-    if isinstance(part, Rescale | Mask) and format != "peft" and (isinstance(part, Rescale) or format == "diffusers"):
+    vectors = isinstance(part, Rescale) and format not in ("peft", "adapterhub")
+    if vectors or (isinstance(part, Mask) and format == "diffusers"):
         what = "(IA)³ vectors" if isinstance(part, Rescale) else "whole tensors"
         raise Refused(f"{format} files hold low-rank layers only; this tuning has {what} at {where}")
     read = [hook for hook in placement.hooks if hook.kind == "read"]
@@ -166,6 +171,10 @@ def attach_content(model: nn.Module, content: Content, name: str, where: object,
             methods.append(method)
         available = [site for site in sites(model) if site.kind != "param"]
         methods += _vectors(vectors, available)
+        bottlenecks: dict[str, Bottleneck] = {}
+        if isinstance(content, Bottlenecks):
+            own, bottlenecks = hub_out.methods_for(model, content, where)
+            methods += own
         methods += tensors.methods
         if not methods:
             raise AdapterFileError(f"{where} holds no layer")
@@ -176,6 +185,7 @@ def attach_content(model: nn.Module, content: Content, name: str, where: object,
         tuning = Attached(model, name)
         set_pieces(tuning.placements, pieces)
         peft_prompts.fill(tuning.placements, tokens)
+        hub_out.fill(tuning.placements, bottlenecks)
         by_rows = {(site.path, site.rows): gamma for site, (gamma, _) in vectors}
         for placement in tuning.placements:
             part, path = placement.part, placement.home

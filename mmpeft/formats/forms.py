@@ -5,8 +5,10 @@ from __future__ import annotations
 import argparse
 from typing import Literal, get_args
 
-Format = Literal["peft", "diffusers", "kohya", "comfy"]
+Format = Literal["peft", "diffusers", "kohya", "comfy", "mlx", "adapterhub"]
 FORMATS: tuple[Format, ...] = get_args(Format)
+FOLDERS = ("peft", "mlx", "adapterhub")
+"""Those that are a folder of a config and its tensors, for one model."""
 Form = Literal["", "comfy", "difference", "low_rank"]
 """How DoRA is written; as it trained by default."""
 FORMS: tuple[str, ...] = get_args(Form)

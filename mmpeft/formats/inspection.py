@@ -11,7 +11,7 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from mmpeft.errors import AdapterFileError, MMPEFTError, MMPEFTWarning
-from mmpeft.formats import lycoris, native, peft, single_file
+from mmpeft.formats import hub, lycoris, mlx, native, peft, single_file
 from mmpeft.formats.content import PICKLED, Content, read_json, read_tensors
 from mmpeft.formats.low_rank import tunable_sites
 from mmpeft.formats.names import resolved
@@ -61,7 +61,7 @@ def read(path: str | Path) -> Content:
 
 def _read(path: Path) -> Content:
     if path.is_file():
-        beside = path.name == peft.WEIGHTS and (path.parent / peft.CONFIG).exists()
+        beside = path.name in (peft.WEIGHTS, mlx.WEIGHTS, hub.WEIGHTS) and (path.parent / peft.CONFIG).exists()
         return _read_folder(path.parent) if beside or path.name == peft.CONFIG else single_file.read_file(path)
     if not path.exists():
         raise AdapterFileError(f"{path} does not exist")
@@ -81,8 +81,12 @@ def _read(path: Path) -> Content:
 
 
 def _read_folder(folder: Path) -> Content:
-    factored = read_json(folder / peft.CONFIG).get("peft_type") in lycoris.TYPES
-    return lycoris.read_folder(folder) if factored else peft.read_folder(folder)
+    config = read_json(folder / peft.CONFIG)
+    if mlx.is_config(config):
+        return mlx.read_folder(folder)
+    if hub.is_config(config):
+        return hub.read_folder(folder)
+    return lycoris.read_folder(folder) if config.get("peft_type") in lycoris.TYPES else peft.read_folder(folder)
 
 
 def inspect(path: str | Path, model: nn.Module | None = None) -> FileInfo:
@@ -99,7 +103,11 @@ def inspect(path: str | Path, model: nn.Module | None = None) -> FileInfo:
         path,
         content.format,
         content.method,
-        sum(content.components.values()) + len(content.scalings) + len(content.others) + (content.learned is not None),
+        sum(content.components.values())
+        + len(content.scalings)
+        + len(content.others)
+        + (content.learned is not None)
+        + len(hub.branches(content)),
         _size(path),
         dict(sorted(Counter(layer.rank for layer in content.layers).items())),
         dict(sorted(Counter(round(layer.scale, 6) for layer in content.layers).items())),
@@ -157,6 +165,7 @@ def _tensors(content: Content) -> list[Tensor]:
     found += [shift.value for shift in content.shifts]
     found += [tensor for item in content.based for tensor in item.tensors.values()]
     found += [content.learned.tensor] if content.learned else []
+    found += hub.of_branches(content).values()
     return found + [tensor for own in content.whole.values() for tensor in own.values()]
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from mmpeft.errors import AdapterFileError
-from mmpeft.formats import lycoris, original
+from mmpeft.formats import hub, lycoris, mlx, original
 from mmpeft.formats.based import on_base
 from mmpeft.formats.content import Based, Content, Layer, Shift
 from mmpeft.formats.kohya import is_t5
@@ -68,6 +68,10 @@ def resolved(content: Content, model: nn.Module | None, where: object) -> Conten
     """
     if model is None:
         return _alone(content, where)
+    if content.format == "mlx":
+        return mlx.named(content, model, where)
+    if content.format == "adapterhub":
+        return hub.named(content, model, where)
     names = _Names(model, where)
     found: list[Layer | Shift] = [on_base(x, names.weight(x), where) for x in content.based]
     layers = original.split([*content.layers, *(x for x in found if isinstance(x, Layer))], model, where)
@@ -82,6 +86,10 @@ def resolved(content: Content, model: nn.Module | None, where: object) -> Conten
 
 def _alone(content: Content, where: object) -> Content:
     """The content as it is, if names and values can be read without a model."""
+    if content.format in ("mlx", "adapterhub"):
+        raise AdapterFileError(
+            f"{where}: which modules its names mean, and which of them are tables, only a model tells; give it"
+        )
     flat = next((x for x in content.named if x.flat), None)
     if flat is not None:
         raise AdapterFileError(

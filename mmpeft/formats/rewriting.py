@@ -11,7 +11,8 @@ from torch import nn
 from mmpeft.errors import AdapterFileError, ConfigError, Refused
 from mmpeft.formats import native
 from mmpeft.formats.content import Content
-from mmpeft.formats.forms import Format
+from mmpeft.formats.forms import FOLDERS, Format
+from mmpeft.formats.hub import branches
 from mmpeft.formats.inspection import read, readable
 from mmpeft.formats.names import component_for, is_original, is_unets, resolved
 from mmpeft.formats.summed import weighted_sum
@@ -76,7 +77,11 @@ def needs_model(path: str | Path) -> bool:
     if (path / native.MANIFEST).exists():
         return True
     content = read(path)
-    return bool(content.based) or any(item.flat or is_original(item.path) for item in content.named)
+    return (
+        content.format in ("mlx", "adapterhub")
+        or bool(content.based)
+        or any(item.flat or is_original(item.path) for item in content.named)
+    )
 
 
 def _rewritten(
@@ -100,14 +105,16 @@ def _rewritten(
         )
     if format != "peft" and content.learned is not None:
         raise Refused(f"{src} holds learned tokens ({content.learned.kind}); {format} has no key for them")
-    if format != "peft" and content.beside:
+    if format not in FOLDERS and content.beside:
         raise Refused(f"{src} holds {content.beside}; {format} has no key for them")
-    if content.shifts and format in ("peft", "diffusers"):
+    if content.shifts and format in (*FOLDERS, "diffusers"):
         first = content.shifts[0]
         raise Refused(f"{src} holds a difference of {first.path}.{first.tensor}; {format} files have no key for it")
+    if branches(content) and format != "adapterhub":
+        raise Refused(f"{src} holds bottlenecks; {format} has no key for them")
     if content.stacks:
         raise Refused(f"{src} holds updates of experts, whose tensors only a model tells: load it and export() that")
-    if format in ("peft", "comfy") and len(content.components) > 1:
+    if format in (*FOLDERS, "comfy") and len(content.components) > 1:
         raise Refused(f"{src} holds layers of {content.components}; a {format} adapter is for one model")
     if prefix and len(content.components) == 1:
         layers = [replace(layer, component=prefix) for layer in layers]

@@ -47,7 +47,7 @@ def held(model: nn.Module, placements: Sequence[Placement], adapted: Collection[
     tensors: dict[str, dict[str, Tensor]] = {}
     found = Held()
     tables: dict[tuple[str, ...], dict[int, Tensor]] = {}
-    shared = _tied(model)
+    shared = names_of_one(model)
     for placement in placements:
         part = placement.part
         assert isinstance(part, Mask)
@@ -124,7 +124,7 @@ def _alike(tensors: Mapping[str, Mapping[str, Tensor]], name: str, value: Tensor
     return other is not None and torch.equal(other, value)
 
 
-def _tied(model: nn.Module) -> dict[Hashable, list[str]]:
+def names_of_one(model: nn.Module) -> dict[Hashable, list[str]]:
     """The names of each tensor."""
     found: dict[Hashable, list[str]] = {}
     for site in sites(model):
@@ -172,7 +172,7 @@ def fit_tensors(model: nn.Module, content: Content, where: object) -> Fit:
         AdapterFileError: a tensor of another shape, or an incomplete module.
     """
     found = Fit()
-    tied = _tied(model)
+    tied = names_of_one(model)
     known = {name: key for key, names in tied.items() for name in names}
     for name in known:  # in the model's order, in which later ones win
         if name in content.base:

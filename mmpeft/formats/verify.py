@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from mmpeft.errors import AdapterFileError
 from mmpeft.formats.content import Content
+from mmpeft.formats.hub import of_branches
 from mmpeft.formats.low_rank import delta_weights
 from mmpeft.surgery.attached import Attached
 from mmpeft.surgery.attaching import detach
@@ -70,7 +71,7 @@ def expected(content: Content) -> dict[str, Tensor]:
         found |= {f"{name} of experts": tensor for name, tensor in content.stacks.tensors().items()}
     if content.learned is not None:
         found["learned tokens"] = content.learned.tensor
-    found |= content.tensors()
+    found |= content.tensors() | of_branches(content)
     found |= {f"rows of {path}": tensor for path, (_, tensor) in content.words.items()}
     found |= {f"vector on {x.path}'s {x.side}": x.gamma for x in content.scalings}
     return found

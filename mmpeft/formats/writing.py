@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from mmpeft.errors import AdapterFileError, ConfigError, Refused, nearest
 from mmpeft.files import only_writer, write_atomic
-from mmpeft.formats import diffusers, kohya, lycoris_out, original, peft_out
+from mmpeft.formats import diffusers, hub_out, kohya, lycoris_out, mlx_out, original, peft_out
 from mmpeft.formats.based import FOR_COMFY
 from mmpeft.formats.content import Content
-from mmpeft.formats.forms import FORMATS, Form
+from mmpeft.formats.forms import FOLDERS, FORMATS, Form
 from mmpeft.formats.inspection import read
 from mmpeft.formats.names import DOTTED, resolved
 from mmpeft.formats.verify import Check, compare, expected
@@ -26,6 +26,14 @@ OTHER_DORA = (
     "of such files LyCORIS and SD.Next read DoRA as it trained; ComfyUI, Forge, A1111 and InvokeAI have other formulas,"
     " sd-scripts and diffusers leave it out (docs/readers.md): write dora='comfy' or dora='difference'"
 )
+
+
+NAMED = {
+    "comfy": "the names of the original repository",
+    "mlx": "names and blocks of mlx_lm's models",
+    "adapterhub": "the places of adapters' bottlenecks and its options",
+}
+"""Formats that need a model, and what for."""
 
 
 @dataclass(frozen=True)
@@ -91,10 +99,12 @@ def files_of(
         plain = replace(content, layers=[replace(layer, tensors={}) for layer in content.layers])
         return peft_out.folder_files(plain, modules, base)
     marks = {FOR_COMFY: "ComfyUI"} if dora == "comfy" else {}
-    if content.format == "comfy":
+    if content.format in NAMED:
         model = models.get(prefix)
         if model is None:
-            raise Refused("the names of the original repository are known for a model only; give it")
+            raise Refused(f"{NAMED[content.format]} are known for a model only; give it")
+        if content.format != "comfy":
+            return (mlx_out if content.format == "mlx" else hub_out).folder_files(content, model)
         return {diffusers.WEIGHTS: original.comfy_bytes(content.layers, model, content.shifts, marks)}
     if content.format == "diffusers":
         return {diffusers.WEIGHTS: diffusers.diffusers_bytes(content.layers, prefix, modules)}
@@ -112,7 +122,7 @@ def by_own_reader(model: nn.Module | None, copy: Path, content: Content, prefix:
             shifts=[replace(x, path=names.get(x.path, x.path), flat=False) if x.flat else x for x in back.shifts],
         )
     back = resolved(back, model, copy)
-    if content.format not in ("peft", "comfy") and model is None:
+    if content.format not in (*FOLDERS, "comfy") and model is None:
         content = replace(content, layers=[replace(x, component=x.component or prefix) for x in content.layers])
     else:
         content, back = (replace(c, layers=[replace(x, component="") for x in c.layers]) for c in (content, back))
@@ -133,20 +143,22 @@ def put_proven(
     notes: Sequence[str],
 ) -> Exported:
     """Prove the bytes in a temporary folder, then put them into place."""
-    if content.format != "peft":
+    if content.format not in FOLDERS:
         path = path if path.suffix == ".safetensors" else path / diffusers.WEIGHTS
         if os.path.isdir(path):  # unlike those of Path, these say no to every name that cannot be
             raise AdapterFileError(f"expected a file name, {path} is a folder")
     elif os.path.isfile(path) or path.suffix == ".safetensors":
-        raise AdapterFileError(f"a PEFT adapter is a folder of two files; {path} is the name of one file")
+        raise AdapterFileError(
+            f"an adapter of the format {content.format} is a folder of two files; {path} is the name of one file"
+        )
     checks: tuple[Check, ...] = ()
     if prove:
         with tempfile.TemporaryDirectory(prefix="mmpeft-") as scratch:
             for name, data in files.items():
                 write_atomic(Path(scratch) / name, data)
-            checks = prove(Path(scratch) if content.format == "peft" else Path(scratch) / next(iter(files)))
-    with only_writer(path) if content.format == "peft" else nullcontext():  # of two writers one, file and config
+            checks = prove(Path(scratch) if content.format in FOLDERS else Path(scratch) / next(iter(files)))
+    with only_writer(path) if content.format in FOLDERS else nullcontext():  # of two writers one, file and config
         for name, data in files.items():
-            write_atomic(path / name if content.format == "peft" else path, data)
+            write_atomic(path / name if content.format in FOLDERS else path, data)
     count = len(content.layers) + len(content.scalings) + (content.learned is not None)
     return Exported(path, content.format, count, sum(map(len, files.values())), checks, tuple(notes))
