@@ -100,8 +100,8 @@ def _way_of(part: Branch, placement: Placement, layout: Layout) -> Way:
     if layout.post_norm:
         return "parallel"
     raise Refused(
-        f"the bottleneck beside {placement.home} reads what that reads, behind a norm; adapters' parallel ones read the "
-        "sum before the norm. Use tuning.save()"
+        f"the bottleneck beside {placement.home} reads what that reads, behind a norm; those of adapters read the sum "
+        "before the norm. Use tuning.save()"
     )
 
 
