@@ -201,7 +201,7 @@ def _bottlenecks(content: Bottlenecks, model: nn.Module, layout: Layout) -> tupl
             "blocks have bottlenecks at different places, or of two sizes in one; adapters has one config for all"
         )
     width = len(content.branches[0].up)
-    factors = {depth: _factor(width, min(own)) for depth, own in sizes.items()}
+    factors = {depth: factor(width, min(own)) for depth, own in sizes.items()}
     usual, _ = Counter(factors.values()).most_common(1)[0]
     others = {str(depth): factor for depth, factor in sorted(factors.items()) if factor != usual}
     scale = content.branches[0].scale
@@ -228,7 +228,7 @@ def _bottlenecks(content: Bottlenecks, model: nn.Module, layout: Layout) -> tupl
     }, tensors
 
 
-def _factor(width: int, size: int) -> float:
+def factor(width: int, size: int) -> float:
     """The `reduction_factor` for which `int(width // factor)` is a size."""
     factor = width / size
     while int(width // factor) < size:

@@ -29,6 +29,8 @@ MEANING = """formats:
   timm         a classifier's folder for timm.create_model("local-dir:…"), with the names of its classes
   open_clip    an image-text pair's folder for open_clip.create_model("local-dir:…"); class names as weights beside it
   onnx         the model for onnxruntime, with the adapter merged in where it can be
+  mlx          a language model's folder for mlx_lm
+  adapterhub   a folder for AdapterHub's library `adapters`
   diffusers, kohya, comfy   a LoRA file of a pipeline for diffusers, for ComfyUI, A1111, Forge, and for ComfyUI
 
 What is written is read back by its reader's own code where that is installed, and compared.

@@ -1,306 +1,193 @@
-"""Folders of MLX and AdapterHub: names and layouts as their libraries have them, and back; docs/readers.md has those."""
+"""Folders as people have them: what is a split, what is a class, what is left out, and what counts once."""
 
 from __future__ import annotations
 
-import json
-import math
+import logging
+import os
+import shutil
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
+import numpy as np
 import pytest
-import torch
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from PIL import Image
 
-import mmpeft
-from mmpeft.errors import AdapterFileError, Refused
-from mmpeft.formats.exchange import convert, export, inspect, load_foreign, needs_model
-
-transformers = pytest.importorskip("transformers")
-IDS = torch.arange(1, 9)[None]
-SIZES: dict[str, Any] = {
-    **{"vocab_size": 16, "hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 3},
-    **{"num_attention_heads": 2, "max_position_embeddings": 16},
-}
+from mmpeft.data.folders import role_of
+from mmpeft.errors import ConfigError, DataError
+from mmpeft.vision.data import FolderData
 
 
-def llama(tied: bool = False) -> nn.Module:
-    config = transformers.LlamaConfig(**SIZES, num_key_value_heads=1, tie_word_embeddings=tied)
-    return _seeded(transformers.LlamaForCausalLM, config)
+def pictures(root: Path, counts: Mapping[str, int], suffix: str = ".png") -> Path:
+    """`{"train/cat": 3}`: three different pictures in root/train/cat."""
+    for number, (name, count) in enumerate(counts.items()):
+        (root / name).mkdir(parents=True, exist_ok=True)
+        for i in range(count):
+            noise = np.random.default_rng(100 * number + i).integers(0, 256, (4, 4, 3), dtype=np.uint8)
+            Image.fromarray(noise).save(root / name / f"{i}{suffix}")
+    return root
 
 
-def gpt2() -> nn.Module:
-    words = {"bos_token_id": 1, "eos_token_id": 2}
-    config = transformers.GPT2Config(vocab_size=16, n_embd=8, n_layer=3, n_head=2, n_positions=16, **words)
-    return _seeded(transformers.GPT2LMHeadModel, config)
+def opened(root: Path, **options: object) -> FolderData:
+    data = FolderData(str(root), **options)
+    data.setup()
+    return data
 
 
-def bert() -> nn.Module:
-    return _seeded(transformers.BertModel, transformers.BertConfig(**SIZES))
+def counted(data: FolderData) -> tuple[int, ...]:
+    return tuple(0 if found is None else len(found) for found in (data.train_set, data.val_set, data.test_set))
 
 
-def _seeded(cls: Any, config: Any) -> nn.Module:
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model: nn.Module = cls(config).eval()
-        with torch.no_grad():
-            for parameter in model.parameters():
-                parameter += torch.randn_like(parameter) * 0.2
-    return model
+@pytest.mark.parametrize(
+    ("train", "val", "test"),
+    [
+        ("Training", "Validation", "Testing"),
+        ("Train", "Valid", "Test"),
+        ("TRAIN", "EVAL", "TEST"),
+        ("seg_train/seg_train", "dev", "seg_test/seg_test"),
+        ("train/train", "val/val", "test/Test"),
+        ("train_set", "val_set", "test_set"),
+        ("images_train", "images_val", "images_test"),
+        ("train2017", "val2017", "test2017"),
+    ],
+)
+def test_splits_by_their_usual_names(train: str, val: str, test: str, tmp_path: Path) -> None:
+    parts = {f"{split}/{kind}": count for split, count in ((train, 3), (val, 2), (test, 1)) for kind in ("cat", "dog")}
+    data = opened(pictures(tmp_path, parts))
+    assert data.classes == ["cat", "dog"]
+    assert counted(data) == (6, 4, 2)
 
 
-def tuned(model: nn.Module, method: mmpeft.Method) -> mmpeft.Tuning:
-    tuning = mmpeft.attach(model, method)
-    with torch.no_grad(), torch.random.fork_rng():
-        torch.manual_seed(1)
-        for parameter in tuning.parameters():
-            parameter += torch.randn_like(parameter) * 0.2
-    return tuning
+def test_names_that_are_no_splits() -> None:
+    assert [role_of(name) for name in ("trainer", "seg_pred", "testament", "unlabeled", "cat", "", "2017")] == [
+        None
+    ] * 7
 
 
-def said(model: nn.Module) -> Tensor:
-    with torch.no_grad():
-        found: Tensor = model(input_ids=IDS)[0]
-    return found
+def test_a_class_that_is_called_like_a_split(tmp_path: Path) -> None:
+    root = pictures(tmp_path, {"bus": 10, "car": 10, "train": 10})
+    assert opened(root).classes == ["bus", "car", "train"]
+    shutil.move(root / "train", root / "old")
+    pictures(root, {"train/steam": 10, "train/electric": 10})
+    shutil.rmtree(root / "old")
+    with pytest.raises(
+        DataError, match=r"'train', which may be splits or classes, beside bus; car; say .*splits: \{\}"
+    ):
+        FolderData(str(root))
+    assert opened(root, splits={}).classes == ["bus", "car", "train"]
+    assert counted(opened(root, splits={})) == (32, 4, 4)
+    assert opened(root, splits={"train": "train"}).classes == ["electric", "steam"]
 
 
-def config_of(folder: Path) -> Any:
-    return json.loads((folder / "adapter_config.json").read_text())
+def test_splits_of_ones_own_names(tmp_path: Path) -> None:
+    root = pictures(tmp_path, {f"{split}/{kind}": 2 for split in ("Lab A", "Lab B", "rest") for kind in ("x", "y")})
+    assert counted(opened(root, splits={"train": "Lab A", "val": "Lab B", "test": "rest"})) == (4, 4, 4)
+    with pytest.raises(ConfigError, match=r"no folder 'Lab C' for test\. Did you mean 'Lab"):
+        FolderData(str(root), splits={"train": "Lab A", "test": "Lab C"})
+    with pytest.raises(ConfigError, match="train, val and test, got 'trian'"):
+        FolderData(str(root), splits={"trian": "Lab A"})
+    with pytest.raises(DataError, match="but no folder `train`"):
+        FolderData(str(root), splits={"val": "Lab A"})
 
 
-def shapes(file: Path) -> dict[str, list[int]]:
-    return {name: list(tensor.shape) for name, tensor in load_file(file).items()}
+def test_what_may_be_read_in_two_ways_is_refused(tmp_path: Path) -> None:
+    pictures(tmp_path, {"a/train/x": 1, "a/training/x": 1, "b/valid/x": 1, "b/eval/x": 1, "b/train/x": 1})
+    with pytest.raises(DataError, match="'train' and 'training', and each may be train; name one"):
+        FolderData(str(tmp_path / "a"))
+    with pytest.raises(DataError, match="'eval' and 'valid', and each may be val"):
+        FolderData(str(tmp_path / "b"))
+    pictures(tmp_path, {"c/archive/train/x": 1, "c/archive/test/x": 1})
+    with pytest.raises(DataError, match="holds 'archive' alone, which has the splits: give that folder as root"):
+        FolderData(str(tmp_path / "c"))
+    pictures(tmp_path, {"d/train": 1, "d/test": 1})
+    with pytest.raises(DataError, match=r"train has no class folders.*splits: \{\} says that train is a class"):
+        FolderData(str(tmp_path / "d"))
 
 
-# -- MLX ----------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    "names", [("asl_train", "asl_test"), ("train-256", "val-256"), ("stage1_train", "stage1_test"), ("fold1", "fold2")]
+)
+def test_splits_by_other_names_do_not_become_classes(names: tuple[str, str], tmp_path: Path) -> None:
+    root = pictures(tmp_path, {f"{name}/{kind}": 4 for name in names for kind in ("cat", "dog")})
+    with pytest.raises(
+        DataError, match=r"and cat; dog in each of them: .* say which: splits: \{\} if they are classes"
+    ):
+        FolderData(str(root))
+    assert opened(root, splits={}).classes == sorted(names)
+    assert opened(root, splits={"train": names[0], "val": names[1]}).classes == ["cat", "dog"]
+    other = pictures(tmp_path / "kinds", {"cat/young": 4, "cat/old": 4, "dog/old": 4})
+    assert opened(other).classes == ["cat", "dog"]  # folders inside classes
 
-LLAMA = {"q": "model.layers.2.self_attn.q_proj", "up": "model.layers.2.mlp.up_proj"}
+
+def test_folders_beside_the_splits_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    root = pictures(tmp_path, {"seg_train/x": 2, "seg_train/y": 2, "seg_test/x": 1, "seg_pred": 3})
+    assert counted(opened(root, val_fraction=0)) == (4, 0, 1)
+    assert "left out: the folders seg_pred" in caplog.text
 
 
-def test_mlx_names_and_layout(tmp_path: Path) -> None:
-    """Two ranks are padded; names within a block, for the last of them."""
-    method = mmpeft.LoRA(at="{attn.q,mlp.up} & depth>1", rank=3, alpha=6, rank_pattern={"attn.q": 2})
-    tuning = tuned(llama(), method)
-    tuning.export(tmp_path / "a", format="mlx")
-    assert sorted(file.name for file in (tmp_path / "a").iterdir()) == ["adapter_config.json", "adapters.safetensors"]
-    assert config_of(tmp_path / "a") == {
-        "fine_tune_type": "lora",
-        "lora_parameters": {"dropout": 0.0, "keys": ["mlp.up_proj", "self_attn.q_proj"], "rank": 3, "scale": 1.0},
-        "model": None,
-        "num_layers": 1,
+def test_what_is_left_out_is_counted_and_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    root = pictures(tmp_path, {"train/x": 3, "train/y": 3})
+    for i in range(10):
+        (root / "train/x" / f"{i}.txt").write_text("a note")
+    for name in ("train/x/a.HEIC", "train/y/b.heic", "train/y/data", "train/y/c.NEF"):
+        (root / name).write_bytes(b"something")
+    for name in (".DS_Store", "._0.png", "Thumbs.db", "desktop.ini"):
+        (root / "train/x" / name).write_bytes(b"something")
+    os.mkfifo(root / "train/x/pipe.png")
+    (root / "train/x/gone.png").symlink_to(root / "nothing.png")
+    shutil.copy(root / "train/x/0.png", root / "train/stray.png")
+    pictures(root, {"__MACOSX/train/x": 2, "train/__MACOSX": 2, "train/x/@eaDir": 1, "train/x/.cache": 1})
+    with caplog.at_level(logging.WARNING):
+        data = opened(root, val_fraction=0)
+    assert data.classes == ["x", "y"]
+    assert counted(data) == (6, 0, 0)
+    (line,) = [record.getMessage() for record in caplog.records if "left out" in record.getMessage()]
+    start, _, reasons = line.partition(": ")
+    assert start == f"17 files left out of {root / 'train'}"
+    assert reasons.startswith("10 .txt, 2 .heic (needs pillow-heif), ")
+    assert set(reasons.split(", ")[2:]) == {
+        *("1 pipe", "1 link to nothing", "1 .nef", "1 without a suffix", "1 beside the class folders")
     }
-    assert shapes(tmp_path / "a" / "adapters.safetensors") == {
-        f"{LLAMA['q']}.lora_a": [8, 3],
-        f"{LLAMA['q']}.lora_b": [3, 8],
-        f"{LLAMA['up']}.lora_a": [8, 3],
-        f"{LLAMA['up']}.lora_b": [3, 12],
-    }
-    tuned(model := llama(), mmpeft.LoRA(at="attn.q & depth=0")).export(tmp_path / "b", format="mlx")
-    first = config_of(tmp_path / "b")  # others have queries, too
-    assert first["lora_parameters"]["keys"] == ["model.layers.0.self_attn.q_proj"]
-    tuned(model := gpt2(), mmpeft.DoRA(at="mlp.up", rank=2)).export(tmp_path / "c", format="mlx")
-    own = shapes(tmp_path / "c" / "adapters.safetensors")
-    assert (own["model.h.0.mlp.c_fc.lora_a"], own["model.h.0.mlp.c_fc.m"]) == ([8, 2], [32])
-    assert config_of(tmp_path / "c")["fine_tune_type"] == "dora"
-    del model
 
 
-MLX_METHODS = {
-    "LoRA": mmpeft.LoRA(rank=2, alpha=3),
-    "DoRA": mmpeft.DoRA(rank=2),
-    "full": mmpeft.Full(at="attn.*|norm"),
-    "norms": mmpeft.NormTuning(),
-}
+def test_each_file_counts_once_and_links_end(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    outside = pictures(tmp_path / "outside", {"pool": 2})
+    root = pictures(tmp_path / "root", {"cat/deep": 4, "dog": 4})
+    (root / "cat/loop").symlink_to(root / "cat")
+    (root / "cat/up").symlink_to(root)
+    (root / "cat/twice").symlink_to(root / "cat/deep")
+    (root / "cat/again.png").symlink_to(root / "cat/deep/0.png")
+    os.link(root / "cat/deep/1.png", root / "cat/hard.png")
+    (root / "dog/linked").symlink_to(outside / "pool")
+    data = opened(root, val_fraction=0, test_fraction=0)
+    assert counted(data) == (10, 0, 0)
+    assert sum("dog" in path for path in data.train_set.paths) == 6
+    assert "2 reached twice" in caplog.text
+    (root / "dog/other.png").symlink_to(root / "cat/deep/2.png")
+    with pytest.raises(DataError, match="are one file in two classes"):
+        opened(root)
 
 
-@pytest.mark.parametrize("build", [llama, gpt2])
-@pytest.mark.parametrize("method", MLX_METHODS.values(), ids=MLX_METHODS)
-def test_mlx_round_trip(method: mmpeft.Method, build: Any, tmp_path: Path) -> None:
-    tuned(model := build(), method).export(tmp_path / "a", format="mlx")
-    load_foreign(other := build(), tmp_path / "a")
-    torch.testing.assert_close(said(other), said(model))
-    assert not torch.allclose(said(other), said(build()))
-    assert inspect(tmp_path / "a", build()).format == "mlx"
-    assert needs_model(tmp_path / "a")
+def test_files_in_two_splits_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    root = pictures(tmp_path, {"train/x": 2, "train/y": 2, "test/x": 1})
+    (root / "test/x/same.png").symlink_to(root / "train/x/0.png")
+    opened(root, val_fraction=0)
+    assert "1 files of validation and test are also trained on" in caplog.text
 
 
-def mlx_folder(folder: Path, tensors: dict[str, Tensor], **fields: Any) -> Path:
-    folder.mkdir()
-    save_file(tensors, folder / "adapters.safetensors")
-    known = {"fine_tune_type": "lora", "num_layers": 3, "lora_parameters": {"rank": 2, "scale": 1.5, "dropout": 0.0}}
-    (folder / "adapter_config.json").write_text(json.dumps(known | fields))
-    return folder
+def test_a_class_that_fractions_leave_nothing_of_is_named(tmp_path: Path) -> None:
+    root = pictures(tmp_path, {"many": 20, "two": 2})
+    with pytest.raises(DataError, match="class 'two' has 2 images, all of which go to validation and test"):
+        opened(root, val_fraction=0.4, test_fraction=0.5)
+    assert counted(opened(root, val_fraction=0.1, test_fraction=0.1)) == (18, 2, 2)
 
 
-def pair(path: str, inputs: int, outputs: int, rank: int = 2) -> dict[str, Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    a, b = torch.randn(inputs, rank, generator=generator), torch.randn(rank, outputs, generator=generator)
-    return {f"{path}.lora_a": a, f"{path}.lora_b": b}
+def test_every_suffix_that_pillow_reads(tmp_path: Path) -> None:
+    root = tmp_path
+    for number, suffix in enumerate((".avif", ".jfif", ".jpe", ".jp2", ".tga", ".JPG", ".Png", ".tiff")):
+        pictures(root, {f"class{number}": 4}, suffix)
+    assert sum(counted(opened(root))) == 32
 
 
-def test_mlx_scale_is_the_factor_itself_and_a_tied_table_is_the_head(tmp_path: Path) -> None:
-    tensors = pair("model.h.1.mlp.c_fc", 8, 32)
-    load_foreign(model := gpt2(), mlx_folder(tmp_path / "a", tensors)).merge()
-    a, b = tensors.values()
-    moved = (
-        model.get_submodule("transformer.h.1.mlp.c_fc").weight - gpt2().get_submodule("transformer.h.1.mlp.c_fc").weight
-    )
-    torch.testing.assert_close(moved, 1.5 * a @ b)  # transformers keeps [i, o] there
-    tensors = pair("model.embed_tokens", 16, 8)
-    folder = mlx_folder(tmp_path / "b", tensors)
-    a, b = tensors.values()
-    load_foreign(model := llama(tied=True), folder)
-    by_hand = llama(tied=True)
-    with torch.no_grad():
-        by_hand.get_submodule("model.embed_tokens").weight += 1.5 * a @ b
-    torch.testing.assert_close(said(model), said(by_hand))
-    convert(mlx_folder(tmp_path / "c", pair(LLAMA["q"], 8, 8)), tmp_path / "d", "peft", model=llama())
-    load_foreign(one := llama(), tmp_path / "c")
-    load_foreign(two := llama(), tmp_path / "d")
-    torch.testing.assert_close(said(one), said(two))
-
-
-STACK = {"model.layers.0.mlp.switch_mlp.up_proj.lora_a": torch.ones(4, 2, 8)}
-BAD_MLX: dict[str, tuple[dict[str, Tensor], dict[str, Any], str]] = {
-    "experts": (STACK, {}, "an update of stacked experts"),
-    "other key": ({"model.norm.weight": torch.ones(8)}, {}, "is no part of a lora update"),
-    "alpha": (pair(LLAMA["q"], 8, 8), {"lora_parameters": {"rank": 2, "alpha": 4}}, "called scale there, not alpha"),
-    "rank": (pair(LLAMA["q"], 8, 8, 3), {}, "has rank 3, its config says 2"),
-    "lengths": (pair(LLAMA["q"], 8, 8), {"fine_tune_type": "dora"}, "lacks lengths `m`"),
-    "type": (pair(LLAMA["q"], 8, 8), {"fine_tune_type": "lokr"}, "'lokr' is not read; supported: lora, dora, full"),
-    "table": (
-        pair("model.embed_tokens", 16, 8) | {"model.embed_tokens.m": torch.ones(16)},
-        {"fine_tune_type": "dora"},
-        "one DoRA length for each of 16 words",
-    ),
-}
-
-
-@pytest.mark.parametrize("name", BAD_MLX)
-def test_bad_mlx_folder(name: str, tmp_path: Path) -> None:
-    tensors, fields, message = BAD_MLX[name]
-    with pytest.raises(AdapterFileError, match=message):
-        load_foreign(llama(), mlx_folder(tmp_path / "a", tensors, **fields))
-
-
-UNFIT_MLX = [
-    (mmpeft.LoRA() + mmpeft.NormTuning(), "mlx_lm reads one of them"),
-    (mmpeft.LoRA(at="embed"), "mlx_lm has one module for both"),
-    (mmpeft.IA3(), "mlx files hold low-rank layers only"),
-    (mmpeft.Houlsby(), "Branch at .* exists in no exchange format"),
-    (mmpeft.LoRA(at="attn.q") + mmpeft.DoRA(at="attn.v"), "both LoRA and DoRA"),
-]
-
-
-@pytest.mark.parametrize(("method", "message"), UNFIT_MLX)
-def test_what_mlx_cannot_hold_is_refused(method: mmpeft.Method, message: str, tmp_path: Path) -> None:
-    with pytest.raises(Refused, match=message):
-        tuned(llama(tied=True), method).export(tmp_path / "a", format="mlx")
-    assert not (tmp_path / "a").exists()
-
-
-# -- AdapterHub ---------------------------------------------------------------------------------------------
-
-HUB_METHODS = {
-    "Houlsby": mmpeft.Houlsby(reduction=2),
-    "one block": mmpeft.Houlsby(at="attn & depth=1", bottleneck=3, activation="tanh"),
-    "blocks": mmpeft.Pfeiffer(at="block", reduction=4),
-    "parallel": mmpeft.ParallelAdapter(scale="scalar"),
-    "LoRA": mmpeft.LoRA(at="attn.{q,v}", rank=2, alpha=3),
-    "IA3": mmpeft.IA3(at="attn.{k,v}|mlp.up", side="output"),
-}
-
-
-@pytest.mark.parametrize("build", [bert, gpt2, llama])
-@pytest.mark.parametrize("method", HUB_METHODS.values(), ids=HUB_METHODS)
-def test_adapterhub_round_trip(method: mmpeft.Method, build: Any, tmp_path: Path) -> None:
-    tuning = tuned(model := build(), method)
-    if build is not bert and method is HUB_METHODS["parallel"]:
-        with pytest.raises(Refused, match="those of adapters read the sum before the norm"):
-            tuning.export(tmp_path / "a", format="adapterhub")
-        return
-    tuning.export(tmp_path / "a", format="adapterhub")
-    load_foreign(other := build(), tmp_path / "a")
-    torch.testing.assert_close(said(other), said(model))
-    assert not torch.allclose(said(other), said(build()))
-    assert inspect(tmp_path / "a").method == type(method).__name__
-    assert inspect(tmp_path / "a").layers
-
-
-def test_adapterhub_names_and_layout(tmp_path: Path) -> None:
-    tuned(bert(), HUB_METHODS["one block"]).export(tmp_path / "a", format="adapterhub")
-    own = "encoder.layer.1.attention.output.adapters.default"
-    assert shapes(tmp_path / "a" / "adapter.safetensors") == {
-        f"{own}.adapter_down.0.weight": [3, 8],
-        f"{own}.adapter_down.0.bias": [3],
-        f"{own}.adapter_up.weight": [8, 3],
-        f"{own}.adapter_up.bias": [8],
-    }
-    facts = config_of(tmp_path / "a")
-    config = facts["config"]
-    assert (facts["model_type"], facts["hidden_size"], facts["model_class"]) == ("bert", 8, "BertModel")
-    assert (config["mh_adapter"], config["output_adapter"], config["leave_out"]) == (True, False, [0, 2])
-    assert (config["non_linearity"], int(8 // config["reduction_factor"])) == ("tanh", 3)
-    tuned(gpt2(), HUB_METHODS["LoRA"]).export(tmp_path / "b", format="adapterhub")
-    pairs = shapes(tmp_path / "b" / "adapter.safetensors")
-    assert pairs["transformer.h.0.attn.c_attn.loras.default.lora_A"] == [4, 8]  # of q and of v
-    assert pairs["transformer.h.0.attn.c_attn.loras.default.lora_B"] == [16, 2]
-    assert config_of(tmp_path / "b")["config"]["attn_matrices"] == ["q", "v"]
-    tuned(llama(), HUB_METHODS["blocks"]).export(tmp_path / "c", format="adapterhub")
-    config = config_of(tmp_path / "c")["config"]
-    assert [config[n] for n in ("original_ln_before", "original_ln_after", "residual_before_ln")] == [True] * 3
-    assert "model.layers.0.output_adapters.adapters.default.adapter_up.bias" in load_file(
-        tmp_path / "c" / "adapter.safetensors"
-    )
-
-
-def test_every_size_has_its_factor(tmp_path: Path) -> None:
-    from mmpeft.formats.hub_out import _factor
-
-    assert all(int(w // _factor(w, size)) == size for w in (8, 768, 1000) for size in range(1, w + 1))
-    assert math.isclose(_factor(768, 48), 16)
-
-
-BAD_HUB: dict[str, tuple[dict[str, Any], str]] = {
-    "seq_bn": ({"original_ln_before": True}, "the norm runs before the bottleneck and once more behind it"),
-    "compacter": ({"phm_layer": True}, "phm_layer means Kronecker products"),
-    "norm": ({"ln_after": True}, "ln_after means a norm of its own"),
-    "prefix": ({"architecture": "prefix_tuning"}, "architecture 'prefix_tuning' is not read"),
-    "activation": ({"non_linearity": "leakyrelu"}, "non_linearity 'leakyrelu' is not read"),
-    "channel": ({"scaling": "channel"}, "scaling 'channel' is not read"),
-    "learned": ({"scaling": "learned"}, "scaling.* should be there or not"),
-}
-
-
-@pytest.mark.parametrize("name", BAD_HUB)
-def test_bad_adapterhub_folder(name: str, tmp_path: Path) -> None:
-    export(tuned(bert(), HUB_METHODS["Houlsby"]), tmp_path / "a", "adapterhub")
-    fields, message = BAD_HUB[name]
-    facts = config_of(tmp_path / "a")
-    facts["config"] |= fields
-    (tmp_path / "a" / "adapter_config.json").write_text(json.dumps(facts))
-    with pytest.raises(AdapterFileError, match=message):
-        load_foreign(bert(), tmp_path / "a")
-
-
-def test_a_pickled_adapter_is_refused_with_the_way_out(tmp_path: Path) -> None:
-    export(tuned(bert(), HUB_METHODS["Houlsby"]), tmp_path / "a", "adapterhub")
-    (tmp_path / "a" / "adapter.safetensors").rename(tmp_path / "a" / "pytorch_adapter.bin")
-    with pytest.raises(AdapterFileError, match=r"safetensors.torch as s; s.save_file\(torch.load"):
-        load_foreign(bert(), tmp_path / "a")
-
-
-UNFIT_HUB = [
-    (mmpeft.DoRA(), "that of adapters scales biases as well"),
-    (mmpeft.IA3(), r"none on what enters encoder.layer.0.output.dense"),
-    (mmpeft.LoRA(at="attn.out"), "no option for encoder.layer.0.attention.output.dense"),
-    (mmpeft.Houlsby() + mmpeft.NormTuning(), "is no plain bottleneck"),
-    (mmpeft.AdapterPlus(), "is no place for a bottleneck"),
-    (mmpeft.LoRA(at="attn.q & depth=0") + mmpeft.LoRA(at="attn.v & depth=1"), "updates of different linears"),
-]
-
-
-@pytest.mark.parametrize(("method", "message"), UNFIT_HUB)
-def test_what_adapterhub_cannot_hold_is_refused(method: mmpeft.Method, message: str, tmp_path: Path) -> None:
-    with pytest.raises(Refused, match=message):
-        tuned(bert(), method).export(tmp_path / "a", format="adapterhub")
+def test_accents_however_they_are_encoded(tmp_path: Path) -> None:
+    root = pictures(tmp_path, {"train/café": 2, "train/the": 2, "val/cafe\u0301": 1})
+    assert counted(opened(root)) == (4, 1, 0)
