@@ -21,7 +21,8 @@ from typing import Literal
 from torch import Tensor, nn
 
 from mmpeft.errors import AdapterFileError
-from mmpeft.formats.content import Content, Layer, Scaling, assemble, check_values, read_json, read_tensors
+from mmpeft.formats import hub_lora
+from mmpeft.formats.content import Content, check_values, read_json, read_tensors
 from mmpeft.formats.tails import module_of
 from mmpeft.hosting.modules import CHILD
 from mmpeft.types import Facts
@@ -103,7 +104,7 @@ def branches(content: Content) -> list[Bottleneck]:
 
 def of_branches(content: Content) -> dict[str, Tensor]:
     """Tensors of bottlenecks, each by a key of its own."""
-    found = {}
+    found: dict[str, Tensor] = {}
     for branch in branches(content):
         found |= {f"{name} of {branch.place} in block {branch.depth}": t for name, t in branch.tensors().items()}
     return found
@@ -132,7 +133,11 @@ def read_folder(folder: Path) -> Content:
     if kind not in ("bottleneck", "lora"):
         raise AdapterFileError(f"{folder / CONFIG}: architecture {kind!r} is not read; bottleneck and lora are")
     tensors, _ = read_tensors(folder / WEIGHTS)
-    content = (_low_rank if kind == "lora" else _bottlenecks)(config, facts, tensors, folder)
+    if kind == "lora":
+        layout = LAYOUTS.get(str(facts["model_type"]))
+        content = hub_lora.read(config, layout.fused if layout else "", _slots(tensors, "loras", folder), folder)
+    else:
+        content = _bottlenecks(config, facts, tensors, folder)
     if (folder / HEAD).exists():
         content = replace(content, base=read_tensors(folder / HEAD)[0])
     return content
@@ -152,80 +157,6 @@ def _slots(tensors: Mapping[str, Tensor], mark: str, folder: Path) -> dict[str, 
     if len(names) > 1:
         raise AdapterFileError(f"{folder / WEIGHTS} holds {len(names)} adapters, {sorted(names)}; expected one")
     return found
-
-
-# -- LoRA and (IA)³ -----------------------------------------------------------------------------------------
-
-
-def _low_rank(config: Facts, facts: Facts, tensors: Mapping[str, Tensor], folder: Path) -> Content:
-    for option, why in LOW_RANK_OTHERS.items():
-        if config.get(option):
-            raise AdapterFileError(f"{folder / CONFIG}: {option} means {why}; no method here is that")
-    r, alpha = config.get("r"), config.get("alpha")
-    if not isinstance(r, int) or not isinstance(alpha, int | float) or r < 1:
-        raise AdapterFileError(f"{folder / CONFIG}: r {r!r} and alpha {alpha!r}; expected numbers")
-    layout = LAYOUTS.get(str(facts["model_type"]))
-    scaled = config.get("composition_mode") == "scale"
-    if scaled and (r != 1 or alpha != 1):
-        raise AdapterFileError(f"{folder / CONFIG}: (IA)³ with r {r} and alpha {alpha}; expected 1 and 1")
-    wanted = {"lora_B"} if scaled else {"lora_A", "lora_B"}
-    layers: list[Layer] = []
-    vectors: list[Scaling] = []
-    for path, own in _slots(tensors, "loras", folder).items():
-        if set(own) != wanted or any(tensor.dim() != 2 for tensor in own.values()):
-            raise AdapterFileError(f"{folder}: {path} has {sorted(own)}, expected {sorted(wanted)}, matrices all")
-        b = own["lora_B"]
-        a = b.new_ones(1, 1) if scaled else own["lora_A"]
-        fused = layout is not None and layout.fused == path.rpartition(".")[2]
-        if scaled:
-            vectors.append(Scaling(path, _thirds(b, 1.0, config, path, folder) if fused else b[:, 0], "output"))
-        elif fused:
-            layers.append(_merged(path, a, b, alpha / r, config, folder))
-        else:
-            layers.append(replace(assemble({"down": a, "up": b}, path, folder), alpha=float(alpha)))
-    return Content("adapterhub", layers, vectors, dropout=float(config.get("dropout") or 0.0))
-
-
-LOW_RANK_OTHERS = {
-    "use_gating": "a gate",
-    "vera_d": "VeRA, whose random matrices are not in the file",
-    "vera_b": "VeRA, whose random matrices are not in the file",
-    "use_dora": "DoRA that scales biases as well and leaves alpha out of its lengths",
-}
-
-
-def _chosen(config: Facts) -> list[int]:
-    """Which of q, k and v a fused linear has updates of."""
-    return [i for i, name in enumerate("qkv") if name in (config.get("attn_matrices") or ())]
-
-
-def _thirds(b: Tensor, rest: float, config: Facts, path: str, folder: Path) -> Tensor:
-    """A vector on some thirds of the rows as one on all."""
-    chosen = _chosen(config)
-    if not chosen or len(b) % len(chosen) or b.shape[1] != 1:
-        raise _not_merged(b, path, config, folder)
-    rows = len(b) // len(chosen)
-    found = b.new_full((3, rows), rest)
-    found[chosen] = b.view(len(chosen), rows)
-    return found.flatten()
-
-
-def _merged(path: str, a: Tensor, b: Tensor, scale: float, config: Facts, folder: Path) -> Layer:
-    """Pairs of some of q, k, v in one linear: `lora_A` [n r, i], `lora_B` [n o, r]; each has its own third of rows."""
-    chosen, r = _chosen(config), b.shape[1]
-    count = len(chosen)
-    if count == 0 or len(a) != count * r or len(b) % count:
-        raise _not_merged(b, path, config, folder)
-    rows = len(b) // count
-    up = b.new_zeros(3 * rows, count * r)
-    for n, i in enumerate(chosen):
-        up[i * rows : (i + 1) * rows, n * r : (n + 1) * r] = b[n * rows : (n + 1) * rows]
-    return Layer(path, a, up, scale * count * r).trimmed()
-
-
-def _not_merged(b: Tensor, path: str, config: Facts, folder: Path) -> AdapterFileError:
-    named = config.get("attn_matrices")
-    return AdapterFileError(f"{folder}: {path} has lora_B {list(b.shape)}, which does not fit attn_matrices={named}")
 
 
 # -- bottlenecks --------------------------------------------------------------------------------------------

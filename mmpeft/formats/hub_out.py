@@ -6,14 +6,13 @@ import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
-import torch
 from torch import Tensor, nn
 
 from mmpeft.errors import AdapterFileError, Refused
-from mmpeft.formats.content import Content, Layer, Scaling, dump_tensors
+from mmpeft.formats import hub_lora
+from mmpeft.formats.content import Content, dump_tensors
 from mmpeft.formats.hub import ACTIVATIONS, CONFIG, LAYOUTS, WEIGHTS, Bottleneck, Bottlenecks, Layout, Way
 from mmpeft.formats.low_rank import selector
-from mmpeft.functional.rows import take_rows
 from mmpeft.hosting.host import original_class
 from mmpeft.methods.additive.houlsby import Houlsby
 from mmpeft.methods.additive.parallel_adapter import ParallelAdapter
@@ -79,9 +78,11 @@ def bottlenecks_of(tuning: Attached) -> Bottlenecks:
                 f"{where} has the activation {part.activation}; adapters are known to have {list(ACTIVATIONS)}"
             )
         scale = part.scale.detach() if isinstance(part.scale, Tensor) else part.scale
-        own = [part.down.weight, part.down.bias, part.up.weight, part.up.bias]
+        down, up = part.down, part.up
+        assert isinstance(down, nn.Linear) and isinstance(up, nn.Linear)
         place = "mlp" if way == "stream" else site.role
-        branch = Bottleneck(site.depth, place, *(tensor.detach() for tensor in own), scale)
+        d, bd, u, bu = (tensor.detach() for tensor in (down.weight, down.bias, up.weight, up.bias))
+        branch = Bottleneck(site.depth, place, d, bd, u, bu, scale)
         found.append(branch if way == "parallel" else branch.scaled())
         kinds.add(
             (way, part.activation, "learned" if isinstance(scale, Tensor) else scale if way == "parallel" else 1.0)
@@ -132,8 +133,8 @@ def methods_for(model: nn.Module, content: Bottlenecks, where: object) -> tuple[
         sizes.setdefault((len(branch.down), scale), []).append(site)
     methods: list[Method] = []
     available = [site for site in sites(model) if site.kind != "param"]
-    for (size, scale), own in sizes.items():
-        options: Json = {"at": selector(own, available), "bottleneck": size, "activation": content.activation}
+    for (size, scale), chosen in sizes.items():
+        options: Json = {"at": selector(chosen, available), "bottleneck": size, "activation": content.activation}
         options["dropout"] = content.dropout
         if content.way == "parallel":
             methods.append(ParallelAdapter(**options, scale=scale or "scalar"))
@@ -168,7 +169,7 @@ def folder_files(content: Content, model: nn.Module) -> dict[str, bytes]:
     if isinstance(content, Bottlenecks):
         config, tensors = _bottlenecks(content, model, layout)
     else:
-        config, tensors = _low_rank(content, model, layout)
+        config, tensors = hub_lora.written(content, model, layout.roles)
     facts: Json = {
         "config": config,
         "hidden_size": model.config.hidden_size,  # type: ignore[union-attr]
@@ -234,86 +235,3 @@ def factor(width: int, size: int) -> float:
     while int(width // factor) < size:
         factor *= 1 - 1e-12
     return factor
-
-
-def _low_rank(content: Content, model: nn.Module, layout: Layout) -> tuple[Json, dict[str, Tensor]]:
-    """LoRA or (IA)³ by the options of the library, which choose linears by role, the same in every block."""
-    roles = {"attn.q": "q", "attn.k": "k", "attn.v": "v", layout.roles[0]: "intermediate", layout.roles[1]: "output"}
-    linears: dict[str, list[Site]] = {}
-    for site in sites(model):
-        if site.kind == "linear" and site.role in roles:
-            linears.setdefault(site.path, []).append(site)
-    layers = [layer.baked() for layer in content.layers]
-    if any(layer.magnitude is not None for layer in layers):
-        raise Refused("there is DoRA; that of adapters scales biases as well. Use dora='low_rank', or tuning.save()")
-    rank = max((_widest(layer, linears.get(layer.path, [])) for layer in layers), default=1)
-    chosen: dict[int, set[str]] = {}
-    tensors: dict[str, Tensor] = {}
-    for item in (*layers, *content.scalings):
-        own = linears.get(item.path, [])
-        if not own or own[0].depth is None:
-            raise Refused(f"adapters has no option for {item.path}; it has q, k, v and the two linears of the network")
-        if isinstance(item, Layer):
-            taken, halves = _pairs(item, own, rank)
-        elif item.side == "input":
-            raise Refused(
-                f"adapters has (IA)³ on the results of linears, none on what enters {item.path}; "
-                "IA3(at='attn.{k,v}|mlp.up', side='output') is like that"
-            )
-        else:
-            taken, halves = _vectors(item, own)
-        chosen.setdefault(own[0].depth, set()).update(roles[site.role] for site in taken)
-        tensors |= {f"{item.path}.loras.{NAME}.{name}": tensor for name, tensor in halves.items()}
-    if len({tuple(sorted(names)) for names in chosen.values()}) > 1:
-        raise Refused(f"blocks have updates of different linears, {chosen}; adapters has one config for all")
-    names = next(iter(chosen.values()))
-    depths = {site.depth for own in linears.values() for site in own}
-    vectors = bool(content.scalings)
-    return {
-        "architecture": "lora",
-        "selfattn_lora": bool(names & set("qkv")),
-        "intermediate_lora": "intermediate" in names,
-        "output_lora": "output" in names,
-        "attn_matrices": sorted(names & set("qkv"), key="qkv".index),
-        "leave_out": sorted(depths - set(chosen)),
-        "r": rank,
-        "alpha": rank,
-        "dropout": content.dropout,
-        "composition_mode": "scale" if vectors else "add",
-        "init_weights": "ia3" if vectors else "lora",
-        "use_gating": False,
-    }, tensors
-
-
-def _parts(layer: Layer, own: Sequence[Site]) -> list[tuple[Site, Tensor, Tensor]]:
-    """Down and up of each projection of a fused linear that an update changes; of all where it changes none yet."""
-    found = []
-    for site in own:
-        up = take_rows(layer.up, site.rows)
-        keep = (up != 0).any(0)
-        if keep.any() or not layer.up.any():
-            found.append((site, layer.down[keep] if keep.any() else layer.down, up[:, keep] if keep.any() else up))
-    return found
-
-
-def _widest(layer: Layer, own: Sequence[Site]) -> int:
-    return max((len(down) for _, down, _ in _parts(layer, own)), default=layer.rank)
-
-
-def _pairs(layer: Layer, own: Sequence[Site], rank: int) -> tuple[list[Site], dict[str, Tensor]]:
-    """The projections that an update changes, and its halves: those of a fused linear one below the other."""
-    if own[0].rows is None:
-        whole = layer.padded(rank)
-        return list(own), {"lora_A": whole.down, "lora_B": whole.up}
-    parts = sorted(_parts(layer, own), key=lambda part: ("attn.q", "attn.k", "attn.v").index(part[0].role))
-    padded = [Layer("", down, up, float(len(down))).padded(rank) for _, down, up in parts]
-    halves = {"lora_A": torch.cat([x.down for x in padded]), "lora_B": torch.cat([x.up for x in padded])}
-    return [site for site, _, _ in parts], halves
-
-
-def _vectors(item: Scaling, own: Sequence[Site]) -> tuple[list[Site], dict[str, Tensor]]:
-    """The projections that a vector changes, and its values for those."""
-    order = ("attn.q", "attn.k", "attn.v")
-    parts = sorted(own, key=lambda site: order.index(site.role)) if own[0].rows is not None else list(own)
-    moved = [site for site in parts if (take_rows(item.gamma, site.rows) != 1).any()] or parts
-    return moved, {"lora_B": torch.cat([take_rows(item.gamma, site.rows) for site in moved])[:, None]}

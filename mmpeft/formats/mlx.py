@@ -14,6 +14,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import TypeGuard
 
 from torch import Tensor, nn
 
@@ -85,14 +86,19 @@ def _parameters(config: Facts, where: Path) -> tuple[float, int, float]:
     """Scale, rank and dropout that hold for all layers."""
     own = config.get("lora_parameters")
     own = own if isinstance(own, dict) else {}
-    scale, rank, dropout = own.get("scale"), own.get("rank"), own.get("dropout", 0.0)
-    numbers = [scale, rank, dropout]
-    if not all(isinstance(x, int | float) and not isinstance(x, bool) and math.isfinite(x) for x in numbers):
+    scale: object = own.get("scale")
+    rank: object = own.get("rank")
+    dropout: object = own.get("dropout", 0.0)
+    if not (_number(scale) and _number(rank) and _number(dropout)):
         raise AdapterFileError(
             f"{where}: lora_parameters has rank {rank!r}, scale {scale!r} and dropout {dropout!r}; expected numbers "
             "(the factor is called scale there, not alpha)"
         )
     return float(scale), int(rank), float(dropout)
+
+
+def _number(value: object) -> TypeGuard[float]:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _layer(own: Mapping[str, Tensor], path: str, scale: float, rank: int, kind: str, folder: Path) -> Layer:
@@ -138,7 +144,7 @@ def named(content: Content, model: nn.Module, where: object) -> Content:
             head = other.rpartition(".")[0]
             if head != path:
                 layers.append(replace(layer, path=head, down=layer.up.mT, up=layer.down.mT))
-    base = {}
+    base: dict[str, Tensor] = {}
     for name, tensor in content.base.items():
         path, _, own = name.rpartition(".")
         path = module_of(path, modules)

@@ -103,8 +103,10 @@ def files_of(
         model = models.get(prefix)
         if model is None:
             raise Refused(f"{NAMED[content.format]} are known for a model only; give it")
-        if content.format != "comfy":
-            return (mlx_out if content.format == "mlx" else hub_out).folder_files(content, model)
+        if content.format == "mlx":
+            return mlx_out.folder_files(content, model)
+        if content.format == "adapterhub":
+            return hub_out.folder_files(content, model)
         return {diffusers.WEIGHTS: original.comfy_bytes(content.layers, model, content.shifts, marks)}
     if content.format == "diffusers":
         return {diffusers.WEIGHTS: diffusers.diffusers_bytes(content.layers, prefix, modules)}
