@@ -79,7 +79,8 @@ def bottlenecks_of(tuning: Attached) -> Bottlenecks:
             )
         scale = part.scale.detach() if isinstance(part.scale, Tensor) else part.scale
         down, up = part.down, part.up
-        assert isinstance(down, nn.Linear) and isinstance(up, nn.Linear)
+        assert isinstance(down, nn.Linear)
+        assert isinstance(up, nn.Linear)
         place = "mlp" if way == "stream" else site.role
         d, bd, u, bu = (tensor.detach() for tensor in (down.weight, down.bias, up.weight, up.bias))
         branch = Bottleneck(site.depth, place, d, bd, u, bu, scale)
