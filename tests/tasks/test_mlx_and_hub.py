@@ -1,4 +1,4 @@
-"""Folders of MLX and AdapterHub: names and layouts as their libraries have them, and back (see docs/readers.md)."""
+"""Folders of MLX and AdapterHub: names and layouts as their libraries have them, and back."""
 
 from __future__ import annotations
 
