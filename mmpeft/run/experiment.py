@@ -88,6 +88,12 @@ class Experiment:
         parser.add_class_arguments(lightning.Trainer, "trainer")
         return cls(parser, parsed(parser, run, where), int(facts.get("seed_everything") or facts.get("seed") or 0))
 
+    def data(self) -> lightning.LightningDataModule:
+        """Make the data alone."""
+        built = self.parser.instantiate_classes(self.parser.strip_meta(self.config.clone()) if False else 0)
+        data: lightning.LightningDataModule = built.data
+        return data
+
     def build(self) -> Run:
         """Make the objects, under the run's seed: a base of random weights is the same each time."""
         lightning.seed_everything(self.seed, verbose=False)
