@@ -52,9 +52,9 @@ BERT = Layout("attention.output", "output", True)
 GPT = Layout("attention_adapters", "output_adapters", False)
 LLAMA = replace(GPT, roles=("mlp.down", "mlp.up"))  # as the library has it
 LAYOUTS: dict[str, Layout] = {
-    **dict.fromkeys(("bert", "roberta", "xlm-roberta", "electra"), BERT),
+    **dict.fromkeys(("bert", "roberta"), BERT),
     "gpt2": replace(GPT, fused="c_attn"),
-    **dict.fromkeys(("llama", "mistral"), LLAMA),
+    "llama": LLAMA,
 }
 """`model_type` → layout of the models whose answers were compared."""
 

@@ -19,18 +19,12 @@ from mmpeft.types import Json
 RENAMED: dict[str, dict[str, str]] = {
     "gpt2": {"transformer.": "model."},
     "gptj": {"transformer.": "model."},
-    "gpt_neox": {
-        "gpt_neox.layers.": "model.h.",
-        "gpt_neox.": "model.",
-        "embed_out": "model.embed_out",
-        "lm_head": "model.embed_out",
-    },
-    "nemotron_h": {"model.": "backbone."},
-    "gemma3": {"model.language_model.": "language_model.model.", "lm_head": "language_model.lm_head"},
-    "gemma4": {"model.language_model.": "language_model.model.", "lm_head": "language_model.lm_head"},
-    "mistral3": {"model.language_model.": "language_model.model.", "lm_head": "language_model.lm_head"},
 }
 """`model_type` → beginnings of names in transformers and in `mlx_lm`, where they differ."""
+
+
+UNTRIED = ("gpt_neox", "nemotron_h", "gemma3", "gemma4", "mistral3")
+"""`model_type`s whose modules have other names in `mlx_lm`, and whose answers nobody has compared."""
 
 
 def folder_files(content: Content, model: nn.Module) -> dict[str, bytes]:
@@ -70,6 +64,11 @@ def _check(content: Content, model: nn.Module) -> None:
     if held or content.scalings or content.stacks or content.learned:
         kind = held or ("updates of experts" if content.stacks else content.method)
         raise Refused(f"an MLX folder has no place for {kind}; use tuning.save(), or merge")
+    kind = getattr(getattr(model, "config", None), "model_type", "")
+    if kind in UNTRIED:
+        raise Refused(
+            f"mlx_lm has other names for the modules of a {kind}, which were not tried. Use tuning.save(), or merge"
+        )
     if content.layers and content.tensors():
         raise Refused(
             f"there are updates and {content.beside}; mlx_lm reads one of them (fine_tune_type). Use tuning.save(), or "

@@ -302,3 +302,9 @@ UNFIT_HUB = [
 def test_what_adapterhub_cannot_hold_is_refused(method: mmpeft.Method, message: str, tmp_path: Path) -> None:
     with pytest.raises(Refused, match=message):
         tuned(bert(), method).export(tmp_path / "a", format="adapterhub")
+
+
+def test_models_that_mlx_renames_and_nobody_compared_are_refused(tmp_path: Path) -> None:
+    model = _seeded(transformers.GPTNeoXForCausalLM, transformers.GPTNeoXConfig(**SIZES))
+    with pytest.raises(Refused, match="gpt_neox, which were not tried"):
+        export(mmpeft.attach(model, mmpeft.LoRA(rank=1)), tmp_path / "mlx", "mlx")
