@@ -20,7 +20,7 @@ from mmpeft.files import write_atomic
 from mmpeft.run.experiment import Experiment
 from mmpeft.tasks.pictures import picture_grid
 from mmpeft.tasks.task import Task
-from mmpeft.types import Batch, Output
+from mmpeft.types import AnyModule, Batch, Output
 
 SHOWN = 24
 
@@ -42,6 +42,7 @@ class KeepAnswers(Callback):
         self.file = file
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.classes: list[str] = []
         self.labels: list[int] = []
         self.predicted: list[int] = []
 
@@ -56,14 +57,16 @@ class KeepAnswers(Callback):
     ) -> None:
         if outputs is None or not isinstance(pl_module, Task) or trainer.world_size > 1:
             return
-        found = pl_module.answers(batch, outputs)
+        found = pl_module.classified(batch, outputs)
         if found is not None:
+            module: AnyModule = pl_module
+            self.classes = module.classes
             self.labels += found[0].tolist()
             self.predicted += found[1].tolist()
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.predicted:
-            answers = Answers(list(pl_module.classes), self.labels, self.predicted)
+            answers = Answers([str(name) for name in self.classes], self.labels, self.predicted)
             write_atomic(self.file, json.dumps(answers.__dict__).encode())
 
 
@@ -90,7 +93,7 @@ def examples(out: Path, experiment: Experiment, baseline: Result, best: Result) 
     if (before.classes, before.labels) != (after.classes, after.labels):
         return None
     gained, lost = _rows(before, after), _rows(after, before)
-    data = experiment.build().data
+    data = experiment.data()
     data.setup("test")
     samples = getattr(data, "test_set", None)
     shown = in_turn(gained, before.labels)[:SHOWN]

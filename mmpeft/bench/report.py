@@ -148,7 +148,9 @@ def against_parameters(results: Sequence[Result], title: str, metric: str) -> Fi
 
     figure = Figure(figsize=(7, 4.5), dpi=130, layout="constrained")
     axes = figure.add_subplot()
-    axes.set(xscale="log", xlabel="trained parameters, head included", ylabel=metric, title=title)
+    seeds = len({r.seed for r in results})
+    over = f", mean ± deviation over {seeds} seeds" if seeds > 1 else ""
+    axes.set(xscale="log", xlabel="trained parameters, head included", ylabel=metric + over, title=title)
     axes.margins(x=0.3, y=0.15)
     axes.grid(alpha=0.3)
     names, xs, ys = [], [], []

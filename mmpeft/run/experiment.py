@@ -17,7 +17,7 @@ from mmpeft.run.domains import import_named
 from mmpeft.run.written import spelled_out
 from mmpeft.tasks.checkpoint import AtomicCheckpointIO
 from mmpeft.tasks.module import TuningModule
-from mmpeft.types import Facts
+from mmpeft.types import Facts, Untyped
 
 
 def run_callbacks() -> list[Callback]:
@@ -87,6 +87,12 @@ class Experiment:
         parser.add_subclass_arguments(lightning.LightningDataModule, "data")
         parser.add_class_arguments(lightning.Trainer, "trainer")
         return cls(parser, parsed(parser, run, where), int(facts.get("seed_everything") or facts.get("seed") or 0))
+
+    def data(self) -> lightning.LightningDataModule:
+        """Make the data alone."""
+        own: Untyped = Namespace
+        data: lightning.LightningDataModule = self.parser.instantiate_classes(own(data=self.config.data)).data
+        return data
 
     def build(self) -> Run:
         """Make the objects, under the run's seed: a base of random weights is the same each time."""

@@ -9,6 +9,8 @@ from torch import Tensor
 from mmpeft.files import png_of
 
 LONGEST = 18
+SMALL = 32
+"""Pixels below which a picture is enlarged smoothly, as models are given it: as squares it would not be recognised."""
 
 
 def picture_grid(
@@ -36,7 +38,8 @@ def picture_grid(
     for cell in cells:
         cell.axis("off")
     for number, (cell, image, title) in enumerate(zip(cells, images, titles)):
-        cell.imshow(image.permute(1, 2, 0).cpu().numpy(), interpolation="nearest")
+        smooth = "bilinear" if max(image.shape[1:]) < SMALL else "nearest"
+        cell.imshow(image.permute(1, 2, 0).cpu().numpy(), interpolation=smooth)
         cell.set_title(_short(title), fontsize=7 if not below else 9)
         for line, (colour, words) in enumerate(below.items()):
             where = {"xy": (0.5, 0), "xytext": (0, -3 - 10 * line), "textcoords": "offset points"}

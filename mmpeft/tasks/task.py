@@ -19,7 +19,7 @@ class Task(TuningModule):
     - `build`, `start` and `loss`: what is trained (see `TuningModule`);
     - `check`: what no batch may be;
     - `evaluate` and `results`: metrics, updated batch by batch, and their values;
-    - `answers`: where each sample has a class, which one the model names;
+    - `classified`: where each sample has a class, which one the model names;
     - `draw` and `draw_inputs`: pictures of the first batch of an evaluation, and of training;
     - `meaning`: what its outputs stand for, such as the names of classes (see `TuningModule`).
 
@@ -34,13 +34,13 @@ class Task(TuningModule):
 
     @abstractmethod
     def evaluate(self, batch: Batch, stage: str) -> Output:
-        """Update the metrics of `stage` ("val" or "test") by a batch; what it returns goes to `draw` and `answers`."""
+        """Update the metrics of `stage` ("val" or "test") by a batch; what it returns goes to `draw` and `classified`."""
 
     @abstractmethod
     def results(self, stage: str) -> Mapping[str, Tensor]:
         """Values by name since the last call, from metrics that begin anew."""
 
-    def answers(self, batch: Batch, found: Output) -> tuple[Tensor, Tensor] | None:
+    def classified(self, batch: Batch, found: Output) -> tuple[Tensor, Tensor] | None:
         """The class of each sample of an evaluated batch and the class that the model names, both int64 [B].
 
         `found` is what `evaluate` returned. None where a sample has no single class. A task that has them names its

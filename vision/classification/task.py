@@ -136,12 +136,12 @@ class ImageClassifier(Task):
     def evaluate(self, batch: tuple[Tensor, Tensor], stage: str) -> Tensor:
         """Update the metrics; class scores, [B, classes]."""
         images, labels = batch
-        scores = self(images).float()
+        scores: Tensor = self(images).float()
         self.metrics[f"{stage}_metrics"].update(scores, labels)
         self.log(f"{stage}/loss", F.cross_entropy(scores, labels), batch_size=len(images), sync_dist=True)
         return scores
 
-    def answers(self, batch: tuple[Tensor, Tensor], found: Tensor) -> tuple[Tensor, Tensor]:
+    def classified(self, batch: tuple[Tensor, Tensor], found: Tensor) -> tuple[Tensor, Tensor]:
         return batch[1], found.argmax(1)
 
     def results(self, stage: str) -> Mapping[str, Tensor]:
