@@ -19,7 +19,7 @@ class Task(TuningModule):
     - `build`, `start` and `loss`: what is trained (see `TuningModule`);
     - `check`: what no batch may be;
     - `evaluate` and `results`: metrics, updated batch by batch, and their values;
-    - `classified`: where each sample has a class, which one the model names;
+    - `classified`: the class that the model names, where samples have one;
     - `draw` and `draw_inputs`: pictures of the first batch of an evaluation, and of training;
     - `meaning`: what its outputs stand for, such as the names of classes (see `TuningModule`).
 
@@ -34,7 +34,7 @@ class Task(TuningModule):
 
     @abstractmethod
     def evaluate(self, batch: Batch, stage: str) -> Output:
-        """Update the metrics of `stage` ("val" or "test") by a batch; `draw` and `classified` get what it returns."""
+        """Update the metrics of `stage` ("val" or "test") by a batch; `classified` and `draw` get what it returns."""
 
     @abstractmethod
     def results(self, stage: str) -> Mapping[str, Tensor]:
