@@ -17,7 +17,7 @@ from mmpeft.run.domains import import_named
 from mmpeft.run.written import spelled_out
 from mmpeft.tasks.checkpoint import AtomicCheckpointIO
 from mmpeft.tasks.module import TuningModule
-from mmpeft.types import Facts
+from mmpeft.types import Facts, Untyped
 
 
 def run_callbacks() -> list[Callback]:
@@ -90,8 +90,8 @@ class Experiment:
 
     def data(self) -> lightning.LightningDataModule:
         """Make the data alone."""
-        built = self.parser.instantiate_classes(self.parser.strip_meta(self.config.clone()) if False else 0)
-        data: lightning.LightningDataModule = built.data
+        own: Untyped = Namespace
+        data: lightning.LightningDataModule = self.parser.instantiate_classes(own(data=self.config.data)).data
         return data
 
     def build(self) -> Run:
