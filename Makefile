@@ -8,7 +8,7 @@ SHARE := $(if $(SEED),--share-seed $(SEED))
 
 .PHONY: demo demo-style test test-all faults lint docs site notebooks zoo bench clean
 
-demo: $(STAMP)  ## adapt a pretrained ViT to a drawing style it never saw, by six methods; a table and a plot
+demo: $(STAMP)  ## tune a ViT pretrained on emoji to handwritten digits, by six methods and three seeds; a table, a plot, examples
 	$(BIN)/mmpeft compare -c vision/demo --out runs/demo
 
 demo-style: $(STAMP)  ## tune a pretrained text-to-image UNet to OpenMoji from 64 drawings; grids before and after
